@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is built, against what, and why something is not."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .cuda import CudaToolkit, find_toolkit, target_archs
+from .host import Compiler, find_compiler
+from .torch_info import OLDEST, TorchInfo, find_torch
+
+# What `gfl` needs; `gfl_ops` itself imports torch alone.
+DETECTOR_REQUIREMENTS = ("numpy", "pillow", "pycocotools", "tqdm")
+ANY_TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]}"
+
+
+class BuildError(Exception):
+    """What was asked for can't be built."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built.
+
+    Attributes:
+        torch: the torch that the extension is compiled against, None without extension.
+        compiler: the C++ compiler, None without extension.
+        cuda: the CUDA toolkit, None without CUDA part.
+        archs: what the CUDA part is compiled for, as nvcc's -gencode values.
+        reason: why there is no extension, empty where there is one.
+        cuda_reason: why there is no CUDA part, empty where there is one.
+    """
+
+    torch: TorchInfo | None
+    compiler: Compiler | None
+    cuda: CudaToolkit | None
+    archs: tuple[str, ...]
+    reason: str
+    cuda_reason: str
+
+
+def build_requirements() -> list[str]:
+    """torch, where the target environment has none and an extension will be built: the newest is what pip installs too."""
+    return [ANY_TORCH] if not _no_compiler() and find_torch() is None else []
+
+
+def runtime_requirements(plan: Plan) -> list[str]:
+    """The torch that the wheel works with, and what `gfl` needs."""
+    torch = ANY_TORCH
+    if plan.torch is not None:
+        # The C++ interface is stable within a minor version only.
+        torch = f"torch=={plan.torch.release[0]}.{plan.torch.release[1]}.*"
+    return [torch, *DETECTOR_REQUIREMENTS]
+
+
+@lru_cache(maxsize=1)
+def make_plan() -> Plan:
+    """Look at the machine and the environment variables and decide."""
+    wish = _cuda_wish()
+    reason = _no_compiler()
+    torch = None if reason else find_torch()
+    if not reason and torch is None:
+        reason = f"no {ANY_TORCH} was found to compile against"
+    compiler = None if reason else find_compiler()
+    cuda, archs, cuda_reason = _plan_cuda(torch, wish) if torch else (None, (), reason)
+    if wish == "1" and cuda is None:
+        raise BuildError(f"GFL_OPS_WITH_CUDA=1, but the CUDA part can't be built: {cuda_reason}")
+    return Plan(torch, compiler, cuda, archs, reason, cuda_reason)
+
+
+def wants_cuda() -> bool:
+    """Whether the user insists on the CUDA part."""
+    return _cuda_wish() == "1"
+
+
+def _cuda_wish() -> str:
+    wish = os.environ.get("GFL_OPS_WITH_CUDA", "").strip()
+    if wish not in ("", "0", "1"):
+        raise BuildError(f"GFL_OPS_WITH_CUDA must be 0, 1 or unset, got {wish!r}")
+    return wish
+
+
+def _no_compiler() -> str:
+    if sys.platform != "linux":
+        return f"the extension is built on Linux only, this is {sys.platform}"
+    return "" if find_compiler() else "no C++ compiler was found (CXX, c++, g++, clang++)"
+
+
+def _plan_cuda(torch: TorchInfo, wish: str) -> tuple[CudaToolkit | None, tuple[str, ...], str]:
+    if wish == "0":
+        return None, (), "switched off by GFL_OPS_WITH_CUDA=0"
+    if torch.hip:
+        return None, (), f"torch {torch.version} is a ROCm build"
+    if not torch.cuda:
+        return None, (), f"torch {torch.version} is a CPU build"
+    toolkit, reason = find_toolkit(torch.cuda, torch.site)
+    if toolkit is None:
+        return None, (), reason
+    try:
+        return toolkit, target_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), toolkit.archs), ""
+    except ValueError as error:
+        raise BuildError(str(error)) from None

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pyproject.toml cannot say: the compiled extension, and the torch that the wheel has to be used with."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))  # the backend's own path when run as `python setup.py`
+
+from gfl_build.commands import BuildExt, BuildPy, extensions  # noqa: E402
+from gfl_build.plan import make_plan, runtime_requirements  # noqa: E402
+
+plan = make_plan()
+setup(
+    license="Apache-2.0",
+    ext_modules=extensions(plan, ROOT),
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+    install_requires=runtime_requirements(plan),
+)
