@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled entry points, as the dispatcher and the Python module see them: the arguments of each schema in order.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace gfl::binding {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Needs2 = std::array<bool, 2>;
+
+at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
+                       bool activated);
+std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const OptionalTensor& label, const at::Tensor& target, double beta,
+                                                bool activated, Needs2 needs);
+
+}  // namespace gfl::binding

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// What lets one line of arithmetic serve the CPU and the CUDA kernels.
+#pragma once
+
+#if defined(__CUDACC__)
+#define GFL_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define GFL_HOST_DEVICE inline
+#endif
+
+namespace gfl {
+
+// IEEE product, sum, difference and quotient that no compiler may contract into a fused multiply-add. Every geometric
+// decision (IoU, distance, threshold) goes through these, so that all backends take the same one. On the host the build
+// flag -ffp-contract=off does it; nvcc contracts by default, hence the intrinsics.
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float sub_rn(float a, float b) { return __fsub_rn(a, b); }
+__device__ __forceinline__ float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ double add_rn(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ double sub_rn(double a, double b) { return __dsub_rn(a, b); }
+__device__ __forceinline__ double div_rn(double a, double b) { return __ddiv_rn(a, b); }
+#else
+template <class T> GFL_HOST_DEVICE T mul_rn(T a, T b) { return a * b; }
+template <class T> GFL_HOST_DEVICE T add_rn(T a, T b) { return a + b; }
+template <class T> GFL_HOST_DEVICE T sub_rn(T a, T b) { return a - b; }
+template <class T> GFL_HOST_DEVICE T div_rn(T a, T b) { return a / b; }
+#endif
+
+}  // namespace gfl

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one way a kernel is launched and dynamic shared memory is reached, so that the same file also runs where there is
+// no GPU (csrc/tests/cuda_on_host puts its own cuda_runtime.h first and defines GFL_CUDA_ON_HOST).
+#pragma once
+#include <cuda_runtime.h>
+
+#if !defined(GFL_CUDA_ON_HOST)
+
+// A kernel whose template arguments hold a comma is passed in parentheses: GFL_LAUNCH((kernel<float, 4>), …).
+#define GFL_LAUNCH(kernel, grid, block, smem, stream, ...) (kernel)<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
+
+namespace gfl {
+// Dynamic shared memory of the running block. One declaration for every type; the alignment is that of the widest load.
+template <class T> __device__ __forceinline__ T* shared() {
+  extern __shared__ __align__(16) unsigned char gfl_dynamic_shared[];
+  return reinterpret_cast<T*>(gfl_dynamic_shared);
+}
+}  // namespace gfl
+
+#endif

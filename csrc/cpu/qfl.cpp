@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quality focal loss on the CPU: one walk over the logits, rows [begin, end) of the caller's chunk.
+//
+//   pred    [rows, classes]  dtype  read     label [rows] int64 read     target [rows] or [rows, classes] A read
+//   loss    [rows]           A      write    grad_pred [rows, classes] dtype write
+// A row's sum runs over the classes in order in the accumulator type, so it does not depend on the chunk it is in.
+#include "gfl/qfl.h"
+
+#include "focal.h"
+#include "scalar.h"
+
+namespace gfl::cpu {
+namespace {
+
+template <class A> A target_at(const QflInput& in, int64_t row, int64_t c) {
+  const A* target = static_cast<const A*>(in.target);
+  if (in.label == nullptr) return target[row * in.classes + c];
+  return in.label[row] == c ? target[row] : A(0);
+}
+
+template <class T> void forward(const QflInput& in, void* loss, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const A beta = static_cast<A>(in.beta);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
+    A sum = 0;
+    for (int64_t c = 0; c < in.classes; ++c) {
+      sum += qfl_term<A>(load(pred + c * in.stride_class), target_at<A>(in, row, c), beta, in.activated).value;
+    }
+    static_cast<A*>(loss)[row] = sum;
+  }
+}
+
+template <class T>
+void backward(const QflInput& in, const void* grad_loss, void* grad_pred, void* grad_target, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const A beta = static_cast<A>(in.beta);
+  T* out = static_cast<T*>(grad_pred);
+  A* out_target = static_cast<A*>(grad_target);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
+    const A scale = static_cast<const A*>(grad_loss)[row];
+    if (out_target != nullptr && in.label != nullptr) out_target[row] = 0;
+    for (int64_t c = 0; c < in.classes; ++c) {
+      const Term<A> term =
+          qfl_term<A>(load(pred + c * in.stride_class), target_at<A>(in, row, c), beta, in.activated);
+      if (out != nullptr) store(out + row * in.classes + c, scale * term.grad_pred);
+      if (out_target == nullptr) continue;
+      if (in.label == nullptr) out_target[row * in.classes + c] = scale * term.grad_target;
+      else if (in.label[row] == c) out_target[row] = scale * term.grad_target;
+    }
+  }
+}
+
+}  // namespace
+
+void qfl_forward(const QflInput& in, void* loss, int64_t begin, int64_t end) {
+  dispatch(in.dtype, [&](auto t) { forward<decltype(t)>(in, loss, begin, end); });
+}
+
+void qfl_backward(const QflInput& in, const void* grad_loss, void* grad_pred, void* grad_target, int64_t begin,
+                  int64_t end) {
+  dispatch(in.dtype, [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_pred, grad_target, begin, end); });
+}
+
+}  // namespace gfl::cpu

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves an operator: the user's choice, what is there, and why another can't."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+from . import _extension
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Where an operator has kernels: devices of the compiled extension, and whether it has a Triton one."""
+
+    native: tuple[str, ...]
+    triton: bool
+
+
+_KERNELS: dict[str, _Kernels] = {}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
+_backend = "auto"
+
+
+def declare(stem: str, native: Iterable[str], triton: bool) -> None:
+    """Say where an operator has kernels. Called once an operator, when it is registered."""
+    _KERNELS[stem] = _Kernels(tuple(native), triton)
+
+
+def unavailable(backend: str, stem: str, device_type: str) -> str | None:
+    """Why `backend` can't run the operator on such a device; None if it can. Serves "auto", the doctor and the errors."""
+    kernels = _KERNELS[stem]
+    if backend == "native":
+        if device_type in kernels.native:
+            return None
+        return _extension.why_not(device_type) or f"the extension has no {device_type} kernel for {stem}"
+    if backend == "triton":
+        if not kernels.triton:
+            return f"there is no Triton kernel for {stem}"
+        if not _HAS_TRITON:
+            return "the package triton is not installed"
+        if device_type == "cuda" or _TRITON_INTERPRETS:
+            return None
+        return f"Triton runs on {device_type} only in its interpreter; set TRITON_INTERPRET=1 before Python starts"
+    return None
+
+
+def serving(stem: str, device_type: str) -> str:
+    """The backend that runs the operator there: "native", "triton" or "reference"."""
+    if _backend == "auto":
+        # The interpreter is for testing: thousands of times slower than the reference, so never chosen unasked.
+        if device_type in _KERNELS[stem].native:
+            return "native"
+        if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
+            return "triton"
+        return "reference"
+    reason = unavailable(_backend, stem, device_type)
+    if reason is not None:
+        raise RuntimeError(f"gfl_ops: backend {_backend!r} can't run {stem} on {device_type}: {reason}")
+    return _backend
+
+
+class _Restore(contextlib.AbstractContextManager[None]):
+    def __init__(self, previous: str) -> None:
+        self._previous = previous
+
+    def __exit__(self, *exception: object) -> None:
+        set_backend(self._previous)
+
+
+def set_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose what runs the operators, for the whole process; as a context manager, until the block ends.
+
+    Args:
+        name: "native" (the compiled extension), "triton" (Triton kernels, on a GPU or in Triton's interpreter),
+            "reference" (plain PyTorch) or "auto" (the fastest that works, operator by operator). The environment
+            variable ``GFL_OPS_BACKEND`` sets what a process starts with.
+
+    Raises:
+        ValueError: no backend of that name. A backend that can't run an operator raises RuntimeError with the reason
+            when the operator is called.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"gfl_ops.set_backend: `name` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    previous, _backend = _backend, name
+    return _Restore(previous)
+
+
+def get_backend() -> str:
+    """The backend that is set: "auto", "native", "triton" or "reference"."""
+    return _backend
+
+
+def explain_backend() -> str:
+    """What serves each operator on this machine, and why another backend does not; a text of a few dozen lines."""
+    from .doctor import report
+
+    return report()
+
+
+
+def _start() -> None:
+    name = os.environ.get("GFL_OPS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"GFL_OPS_BACKEND must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    set_backend(name)
+
+
+_start()
+

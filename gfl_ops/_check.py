@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what a user passes, and the one form of every error text: operator, argument, rule, what came."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+
+# Checks that would make the host wait for the device run only when asked for.
+SYNCHRONISING = os.environ.get("GFL_OPS_CHECK", "0") == "1"
+
+
+def message(op: str, argument: str, rule: str, got: object) -> str:
+    return f"gfl_ops.{op}: `{argument}` {rule}, got {got}"
+
+
+def tensor(op: str, argument: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+    """`value` is a tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(message(op, argument, "must be a tensor", type(value).__name__))
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(message(op, argument, f"must have one of the dtypes {names}", value.dtype))
+
+
+def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int | None]) -> None:
+    """`value` has the given sizes; None admits any. `names` is the shape as the documentation writes it, "[N, C]"."""
+    if value.dim() == len(sizes) and all(want is None or got == want for got, want in zip(value.shape, sizes)):
+        return
+    known = [str(s) if s is not None else name.strip() for s, name in zip(sizes, names.strip("[]").split(","))]
+    expected = f" = [{', '.join(known)}]" if any(s is not None for s in sizes) else ""
+    raise ValueError(message(op, argument, f"must have shape {names}{expected}", list(value.shape)))
+
+
+def same_device(op: str, argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            message(op, argument, f"must be on the device of `{other_argument}`, {other.device}", value.device)
+        )
+
+
+def choice(op: str, argument: str, value: object, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(message(op, argument, f"must be one of {', '.join(map(repr, options))}", repr(value)))
+
+
+def number(
+    op: str,
+    argument: str,
+    value: object,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    exclusive: bool = False,
+    integer: bool = False,
+) -> None:
+    """`value` is a plain number within [minimum, maximum]; `exclusive` leaves `minimum` itself out."""
+    kinds = (int, torch.SymInt) if integer else (int, float, torch.SymInt, torch.SymFloat)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "an integer" if integer else "a number"
+        raise TypeError(message(op, argument, f"must be {kind}", type(value).__name__))
+    if not integer and value != value:
+        raise ValueError(message(op, argument, "must not be NaN", value))
+    if minimum is not None and (value < minimum or (exclusive and value == minimum)):
+        raise ValueError(message(op, argument, f"must be {'>' if exclusive else '>='} {minimum}", value))
+    if maximum is not None and value > maximum:
+        raise ValueError(message(op, argument, f"must be <= {maximum}", value))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighting and reduction, the same for every loss: mmdet's rules, with the arithmetic in the loss's own fp32 or fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+# mmdet adds float32's epsilon to the average factor, so that a batch without positives divides by it instead of by 0.
+AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
+
+
+def check_reduction(
+    op: str, loss_shape: torch.Size, names: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
+) -> None:
+    """What can be said of `weight`, `reduction` and `avg_factor` before the loss is computed."""
+    _check.choice(op, "reduction", reduction, _check.REDUCTIONS)
+    if weight is not None:
+        _check.tensor(op, "weight", weight, _check.FLOATING + _check.INTEGER + (torch.bool,))
+        _check.shape(op, "weight", weight, names, loss_shape)
+        _check.same_device(op, "weight", weight, "pred", pred)
+    if avg_factor is None:
+        return
+    if reduction == "sum":
+        raise ValueError('avg_factor can not be used with reduction="sum"')
+    if isinstance(avg_factor, Tensor):
+        if avg_factor.numel() != 1:
+            raise ValueError(_check.message(op, "avg_factor", "must hold one number", list(avg_factor.shape)))
+    else:
+        _check.number(op, "avg_factor", avg_factor)
+
+
+def reduce_loss(
+    loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
+) -> Tensor:
+    """Apply `weight` and `reduction`; with "mean" and an `avg_factor`, the sum over (avg_factor + 1.19e-07)."""
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if avg_factor is None:
+        return loss.mean()
+    if isinstance(avg_factor, Tensor):
+        avg_factor = avg_factor.reshape(()).to(loss.dtype)
+    return loss.sum() / (avg_factor + AVG_FACTOR_EPS)

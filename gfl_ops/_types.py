@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which dtype the arithmetic is in, and small tensor helpers that several references share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and losses for an input dtype: fp64 for fp64, fp32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def clamp_infinite(x: Tensor) -> Tensor:
+    """Infinities become the largest finite numbers, without gradient; NaN stays."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)

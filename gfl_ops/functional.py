@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
+
+from .ops.qfl import quality_focal_loss
+
+__all__ = [
+    "quality_focal_loss",
+]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality focal loss: classification against a soft target, the localisation quality of the box."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check
+from .._reduce import check_reduction, reduce_loss
+from .._samples import normal, uniform
+from .._spec import OpSpec, Sample, register
+from .._types import accumulator, clamp_infinite
+
+
+def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple[Tensor, Tensor]:
+    """Probability and element-wise binary cross entropy of logits, or of probabilities if `activated`."""
+    if not activated:
+        pred = clamp_infinite(pred)
+        return pred.sigmoid(), F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+    # torch's own cross entropy stops the program outside [0, 1] and refuses autocast; here the result there is NaN.
+    valid = (pred >= 0) & (pred <= 1)
+    with torch.autocast(pred.device.type, enabled=False):
+        loss = F.binary_cross_entropy(torch.where(valid, pred, 0.5), target, reduction="none")
+    return pred, torch.where(valid, loss, pred * float("nan"))
+
+
+def absolute_power(difference: Tensor, exponent: float) -> Tensor:
+    """|difference|^exponent, with derivative 0 at 0 also for exponents below 1."""
+    zero = difference == 0
+    return torch.where(zero, 0.0 if exponent > 0 else 1.0, torch.where(zero, 1.0, difference).abs().pow(exponent))
+
+
+def reference(pred: Tensor, label: Tensor | None, target: Tensor, beta: float, activated: bool) -> Tensor:
+    """Dense formula in fp32, or in fp64 for fp64 input; a sparse target is written out first."""
+    x = pred.to(accumulator(pred.dtype))
+    if label is not None:
+        classes = torch.arange(pred.shape[1], device=pred.device)
+        target = torch.where(label[:, None] == classes, target[:, None], 0.0)
+    p, loss = binary_cross_entropy(x, target, activated)
+    return (absolute_power(target - p, beta) * loss).sum(1)
+
+
+def fake(pred: Tensor, label: Tensor | None, target: Tensor, beta: float, activated: bool) -> Tensor:
+    return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
+
+
+def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    acc = accumulator(dtype)
+    for n, c in ((0, 80), (1, 1), (7, 3), (129, 80), (1025, 20)):
+        pred = normal((n, c), device, dtype, generator, scale=3.0)
+        # Background comes as C, as −1 and as anything else outside [0, C).
+        label = torch.randint(-2, c + 3, (n,), generator=generator).to(device)
+        score = uniform((n,), device, acc, generator)
+        yield Sample(f"sparse-n{n}-c{c}", (pred, label, score, 2.0, False))
+        if n in (7, 129):
+            yield Sample(f"strided-n{n}", (normal((c, n), device, dtype, generator).t(), label, score, 2.0, False))
+            yield Sample(f"beta1.5-n{n}", (pred, label, score, 1.5, False))
+            yield Sample(f"beta0.5-n{n}", (pred, label, score, 0.5, False))
+            yield Sample(f"all-background-n{n}", (pred, torch.full_like(label, c), score, 2.0, False))
+            yield Sample(f"activated-n{n}", (pred.sigmoid(), label, score, 2.0, True))
+            dense = uniform((n, c), device, acc, generator)
+            yield Sample(f"dense-n{n}", (pred, None, dense, 2.0, False))
+    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0]], device=device).to(dtype)
+    yield Sample("extreme", (extreme, torch.tensor([0, 2], device=device), uniform((2,), device, acc, generator), 2.0, False))
+
+
+QFL = register(
+    OpSpec(
+        stem="qfl",
+        schema="(Tensor pred, Tensor? label, Tensor target, float beta, bool activated) -> Tensor",
+        reference=reference,
+        fake=fake,
+        samples=samples,
+        summary="quality focal loss, summed over the classes",
+        public=("quality_focal_loss",),
+        differentiable=("pred", "target"),
+    )
+)
+
+
+def quality_focal_loss(
+    pred: Tensor,
+    target: Tensor | Sequence[Tensor],
+    weight: Tensor | None = None,
+    beta: float = 2.0,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+    activated: bool = False,
+) -> Tensor:
+    r"""Quality focal loss of class scores against the quality of the predicted box.
+
+    .. math:: L(x, t) = \sum_c |t_c - \sigma(x_c)|^\beta \; \mathrm{BCE}(\sigma(x_c), t_c)
+
+    Equation 2 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388).
+
+    Args:
+        pred: fp32, fp16, bf16 or fp64 ``[N, C]``, logits; probabilities in [0, 1] if `activated` (NaN outside).
+            With a dense target also ``[N, C, …]``. An infinite logit counts as the largest finite one.
+        target: either ``(label, score)``, a tuple or list of an integer ``[N]`` and a floating ``[N]``: the target is
+            `score` at class `label` and 0 elsewhere, and a label outside [0, C) is background; or a floating tensor of
+            pred's shape, the target of every class. Scores are IoUs in [0, 1].
+        weight: ``[N]`` (``[N, …]`` for ``[N, C, …]``), multiplies the loss of each row.
+        beta: exponent of the modulating factor, >= 0.
+        reduction: "none", "mean" or "sum".
+        avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by N. A number, or a tensor
+            of one element, which is not read by the host.
+        activated: `pred` holds probabilities.
+
+    Returns:
+        ``[N]`` (``[N, …]``) for "none", else a scalar; fp32, or fp64 for fp64 `pred`.
+
+    The gradient reaches `pred`, the scores and `weight`; the modulating factor is part of it.
+
+    Raises:
+        TypeError: a dtype or a type that is not taken.
+        ValueError: a shape, device, reduction or number outside the above; an `avg_factor` with "sum".
+
+    Note:
+        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. N = 0 gives 0 for "sum" and
+        with an `avg_factor`, still attached to the graph, and NaN for a plain mean, as torch's own losses. Differs from
+        mmdet's in refusing a ``[N, 1]`` weight, which there becomes N×N.
+    """
+    op = "quality_focal_loss"
+    _check.tensor(op, "pred", pred)
+    _check.number(op, "beta", beta, 0)
+    acc = accumulator(pred.dtype)
+    sparse = isinstance(target, (tuple, list))
+    if sparse:
+        _check.shape(op, "pred", pred, "[N, C]", (None, None))
+        if len(target) != 2:
+            raise ValueError(_check.message(op, "target", "must be (label, score) or one tensor", f"{len(target)} items"))
+        label, score = target
+        _check.tensor(op, "target[0]", label, _check.INTEGER)
+        _check.tensor(op, "target[1]", score)
+        for name, value in (("target[0]", label), ("target[1]", score)):
+            _check.shape(op, name, value, "[N]", (pred.shape[0],))
+            _check.same_device(op, name, value, "pred", pred)
+        check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
+        loss = QFL(pred.device.type, pred, label.long(), score.to(acc), float(beta), activated)
+        return reduce_loss(loss, weight, reduction, avg_factor)
+
+    if pred.dim() < 2:
+        raise ValueError(_check.message(op, "pred", "must have shape [N, C, …]", list(pred.shape)))
+    _check.tensor(op, "target", target)
+    _check.shape(op, "target", target, "[N, C]" if pred.dim() == 2 else "[N, C, …]", tuple(pred.shape))
+    _check.same_device(op, "target", target, "pred", pred)
+    rows = pred.shape[:1] + pred.shape[2:]
+    check_reduction(op, rows, "[N]" if pred.dim() == 2 else "[N, …]", pred, weight, reduction, avg_factor)
+    flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
+    flat_target = target.movedim(1, -1).reshape(-1, pred.shape[1]).to(acc)
+    loss = QFL(pred.device.type, flat_pred, None, flat_target, float(beta), activated).reshape(rows)
+    return reduce_loss(loss, weight, reduction, avg_factor)
