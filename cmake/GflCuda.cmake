@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# Finds a CUDA toolkit and chooses the architectures; asks no GPU.
+include(CheckLanguage)
+
+# out: whether the CUDA kernels are built, by GFL_WITH_CUDA and by what is there. A macro, since the languages that it
+# enables belong to the caller's scope.
+macro(gfl_find_cuda out)
+  set(${out} OFF)
+  if(NOT GFL_WITH_CUDA MATCHES "^(AUTO|ON|OFF)$")
+    message(FATAL_ERROR "GFL_WITH_CUDA must be AUTO, ON or OFF, got '${GFL_WITH_CUDA}'")
+  endif()
+  if(GFL_WITH_CUDA)
+    check_language(CUDA)
+    if(CMAKE_CUDA_COMPILER)
+      gfl_choose_architectures()
+      # The shared runtime, as torch's: two runtimes in one process would not see each other's streams.
+      if(NOT CMAKE_CUDA_RUNTIME_LIBRARY)
+        set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+      endif()
+      enable_language(CUDA)
+      find_package(CUDAToolkit QUIET)
+    endif()
+    if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart)
+      set(${out} ON)
+      message(STATUS "gfl: with CUDA kernels, ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}, "
+                     "for ${CMAKE_CUDA_ARCHITECTURES}")
+    elseif(GFL_WITH_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "GFL_WITH_CUDA=ON, but no working CUDA toolkit was found (nvcc on PATH or CUDACXX)")
+    else()
+      message(STATUS "gfl: without CUDA kernels, no CUDA toolkit was found")
+    endif()
+  endif()
+endmacro()
+
+# Unless the user chose: what flags.json lists as far as this nvcc knows it, and PTX of the newest.
+macro(gfl_choose_architectures)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE _gfl_known)
+    set(_gfl_archs "")
+    foreach(_gfl_arch IN LISTS GFL_CUDA_ARCHS)
+      string(REPLACE "." "" _gfl_arch "${_gfl_arch}")
+      if(_gfl_known MATCHES "compute_${_gfl_arch}\n")
+        list(APPEND _gfl_archs ${_gfl_arch})
+      endif()
+    endforeach()
+    list(POP_BACK _gfl_archs _gfl_newest)
+    list(TRANSFORM _gfl_archs APPEND "-real")
+    set(CMAKE_CUDA_ARCHITECTURES ${_gfl_archs} ${_gfl_newest})
+  endif()
+endmacro()
