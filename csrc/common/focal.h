@@ -51,7 +51,7 @@ template <class A> GFL_HOST_DEVICE Bernoulli<A> bernoulli_from_logit(A x, A t) {
   Bernoulli<A> b;
   b.p = x >= A(0) ? r : e * r;
   b.q = x >= A(0) ? e * r : r;
-  b.bce = (x > A(0) ? x : A(0)) - x * t + std::log1p(e);
+  b.bce = (x > A(0) ? A(1) - t : -t) * x + std::log1p(e);  // 1 − t first: x − x·t would cancel
   b.bce_pred = b.p - t;
   b.bce_target = -x;
   b.p_pred = b.p * b.q;

@@ -24,8 +24,14 @@ def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple
     # torch's own cross entropy stops the program outside [0, 1] and refuses autocast; here the result there is NaN.
     valid = (pred >= 0) & (pred <= 1)
     with torch.autocast(pred.device.type, enabled=False):
-        loss = F.binary_cross_entropy(torch.where(valid, pred, 0.5), target, reduction="none")
-    return pred, torch.where(valid, loss, pred * float("nan"))
+        inside = torch.where(valid, pred, 0.5)
+        loss = F.binary_cross_entropy(inside, target.detach(), reduction="none")
+    # torch floors the logarithms at −100 in the value only: its derivative by the target is infinite where a bf16 sigmoid
+    # saturates. Here the floor holds for both.
+    logit = inside.detach().log().clamp(min=-100) - torch.log1p(-inside.detach()).clamp(min=-100)
+    loss = loss - (target - target.detach()) * logit
+    # Multiplied, not chosen by `where`, whose other branch would hand NaN to every gradient.
+    return pred, loss * torch.where(valid, 1.0, float("nan"))
 
 
 def absolute_power(difference: Tensor, exponent: float) -> Tensor:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fresh inputs for every run, repeatable by their seed, and where the real data lies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("GFL_TEST_SEED", random.randrange(2**31)))
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("GFL_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (repeat with GFL_TEST_SEED={SEED})"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Differs from test to test and from run to run; the run's own seed, in the header, brings it back."""
+    digest = hashlib.sha256(f"{SEED}:{request.node.nodeid}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real photos, annotations and head outputs."""
+    if not DATA.exists():
+        pytest.skip(f"no real data at {DATA}; GFL_TEST_DATA names another place")
+    return DATA
