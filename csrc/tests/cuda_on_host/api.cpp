@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime API in its host meaning. The device it claims to be has an H100's limits, but few multiprocessors, so
-// that loops over the grid go round more than once on inputs of a test's size.
+// The CUDA runtime API in its host meaning. The device it claims to be has an H100's limits, but few multiprocessors:
+// loops over the grid then go round more than once on inputs of a test's size.
 #include <chrono>
 #include <cstdlib>
 #include <map>
@@ -98,7 +98,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   if (target == Range::outside || source == Range::outside) return note(cudaErrorInvalidValue);
   const bool to_host = kind == cudaMemcpyHostToHost || kind == cudaMemcpyDeviceToHost;
   const bool from_host = kind == cudaMemcpyHostToHost || kind == cudaMemcpyHostToDevice;
-  if ((to_host && target == Range::inside) || (from_host && source == Range::inside)) return note(cudaErrorInvalidValue);
+  const bool backwards = (to_host && target == Range::inside) || (from_host && source == Range::inside);
+  if (backwards) return note(cudaErrorInvalidValue);
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }

@@ -139,7 +139,8 @@ void make_ready(Warp& warp, unsigned lanes) {
 }
 
 Fiber& pick() {
-  const unsigned rank = m.scatter ? m.random.bit_of(m.ready_ranks) : static_cast<unsigned>(__builtin_ctz(m.ready_ranks));
+  const unsigned first = static_cast<unsigned>(__builtin_ctz(m.ready_ranks));
+  const unsigned rank = m.scatter ? m.random.bit_of(m.ready_ranks) : first;
   const unsigned index = m.warp_of_rank[rank];
   Warp& warp = m.warps[index];
   const unsigned lane = m.random.bit_of(warp.ready);
@@ -148,7 +149,8 @@ Fiber& pick() {
   if ((++m.turns & 0xffff) == 0) {
     const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - m.began;
     if (spent.count() > m.timeout) {
-      fail("the block has run for %.0f s: an endless loop, or a wait for another block (GFL_HOST_TIMEOUT)", spent.count());
+      fail("the block has run for %.0f s: an endless loop, or a wait for another block (GFL_HOST_TIMEOUT)",
+           spent.count());
     }
   }
   return m.fibers[index * kLanes + lane];
@@ -177,10 +179,11 @@ Fiber& pick() {
     Group& group = groups[where];
     if (group.count++ == 0) group.first = &fiber;
   }
-  std::string text = at_barrier ? "divergent barrier: not every thread arrives" : "deadlock: lanes of the mask never arrive";
+  std::string text = at_barrier ? "divergent barrier: not every thread arrives"
+                                : "deadlock: lanes of the mask never arrive";
   for (const auto& [where, group] : groups) {
-    text += "\n  " + std::to_string(group.count) + " of " + std::to_string(m.threads) + " threads " + where + ", first " +
-            place(group.first->index);
+    text += "\n  " + std::to_string(group.count) + " of " + std::to_string(m.threads) + " threads " + where;
+    text += ", first " + place(group.first->index);
   }
   m.current = const_cast<Fiber*>(waiting);
   fail("%s", text.c_str());
@@ -235,7 +238,9 @@ constexpr size_t kAfter = 64;
 
 void allocate_shared(size_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, kBefore + bytes + kAfter) != 0) fail("no memory for %zu bytes of shared memory", bytes);
+  if (posix_memalign(&memory, 64, kBefore + bytes + kAfter) != 0) {
+    fail("no memory for %zu bytes of shared memory", bytes);
+  }
   m.shared = static_cast<unsigned char*>(memory) + kBefore;
 #if defined(GFL_HOST_ASAN)
   ASAN_POISON_MEMORY_REGION(memory, kBefore);
@@ -377,7 +382,8 @@ int sync_block(BlockOp op, int predicate, Site site) {
 namespace {
 // The lane that a shuffle reads; out of its segment of `width` lanes it is the reader itself, as in the PTX manual.
 unsigned source_lane(const Fiber& fiber) {
-  const unsigned lane = fiber.lane, width = static_cast<unsigned>(fiber.width), step = static_cast<unsigned>(fiber.argument);
+  const unsigned lane = fiber.lane;
+  const unsigned width = static_cast<unsigned>(fiber.width), step = static_cast<unsigned>(fiber.argument);
   const unsigned first = lane & ~(width - 1), last = lane | (width - 1), within = lane - first;
   switch (fiber.warp_op) {
     case WarpOp::shuffle_index: return first + (step & (width - 1));
@@ -460,7 +466,8 @@ uint64_t sync_warp(WarpOp op, unsigned mask, uint64_t value, int argument, int w
   if (const unsigned absent = mask & (~warp.lanes | warp.exited)) {
     const unsigned lane = static_cast<unsigned>(__builtin_ctz(absent));
     fail("%s with mask 0x%08x: lane %u %s, %s", name_of(op), mask, lane,
-         warp.lanes >> lane & 1u ? "has returned from the kernel" : "does not exist in this block", place(site).c_str());
+         warp.lanes >> lane & 1u ? "has returned from the kernel" : "does not exist in this block",
+         place(site).c_str());
   }
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
     fail("%s with width %d, which is no power of two up to 32, %s", name_of(op), width, place(site).c_str());

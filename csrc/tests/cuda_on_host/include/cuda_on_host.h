@@ -57,13 +57,17 @@ template <class... P> struct Launcher {
     struct Call {
       void (*kernel)(P...);
       std::tuple<P...> parameters;
-      static void run(void* data) { std::apply(static_cast<Call*>(data)->kernel, static_cast<Call*>(data)->parameters); }
+      static void run(void* data) {
+        const Call& self = *static_cast<Call*>(data);
+        std::apply(self.kernel, self.parameters);
+      }
     } call{kernel, std::tuple<P...>(parameters...)};
     launch(config, &Call::run, &call);
   }
 };
 template <class... P>
-Launcher<P...> launcher(const char* name, Site site, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t) {
+Launcher<P...> launcher(const char* name, Site site, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem,
+                        cudaStream_t) {
   return {{name, site, reinterpret_cast<const void*>(kernel), grid, block, smem}, kernel};
 }
 

@@ -58,7 +58,8 @@ int main() {
   }
 
   int limit = 0;
-  expect(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), cudaSuccess, "cudaDeviceGetAttribute");
+  expect(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), cudaSuccess,
+         "cudaDeviceGetAttribute");
   expect(cudaFuncSetAttribute(shared_kernel<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit + 1),
          cudaErrorInvalidValue, "shared memory beyond the device's");
   cudaGetLastError();
@@ -82,7 +83,8 @@ int main() {
   int two[2] = {0, 0};
   expect(cudaMemcpy(two, count, sizeof two, cudaMemcpyDeviceToHost), cudaErrorInvalidValue, "copy past the end");
   expect(cudaMemset(count, 0, sizeof two), cudaErrorInvalidValue, "set past the end");
-  expect(cudaMemcpy(two, count, sizeof(int), cudaMemcpyHostToDevice), cudaErrorInvalidValue, "copy in the wrong direction");
+  expect(cudaMemcpy(two, count, sizeof(int), cudaMemcpyHostToDevice), cudaErrorInvalidValue,
+         "copy in the wrong direction");
   cudaGetLastError();
 #endif
   expect(cudaFree(count), cudaSuccess, "cudaFree");

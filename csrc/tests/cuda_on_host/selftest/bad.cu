@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One error a kernel. `bad CASE` runs one of them, which the layer has to catch: by a message, by AddressSanitizer or by
-// a result that is wrong under some seed.
+// One error a kernel. `bad CASE` runs one of them, which the layer has to catch: by a message, by AddressSanitizer or
+// by a result that is wrong under some seed.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -45,10 +45,12 @@ template <class T> __device__ T warp_sum(T value) {
   return value;
 }
 
-template <class T, int kThreads> __global__ void __launch_bounds__(kThreads) sum_kernel(const T* in, int64_t n, T* out) {
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const T* in, int64_t n, T* out) {
   T* partial = gfl::shared<T>();
   T sum = 0;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < n; i += int64_t{kThreads} * gridDim.x) sum += in[i];
+  const int64_t step = int64_t{kThreads} * gridDim.x;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < n; i += step) sum += in[i];
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -119,6 +121,7 @@ __global__ void votes_kernel(int* out) {
     right &= __shfl_xor_sync(0x0000ffffu, lane, 1, 16) == (lane ^ 1);
     __syncwarp(0x0000ffffu);
   }
+  right &= __any_sync(kAll, lane == 20);  // where the other half may wait already
   right &= __syncthreads_count(tid % 2) == static_cast<int>(blockDim.x / 2);
   right &= __syncthreads_and(tid >= 0) != 0;
   right &= __syncthreads_or(tid == 33) != 0;
@@ -168,7 +171,8 @@ void atomics() {
   cudaMemset(sum.data, 0, sizeof(float));
   cudaMemsetAsync(tickets.data, 0, sizeof(unsigned), nullptr);
   cudaMemsetAsync(last.data, 0, sizeof(unsigned), nullptr);
-  GFL_LAUNCH(histogram_kernel, 7, 128, 16 * sizeof(int), nullptr, in.data, 5000, bins.data, sum.data, tickets.data, last.data);
+  GFL_LAUNCH(histogram_kernel, 7, 128, 16 * sizeof(int), nullptr, in.data, 5000, bins.data, sum.data, tickets.data,
+             last.data);
   expect(bins.get() == oracle && sum.get()[0] == 5000.0f, "atomics histogram");
   expect(tickets.get()[0] == 0 && last.get()[0] == 1, "last block");
 }
@@ -192,7 +196,8 @@ void two_dimensions() {
   std::vector<float> values(height * width);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
   Device<float> in(values), out(values.size());
-  GFL_LAUNCH(transpose_kernel, dim3(3, 2), dim3(32, 8), 32 * 33 * sizeof(float), nullptr, in.data, height, width, out.data);
+  GFL_LAUNCH(transpose_kernel, dim3(3, 2), dim3(32, 8), 32 * 33 * sizeof(float), nullptr, in.data, height, width,
+             out.data);
   const std::vector<float> got = out.get();
   for (int y = 0; y < height; ++y) {
     for (int x = 0; x < width; ++x) expect(got[x * height + y] == values[y * width + x], "transpose");
@@ -225,8 +230,8 @@ float nearest(float value, int digits, int exponent, float largest) {
 }
 
 template <class T> void rounding(int digits, int exponent, float largest, const char* what) {
-  std::vector<float> values = {0.0f, 1.0f, 65504.0f, 65519.996f, 65520.0f, 1e-8f, 5.9604645e-8f, 2.9802322e-8f, 3e-8f, 6.1e-5f,
-                               8.9406967e-8f, 3.3895314e38f, 3.4e38f, INFINITY};
+  std::vector<float> values = {0.0f, 1.0f, 65504.0f, 65519.996f, 65520.0f, 1e-8f, 5.9604645e-8f,
+                               2.9802322e-8f, 3e-8f, 6.1e-5f, 8.9406967e-8f, 3.3895314e38f, 3.4e38f, INFINITY};
   uint32_t state = 12345;
   for (int i = 0; i < 4000; ++i) {
     state = state * 1664525u + 1013904223u;
@@ -267,7 +272,8 @@ void vectors() {
   const std::vector<float4> got = out.get();
   for (int i = 0; i < 40; ++i) {
     const float4 v = values[39 - i];
-    expect(got[i].x == v.w * 2 && got[i].y == v.z + 1 && got[i].z == std::fmax(v.y, 3.0f) && got[i].w == 1.0f, "float4");
+    expect(got[i].x == v.w * 2 && got[i].y == v.z + 1, "float4");
+    expect(got[i].z == std::fmax(v.y, 3.0f) && got[i].w == 1.0f, "float4");
   }
 }
 
