@@ -10,9 +10,12 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))  # the backend's own path when run as `python setup.py`
 
 from gfl_build.commands import BuildExt, BuildPy, extensions  # noqa: E402
-from gfl_build.plan import make_plan, runtime_requirements  # noqa: E402
+from gfl_build.plan import BuildError, make_plan, runtime_requirements  # noqa: E402
 
-plan = make_plan()
+try:
+    plan = make_plan()
+except BuildError as error:
+    raise SystemExit(f"gfl-ops: {error}") from None
 setup(
     license="Apache-2.0",
     ext_modules=extensions(plan, ROOT),

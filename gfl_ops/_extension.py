@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,32 +36,32 @@ class Extension:
 
 def _load() -> Extension:
     try:
-        from ._build_info import BUILD_INFO as info
+        info: dict[str, Any] = importlib.import_module("._build_info", __package__).BUILD_INFO
     except ImportError:
-        return _without(_never_built(), {})
-    if not info["extension"]:
-        return _without(f"it was installed without one: {info['reason']}", info)
-    mismatch = _mismatch(info)
-    if mismatch:
-        return _without(mismatch, info)
+        return _without(f"{_FOLDER} is a source tree that was never built; pip install -e . builds it in place", {})
+    trouble = f"it was installed without one: {info['reason']}" if not info["extension"] else _mismatch(info)
+    if trouble:
+        return _without(trouble, info)
     try:
-        from . import _C
+        module = importlib.import_module("._C", __package__)
     except ImportError as error:
-        shadow = _shadowed()
-        return _without(shadow or f"it does not load: {error}", info)
-    return Extension(_C, "", info["cuda_reason"], info)
+        return _without(f"it does not load: {error}", info)
+    return Extension(module, "", info["cuda_reason"], info)
 
 
 def _without(reason: str, info: dict[str, Any]) -> Extension:
+    reason = _shadowed() or reason
     return Extension(None, reason, reason, info)
 
 
 def _mismatch(info: dict[str, Any]) -> str:
     """Why an extension with this record does not fit the imported torch; empty if it does.
 
-    The C++ interface of torch is stable within a minor version. A CUDA part also needs the CUDA libraries of the torch it
-    was linked with, and builds for different CUDA versions may differ in the C++ standard library's ABI.
+    The C++ interface of torch is stable within a minor version. A CUDA part also needs the CUDA libraries of the torch
+    that it was linked with, and builds for different CUDA versions may differ in the C++ standard library's ABI.
     """
+    if info["python"] != f"{sys.version_info.major}.{sys.version_info.minor}":
+        return f"it was built for Python {info['python']}; install gfl-ops again to rebuild it"
     built, found = str(info["torch"]), str(torch.__version__)
     fits = _minor(built) == _minor(found)
     if fits and info["cuda"]:
@@ -79,10 +81,6 @@ def _major(version: str | None) -> str:
     return (version or "none").split(".")[0]
 
 
-def _never_built() -> str:
-    return _shadowed() or f"{_FOLDER} is a source tree that was never built; pip install -e . builds it in place"
-
-
 def _shadowed() -> str:
     """Says so where this folder, on sys.path before site-packages, hides an installed package; empty if it does not."""
     for distribution in importlib.metadata.distributions(name="gfl-ops"):
@@ -97,12 +95,15 @@ def _shadowed() -> str:
 
 def _say_what_is_missing(extension: Extension) -> None:
     if extension.module is None:
-        what, why, serve = "the compiled extension", extension.reason, "Triton and the reference serve instead"
+        if sys.platform != "linux":
+            return  # there is none to be had there; the doctor says so
+        what, why, rest = "the compiled extension", extension.reason, "everything"
     elif extension.cuda_reason and torch.version.cuda:
-        what, why, serve = "the extension's CUDA part", extension.cuda_reason, "Triton and the reference serve CUDA tensors"
+        what, why, rest = "the extension's CUDA part", extension.cuda_reason, "CUDA tensors"
     else:
         return
-    warnings.warn(f"gfl_ops: without {what}: {why}. {serve}.", RuntimeWarning, stacklevel=2)
+    text = f"gfl_ops: {what} is not there: {why}. Triton and the reference serve {rest}; `gfl doctor` tells more."
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 EXTENSION = _load()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The in-tree build backend: setuptools', which also finds the torch that the extension is to be used with.
 
-Build isolation hides the target environment's packages, and an extension built against another torch does not load. pip
-runs the backend with the target's interpreter, so its site-packages can still be found; torch becomes a build requirement
-only where it is not there. See `torch_info.find_torch` for where it is looked for.
+Build isolation hides the target environment's packages, and an extension built against another torch does not load.
+pip runs the backend with the target's interpreter, so its site-packages can still be found; torch becomes a build
+requirement only where it is not there. `torch_info.find_torch` says where it is looked for.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ def record(plan: Plan, abi: Abi | None = None) -> dict[str, Any]:
         "nvcc": host.last_line((str(plan.cuda.nvcc),)) if plan.cuda else None,
         "archs": list(plan.archs),
         "cuda_reason": plan.cuda_reason,
-        "python": sys.version.split()[0],
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }
 
 
 def write_record(built: dict[str, Any], folder: Path) -> None:
     """Write the record as a module of the package below `folder`."""
     text = pprint.pformat(built, width=110, sort_dicts=False)
-    head = "# SPDX-License-Identifier: Apache-2.0\n# Written by the build: what the extension beside this file was built with.\n"
+    head = "# SPDX-License-Identifier: Apache-2.0\n# Written by the build: what was built here, and with what.\n"
     target = folder / RECORD
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(f"{head}BUILD_INFO = {text}\n", encoding="utf-8")

@@ -101,8 +101,12 @@ def _toolkit(nvcc: Path, version: str, torch_site: Path) -> CudaToolkit:
         raise LookupError("its headers (cuda_runtime.h) are not there")
     major = version.split(".")[0]
     # torch's own copy first: it is the one in the process.
-    libraries = [h / sub / f"libcudart.so{suffix}" for suffix in (f".{major}", f".{major}.0", "")
-                 for h in reversed(homes) for sub in ("lib", "lib64", "targets/x86_64-linux/lib")]
+    libraries = [
+        h / sub / f"libcudart.so{suffix}"
+        for suffix in (f".{major}", f".{major}.0", "")
+        for h in reversed(homes)
+        for sub in ("lib", "lib64", "targets/x86_64-linux/lib")
+    ]
     cudart = next((c for c in libraries if c.is_file()), None)
     if cudart is None:
         raise LookupError(f"the runtime library libcudart.so.{major} is not there")
@@ -115,7 +119,7 @@ def probe(toolkit: CudaToolkit, archs: tuple[str, ...]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cu"
         source.write_text("__global__ void f(float* x) { *x = 1.0f; }\nvoid g(float* x) { f<<<1, 1>>>(x); }\n")
-        command = [str(toolkit.nvcc), "-c", str(source), "-o", str(source.with_suffix(".o")), "-gencode", archs[-1]]
+        command = [str(toolkit.nvcc), "-c", str(source), "-o", str(source.with_suffix(".o")), *gencode(archs[-1:])]
         tried = subprocess.run(command, capture_output=True, text=True)
     if tried.returncode == 0:
         return ""
@@ -142,9 +146,10 @@ def _dotted(number: str) -> str:
 
 
 def target_archs(wish: str, known: frozenset[str]) -> tuple[str, ...]:
-    """nvcc's -gencode values for an arch list as torch's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "8.0 9.0a", "Hopper").
+    """nvcc's code names for an arch list as torch's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "8.0 9.0a", "Hopper").
 
-    Without a wish: what flags.json lists, as far as the toolkit knows it, and PTX of the newest for later GPUs.
+    "sm_90" is machine code for 9.0, "compute_90" PTX of it. Without a wish: what flags.json lists, as far as the
+    toolkit knows it, and PTX of the newest for later GPUs.
 
     Raises:
         ValueError: the wish names an architecture that does not exist or that the toolkit does not know.
@@ -166,7 +171,10 @@ def target_archs(wish: str, known: frozenset[str]) -> tuple[str, ...]:
                 has = ", ".join(sorted(known, key=float))
                 raise ValueError(f"TORCH_CUDA_ARCH_LIST: this nvcc does not know {arch}, only {has}")
             number = arch.replace(".", "")
-            codes.append(f"arch=compute_{number},code=sm_{number}")
-            if plus:
-                codes.append(f"arch=compute_{number},code=compute_{number}")
+            codes += [f"sm_{number}", *([f"compute_{number}"] if plus else [])]
     return tuple(dict.fromkeys(codes))
+
+
+def gencode(codes: tuple[str, ...]) -> list[str]:
+    """nvcc's options for code names."""
+    return [word for code in codes for word in ("-gencode", f"arch=compute_{code.rpartition('_')[2]},code={code}")]

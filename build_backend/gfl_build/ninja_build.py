@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cuda import gencode
 from .flags import FLAGS
 from .plan import Plan
 from .torch_info import Abi
@@ -77,9 +78,9 @@ def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
             assert plan.cuda is not None
             command = [str(plan.cuda.nvcc), *FLAGS["nvcc"], std, *define, *kernels]
             command += ["-Xcompiler", ",".join([*FLAGS["nvcc_host"], "-fPIC"])]
-            if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ:
+            if os.environ.get("CXX") == plan.compiler.command[0] and "NVCC_CCBIN" not in os.environ:
                 command += ["-ccbin", plan.compiler.command[0]]
-            command += [word for arch in plan.archs for word in ("-gencode", arch)]
+            command += gencode(plan.archs)
         else:
             command = binding if kind == "binding" else [*cxx, *extra]
         output = objects / source.relative_to(root / "csrc").with_suffix(source.suffix + ".o")
@@ -119,6 +120,7 @@ def build(plan: Plan, abi: Abi, root: Path, folder: Path) -> Path:
 
 def ninja_file(todo: list[Step], link: list[str], library: Path) -> str:
     """The text of build.ninja."""
+
     def path(p: Path) -> str:
         return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 

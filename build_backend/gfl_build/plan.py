@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+from setuptools.errors import BaseError
 
 from .cuda import CudaToolkit, find_toolkit, target_archs
 from .host import Compiler, find_compiler
@@ -17,8 +21,8 @@ DETECTOR_REQUIREMENTS = ("numpy", "pillow", "pycocotools", "tqdm")
 ANY_TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]}"
 
 
-class BuildError(Exception):
-    """What was asked for can't be built."""
+class BuildError(BaseError):
+    """What was asked for can't be built. setuptools prints its text without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Plan:
         torch: the torch that the extension is compiled against, None without extension.
         compiler: the C++ compiler, None without extension.
         cuda: the CUDA toolkit, None without CUDA part.
-        archs: what the CUDA part is compiled for, as nvcc's -gencode values.
+        archs: what the CUDA part is compiled for: nvcc's code names, "sm_90" for machine code, "compute_90" for PTX.
         reason: why there is no extension, empty where there is one.
         cuda_reason: why there is no CUDA part, empty where there is one.
     """
@@ -43,8 +47,8 @@ class Plan:
 
 
 def build_requirements() -> list[str]:
-    """torch, where the target environment has none and an extension will be built: the newest is what pip installs too."""
-    return [ANY_TORCH] if not _no_compiler() and find_torch() is None else []
+    """torch, where the target environment has none and an extension is built: pip then installs the same newest one."""
+    return [ANY_TORCH] if not _no_host() and find_torch() is None else []
 
 
 def runtime_requirements(plan: Plan) -> list[str]:
@@ -60,7 +64,7 @@ def runtime_requirements(plan: Plan) -> list[str]:
 def make_plan() -> Plan:
     """Look at the machine and the environment variables and decide."""
     wish = _cuda_wish()
-    reason = _no_compiler()
+    reason = _no_host()
     torch = None if reason else find_torch()
     if not reason and torch is None:
         reason = f"no {ANY_TORCH} was found to compile against"
@@ -83,10 +87,14 @@ def _cuda_wish() -> str:
     return wish
 
 
-def _no_compiler() -> str:
+def _no_host() -> str:
     if sys.platform != "linux":
         return f"the extension is built on Linux only, this is {sys.platform}"
-    return "" if find_compiler() else "no C++ compiler was found (CXX, c++, g++, clang++)"
+    if not find_compiler():
+        return "no C++ compiler was found (CXX, c++, g++, clang++)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return f"the headers of Python {sys.version.split()[0]} are not installed"
+    return ""
 
 
 def _plan_cuda(torch: TorchInfo, wish: str) -> tuple[CudaToolkit | None, tuple[str, ...], str]:

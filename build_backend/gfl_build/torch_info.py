@@ -52,9 +52,10 @@ def read_torch(folder: Path) -> TorchInfo | None:
         return None
     values: dict[str, object] = {}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if isinstance(getattr(node, "value", None), ast.Constant):
-            values.update({t.id: node.value.value for t in targets if isinstance(t, ast.Name)})  # type: ignore[attr-defined]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    values[target.id] = node.value.value
     version = values.get("__version__")
     if not isinstance(version, str):
         return None
