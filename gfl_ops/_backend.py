@@ -24,8 +24,9 @@ class _Kernels:
 
 
 _KERNELS: dict[str, _Kernels] = {}
+_AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
 _backend = "auto"
@@ -34,6 +35,13 @@ _backend = "auto"
 def declare(stem: str, native: Iterable[str], triton: bool) -> None:
     """Say where an operator has kernels. Called once an operator, when it is registered."""
     _KERNELS[stem] = _Kernels(tuple(native), triton)
+    for device_type in ("cpu", "cuda"):
+        _AUTOMATIC[stem, device_type] = automatic(stem, device_type)
+
+
+def kernels(stem: str) -> _Kernels:
+    """Where the operator has kernels, whether or not this machine can run them."""
+    return _KERNELS[stem]
 
 
 def unavailable(backend: str, stem: str, device_type: str) -> str | None:
@@ -48,21 +56,25 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
             return f"there is no Triton kernel for {stem}"
         if not _HAS_TRITON:
             return "the package triton is not installed"
-        if device_type == "cuda" or _TRITON_INTERPRETS:
+        if device_type == "cuda" or TRITON_INTERPRETS:
             return None
         return f"Triton runs on {device_type} only in its interpreter; set TRITON_INTERPRET=1 before Python starts"
     return None
 
 
+def automatic(stem: str, device_type: str) -> str:
+    """The fastest backend that works there. Triton's interpreter is for testing and never chosen unasked."""
+    if unavailable("native", stem, device_type) is None:
+        return "native"
+    if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
+        return "triton"
+    return "reference"
+
+
 def serving(stem: str, device_type: str) -> str:
     """The backend that runs the operator there: "native", "triton" or "reference"."""
     if _backend == "auto":
-        # The interpreter is for testing: thousands of times slower than the reference, so never chosen unasked.
-        if device_type in _KERNELS[stem].native:
-            return "native"
-        if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
-            return "triton"
-        return "reference"
+        return _AUTOMATIC.get((stem, device_type), "reference")
     reason = unavailable(_backend, stem, device_type)
     if reason is not None:
         raise RuntimeError(f"gfl_ops: backend {_backend!r} can't run {stem} on {device_type}: {reason}")

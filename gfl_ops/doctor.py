@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed, what serves each operator, and why nothing faster does; printed by ``gfl doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import textwrap
+from typing import Any
+
+import torch
+
+from . import _backend, _extension
+from ._spec import SPECS
+from ._version import __version__
+
+WIDTH = 80
+
+
+def report() -> str:
+    """The whole report, at most 80 columns wide."""
+    return "\n\n".join(["\n".join(_facts()), "\n".join(_table()), "\n".join(_reasons())]) + "\n"
+
+
+def _facts() -> list[str]:
+    info = _extension.EXTENSION.info
+    facts = [
+        ("gfl-ops", f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {_cuda_of_torch()}, {torch.get_num_threads()} CPU threads"),
+        ("GPU", _gpus()),
+        ("extension", _extension.why_not("cpu") or f"compiled by {info['compiler']} for torch {info['torch']}"),
+        ("its CUDA part", _cuda_part(info)),
+        ("Triton", _triton()),
+        ("backend", _chosen()),
+    ]
+    wrapped = []
+    for name, fact in facts:
+        wrapped += textwrap.wrap(f"{name:<14} {fact}", WIDTH, subsequent_indent=" " * 15, break_on_hyphens=False)
+    return wrapped
+
+
+def _cuda_of_torch() -> str:
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{name} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, name in enumerate(names))
+
+
+def _cuda_part(info: dict[str, Any]) -> str:
+    if _extension.EXTENSION.cuda_reason:
+        return f"none: {_extension.EXTENSION.cuda_reason}"
+    return f"compiled by {info['nvcc']} for {', '.join(info['archs'])}"
+
+
+def _triton() -> str:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    return f"{version}{', interpreting (TRITON_INTERPRET=1)' if _backend.TRITON_INTERPRETS else ''}"
+
+
+def _chosen() -> str:
+    source = " (GFL_OPS_BACKEND)" if os.environ.get("GFL_OPS_BACKEND") == _backend.get_backend() else ""
+    return f"{_backend.get_backend()}{source}"
+
+
+def _table() -> list[str]:
+    """Which backend "auto" takes for each operator on each kind of device."""
+    lines = [f"{'operator':<18}{'cpu':<12}{'cuda':<12}has kernels for", "-" * WIDTH]
+    for stem in SPECS:
+        serving = [_backend.automatic(stem, device) for device in ("cpu", "cuda")]
+        kernels = _backend.kernels(stem)
+        compiled = [f"native {device}" for device in kernels.native]
+        also = ", ".join([*compiled, *(["triton"] if kernels.triton else [])]) or "-"
+        lines.append(f"{stem:<18}{serving[0]:<12}{serving[1]:<12}{also}")
+    return lines
+
+
+def _reasons() -> list[str]:
+    """Why the faster backends do not serve, each reason once with the operators that it holds for."""
+    held: dict[tuple[str, str, str], list[str]] = {}
+    for stem in SPECS:
+        for device in ("cpu", "cuda"):
+            for backend in ("native", "triton"):
+                reason = _backend.unavailable(backend, stem, device)
+                if reason is not None:
+                    held.setdefault((backend, device, reason.replace(stem, "it")), []).append(stem)
+    lines = ["why another backend does not serve:"]
+    for (backend, device, reason), stems in held.items():
+        which = "every operator" if len(stems) == len(SPECS) else ", ".join(stems)
+        lines += textwrap.wrap(
+            f"- {backend} on {device}: {which}: {reason}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
+        )
+    return lines
