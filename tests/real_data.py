@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs of a trained head on 47 photos of COCO val2017 as the maps that `postprocess` takes.
 
-The files lie outside the project; `GFL_TEST_DATA` names the folder, else it is `../shared/data` from the project's root.
+The files lie outside the project: in `GFL_TEST_DATA`, or in `../shared/data` as seen from its root.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class Photos:
         def convert(maps: list[Tensor]) -> list[Tensor]:
             return [m.contiguous(memory_format=torch.channels_last) for m in maps]
 
-        return Photos(
-            self.ids, convert(self.cls_scores), convert(self.reg_preds), self.image_sizes, self.scale_factors
-        )
+        return Photos(self.ids, convert(self.cls_scores), convert(self.reg_preds), self.image_sizes, self.scale_factors)
 
     def arguments(self) -> tuple[Any, ...]:
         """The positional arguments of `postprocess`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._boxes import aligned_iou, rounded
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
 
@@ -48,14 +49,14 @@ def ranking_threshold(score_threshold: float, activated: bool) -> float:
     return math.log(score_threshold / (1 - score_threshold))
 
 
-def select(cls_score: Tensor, threshold: Tensor, nms_pre: int, anchor_topk: bool) -> tuple[Tensor, Tensor]:
+def select(cls_score: Tensor, threshold: float, nms_pre: int, anchor_topk: bool) -> tuple[Tensor, Tensor]:
     """fp32 values and indices ``location · C + class`` of one level's candidates, the greatest value first."""
     classes = cls_score.shape[0]
     flat = cls_score.float().permute(1, 2, 0).reshape(-1)
     # False for NaN, which is never a candidate.
     index = (flat > threshold).nonzero().squeeze(1)
     value = flat[index]
-    if anchor_topk and 0 < nms_pre:
+    if anchor_topk and nms_pre > 0:
         best = torch.full((flat.numel() // max(classes, 1),), -math.inf, device=flat.device)
         best.scatter_reduce_(0, index // max(classes, 1), value, "amax")
         rank = best.sort(descending=True, stable=True).indices
@@ -65,7 +66,7 @@ def select(cls_score: Tensor, threshold: Tensor, nms_pre: int, anchor_topk: bool
         index, value = index[kept], value[kept]
     # `index` rises, so a stable sort leaves equal values in the order of their indices.
     value, order = value.sort(descending=True, stable=True)
-    if not anchor_topk and 0 < nms_pre:
+    if not anchor_topk and nms_pre > 0:
         value, order = value[:nms_pre], order[:nms_pre]
     return value, index[order]
 
@@ -92,7 +93,7 @@ def reference(
     scores = torch.zeros((batch, max_detections), device=device)
     labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     count = torch.zeros((batch,), dtype=torch.int32, device=device)
-    threshold = torch.tensor(ranking_threshold(score_threshold, activated), dtype=torch.float32, device=device)
+    threshold = rounded(ranking_threshold(score_threshold, activated), torch.float32)
 
     for image in range(batch):
         limit = image_sizes[image].float().flip(0).repeat(2)  # w, h, w, h
@@ -129,12 +130,12 @@ def reference(
 def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: int, legacy: bool) -> Tensor:
     """Indices that class-wise NMS keeps of boxes in the order of their rank, at most `max_detections`."""
     alive = torch.ones_like(label, dtype=torch.bool)
-    threshold = torch.tensor(iou_threshold, dtype=torch.float32, device=box.device)
+    threshold = rounded(iou_threshold, torch.float32)
     kept: list[int] = []
     while len(kept) < max_detections and bool(alive.any()):
         best = int(alive.int().argmax())
         kept.append(best)
-        alive &= (label != label[best]) | ~(iou_one_to_many(box[best], box, legacy) > threshold)
+        alive &= (label != label[best]) | ~(aligned_iou(box[best], box, legacy) > threshold)
         alive[best] = False
     return torch.tensor(kept, dtype=torch.int64, device=box.device)
 
@@ -142,16 +143,6 @@ def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: 
 def integral(pred: Tensor, reg_max: int) -> Tensor:
     p = pred.float().reshape(-1, 4, reg_max + 1).softmax(2)
     return (p * torch.arange(reg_max + 1, device=pred.device, dtype=torch.float32)).sum(2)
-
-
-def iou_one_to_many(a: Tensor, b: Tensor, legacy: bool) -> Tensor:
-    extra = 1.0 if legacy else 0.0
-    width = (torch.minimum(a[2], b[:, 2]) - torch.maximum(a[0], b[:, 0]) + extra).clamp(min=0)
-    height = (torch.minimum(a[3], b[:, 3]) - torch.maximum(a[1], b[:, 1]) + extra).clamp(min=0)
-    intersection = width * height
-    area_a = (a[2] - a[0] + extra) * (a[3] - a[1] + extra)
-    area_b = (b[:, 2] - b[:, 0] + extra) * (b[:, 3] - b[:, 1] + extra)
-    return intersection / (area_a + area_b - intersection)
 
 
 def fake(
@@ -180,16 +171,18 @@ def fake(
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    """Small maps; all but the "smooth" ones decode exactly, so that IoUs and what they decide are equal everywhere."""
+
     def call(
         id: str,
         batch: int = 2,
         classes: int = 5,
         reg_max: int = 8,
         sizes: Sequence[tuple[int, int]] = ((9, 13), (5, 7), (1, 1)),
-        scores: float = 2.0,
         shift: float = 0.0,
-        channels_last: bool = False,
-        transposed: bool = False,
+        spread: float = 2.0,
+        smooth: bool = False,
+        layout: str = "nchw",
         scaled: bool = False,
         score_threshold: float = 0.3,
         nms_pre: int = 40,
@@ -200,57 +193,68 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         activated: bool = False,
         legacy: bool = False,
     ) -> Sample:
-        def maps(channels: int, scale: float, shift: float) -> list[Tensor]:
-            drawn = []
-            for h, w in sizes:
-                level = normal((batch, channels, w, h) if transposed else (batch, channels, h, w), device, dtype, generator, scale)
-                level = (level + shift).transpose(2, 3) if transposed else level + shift
-                drawn.append(level.contiguous(memory_format=torch.channels_last) if channels_last else level)
-            return drawn
+        def arranged(values: Tensor) -> Tensor:
+            if layout == "transposed":
+                return values.transpose(2, 3).contiguous().transpose(2, 3)
+            if layout == "channels-last":
+                return values.contiguous(memory_format=torch.channels_last)
+            return values
 
-        cls = maps(classes, scores, shift)
-        if activated:
-            cls = [level.sigmoid() for level in cls]
-        strides = [8.0 * 2**level for level in range(len(sizes))]
+        def score_map(h: int, w: int) -> Tensor:
+            values = normal((batch, classes, h, w), device, dtype, generator, spread) + shift
+            return arranged(values.sigmoid() if activated else values)
+
+        def distribution_map(h: int, w: int) -> Tensor:
+            if smooth:
+                return arranged(normal((batch, 4 * (reg_max + 1), h, w), device, dtype, generator, 1.5))
+            # Half of the mass in each of two bins, or all in one: every backend's softmax of it is exact.
+            bins = torch.randint(reg_max + 1, (2, batch, 4, 1, h, w), generator=generator)
+            values = torch.full((batch, 4, reg_max + 1, h, w), -200.0)
+            for chosen in bins:
+                values.scatter_(2, chosen, 0.0)
+            return arranged(values.flatten(1, 2).to(device=device, dtype=dtype))
+
         # Smaller than the maps, so that boxes are clipped and some lose their extent.
-        image = torch.tensor([[60.0, 90.0], [72.0, 100.5]]).repeat(batch, 1)[:batch].to(device)
-        factors = uniform((batch, 2), device, torch.float32, generator, 0.5, 2.0) if scaled else None
-        offsets = [offset] * len(sizes)
+        image = torch.tensor([[7.5, 11.0], [9.0, 12.5]]).repeat(batch, 1)[:batch].to(device)
         return Sample(
             id,
             (
-                cls,
-                maps(4 * (reg_max + 1), 1.5, 0.0),
-                strides,
+                [score_map(h, w) for h, w in sizes],
+                [distribution_map(h, w) for h, w in sizes],
+                [1.0 * 2**level for level in range(len(sizes))],
                 image,
-                factors,
+                uniform((batch, 2), device, torch.float32, generator, 1.0, 3.0) if scaled else None,
                 reg_max,
                 score_threshold,
                 nms_pre,
                 iou_threshold,
                 max_detections,
-                offsets,
+                [offset] * len(sizes),
                 anchor_topk,
                 activated,
                 legacy,
             ),
         )
 
-    yield call("plain")
+    yield call("pair")
+    # An IoU is never above 1: nothing here depends on the last bit of an exponential.
+    yield call("smooth", smooth=True, iou_threshold=1.0, max_detections=60)
+    yield call("smooth-channels-last", smooth=True, iou_threshold=1.0, layout="channels-last", scaled=True, offset=0.5)
     yield call("batch0", batch=0)
-    yield call("one-class", batch=1, classes=1, reg_max=16)
+    yield call("one-class-r16", batch=1, classes=1, reg_max=16)
     yield call("one-cell", batch=1, sizes=((1, 1),))
     yield call("empty-level", sizes=((0, 4), (5, 7)))
     yield call("nothing", shift=-50.0)
     yield call("all", sizes=((4, 5), (2, 3)), shift=8.0, nms_pre=0, iou_threshold=0.9)
-    yield call("channels-last", channels_last=True, scaled=True)
-    yield call("transposed", transposed=True, nms_pre=-1)
+    yield call("channels-last", layout="channels-last", scaled=True)
+    yield call("transposed", layout="transposed", nms_pre=-1)
     yield call("anchor", anchor_topk=True, nms_pre=15, offset=0.5)
     yield call("anchor-legacy", anchor_topk=True, nms_pre=15, legacy=True, scaled=True)
     yield call("activated", activated=True, score_threshold=0.4)
     yield call("few-slots", max_detections=3)
     yield call("wide", batch=1, classes=81, reg_max=1, sizes=((6, 11),), score_threshold=0.8)
-    yield call("saturated", scores=30.0, nms_pre=30)
+    # σ(x) is 1 for many of these, x itself is not equal.
+    yield call("saturated", shift=30.0, spread=9.0, nms_pre=30)
     yield call("threshold0", sizes=((3, 3),), score_threshold=0.0)
     yield call("threshold1", score_threshold=1.0)
 
@@ -388,7 +392,9 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
         rule = f"with more than {MAX_LEVELS} levels is not supported"
         raise NotImplementedError(_check.message(OP, "cls_scores", rule, levels))
     if len(reg_preds) != levels:
-        raise ValueError(_check.message(OP, "reg_preds", f"must have as many levels as `cls_scores`, {levels}", len(reg_preds)))
+        raise ValueError(
+            _check.message(OP, "reg_preds", f"must have as many levels as `cls_scores`, {levels}", len(reg_preds))
+        )
     first_cls, first_reg = cls_scores[0], reg_preds[0]
     for level, (cls, reg) in enumerate(zip(cls_scores, reg_preds, strict=True)):
         cls_name, reg_name = f"cls_scores[{level}]", f"reg_preds[{level}]"
@@ -396,7 +402,9 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
         _check.tensor(OP, reg_name, reg)
         for name, value, first in ((cls_name, cls, first_cls), (reg_name, reg, first_reg)):
             if value.dtype != first.dtype:
-                raise TypeError(_check.message(OP, name, f"must have the dtype of the first level, {first.dtype}", value.dtype))
+                raise TypeError(
+                    _check.message(OP, name, f"must have the dtype of the first level, {first.dtype}", value.dtype)
+                )
             _check.same_device(OP, name, value, "cls_scores[0]", first_cls)
         batch, classes = (None, None) if level == 0 else first_cls.shape[:2]
         _check.shape(OP, cls_name, cls, "[B, C, H, W]", (batch, classes, None, None))
@@ -411,7 +419,9 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
 
 def _check_numbers(values: Sequence[float], name: str, levels: int, above: float | None) -> None:
     if not isinstance(values, (list, tuple)):
-        raise TypeError(_check.message(OP, name, "must be a list or tuple of numbers, one a level", type(values).__name__))
+        raise TypeError(
+            _check.message(OP, name, "must be a list or tuple of numbers, one a level", type(values).__name__)
+        )
     if len(values) != levels:
         raise ValueError(_check.message(OP, name, f"must have one number a level, {levels}", len(values)))
     for i, value in enumerate(values):
