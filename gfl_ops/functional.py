@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
+from .ops.atss import Assignment, atss_assign
 from .ops.postprocess import Detections, postprocess
 from .ops.qfl import quality_focal_loss
 
 __all__ = [
+    "Assignment",
     "Detections",
+    "atss_assign",
     "postprocess",
     "quality_focal_loss",
 ]

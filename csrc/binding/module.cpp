@@ -9,6 +9,11 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace gfl::binding;
+  m.def("atss_forward", [](const std::vector<int64_t>& level_sizes, const std::vector<double>& strides,
+                           const at::Tensor& gt_boxes, const at::Tensor& gt_labels, const OptionalTensor& valid_sizes,
+                           int64_t topk, double anchor_scale, const std::vector<double>& center_offset, bool legacy) {
+    return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset, legacy);
+  });
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
 }

@@ -12,6 +12,12 @@ namespace gfl::binding {
 using OptionalTensor = std::optional<at::Tensor>;
 using Needs2 = std::array<bool, 2>;
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef level_sizes, at::ArrayRef<double> strides,
+                                                            const at::Tensor& gt_boxes, const at::Tensor& gt_labels,
+                                                            const OptionalTensor& valid_sizes, int64_t topk,
+                                                            double anchor_scale, at::ArrayRef<double> center_offset,
+                                                            bool legacy);
+
 at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
                        bool activated);
 std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,

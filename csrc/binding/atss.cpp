@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gfl/atss.h"
+
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common.h"
+#include "ops.h"
+
+namespace gfl::binding {
+namespace {
+
+std::vector<AtssLevel> levels_of(at::IntArrayRef sizes, at::ArrayRef<double> strides, double anchor_scale,
+                                 at::ArrayRef<double> center_offset, bool legacy) {
+  TORCH_CHECK_VALUE(sizes.size() == 2 * strides.size(), "gfl: `level_sizes` must hold a height and a width for each of ",
+                    strides.size(), " strides, got ", sizes.size(), " numbers");
+  TORCH_CHECK_VALUE(center_offset.size() == strides.size(), "gfl: `center_offset` must hold a number for each of ",
+                    strides.size(), " strides, got ", center_offset.size());
+  std::vector<AtssLevel> levels;
+  for (size_t l = 0; l < strides.size(); ++l) {
+    TORCH_CHECK_VALUE(sizes[2 * l] >= 0 && sizes[2 * l + 1] >= 0 && strides[l] > 0,
+                      "gfl: `level_sizes` must be >= 0 and `strides` > 0");
+    const double size = anchor_scale * strides[l];
+    levels.push_back({sizes[2 * l], sizes[2 * l + 1], static_cast<float>(strides[l]),
+                      static_cast<float>(center_offset[l]), static_cast<float>(legacy ? (strides[l] - 1) / 2 : 0),
+                      static_cast<float>((legacy ? size - 1 : size) / 2)});
+  }
+  return levels;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef level_sizes, at::ArrayRef<double> strides,
+                                                            const at::Tensor& gt_boxes, const at::Tensor& gt_labels,
+                                                            const OptionalTensor& valid_sizes, int64_t topk,
+                                                            double anchor_scale, at::ArrayRef<double> center_offset,
+                                                            bool legacy) {
+  const std::vector<AtssLevel> levels = levels_of(level_sizes, strides, anchor_scale, center_offset, legacy);
+  check_dim(gt_boxes, 3, "gt_boxes");
+  const int64_t images = gt_boxes.size(0), gts = gt_boxes.size(1);
+  check_shape(gt_boxes, {images, gts, 4}, "gt_boxes");
+  check_dtype(gt_boxes, at::kFloat, "gt_boxes");
+  check_shape(gt_labels, {images, gts}, "gt_labels");
+  check_dtype(gt_labels, at::kLong, "gt_labels");
+  check_device(gt_labels, gt_boxes, "gt_labels");
+  TORCH_CHECK_VALUE(topk >= 1, "gfl: `topk` must be >= 1, got ", topk);
+  at::Tensor valid;
+  if (valid_sizes.has_value()) {
+    check_shape(*valid_sizes, {images, 2}, "valid_sizes");
+    check_dtype(*valid_sizes, at::kFloat, "valid_sizes");
+    check_device(*valid_sizes, gt_boxes, "valid_sizes");
+    valid = valid_sizes->contiguous();
+  }
+  const at::Tensor boxes = gt_boxes.contiguous(), box_labels = gt_labels.contiguous();
+  int64_t locations = 0;
+  for (const AtssLevel& level : levels) locations += level.height * level.width;
+  const AtssInput in{levels.data(),
+                     static_cast<int64_t>(levels.size()),
+                     locations,
+                     boxes.const_data_ptr<float>(),
+                     box_labels.const_data_ptr<int64_t>(),
+                     valid.defined() ? valid.const_data_ptr<float>() : nullptr,
+                     images,
+                     gts,
+                     topk,
+                     legacy};
+  at::Tensor labels = at::empty({images, locations}, gt_labels.options());
+  at::Tensor matched = at::empty({images, locations}, gt_labels.options());
+  at::Tensor iou = at::empty({images, locations}, gt_boxes.options());
+  for_chunks(images, 1, [&](int64_t begin, int64_t end) {
+    cpu::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(), iou.mutable_data_ptr<float>(),
+              begin, end);
+  });
+  return {labels, matched, iou};
+}
+
+GFL_IMPL_CPU("atss", atss_forward)
+
+}  // namespace gfl::binding
