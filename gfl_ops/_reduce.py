@@ -32,6 +32,23 @@ def check_reduction(
         _check.number(op, "avg_factor", avg_factor)
 
 
+def check_element_reduction(
+    op: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
+) -> Tensor | None:
+    """The same for a loss of pred's shape. Returns `weight`, which may also hold one number a row, so that it broadcasts."""
+    shape = pred.shape
+    if weight is not None:
+        _check.tensor(op, "weight", weight, _check.FLOATING + _check.INTEGER + (torch.bool,))
+        if weight.shape != shape:
+            rows, spread = shape[:1], shape[:1] + (1,) * (pred.dim() - 1)
+            if weight.shape != rows and weight.shape != spread:
+                rule = f"must have shape [N] = {list(rows)} or pred's, {list(shape)}"
+                raise ValueError(_check.message(op, "weight", rule, list(weight.shape)))
+            shape, weight = torch.Size(spread), weight.reshape(spread)
+    check_reduction(op, shape, "pred's", pred, weight, reduction, avg_factor)
+    return weight
+
+
 def reduce_loss(
     loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
 ) -> Tensor:

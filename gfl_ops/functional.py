@@ -2,8 +2,10 @@
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
 from .ops.atss import Assignment, atss_assign
+from .ops.focal import sigmoid_focal_loss
 from .ops.postprocess import Detections, postprocess
 from .ops.qfl import quality_focal_loss
+from .ops.vfl import varifocal_loss
 
 __all__ = [
     "Assignment",
@@ -11,4 +13,6 @@ __all__ = [
     "atss_assign",
     "postprocess",
     "quality_focal_loss",
+    "sigmoid_focal_loss",
+    "varifocal_loss",
 ]

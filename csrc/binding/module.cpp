@@ -14,6 +14,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                            int64_t topk, double anchor_scale, const std::vector<double>& center_offset, bool legacy) {
     return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset, legacy);
   });
+  m.def("focal_forward", &focal_forward);
+  m.def("focal_backward", &focal_backward);
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
+  m.def("vfl_forward", &vfl_forward);
+  m.def("vfl_backward", &vfl_backward);
 }

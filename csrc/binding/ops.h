@@ -18,10 +18,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
                                                             double anchor_scale, at::ArrayRef<double> center_offset,
                                                             bool legacy);
 
+at::Tensor focal_forward(const at::Tensor& pred, const at::Tensor& target, double alpha, double gamma, bool activated);
+std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                  const at::Tensor& target, double alpha, double gamma,
+                                                  bool activated, Needs2 needs);
+
 at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
                        bool activated);
 std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const OptionalTensor& label, const at::Tensor& target, double beta,
                                                 bool activated, Needs2 needs);
+
+at::Tensor vfl_forward(const at::Tensor& pred, const at::Tensor& target, double alpha, double gamma, bool iou_weighted,
+                       bool activated);
+std::tuple<at::Tensor, at::Tensor> vfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const at::Tensor& target, double alpha, double gamma,
+                                                bool iou_weighted, bool activated, Needs2 needs);
 
 }  // namespace gfl::binding

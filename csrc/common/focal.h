@@ -24,13 +24,18 @@ template <class A> GFL_HOST_DEVICE A power(A base, A exponent) {
   return std::pow(base, exponent);
 }
 
-// d(base^exponent)/d(base) for base ≥ 0. An exponent below 1 has no finite derivative at 0; 0 is taken there.
+// d(base^exponent)/d(base) for base ≥ 0. An exponent below 1 has no finite derivative at 0; 0 is taken there, and for
+// subnormal bases, where the power would overflow.
 template <class A> GFL_HOST_DEVICE A power_derivative(A base, A exponent) {
   if (exponent == A(2)) return A(2) * base;
   if (exponent == A(1)) return A(1);
-  if (base == A(0)) return A(0);
+  const A smallest = std::numeric_limits<A>::min();
+  if (absolute(base) < smallest) return A(0);
   return exponent * std::pow(base, exponent - A(1));
 }
+
+// The derivative of |x|, 0 at 0 as torch's.
+template <class A> GFL_HOST_DEVICE A sign(A x) { return A((A(0) < x) - (x < A(0))); }
 
 // Probability, its complement and the binary cross entropy of a score against a target, from one exponential.
 template <class A> struct Bernoulli {
@@ -85,8 +90,34 @@ template <class A> GFL_HOST_DEVICE Term<A> qfl_term(A pred, A t, A beta, bool ac
   const A difference = b.p - t;
   const A distance = absolute(difference);
   const A factor = power(distance, beta);
-  const A slope = (difference < A(0) ? A(-1) : A(1)) * power_derivative(distance, beta) * b.bce;
+  const A slope = sign(difference) * power_derivative(distance, beta) * b.bce;
   return {factor * b.bce, slope * b.p_pred + factor * b.bce_pred, factor * b.bce_target - slope};
+}
+
+// Positive where t > 0. Weighted by the target or not, a positive has no modulating factor.
+template <class A>
+GFL_HOST_DEVICE Term<A> vfl_term(A pred, A t, A alpha, A gamma, bool iou_weighted, bool activated) {
+  if (!(t > A(0))) {
+    const Term<A> term = qfl_term(pred, t, gamma, activated);
+    return {alpha * term.value, alpha * term.grad_pred, alpha * term.grad_target};
+  }
+  const Bernoulli<A> b = bernoulli(pred, t, activated);
+  if (!iou_weighted) return {b.bce, b.bce_pred, b.bce_target};
+  return {t * b.bce, t * b.bce_pred, b.bce + t * b.bce_target};
+}
+
+// A negative α means no balance between positives and negatives. t may be soft: α_t and p_t are linear in it.
+template <class A> GFL_HOST_DEVICE Term<A> focal_term(A pred, A t, A alpha, A gamma, bool activated) {
+  const Bernoulli<A> b = bernoulli(pred, t, activated);
+  const bool balanced = alpha >= A(0);
+  const A balance = balanced ? alpha * t + (A(1) - alpha) * (A(1) - t) : A(1);
+  const A miss = b.q * t + b.p * (A(1) - t);  // 1 − p_t, to full relative precision for t of 0 or 1
+  const A modulation = power(miss, gamma);
+  const A factor = balance * modulation;
+  const A slope = balance * power_derivative(miss, gamma) * b.bce;
+  const A by_balance = balanced ? (A(2) * alpha - A(1)) * modulation * b.bce : A(0);
+  return {factor * b.bce, slope * (A(1) - A(2) * t) * b.p_pred + factor * b.bce_pred,
+          by_balance + slope * (b.q - b.p) + factor * b.bce_target};
 }
 
 }  // namespace gfl

@@ -21,23 +21,28 @@ def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple
     if not activated:
         pred = clamp_infinite(pred)
         return pred.sigmoid(), F.binary_cross_entropy_with_logits(pred, target, reduction="none")
-    # torch's own cross entropy stops the program outside [0, 1] and refuses autocast; here the result there is NaN.
+    # torch's own cross entropy stops the program where input or target leave [0, 1], refuses autocast, and floors the
+    # logarithms at −100 in the value but not in its derivative by the target, infinite where a bf16 sigmoid saturates. It
+    # is linear in the target, so that the two ends of the line serve any target, floored in both.
     valid = (pred >= 0) & (pred <= 1)
     with torch.autocast(pred.device.type, enabled=False):
         inside = torch.where(valid, pred, 0.5)
-        loss = F.binary_cross_entropy(inside, target.detach(), reduction="none")
-    # torch floors the logarithms at −100 in the value only: its derivative by the target is infinite where a bf16 sigmoid
-    # saturates. Here the floor holds for both.
-    logit = inside.detach().log().clamp(min=-100) - torch.log1p(-inside.detach()).clamp(min=-100)
-    loss = loss - (target - target.detach()) * logit
+        positive = F.binary_cross_entropy(inside, torch.ones_like(inside), reduction="none")
+        negative = F.binary_cross_entropy(inside, torch.zeros_like(inside), reduction="none")
+        loss = target * positive + (1 - target) * negative
     # Multiplied, not chosen by `where`, whose other branch would hand NaN to every gradient.
     return pred, loss * torch.where(valid, 1.0, float("nan"))
 
 
 def absolute_power(difference: Tensor, exponent: float) -> Tensor:
     """|difference|^exponent, with derivative 0 at 0 also for exponents below 1."""
-    zero = difference == 0
-    return torch.where(zero, 0.0 if exponent > 0 else 1.0, torch.where(zero, 1.0, difference).abs().pow(exponent))
+    return finite_power(difference.abs(), exponent)
+
+
+def finite_power(base: Tensor, exponent: float) -> Tensor:
+    """base^exponent, with derivative 0 at 0; subnormal bases, where the derivative's power would overflow, count as 0."""
+    zero = base.abs() < torch.finfo(base.dtype).tiny
+    return torch.where(zero, 0.0 if exponent > 0 else 1.0, torch.where(zero, 1.0, base).pow(exponent))
 
 
 def reference(pred: Tensor, label: Tensor | None, target: Tensor, beta: float, activated: bool) -> Tensor:
