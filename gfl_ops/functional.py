@@ -3,6 +3,7 @@
 
 from .ops.atss import Assignment, atss_assign
 from .ops.focal import sigmoid_focal_loss
+from .ops.iou import box_iou_loss, giou_loss
 from .ops.postprocess import Detections, postprocess
 from .ops.qfl import quality_focal_loss
 from .ops.vfl import varifocal_loss
@@ -11,6 +12,8 @@ __all__ = [
     "Assignment",
     "Detections",
     "atss_assign",
+    "box_iou_loss",
+    "giou_loss",
     "postprocess",
     "quality_focal_loss",
     "sigmoid_focal_loss",

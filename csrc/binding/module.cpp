@@ -16,6 +16,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("focal_forward", &focal_forward);
   m.def("focal_backward", &focal_backward);
+  m.def("iou_forward", &iou_forward);
+  m.def("iou_backward", &iou_backward);
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
   m.def("vfl_forward", &vfl_forward);

@@ -23,6 +23,10 @@ std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, c
                                                   const at::Tensor& target, double alpha, double gamma,
                                                   bool activated, Needs2 needs);
 
+at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t kind, double eps);
+std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const at::Tensor& target, int64_t kind, double eps, Needs2 needs);
+
 at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
                        bool activated);
 std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
