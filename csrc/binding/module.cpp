@@ -18,6 +18,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("focal_backward", &focal_backward);
   m.def("iou_forward", &iou_forward);
   m.def("iou_backward", &iou_backward);
+  m.def("postprocess_forward",
+        [](const std::vector<at::Tensor>& cls_scores, const std::vector<at::Tensor>& reg_preds,
+           const std::vector<double>& strides, const at::Tensor& image_sizes, const OptionalTensor& scale_factors,
+           int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold, int64_t max_detections,
+           const std::vector<double>& center_offset, bool anchor_topk, bool activated, bool legacy) {
+          return postprocess_forward(cls_scores, reg_preds, strides, image_sizes, scale_factors, reg_max,
+                                     score_threshold, nms_pre, iou_threshold, max_detections, center_offset,
+                                     anchor_topk, activated, legacy);
+        });
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
   m.def("vfl_forward", &vfl_forward);

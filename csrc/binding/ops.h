@@ -26,6 +26,10 @@ std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, c
 at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t kind, double eps);
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const at::Tensor& target, int64_t kind, double eps, Needs2 needs);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
+    at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& image_sizes,
+    const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,
+    int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy);
 
 at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
                        bool activated);

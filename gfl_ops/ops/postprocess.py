@@ -35,7 +35,7 @@ class Detections(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 def ranking_threshold(score_threshold: float, activated: bool) -> float:
@@ -345,10 +345,12 @@ def postprocess(
     levels = _check_maps(cls_scores, reg_preds, reg_max)
     cls, batch = cls_scores[0], cls_scores[0].shape[0]
     _check_numbers(strides, "strides", levels, 0.0)
-    if not isinstance(center_offset, (list, tuple)):
+    if isinstance(center_offset, (list, tuple)):
+        offsets = list(center_offset)
+    else:
         _check.number(OP, "center_offset", center_offset)
-        center_offset = [center_offset] * levels
-    _check_numbers(center_offset, "center_offset", levels, None)
+        offsets = [center_offset] * levels
+    _check_numbers(offsets, "center_offset", levels, None)
     _check.number(OP, "score_threshold", score_threshold)
     _check.number(OP, "nms_pre", nms_pre, integer=True)
     _check.number(OP, "iou_threshold", iou_threshold)
@@ -370,7 +372,7 @@ def postprocess(
             nms_pre,
             float(iou_threshold),
             max_detections,
-            [float(o) for o in center_offset],
+            [float(o) for o in offsets],
             topk_mode == "anchor",
             activated,
             legacy,
@@ -400,12 +402,12 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
         cls_name, reg_name = f"cls_scores[{level}]", f"reg_preds[{level}]"
         _check.tensor(OP, cls_name, cls)
         _check.tensor(OP, reg_name, reg)
-        for name, value, first in ((cls_name, cls, first_cls), (reg_name, reg, first_reg)):
-            if value.dtype != first.dtype:
+        for name, level_map, first in ((cls_name, cls, first_cls), (reg_name, reg, first_reg)):
+            if level_map.dtype != first.dtype:
                 raise TypeError(
-                    _check.message(OP, name, f"must have the dtype of the first level, {first.dtype}", value.dtype)
+                    _check.message(OP, name, f"must have the dtype of the first level, {first.dtype}", level_map.dtype)
                 )
-            _check.same_device(OP, name, value, "cls_scores[0]", first_cls)
+            _check.same_device(OP, name, level_map, "cls_scores[0]", first_cls)
         batch, classes = (None, None) if level == 0 else first_cls.shape[:2]
         _check.shape(OP, cls_name, cls, "[B, C, H, W]", (batch, classes, None, None))
         expected = (cls.shape[0], 4 * (reg_max + 1), cls.shape[2], cls.shape[3])
@@ -430,22 +432,28 @@ def _check_numbers(values: Sequence[float], name: str, levels: int, above: float
 
 def _pairs(name: str, value: Tensor | Sequence[Sequence[float]], like: Tensor, batch: int) -> Tensor:
     """`value` as fp32 [B, 2] on the maps' device."""
-    if isinstance(value, (list, tuple)):
-        for i, pair in enumerate(value):
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(_check.message(OP, f"{name}[{i}]", "must be a pair of numbers", repr(pair)))
-            for number in pair:
-                _check.number(OP, f"{name}[{i}]", number)
-        if len(value) != batch:
-            raise ValueError(_check.message(OP, name, f"must have one pair an image, {batch}", len(value)))
-        value = torch.tensor(value, dtype=torch.float32).reshape(-1, 2)
-    else:
+    if isinstance(value, Tensor):
         _check.tensor(OP, name, value, _check.FLOATING + _check.INTEGER)
-    _check.shape(OP, name, value, "[B, 2]", (batch, 2))
-    if value.device != like.device:
-        # A copy from the host is allowed: it is what a data loader's sizes need, and capture refuses it by itself.
-        value = value.to(like.device)
-    value = value.float()
-    if _check.SYNCHRONISING and not bool(((value > 0) & value.isfinite()).all()):
-        raise ValueError(_check.message(OP, name, "must be positive and finite", value.tolist()))
-    return value
+        pairs = value
+    else:
+        pairs = _tensor_of_pairs(name, value, batch)
+    _check.shape(OP, name, pairs, "[B, 2]", (batch, 2))
+    # Sizes come from the host as a rule. Capture wants them on the device, and says so itself.
+    pairs = pairs.to(device=like.device, dtype=torch.float32)
+    if _check.SYNCHRONISING and not bool(((pairs > 0) & pairs.isfinite()).all()):
+        raise ValueError(_check.message(OP, name, "must be positive and finite", pairs.tolist()))
+    return pairs
+
+
+def _tensor_of_pairs(name: str, value: Sequence[Sequence[float]], batch: int) -> Tensor:
+    if not isinstance(value, (list, tuple)):
+        rule = "must be a tensor or a list or tuple of pairs"
+        raise TypeError(_check.message(OP, name, rule, type(value).__name__))
+    if len(value) != batch:
+        raise ValueError(_check.message(OP, name, f"must have one pair an image, {batch}", len(value)))
+    for i, pair in enumerate(value):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(_check.message(OP, f"{name}[{i}]", "must be a pair of numbers", repr(pair)))
+        for number in pair:
+            _check.number(OP, f"{name}[{i}]", number)
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 2)
