@@ -38,7 +38,7 @@ def _load() -> Extension:
     try:
         info: dict[str, Any] = importlib.import_module("._build_info", __package__).BUILD_INFO
     except ImportError:
-        return _without(f"{_FOLDER} is a source tree that was never built; pip install -e . builds it in place", {})
+        return _without(f"{_FOLDER} is a source tree that was never built; `pip install -e .` builds it in place", {})
     trouble = f"it was installed without one: {info['reason']}" if not info["extension"] else _mismatch(info)
     if trouble:
         return _without(trouble, info)
@@ -88,7 +88,7 @@ def _shadowed() -> str:
         if installed != _FOLDER and (installed / "_build_info.py").is_file():
             return (
                 f"the source tree {_FOLDER} is imported instead of the installed package {installed};"
-                " start Python in another folder, or install with pip install -e ."
+                " start Python in another folder, or install with `pip install -e .`"
             )
     return ""
 

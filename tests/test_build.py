@@ -452,7 +452,7 @@ def build_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]
 def test_pure_wheel(tmp_path: Path) -> None:
     wheel, said = build_wheel(tmp_path, CXX=str(tmp_path / "none"))
     assert wheel.filename is not None and wheel.filename.endswith("-py3-none-any.whl")
-    assert said.count("gfl-ops: a pure wheel, without the compiled extension: no C++ compiler was found") >= 1
+    assert said.count("gfl-ops: a pure wheel, without the compiled extension: no C++ compiler was found") == 1
     names = wheel.namelist()
     assert {"gfl_ops/__init__.py", "gfl_ops/py.typed", "gfl_ops/_build_info.py", "gfl/py.typed"} <= set(names)
     assert not [n for n in names if n.endswith(".so") or n.startswith(("csrc", "build_backend", "tests"))]

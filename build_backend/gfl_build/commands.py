@@ -27,7 +27,6 @@ RECORD = Path("gfl_ops") / "_build_info.py"
 def extensions(plan: Plan, root: Path) -> list[Extension]:
     """The extension, or none: the wheel is pure then."""
     if plan.reason:
-        say(f"a pure wheel, without the compiled extension: {plan.reason}. Triton and the reference serve.")
         return []
     found = [str(s.relative_to(root)) for s in ninja_build.sources(root, with_cuda=True)]
     return [Extension("gfl_ops._C", sources=found)]
@@ -76,6 +75,7 @@ class BuildPy(build_py):
         super().run()
         plan = make_plan()
         if plan.reason:
+            say(f"a pure wheel, without the compiled extension: {plan.reason}. Triton and the reference serve.")
             write_record(record(plan), ROOT if self.editable_mode else Path(self.build_lib))
 
 

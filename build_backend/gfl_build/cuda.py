@@ -46,17 +46,16 @@ class CudaToolkit:
 
 def find_toolkit(torch_cuda: str, torch_site: Path) -> tuple[CudaToolkit | None, str]:
     """The first toolkit of torch's CUDA major version: of CUDA_HOME, of PATH, of NVIDIA's pip packages; or why none."""
-    reasons = []
+    reasons: dict[str, str] = {}  # by what is wrong, so that two paths to one toolkit are one reason
     for nvcc in _nvccs(torch_site):
         try:
             version = _nvcc_version(nvcc)
-            if version.split(".")[0] != torch_cuda.split(".")[0]:
-                reasons.append(f"{nvcc} is of CUDA {version}, torch was built with CUDA {torch_cuda}")
-                continue
-            return _toolkit(nvcc, version, torch_site), ""
+            if version.split(".")[0] == torch_cuda.split(".")[0]:
+                return _toolkit(nvcc, version, torch_site), ""
+            reasons.setdefault(version, f"{nvcc} is of CUDA {version}, torch was built with CUDA {torch_cuda}")
         except (OSError, subprocess.SubprocessError, LookupError) as error:
-            reasons.append(f"{nvcc}: {error}")
-    return None, "; ".join(reasons) or "no nvcc was found in CUDA_HOME, on PATH or in NVIDIA's pip packages"
+            reasons.setdefault(str(error), f"{nvcc}: {error}")
+    return None, "; ".join(reasons.values()) or "no nvcc was found in CUDA_HOME, on PATH or in NVIDIA's pip packages"
 
 
 def _nvccs(torch_site: Path) -> Iterable[Path]:
