@@ -369,7 +369,9 @@ def copy_of_the_package(folder: Path, **changes: object) -> Path:
 
 
 def import_there(folder: Path) -> str:
-    code = "import gfl_ops, gfl_ops._extension as e; print(e.EXTENSION.module is None, e.why_not('cpu'))"
+    # No other installed package: the copy would rightly be told to stand in its way.
+    code = "import importlib.metadata as m; m.distributions = lambda **_: []; "
+    code += "import gfl_ops, gfl_ops._extension as e; print(e.EXTENSION.module is None, e.why_not('cpu'))"
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "always::RuntimeWarning", "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
