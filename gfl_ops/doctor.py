@@ -31,6 +31,7 @@ def _facts() -> list[str]:
         ("torch", f"{torch.__version__}, {_cuda_of_torch()}, {torch.get_num_threads()} CPU threads"),
         ("GPU", _gpus()),
         ("extension", _extension.why_not("cpu") or f"compiled by {info['compiler']} for torch {info['torch']}"),
+        ("CPU kernels", _cpu_kernels()),
         ("its CUDA part", _cuda_part(info)),
         ("Triton", _triton()),
         ("backend", _chosen()),
@@ -50,6 +51,11 @@ def _gpus() -> str:
         return "none that torch can use"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{name} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, name in enumerate(names))
+
+
+def _cpu_kernels() -> str:
+    module = _extension.EXTENSION.module
+    return f"{module.cpu_isa()}; GFL_OPS_CPU_ISA=portable, avx2 or avx512 asks for less" if module else "none"
 
 
 def _cuda_part(info: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -39,6 +40,12 @@ def sources(root: Path, with_cuda: bool) -> list[Path]:
     return [file for name, pattern in folders.items() for file in sorted((root / "csrc" / name).rglob(pattern))]
 
 
+def instruction_sets() -> dict[str, list[str]]:
+    """The instruction sets that csrc/cpu/simd is compiled for, with the flags of each; "portable" always."""
+    x86 = FLAGS["x86_isas"] if platform.machine().lower() in ("x86_64", "amd64") else {}
+    return {"portable": [], **x86}
+
+
 def job_count() -> int:
     """How many compilers run at once: MAX_JOBS, otherwise one for each core this process may use."""
     wish = os.environ.get("MAX_JOBS", "").strip()
@@ -50,13 +57,16 @@ def job_count() -> int:
 
 
 def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
-    """One step for each source."""
+    """One step for each source; for those in csrc/cpu/simd, one for each instruction set."""
     assert plan.torch is not None and plan.compiler is not None
     kernels = ["-I" + str(root / "csrc" / name) for name in ("include", "common")]
     define = ["-DGFL_WITH_CUDA"] if plan.cuda else []
     std = f"-std=c++{FLAGS['std']}"
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    cxx = [*plan.compiler.command, *FLAGS["cxx"], *FLAGS["openmp"], std, "-fPIC", *define, *kernels]
+    cxx = [*plan.compiler.command, *FLAGS["cxx"], *FLAGS["openmp"], *FLAGS["simd"], std, "-fPIC", *define, *kernels]
+    isas = instruction_sets()
+    if len(isas) > 1:
+        cxx.append("-DGFL_HAS_X86_ISAS")
     if plan.cuda:
         cxx += ["-isystem", str(plan.cuda.include)]
     torch_include = plan.torch.folder / "include"
@@ -84,6 +94,11 @@ def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
         else:
             command = binding if kind == "binding" else [*cxx, *extra]
         output = objects / source.relative_to(root / "csrc").with_suffix(source.suffix + ".o")
+        if source.parent.name == "simd":
+            for isa, flags in isas.items():
+                step = Step(output.with_suffix(f".{isa}.o"), source, (*command, *flags, f"-DGFL_ISA={isa}"))
+                result.append(step)
+            continue
         result.append(Step(output, source, tuple(command)))
     return result
 

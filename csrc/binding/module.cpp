@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../cpu/isa.h"
 #include "ops.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace gfl::binding;
+  m.def("cpu_isa", &gfl::cpu::isa_name, "The instruction set that the CPU kernels use on this processor.");
   m.def("atss_forward", [](const std::vector<int64_t>& level_sizes, const std::vector<double>& strides,
                            const at::Tensor& gt_boxes, const at::Tensor& gt_labels, const OptionalTensor& valid_sizes,
                            int64_t topk, double anchor_scale, const std::vector<double>& center_offset, bool legacy) {

@@ -8,7 +8,18 @@
 #define GFL_HOST_DEVICE inline
 #endif
 
+// Where a file is compiled for one instruction set (csrc/cpu/simd), inline functions get names of their own: the linker
+// would otherwise be free to serve every caller by the version that only newer processors can run.
+#if defined(GFL_ISA)
+#define GFL_ISA_OPEN inline namespace GFL_ISA {
+#define GFL_ISA_CLOSE }
+#else
+#define GFL_ISA_OPEN
+#define GFL_ISA_CLOSE
+#endif
+
 namespace gfl {
+GFL_ISA_OPEN
 
 // IEEE product, sum, difference and quotient that no compiler may contract into a fused multiply-add. Every geometric
 // decision (IoU, distance, threshold) goes through these, so that all backends take the same one. On the host the build
@@ -29,4 +40,5 @@ template <class T> GFL_HOST_DEVICE T sub_rn(T a, T b) { return a - b; }
 template <class T> GFL_HOST_DEVICE T div_rn(T a, T b) { return a / b; }
 #endif
 
+GFL_ISA_CLOSE
 }  // namespace gfl

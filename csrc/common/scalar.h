@@ -17,6 +17,7 @@
 #endif
 
 namespace gfl {
+GFL_ISA_OPEN
 
 #if defined(GFL_CUDA_TYPES)
 using half_t = __half;
@@ -90,4 +91,5 @@ template <class F> auto dispatch(DType dtype, F&& f) {
   return f(float{});
 }
 
+GFL_ISA_CLOSE
 }  // namespace gfl

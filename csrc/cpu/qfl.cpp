@@ -3,14 +3,27 @@
 //
 //   pred    [rows, classes]  dtype  read     label [rows] int64 read     target [rows] or [rows, classes] A read
 //   loss    [rows]           A      write    grad_pred [rows, classes] dtype write
-// A row's sum runs over the classes in order in the accumulator type, so it does not depend on the chunk it is in.
+// The case that detectors train with, β = 2 on logits side by side, is vector code in simd/qfl.cpp; here is what serves any.
+// A row's sum runs over the classes in a fixed order in the accumulator type, so it does not depend on the chunk it is in.
 #include "gfl/qfl.h"
 
 #include "focal.h"
+#include "isa.h"
 #include "scalar.h"
+
+namespace gfl {
+GFL_DECLARE_PER_ISA(void qfl_forward(const QflInput& in, float* loss, int64_t begin, int64_t end))
+GFL_DECLARE_PER_ISA(void qfl_backward(const QflInput& in, const float* grad_loss, void* grad_pred, float* grad_target,
+                                      int64_t begin, int64_t end))
+}  // namespace gfl
 
 namespace gfl::cpu {
 namespace {
+
+bool vectorised(const QflInput& in) {
+  return in.beta == 2.0 && !in.activated && in.stride_class == 1 && in.dtype != DType::f64 &&
+         in.classes < std::numeric_limits<int32_t>::max() / 2;
+}
 
 template <class A> A target_at(const QflInput& in, int64_t row, int64_t c) {
   const A* target = static_cast<const A*>(in.target);
@@ -55,11 +68,16 @@ void backward(const QflInput& in, const void* grad_loss, void* grad_pred, void* 
 }  // namespace
 
 void qfl_forward(const QflInput& in, void* loss, int64_t begin, int64_t end) {
+  if (vectorised(in)) { GFL_BY_ISA(qfl_forward, in, static_cast<float*>(loss), begin, end); }
   dispatch(in.dtype, [&](auto t) { forward<decltype(t)>(in, loss, begin, end); });
 }
 
 void qfl_backward(const QflInput& in, const void* grad_loss, void* grad_pred, void* grad_target, int64_t begin,
                   int64_t end) {
+  if (vectorised(in)) {
+    GFL_BY_ISA(qfl_backward, in, static_cast<const float*>(grad_loss), grad_pred, static_cast<float*>(grad_target), begin,
+               end);
+  }
   dispatch(in.dtype, [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_pred, grad_target, begin, end); });
 }
 
