@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every Triton kernel is launched, and how its tiles are sized."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backend import _TRITON_INTERPRETS as INTERPRETS
+
+
+class Launch(NamedTuple):
+    """A launch that was asked for while launches are recorded: positional arguments, constants and options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Note launches instead of making them, so that kernels can be compiled ahead of time where there is no GPU."""
+    global _recorded
+    launches: list[Launch] = []
+    previous, _recorded = _recorded, launches
+    try:
+        yield launches
+    finally:
+        _recorded = previous
+
+
+def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `kernel` on a grid of `programs`, on the device of `like` and its current stream. No program, no launch."""
+    if programs == 0:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, constants))
+        return
+    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[(programs,)](*args, **constants)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_per_program(rows: int, width: int, elements: int = 1024) -> int:
+    """Rows of a tile of `width` columns and about `elements` elements, a power of two.
+
+    The interpreter pays by the operation, not by the element: there the tiles are larger and fit the rows there are.
+    """
+    if INTERPRETS:
+        return min(power_of_two(rows), power_of_two(32 * elements // width))
+    return power_of_two(max(elements // width, 1))
+
+
+def programs(rows: int, block: int) -> int:
+    """Programs of `block` rows that cover all."""
+    return -(-rows // block)
+
+
+def column_block(columns: int, largest: int = 128) -> int:
+    """Width of the column tiles that wastes the fewest lanes: 16 for 80 classes, 32 for 91."""
+    if INTERPRETS:
+        return min(power_of_two(columns), largest // 2)
+    widths = [w for w in (128, 64, 32, 16) if w <= largest]
+    return min(widths, key=lambda w: (-(-columns // w) * w, -w))
+
+
+def column_tiles(columns: int) -> dict[str, int]:
+    """Constants of a walk over the columns; up to 8 tiles are unrolled, so that their loads are under way together."""
+    block = column_block(columns)
+    tiles = programs(columns, block)
+    return {"BLOCK_C": block, "TILES": tiles, "UNROLL": max(min(tiles, 8), 1)}
+
+
+def empty_gradient(like: Tensor, needed: bool) -> Tensor:
+    """Where a kernel writes the gradient of `like`; without elements if it isn't needed.
+
+    Triton's interpreter truncates to bfloat16 instead of rounding: there the kernel writes fp32, and torch rounds.
+    """
+    dtype = torch.float32 if INTERPRETS and like.dtype == torch.bfloat16 else like.dtype
+    return torch.empty(like.shape if needed else (0,), dtype=dtype, device=like.device)
+
+
+def finished(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient in the dtype of `like`."""
+    return gradient.to(like.dtype)
