@@ -10,6 +10,16 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def smallest_normal(dtype):
+    return 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38
+
+
+@triton.constexpr_function
+def largest(dtype):
+    return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+
+
 @triton.jit
 def log1p_unit(e):
     """log(1 + e) for e in [0, 1], relative error below 3e-7 in fp32.
@@ -47,8 +57,8 @@ def log_complement(p):
 
 
 @triton.jit
-def absolute_power(base, EXPONENT: tl.constexpr):
-    """base^EXPONENT for base ≥ 0; 0^0 is 1."""
+def power(base, EXPONENT: tl.constexpr):
+    """base^EXPONENT for base ≥ 0; 0^0 is 1, and a subnormal base counts as 0."""
     if EXPONENT == 2.0:
         result = base * base
     elif EXPONENT == 1.0:
@@ -56,25 +66,34 @@ def absolute_power(base, EXPONENT: tl.constexpr):
     elif EXPONENT == 0.0:
         result = base * 0.0 + 1.0
     else:
-        zero = base == 0.0
+        zero = tl.abs(base) < smallest_normal(base.dtype)
         result = tl.where(zero, 0.0, tl.exp2(EXPONENT * tl.log2(tl.where(zero, 1.0, base))))
     return result
 
 
 @triton.jit
+def power_derivative(base, EXPONENT: tl.constexpr):
+    """d base^EXPONENT / d base for base ≥ 0; 0 where a power below 0 of 0 or of a subnormal base would be infinite."""
+    if EXPONENT == 2.0:
+        result = 2.0 * base
+    elif EXPONENT == 1.0:
+        result = base * 0.0 + 1.0
+    elif EXPONENT == 0.0:
+        result = base * 0.0
+    else:
+        zero = tl.abs(base) < smallest_normal(base.dtype)
+        result = tl.where(zero, 0.0, EXPONENT * tl.exp2((EXPONENT - 1.0) * tl.log2(tl.where(zero, 1.0, base))))
+    return result
+
+
+@triton.jit
 def power_slope(difference, EXPONENT: tl.constexpr):
-    """d |difference|^EXPONENT / d difference; 0 at 0, also for exponents below 1."""
-    sign = tl.where(difference < 0.0, -1.0, tl.where(difference == 0.0, 0.0, 1.0)).to(difference.dtype)
+    """d |difference|^EXPONENT / d difference, 0 at 0."""
     if EXPONENT == 2.0:
         result = 2.0 * difference
-    elif EXPONENT == 1.0:
-        result = sign
-    elif EXPONENT == 0.0:
-        result = difference * 0.0
     else:
-        zero = difference == 0.0
-        base = tl.where(zero, 1.0, tl.abs(difference))
-        result = sign * EXPONENT * tl.exp2((EXPONENT - 1.0) * tl.log2(base))
+        derivative = power_derivative(tl.abs(difference), EXPONENT)
+        result = tl.where(difference < 0.0, -derivative, tl.where(difference == 0.0, 0.0, derivative))
     return result
 
 
@@ -99,10 +118,8 @@ def bernoulli(x, t, ACTIVATED: tl.constexpr):
         bce_t = log_q - log_p
         p_x = x * 0.0 + 1.0
     else:
-        if x.dtype == tl.float64:
-            x = tl.where(tl.abs(x) == float("inf"), tl.where(x < 0.0, -1.7976931348623157e308, 1.7976931348623157e308), x)
-        else:
-            x = tl.where(tl.abs(x) == float("inf"), tl.where(x < 0.0, -3.4028234663852886e38, 3.4028234663852886e38), x)
+        limit: tl.constexpr = largest(x.dtype)
+        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
         e = tl.exp(-tl.abs(x))
         r = 1.0 / (1.0 + e)
         p = tl.where(x >= 0.0, r, e * r)
@@ -128,13 +145,64 @@ def gradient_at(x, gradient, ACTIVATED: tl.constexpr):
 def qfl_value(x, t, BETA: tl.constexpr, ACTIVATED: tl.constexpr):
     """|t − p|^β · BCE(x, t)"""
     p, _q, bce, _bce_x, _bce_t, _p_x = bernoulli(x, t, ACTIVATED)
-    return absolute_power(tl.abs(p - t), BETA) * bce
+    return power(tl.abs(p - t), BETA) * bce
 
 
 @triton.jit
 def qfl_gradient(x, t, BETA: tl.constexpr, ACTIVATED: tl.constexpr):
     """Derivatives of the quality focal term with respect to x and t; the modulating factor is part of both."""
     p, _q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
-    factor = absolute_power(tl.abs(p - t), BETA)
+    factor = power(tl.abs(p - t), BETA)
     slope = power_slope(p - t, BETA) * bce
     return gradient_at(x, slope * p_x + factor * bce_x, ACTIVATED), factor * bce_t - slope
+
+
+@triton.jit
+def vfl_value(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, IOU_WEIGHTED: tl.constexpr, ACTIVATED: tl.constexpr):
+    """t · BCE(x, t) where t > 0, or BCE alone; α |p − t|^γ · BCE(x, t) elsewhere."""
+    p, _q, bce, _bce_x, _bce_t, _p_x = bernoulli(x, t, ACTIVATED)
+    positive = t if IOU_WEIGHTED else t * 0.0 + 1.0
+    return tl.where(t > 0.0, positive, ALPHA * power(tl.abs(p - t), GAMMA)) * bce
+
+
+@triton.jit
+def vfl_gradient(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, IOU_WEIGHTED: tl.constexpr, ACTIVATED: tl.constexpr):
+    """Derivatives of the varifocal term with respect to x and t."""
+    p, _q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
+    positive = t > 0.0
+    factor = ALPHA * power(tl.abs(p - t), GAMMA)
+    slope = tl.where(positive, 0.0, ALPHA * power_slope(p - t, GAMMA) * bce)
+    if IOU_WEIGHTED:
+        factor = tl.where(positive, t, factor)
+        by_weight = tl.where(positive, bce, 0.0)
+    else:
+        factor = tl.where(positive, 1.0, factor)
+        by_weight = bce * 0.0
+    return gradient_at(x, slope * p_x + factor * bce_x, ACTIVATED), factor * bce_t - slope + by_weight
+
+
+@triton.jit
+def focal_value(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACTIVATED: tl.constexpr):
+    """α_t (1 − p_t)^γ · BCE(x, t), α_t and p_t linear in t; no α_t for a negative ALPHA."""
+    p, q, bce, _bce_x, _bce_t, _p_x = bernoulli(x, t, ACTIVATED)
+    value = power(q * t + p * (1.0 - t), GAMMA) * bce
+    if ALPHA >= 0.0:
+        value *= ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
+    return value
+
+
+@triton.jit
+def focal_gradient(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACTIVATED: tl.constexpr):
+    """Derivatives of the focal term with respect to x and t."""
+    p, q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
+    miss = q * t + p * (1.0 - t)
+    factor = power(miss, GAMMA)
+    slope = power_derivative(miss, GAMMA) * bce
+    by_balance = bce * 0.0
+    if ALPHA >= 0.0:
+        balance = ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
+        by_balance = (2.0 * ALPHA - 1.0) * factor * bce
+        factor *= balance
+        slope *= balance
+    grad_x = slope * (1.0 - 2.0 * t) * p_x + factor * bce_x
+    return gradient_at(x, grad_x, ACTIVATED), by_balance + slope * (q - p) + factor * bce_t

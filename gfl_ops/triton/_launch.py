@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import _TRITON_INTERPRETS as INTERPRETS
+from .._backend import TRITON_INTERPRETS as INTERPRETS
 
 
 class Launch(NamedTuple):
@@ -36,16 +36,17 @@ def record() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on a grid of `programs`, on the device of `like` and its current stream. No program, no launch."""
-    if programs == 0:
+def launch(kernel: Any, grid: int | tuple[int, int], like: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `kernel` on a grid of programs, on the device of `like` and its current stream. No program, no launch."""
+    grid = (grid,) if isinstance(grid, int) else grid
+    if 0 in grid:
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, constants))
         return
     guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, **constants)
+        kernel[grid](*args, **constants)
 
 
 def power_of_two(n: int) -> int:
@@ -66,6 +67,43 @@ def rows_per_program(rows: int, width: int, elements: int = 1024) -> int:
 def programs(rows: int, block: int) -> int:
     """Programs of `block` rows that cover all."""
     return -(-rows // block)
+
+
+def fold(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """(size, stride of each tensor) of the fewest dimensions that walk over tensors of one shape, outermost first."""
+    folded: list[tuple[int, ...]] = []
+    for dim, size in enumerate(tensors[0].shape):
+        strides = tuple(t.stride(dim) for t in tensors)
+        if size == 1:
+            continue
+        if folded and folded[-1][1:] == tuple(size * s for s in strides):
+            folded[-1] = (folded[-1][0] * size, *strides)
+        else:
+            folded.append((size, *strides))
+    return folded
+
+
+class Locations(NamedTuple):
+    """The leading dimensions of a tensor ``[…, K]``, walked as two: programs of the grid's second axis, then rows."""
+
+    tensor: Tensor
+    outer: int
+    inner: int
+    stride_outer: int
+    stride_inner: int
+
+
+def locations(tensor: Tensor) -> Locations:
+    """Fold the leading dimensions of ``[…, K]`` into two without copying where the strides admit it.
+
+    They do for contiguous input, for slices of it, and for a permuted view of ``[B, K, H, W]``.
+    """
+    folded = fold(tensor.select(-1, 0)) if tensor.shape[-1] else []
+    # A grid has at most 65535 programs on its second axis.
+    if len(folded) > 2 or (len(folded) == 2 and folded[0][0] > 65535):
+        return locations(tensor.contiguous())
+    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(folded)) + folded
+    return Locations(tensor, outer, inner, stride_outer, stride_inner)
 
 
 def column_block(columns: int, largest: int = 128) -> int:
