@@ -213,7 +213,9 @@ def test_gradcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
             results = outputs(operator(spec, backend)(*fresh))
             return tuple(results[i] for i in spec.grads)
 
-        assert torch.autograd.gradcheck(smooth, leaves, nondet_tol=0.0, check_batched_grad=False), sample.id
+        # Triton's interpreter takes milliseconds a call: random projections of the Jacobian there, not entry by entry.
+        options = {"nondet_tol": 0.0, "check_batched_grad": False, "fast_mode": backend == "triton" and device == "cpu"}
+        assert torch.autograd.gradcheck(smooth, leaves, **options), sample.id
         checked += 1
     assert checked
 

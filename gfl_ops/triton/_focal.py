@@ -124,7 +124,7 @@ def bernoulli(x, t, ACTIVATED: tl.constexpr):
         r = 1.0 / (1.0 + e)
         p = tl.where(x >= 0.0, r, e * r)
         q = tl.where(x >= 0.0, e * r, r)
-        bce = tl.where(x > 0.0, x, 0.0) - x * t + log1p_unit(e)
+        bce = tl.where(x > 0.0, 1.0 - t, -t) * x + log1p_unit(e)  # 1 − t first: x − x·t would cancel
         bce_x = p - t
         bce_t = -x
         p_x = p * q
