@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// IoU losses against their formulas in long double; derivatives against differences of those.
+#include "gfl/iou.h"
+
+#include <algorithm>
+
+#include "testing.h"
+
+using namespace gfl;
+using namespace gfl::testing;
+
+namespace {
+
+enum Kind { kIou, kGiou, kDiou, kCiou, kOverlap };
+using Real = long double;
+
+// `alpha`: CIoU's factor, which its derivative takes as a constant; negative to have it computed and returned in `used`.
+Real formula(const Real* p, const Real* t, int kind, Real eps, Real alpha, Real* used) {
+  const Real width = std::max<Real>(0, std::min(p[2], t[2]) - std::max(p[0], t[0]));
+  const Real height = std::max<Real>(0, std::min(p[3], t[3]) - std::max(p[1], t[1]));
+  const Real outer_width = std::max<Real>(0, std::max(p[2], t[2]) - std::min(p[0], t[0]));
+  const Real outer_height = std::max<Real>(0, std::max(p[3], t[3]) - std::min(p[1], t[1]));
+  const Real pw = p[2] - p[0], ph = p[3] - p[1], tw = t[2] - t[0], th = t[3] - t[1];
+  const Real area = pw * ph + tw * th - width * height;
+  const Real iou = width * height / (kind == kDiou || kind == kCiou ? area + eps : std::max(area, eps));
+  if (kind == kOverlap) return iou;
+  if (kind == kIou) return 1 - iou;
+  if (kind == kGiou) {
+    const Real enclosing = std::max(outer_width * outer_height, eps);
+    return 1 - iou + (enclosing - std::max(area, eps)) / enclosing;
+  }
+  const Real dx = (p[0] + p[2] - t[0] - t[2]) / 2, dy = (p[1] + p[3] - t[1] - t[3]) / 2;
+  const Real value = iou - (dx * dx + dy * dy) / (outer_width * outer_width + outer_height * outer_height + eps);
+  if (kind == kDiou) return 1 - value;
+  const Real angle = std::atan(tw / (th + eps)) - std::atan(pw / (ph + eps));
+  const Real pi = 3.14159265358979323846264338327950288L, v = 4 / (pi * pi) * angle * angle;
+  *used = alpha >= 0 ? alpha : iou > 0.5L ? v / (1 - iou + v) : 0;
+  return 1 - std::min<Real>(1, std::max<Real>(-1, value - *used * v));
+}
+
+void backward(const IouInput& in, const void* grad, void* grad_pred, void* grad_target) {
+  cpu::iou_backward(in, grad, grad_pred, grad_target, in.rows / 2, in.rows);
+  cpu::iou_backward(in, grad, grad_pred, grad_target, 0, in.rows / 2);
+}
+
+template <class T> void check(int kind, int64_t rows, DType dtype, double epsilon, Generator& draw) {
+  using A = acc_t<T>;
+  std::vector<double> pred_values(rows * 4), target_values(rows * 4), grad_values(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int axis = 0; axis < 2; ++axis) {
+      const double centre = draw.uniform(-20, 60), size = draw.uniform(4, 40);
+      target_values[row * 4 + axis] = centre - size / 2;
+      target_values[row * 4 + axis + 2] = centre + size / 2;
+      pred_values[row * 4 + axis] = centre - size / 2 + draw.normal(size * 0.2);
+      pred_values[row * 4 + axis + 2] = centre + size / 2 + draw.normal(size * 0.2);
+    }
+    grad_values[row] = draw.normal(2);
+  }
+  const std::vector<T> pred_rounded = rounded<T>(pred_values);
+  const std::vector<A> target_rounded = rounded<A>(target_values), grad_rounded = rounded<A>(grad_values);
+  const std::vector<double> p = widened(pred_rounded), t = widened(target_rounded), g = widened(grad_rounded);
+  const Buffer<T> pred(pred_rounded);
+  const Buffer<A> target(target_rounded), grad(grad_rounded);
+  Buffer<A> loss(rows), grad_target(rows * 4);
+  Buffer<T> grad_pred(rows * 4), alone(rows * 4);
+  const IouInput in{pred.data(), dtype, 4, 1, target.data(), rows, kind, 1e-6};
+  cpu::iou_forward(in, loss.data(), rows / 2, rows);
+  cpu::iou_forward(in, loss.data(), 0, rows / 2);
+  backward(in, grad.data(), grad_pred.data(), grad_target.data());
+  backward(in, grad.data(), alone.data(), nullptr);
+  const std::vector<double> got = widened(loss.read()), got_pred = widened(grad_pred.read());
+  const std::vector<double> got_target = widened(grad_target.read());
+
+  const double chain = sizeof(A) == 8 ? 1e-8 : 3e-5;
+  for (int64_t row = 0; row < rows; ++row) {
+    Real sides[8], alpha = 0, ignored;
+    for (int i = 0; i < 4; ++i) {
+      sides[i] = p[row * 4 + i];
+      sides[4 + i] = t[row * 4 + i];
+    }
+    const Real eps = static_cast<A>(1e-6);
+    const double want = static_cast<double>(formula(sides, sides + 4, kind, eps, -1, &alpha));
+    CHECK(close(got[row], want, chain, chain), "kind %d loss[%lld] %g, not %g", kind, static_cast<long long>(row),
+          got[row], want);
+    for (int i = 0; i < 8; ++i) {
+      const Real at = sides[i], h = 1e-6L;
+      sides[i] = at + h;
+      const Real above = formula(sides, sides + 4, kind, eps, alpha, &ignored);
+      sides[i] = at - h;
+      const Real below = formula(sides, sides + 4, kind, eps, alpha, &ignored);
+      sides[i] = at;
+      const double slope = g[row] * static_cast<double>((above - below) / (2 * h));
+      const double found = i < 4 ? got_pred[row * 4 + i] : got_target[row * 4 + i - 4];
+      const double rounding = i < 4 ? epsilon : 0;
+      CHECK(close(found, slope, chain + rounding, chain + rounding * 1e-4), "kind %d row %lld side %d: %g, not %g", kind,
+            static_cast<long long>(row), i, found, slope);
+    }
+  }
+  CHECK(widened(alone.read()) == got_pred, "kind %d: grad_pred depends on grad_target", kind);
+}
+
+// Boxes without area, equal, turned round: finite, and half the derivative to either side of a tie.
+void check_degenerate() {
+  const std::vector<float> pairs[2] = {{5, 5, 5, 5, 0, 0, 4, 4, 3, 3, 1, 1}, {5, 5, 5, 5, 0, 0, 4, 4, 0, 0, 9, 9}};
+  const Buffer<float> pred(pairs[0]), target(pairs[1]), grad(std::vector<float>{1, 1, 1});
+  for (int kind = kIou; kind <= kOverlap; ++kind) {
+    const IouInput in{pred.data(), DType::f32, 4, 1, target.data(), 3, kind, 1e-7};
+    Buffer<float> loss(3), grad_pred(12), grad_target(12);
+    cpu::iou_forward(in, loss.data(), 0, 3);
+    backward(in, grad.data(), grad_pred.data(), grad_target.data());
+    for (const auto& values : {loss.read(), grad_pred.read(), grad_target.read()}) {
+      for (const float v : values) CHECK(std::isfinite(v), "kind %d gives %g for a degenerate box", kind, v);
+    }
+    if (kind != kGiou) continue;
+    const std::vector<float> g = grad_pred.read();
+    // Equal boxes of side 4: IoU 1 changes by ∓1/8 a side on half of a tie, and the union with it.
+    CHECK(g[4] == g[5] && g[6] == g[7] && g[4] == -g[6], "ties %g %g %g %g", g[4], g[5], g[6], g[7]);
+  }
+}
+
+}  // namespace
+
+int main() {
+  Generator draw(20191119);
+  for (int kind = kIou; kind <= kOverlap; ++kind) {
+    for (const int64_t rows : {0, 1, 37}) {
+      check<float>(kind, rows, DType::f32, 0, draw);
+      check<double>(kind, rows, DType::f64, 0, draw);
+      check<half_t>(kind, rows, DType::f16, 1e-3, draw);
+      check<bfloat16_t>(kind, rows, DType::bf16, 8e-3, draw);
+    }
+  }
+  check_degenerate();
+  return result("iou");
+}
