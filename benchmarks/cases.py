@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed of each operator: `CASES[stem]` makes the cases from a scene, a dtype and a device.
+
+Operators, backends and dtypes come from the registry. One that has no entry here is timed on the largest of its own samples,
+against no one; that is enough for a new operator to appear in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import formulas
+import formulas_head
+import gfl_ops
+from gfl_ops._spec import SPECS
+from harness import Case, tensors
+from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
+
+try:
+    import torchvision
+except ImportError:
+    torchvision = None
+
+Maker = Callable[[Scene, torch.dtype], Iterator[Case]]
+CASES: dict[str, Maker] = {}
+
+
+def case(stem: str) -> Callable[[Maker], Maker]:
+    def keep(maker: Maker) -> Maker:
+        CASES[stem] = maker
+        return maker
+
+    return keep
+
+
+def order() -> list[str]:
+    """All operators of the registry: as they stand in this file, then those that don't."""
+    return [s for s in CASES if s in SPECS] + [s for s in SPECS if s not in CASES]
+
+
+def make(stem: str, scene: Scene, dtype: torch.dtype, device: str) -> list[Case]:
+    """The operator's cases with their inputs on the device."""
+    made = list(CASES[stem](scene, dtype)) if stem in CASES else [from_sample(stem, dtype)]
+    return [
+        replace(c, inputs=tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, c.inputs)) for c in made
+    ]
+
+
+def from_sample(stem: str, dtype: torch.dtype) -> Case:
+    spec = SPECS[stem]
+    samples = list(spec.samples(torch.device("cpu"), dtype, torch.Generator().manual_seed(0)))
+    sample = max(samples, key=lambda s: sum(t.numel() for t in tensors(s.args)))
+    inputs = dict(zip(spec.arguments, sample.args))
+    device_of = next(iter(tensors(sample.args)))
+
+    def ours(**arguments: Any) -> Any:
+        device = next(iter(tensors(arguments)), device_of).device.type
+        return spec(device, *arguments.values())
+
+    agree = None if spec.differentiable else different
+    return Case(stem, stem, f"sample {sample.id}", inputs, ours, gradients=spec.differentiable, agree=agree)
+
+
+def different(got: Any, want: Any) -> float:
+    """Share of the elements that differ, by more than rounding where they are floats."""
+    wrong = total = 0
+    for g, w in zip(tensors(got), tensors(want)):
+        if g.shape != w.shape:
+            return 1.0
+        equal = torch.isclose(g, w, rtol=1e-4, atol=1e-4) if w.is_floating_point() else g == w
+        wrong, total = wrong + int((~equal).sum()), total + w.numel()
+    return wrong / max(total, 1)
+
+
+def different_sets(got: Tensor, want: Tensor) -> float:
+    """Share of the indices that only one of the two holds."""
+    ours, theirs = set(got.tolist()), set(want.tolist())
+    return len(ours ^ theirs) / max(len(theirs), 1)
+
+
+def different_detections(got: Any, want: Any) -> float:
+    """By counts and ranked scores: equal scores may come in another order."""
+    return different((got[1], got[3]), (want[1], want[3]))
+
+
+def logits_of(scene: Scene) -> str:
+    return f"{scene.pred.shape[0]}×{CLASSES} logits, {scene.positives} positives"
+
+
+def class_inputs(scene: Scene, dtype: torch.dtype) -> dict[str, Any]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    images = (scene.labels >= 0).sum(1).clamp(min=1).sum()
+    return {"pred": scene.pred.to(dtype), "label": scene.label, "score": scene.score.to(acc), "factor": images.to(acc)}
+
+
+def dense_target(scene: Scene, value: Tensor) -> Tensor:
+    """`value` at each positive's class, 0 elsewhere."""
+    target = F.one_hot(scene.label, CLASSES + 1)[:, :CLASSES].to(value)
+    return target * value[:, None]
+
+
+@case("qfl")
+def qfl(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs = class_inputs(scene, dtype)
+    inputs["weight"] = torch.ones_like(inputs["score"])
+
+    def ours(pred: Tensor, label: Tensor, score: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        return gfl_ops.quality_focal_loss(pred, (label, score), weight, avg_factor=factor)
+
+    yield Case(
+        "qfl", "qfl", logits_of(scene), inputs, ours, {"eager": formulas.qfl}, formulas.dense_qfl, gradients=("pred",)
+    )
+
+
+@case("focal")
+def focal(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {"pred": scene.pred.to(dtype), "target": dense_target(scene, torch.ones_like(scene.score)).to(acc)}
+
+    def ours(pred: Tensor, target: Tensor) -> Tensor:
+        return gfl_ops.sigmoid_focal_loss(pred, target, reduction="sum")
+
+    def summed(pred: Tensor, target: Tensor) -> Tensor:
+        return formulas.focal(pred, target).sum()
+
+    peers = {"eager": summed}
+    if torchvision is not None:
+        peers["torchvision"] = lambda pred, target: torchvision.ops.sigmoid_focal_loss(
+            formulas.widen(pred), target, reduction="sum"
+        )
+    yield Case("focal", "focal", logits_of(scene), inputs, ours, peers, summed, gradients=("pred",))
+
+
+@case("vfl")
+def vfl(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    given = class_inputs(scene, dtype)
+    inputs = {"pred": given["pred"], "target": dense_target(scene, given["score"]), "factor": given["factor"]}
+
+    def ours(pred: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+        return gfl_ops.varifocal_loss(pred, target, avg_factor=factor)
+
+    peers = {"eager": formulas.varifocal}
+    yield Case("vfl", "vfl", logits_of(scene), inputs, ours, peers, formulas.varifocal, gradients=("pred",))
+
+
+def side_inputs(scene: Scene, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = scene.weight.repeat_interleave(4).to(acc)
+    inputs = {"pred": scene.rows.to(dtype), "target": scene.target.to(acc), "weight": weight, "factor": weight.sum()}
+    return inputs, f"{len(scene.rows)}×{REG_MAX + 1} logits, the positives' sides"
+
+
+@case("dfl")
+def dfl(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs, what = side_inputs(scene, dtype)
+
+    def ours(pred: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        return gfl_ops.distribution_focal_loss(pred, target, weight, avg_factor=factor)
+
+    yield Case("dfl", "dfl", what, inputs, ours, {"eager": formulas.dfl}, formulas.dense_dfl, gradients=("pred",))
+
+
+@case("dfl_two_bin")
+def dfl_two_bin(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs, what = side_inputs(scene, dtype)
+    target = inputs.pop("target")
+    left = target.long()
+    inputs |= {"left": left, "weight_left": left + 1 - target, "weight_right": target - left}
+
+    def ours(
+        pred: Tensor, left: Tensor, weight_left: Tensor, weight_right: Tensor, weight: Tensor, factor: Tensor
+    ) -> Tensor:
+        bins = (left, weight_left, weight_right)
+        return gfl_ops.distribution_focal_loss(pred, bins, weight, avg_factor=factor)
+
+    peers = {"eager": formulas.two_bin_dfl}
+    yield Case("dfl_two_bin", "dfl two bins", what, inputs, ours, peers, formulas.two_bin_dfl, gradients=("pred",))
+
+
+@case("integral")
+def integral(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    rows = scene.rows.reshape(-1, 4 * (REG_MAX + 1)).to(dtype)
+    inputs = {"pred": rows, "reg_max": REG_MAX}
+    what = f"{len(rows)}×{rows.shape[1]} logits, the positives"
+    peers = {"eager": formulas.integral}
+    yield Case("integral", "integral", what, inputs, gfl_ops.integral, peers, formulas.dense_integral, ("pred",))
+
+
+@case("dfl_integral")
+def dfl_integral(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs, what = side_inputs(scene, dtype)
+
+    def ours(pred: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return gfl_ops.dfl_integral(pred, target, weight, avg_factor=factor)
+
+    peers, dense = {"eager": formulas.dfl_integral}, formulas.dense_dfl_integral
+    yield Case("dfl_integral", "dfl+integral", what, inputs, ours, peers, dense, ("pred",))
+
+
+@case("iou")
+def iou(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    # Rounded boxes of 16 bits may touch no longer; those of training are fp32, and so is the target.
+    inputs = {"pred": scene.pred_boxes.to(dtype), "target": scene.true_boxes.to(acc), "weight": scene.weight.to(acc)}
+    inputs["factor"] = inputs["weight"].sum()
+    for kind in ("iou", "giou", "diou", "ciou"):
+
+        def ours(pred: Tensor, target: Tensor, weight: Tensor, factor: Tensor, kind: str = kind) -> Tensor:
+            return gfl_ops.box_iou_loss(pred, target, weight, kind, avg_factor=factor)
+
+        def eager(pred: Tensor, target: Tensor, weight: Tensor, factor: Tensor, kind: str = kind) -> Tensor:
+            return formulas.box_iou_loss(pred, target, weight, factor, kind)
+
+        yield Case("iou", kind, f"{scene.positives} pairs of boxes", inputs, ours, {"eager": eager}, eager, ("pred",))
+
+
+@case("distance_to_box")
+def distance_to_box(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    distance = scene.target.reshape(-1, 4).to(dtype)
+    inputs = {"points": scene.points.to(dtype), "distance": distance}
+    what = f"{scene.positives} locations"
+    peers = {"eager": formulas.box_from_distance}
+    ours, dense = gfl_ops.distance_to_box, formulas.box_from_distance
+    yield Case("distance_to_box", "distance to box", what, inputs, ours, peers, dense, ("distance",))
+
+
+@case("box_to_distance")
+def box_to_distance(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs = {"points": scene.points.to(dtype), "boxes": scene.true_boxes.to(dtype), "max_distance": float(REG_MAX)}
+    peers = {"eager": formulas.distance_from_box}
+    ours, dense = gfl_ops.box_to_distance, formulas.distance_from_box
+    yield Case("box_to_distance", "box to distance", f"{scene.positives} boxes", inputs, ours, peers, dense)
+
+
+@case("decode")
+def decode(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    found = scene.candidates
+    inputs = {
+        "pred": found.rows.to(dtype),
+        "points": found.points,
+        "stride": found.stride,
+        "reg_max": scene.trained.reg_max,
+        "max_shape": tuple(float(s) for s in scene.size),
+    }
+    what = f"{len(found.rows)}×{found.rows.shape[1]} logits, candidates"
+    peers = {"eager": formulas.decode}
+    yield Case("decode", "decode", what, inputs, gfl_ops.decode, peers, formulas.dense_decode)
+
+
+def kept_boxes(scene: Scene, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"boxes": scene.candidates.boxes.to(dtype), "scores": scene.candidates.scores.to(dtype)}
+
+
+def widened(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda boxes, scores, **rest: call(formulas.widen(boxes), formulas.widen(scores), **rest)
+
+
+@case("nms")
+def nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    first = scene.candidates.images == 0
+    whole = kept_boxes(scene, dtype)
+    inputs = {name: value[first] for name, value in whole.items()} | {"iou_threshold": 0.6}
+    what = f"{int(first.sum())} boxes"
+    peers = {"eager": widened(formulas.nms)}
+    if torchvision is not None:
+        peers["torchvision"] = widened(torchvision.ops.nms)
+    yield Case("nms", "nms", f"{what} of an image", inputs, gfl_ops.nms, peers, agree=different_sets)
+    # Two images at once: plain Python loops, which are among the providers, would take minutes for more.
+    few = scene.candidates.images < 2
+    idxs = (scene.candidates.images * CLASSES + scene.candidates.labels)[few]
+    inputs = {name: value[few] for name, value in whole.items()} | {"idxs": idxs, "iou_threshold": 0.6}
+    peers = {"eager": widened(formulas.batched_nms)}
+    if torchvision is not None:
+        peers["torchvision"] = widened(torchvision.ops.batched_nms)
+    what = f"{len(idxs)} boxes, {len(idxs.unique())} groups"
+    yield Case("nms", "batched_nms", what, inputs, gfl_ops.batched_nms, peers, agree=different_sets)
+
+
+def one_class() -> dict[str, Any]:
+    """The NMS inside a peer's chain: a compiled one where there is one."""
+    return {"one_class": torchvision.ops.nms} if torchvision is not None else {}
+
+
+@case("multiclass_nms")
+def multiclass_nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    found = scene.candidates
+    first = found.images == 0
+    scores = torch.zeros((int(first.sum()), CLASSES)).scatter(1, found.labels[first][:, None], found.scores[first][:, None])
+    inputs = {"boxes": found.boxes[first].to(dtype), "scores": scores.to(dtype)}
+
+    def ours(boxes: Tensor, scores: Tensor) -> Any:
+        return gfl_ops.multiclass_nms(boxes, scores, 0.05, 0.6, 100)
+
+    def eager(boxes: Tensor, scores: Tensor) -> Any:
+        boxes, scores = formulas.widen(boxes), formulas.widen(scores)
+        return formulas.multiclass_nms(boxes, scores, 0.05, 0.6, 100, **one_class())
+
+    def agree(got: Any, want: Any) -> float:
+        return different(got[1], want[1])
+
+    what = f"{len(scores)} boxes, {CLASSES} classes"
+    yield Case("multiclass_nms", "multiclass_nms", what, inputs, ours, {"eager": eager}, agree=agree)
+
+
+@case("soft_nms")
+def soft_nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    # As many as one class of an image has: no one decays thousands.
+    best = scene.candidates.scores.topk(min(500, len(scene.candidates.scores))).indices
+    inputs = {name: value[best] for name, value in kept_boxes(scene, dtype).items()}
+
+    def ours(boxes: Tensor, scores: Tensor) -> Any:
+        return gfl_ops.soft_nms(boxes, scores, None, 0.3, 0.5, 1e-3, "linear")
+
+    def eager(boxes: Tensor, scores: Tensor) -> Any:
+        return formulas.soft_nms(formulas.widen(boxes), formulas.widen(scores), 0.3, 1e-3)
+
+    def agree(got: Any, want: Any) -> float:
+        return different(got[1], want[1])
+
+    yield Case("soft_nms", "soft_nms", f"{len(best)} boxes", inputs, ours, {"eager": eager}, agree=agree)
+
+
+@case("postprocess")
+def postprocess(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    head = scene.trained
+    inputs = {
+        "cls_scores": [m.to(dtype) for m in head.cls_scores],
+        "reg_preds": [m.to(dtype) for m in head.reg_preds],
+        "image_sizes": head.image_sizes,
+    }
+
+    def ours(cls_scores: list[Tensor], reg_preds: list[Tensor], image_sizes: Tensor) -> Any:
+        return gfl_ops.postprocess(cls_scores, reg_preds, head.strides, image_sizes, reg_max=head.reg_max)
+
+    def eager(cls_scores: list[Tensor], reg_preds: list[Tensor], image_sizes: Tensor) -> Any:
+        return formulas.postprocess(cls_scores, reg_preds, head.strides, scene.size, head.reg_max, **one_class())
+
+    # All scores are read, but of the distributions only the candidates'.
+    reads = sum(m.numel() * m.element_size() for m in inputs["cls_scores"])
+    reads += scene.candidates.rows.numel() * inputs["reg_preds"][0].element_size()
+    what = f"{scene.batch} images, {len(scene.candidates.rows)} candidates"
+    yield Case(
+        "postprocess", "postprocess", what, inputs, ours, {"eager": eager}, agree=different_detections, reads=reads
+    )
+
+
+@case("atss")
+def atss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    if dtype != torch.float32:
+        return
+    sizes, strides = level_sizes(scene.size), [float(s) for s in STRIDES]
+    inputs = {"gt_boxes": scene.gt_boxes, "gt_labels": scene.gt_labels}
+
+    def ours(gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return gfl_ops.atss_assign(sizes, strides, gt_boxes, gt_labels)
+
+    def eager(gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas_head.atss(sizes, strides, gt_boxes, gt_labels)
+
+    def agree(got: Any, want: Any) -> float:
+        """Of the positives; exact ties of distance are broken otherwise by torch's top-k."""
+        return int((got[1] != want[1]).sum()) / max(int((want[0] >= 0).sum()), 1) / 10
+
+    what = f"{scene.labels.shape[1]} locations, {int((scene.gt_labels >= 0).sum())} boxes"
+    yield Case("atss", "atss", what, inputs, ours, {"eager": eager}, agree=agree)
+
+
+@case("gfl_loss")
+def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    head, acc = scene.head, torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {
+        "cls_scores": [m.to(dtype) for m in head.cls_scores],
+        "reg_preds": [m.to(dtype) for m in head.reg_preds],
+        "labels": scene.labels,
+        "matched": scene.matched,
+        "iou": scene.iou,
+        "gt_boxes": scene.gt_boxes.to(acc),
+    }
+
+    def ours(
+        cls_scores: list[Tensor], reg_preds: list[Tensor], labels: Tensor, matched: Tensor, iou: Tensor, gt_boxes: Tensor
+    ) -> Any:
+        assignment = gfl_ops.Assignment(labels, matched, iou)
+        return tuple(gfl_ops.gfl_loss(cls_scores, reg_preds, head.strides, assignment, gt_boxes))[:3]
+
+    def peer(formula: Callable[..., Any]) -> Callable[..., Any]:
+        def call(
+            cls_scores: list[Tensor],
+            reg_preds: list[Tensor],
+            labels: Tensor,
+            matched: Tensor,
+            iou: Tensor,
+            gt_boxes: Tensor,
+        ) -> Any:
+            return formula(cls_scores, reg_preds, head.strides, labels, matched, gt_boxes, head.reg_max)
+
+        return call
+
+    reads = sum(m.numel() * m.element_size() for m in inputs["cls_scores"]) + scene.labels.numel() * 16
+    reads += scene.rows.numel() * inputs["reg_preds"][0].element_size()
+    peers, dense = {"eager": peer(formulas_head.gfl_loss)}, peer(formulas_head.dense_gfl_loss)
+    gradients = ("cls_scores", "reg_preds")
+    what = f"{scene.batch} images, {scene.positives} positives"
+    yield Case("gfl_loss", "gfl_loss", what, inputs, ours, peers, dense, gradients, reads=reads)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assignment and whole head loss as they are computed today, in plain PyTorch after mmdet 3.3.0; see formulas.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from formulas import (
+    box_from_distance,
+    box_iou_loss,
+    dense_dfl,
+    dense_integral,
+    dense_qfl,
+    dfl,
+    distance_from_box,
+    integral,
+    pairwise_iou,
+    qfl,
+    widen,
+)
+
+CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 1.0, 2.0, 0.25
+
+
+def grid(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres ``[H·W, 2]`` in cells."""
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    return torch.stack([x, y], -1).reshape(-1, 2).float()
+
+
+def atss(
+    level_sizes: Sequence[tuple[int, int]], strides: Sequence[float], gt_boxes: Tensor, gt_labels: Tensor, topk: int = 9
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image by image: all distances and IoUs as ``[A, G]`` matrices, top-k a level, mean + deviation, inside, conflict."""
+    device = gt_boxes.device
+    points = torch.cat([grid(h, w, device) * s for (h, w), s in zip(level_sizes, strides)])
+    half = torch.cat([torch.full((h * w, 1), 4.0 * s, device=device) for (h, w), s in zip(level_sizes, strides)])
+    priors = torch.cat([points - half, points + half], 1)
+    results = []
+    for boxes, classes in zip(gt_boxes, gt_labels):
+        boxes, classes = boxes[classes >= 0], classes[classes >= 0]
+        if not len(boxes):
+            none = torch.full((len(points),), -1, device=device)
+            results.append((none, none, torch.zeros(len(points), device=device)))
+            continue
+        iou = pairwise_iou(priors, boxes)
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        distance = (points[:, None] - middle[None]).square().sum(-1).sqrt()
+        nearest, start = [], 0
+        for h, w in level_sizes:
+            cells = distance[start : start + h * w]
+            nearest.append(cells.topk(min(topk, h * w), 0, largest=False).indices + start)
+            start += h * w
+        candidates = torch.cat(nearest)
+        slots = torch.arange(len(boxes), device=device)
+        overlaps = iou[candidates, slots]
+        positive = overlaps >= overlaps.mean(0) + overlaps.std(0)
+        centre = points[candidates]
+        margin = torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], -1)
+        positive &= margin.amin(-1) > 0.01
+        table = torch.full_like(iou, -torch.inf)
+        columns = slots.expand_as(candidates)
+        table[candidates[positive], columns[positive]] = overlaps[positive]
+        best, matched = table.max(1)
+        taken = best > -torch.inf
+        labels = torch.where(taken, classes[matched], -1)
+        results.append((labels, torch.where(taken, matched, -1), torch.where(taken, best, 0.0)))
+    labels, matched, best = (torch.stack(parts) for parts in zip(*results))
+    return labels, matched, best
+
+
+def gfl_loss(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    reg_max: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Level by level; the positives picked by nonzero."""
+    classes = cls_scores[0].shape[1]
+    images = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    cls_norm = (labels >= 0).sum(1).clamp(min=1).sum()
+    losses, start, weights = [], 0, gt_boxes.new_zeros(())
+    for cls, reg, stride in zip(cls_scores, reg_preds, strides):
+        height, width = cls.shape[2:]
+        part = slice(start, start + height * width)
+        start += height * width
+        cls = cls.permute(0, 2, 3, 1).reshape(-1, classes)
+        reg = reg.permute(0, 2, 3, 1).reshape(-1, 4 * (reg_max + 1))
+        label = labels[:, part].reshape(-1)
+        rows = (label >= 0).nonzero().squeeze(1)
+        score = torch.zeros(len(label), dtype=widen(cls[:0]).dtype, device=cls.device)
+        box = edge = reg.sum() * 0
+        if len(rows):
+            true = gt_boxes[images[:, part].reshape(-1)[rows], matched[:, part].reshape(-1)[rows]] / stride
+            centre = grid(height, width, cls.device).repeat(len(labels), 1)[rows]
+            predicted = box_from_distance(centre, integral(reg[rows], reg_max))
+            weight = cls.detach()[rows].sigmoid().amax(1).to(score.dtype)
+            weights = weights + weight.sum()
+            score[rows] = 1 - element_iou(predicted.detach(), true)
+            box = box_iou_loss(predicted, true, weight, 1.0, "giou")
+            target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
+            spread = weight[:, None].expand(-1, 4).reshape(-1)
+            edge = dfl(reg[rows].reshape(-1, reg_max + 1), target.to(score.dtype), spread, 4.0)
+        label = torch.where(label < 0, classes, label)
+        losses.append((qfl(cls, label, score, torch.ones_like(score), cls_norm), box, edge))
+    norm = weights.clamp(min=1)
+    cls, box, edge = (sum(parts) for parts in zip(*losses))
+    return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
+
+
+def dense_gfl_loss(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    reg_max: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One graph of fixed shapes: dense QFL, and room for nine positives a level and box, filled up with nothing."""
+    batch, slots = gt_boxes.shape[:2]
+    classes = cls_scores[0].shape[1]
+    cls_norm = (labels >= 0).sum(1).clamp(min=1).sum()
+    losses, start, weights = [], 0, gt_boxes.new_zeros(())
+    for cls, reg, stride in zip(cls_scores, reg_preds, strides):
+        height, width = cls.shape[2:]
+        cells = height * width
+        part = slice(start, start + cells)
+        start += cells
+        cls = cls.permute(0, 2, 3, 1).reshape(-1, classes)
+        label = labels[:, part].reshape(-1)
+        room = min(9 * slots * batch, label.numel())
+        rows = torch.nonzero_static(label >= 0, size=room, fill_value=-1).squeeze(1)
+        used = (rows >= 0).to(widen(cls[:0]).dtype)
+        rows = rows.clamp(min=0)
+        image, cell = rows // cells, rows % cells
+        true = gt_boxes[image, matched[:, part].reshape(-1)[rows].clamp(min=0)] / stride
+        sides = reg.reshape(batch, -1, cells)[image, :, cell]
+        centre = torch.stack([cell % width, cell // width], 1).to(gt_boxes.dtype)
+        distance = dense_integral(sides, reg_max)
+        predicted = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
+        weight = cls.detach()[rows].sigmoid().amax(1).to(used.dtype) * used
+        weights = weights + weight.sum()
+        iou = 1 - element_iou(predicted.detach(), true)
+        score = torch.zeros(label.shape, dtype=used.dtype, device=cls.device).index_add(0, rows, iou * used)
+        # Unused room holds cell 0's box, which is finite; its weight is 0.
+        box = box_iou_loss(predicted, true, weight, 1.0, "giou")
+        target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
+        edge = dense_dfl(sides.reshape(-1, reg_max + 1), target, weight.repeat_interleave(4), 4.0)
+        background = torch.where(label < 0, classes, label)
+        losses.append((dense_qfl(cls, background, score, torch.ones_like(score), cls_norm), box, edge))
+    norm = weights.clamp(min=1)
+    cls, box, edge = (sum(parts) for parts in zip(*losses))
+    return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
+
+
+def element_iou(pred: Tensor, target: Tensor) -> Tensor:
+    """1 − IoU of each pair."""
+    extent = (torch.min(pred[:, 2:], target[:, 2:]) - torch.max(pred[:, :2], target[:, :2])).clamp(min=0)
+    common = extent[:, 0] * extent[:, 1]
+    union = (pred[:, 2:] - pred[:, :2]).prod(1) + (target[:, 2:] - target[:, :2]).prod(1) - common
+    return 1 - common / union.clamp(min=1e-6)
