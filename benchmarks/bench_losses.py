@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times every operator against what people use today, on real inputs, after checking that all compute the same.
+"""Time every operator against what people use today, on real inputs, after
+checking that all compute the same.
 
-Inputs: a batch of 800×1344 images with COCO's boxes (or boxes drawn with COCO's statistics), assigned by ATSS over five levels,
-22 400 locations an image; logits drawn like a trained head's. Decoding, NMS and post-processing run on a trained head's outputs
-where they are there. Providers:
+Inputs: a batch of 800×1344 images with COCO's boxes (or boxes drawn with COCO's
+statistics), assigned by ATSS over five levels, 22 400 locations an image; logits
+drawn like a trained head's. Decoding, NMS and post-processing run on a trained
+head's outputs where they are there. Providers:
   eager        mmdet's formulas in plain PyTorch
   compiled     torch.compile of the best dense formula
   torchvision  where it is installed
   native       this package's compiled kernels
   triton       this package's Triton kernels (on a GPU)
   reference    this package's plain PyTorch
-A provider that disagrees with the fp64 oracle is named and not timed. See `floor` etc. explained above the table.
+A provider that disagrees with the fp64 oracle is named and not timed. What the
+columns mean is printed above the table.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from pathlib import Path
 # libkineto, by which memory and launches are counted, would print a line at each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
-import torch
-
 import cases
 import inputs
 import report
-from gfl_ops._spec import SPECS
+import torch
 from harness import DTYPES, Bench, Clock, Machine, Result
+
+from gfl_ops._spec import SPECS
 
 PROVIDERS = tuple(report.COLOURS)
 
@@ -37,16 +40,16 @@ PROVIDERS = tuple(report.COLOURS)
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ops", nargs="+", choices=sorted(SPECS), metavar="OP", help=f"only these: {', '.join(SPECS)}")
-    add("--dtypes", nargs="+", choices=list(DTYPES), help="default: fp32 bf16 fp16; --full adds fp64")
-    add("--providers", nargs="+", choices=PROVIDERS, help="only these")
+    add("--ops", nargs="+", choices=sorted(SPECS), metavar="OP", help=f"only these: {', '.join(cases.order())}")
+    add("--dtypes", nargs="+", choices=list(DTYPES), metavar="T", help="default: fp32 bf16 fp16; --full adds fp64")
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="P", help="only these of the above")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch can use a GPU, else cpu")
     add("--batch", nargs="+", type=int, metavar="N", help="images; default: 2 on a CPU, 2 and 16 on a GPU")
     add("--size", type=size, default=(800, 1344), metavar="HxW", help="of an image (default 800x1344)")
-    add("--data", type=Path, default=inputs.DATA, help="folder of the real data (default: GFL_TEST_DATA or %(default)s)")
+    add("--data", type=Path, default=inputs.DATA, help="folder of real data (default: GFL_TEST_DATA or %(default)s)")
     add("--out", type=Path, default=Path("out/bench_losses"), help="folder for JSON and plot (default %(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads, for a busy machine")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     add("--rounds", type=int, default=30, help="turns a provider at most (default %(default)s)")
     add("--seconds", type=float, default=1.0, help="aimed at a case (default %(default)s)")
     add("--limit", type=float, default=270.0, metavar="S", help="seconds for everything; then it stops (default 270)")
@@ -111,7 +114,8 @@ def main() -> int:
     settings["threads"] = torch.get_num_threads()
     report.write_json(given.out / "bench_losses.json", results, machine, settings)
     trouble = report.plot(given.out / "bench_losses.png", results, machine)
-    print(f"\nwritten: {given.out / 'bench_losses.json'}" + (f"; {trouble}" if trouble else f", {given.out / 'bench_losses.png'}"))
+    written = f"\nwritten: {given.out / 'bench_losses.json'}"
+    print(f"{written}; {trouble}" if trouble else f"{written}, {given.out / 'bench_losses.png'}")
     ours = [r for r in results if report.is_ours(r.provider) and r.status in ("wrong", "failed")]
     return 1 if ours else 0
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is timed of each operator: `CASES[stem]` makes the cases from a scene, a dtype and a device.
 
-Operators, backends and dtypes come from the registry. One that has no entry here is timed on the largest of its own samples,
-against no one; that is enough for a new operator to appear in the table.
+Operators, backends and dtypes come from the registry. One that has no entry here is timed on the largest of its own
+samples, against no one; that is enough for a new operator to appear in the table.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import formulas
+import formulas_head
 import torch
 import torch.nn.functional as F
+from harness import Case, tensors
+from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-import formulas
-import formulas_head
 import gfl_ops
 from gfl_ops._spec import SPECS
-from harness import Case, tensors
-from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
 
 try:
     import torchvision
@@ -48,9 +48,7 @@ def order() -> list[str]:
 def make(stem: str, scene: Scene, dtype: torch.dtype, device: str) -> list[Case]:
     """The operator's cases with their inputs on the device."""
     made = list(CASES[stem](scene, dtype)) if stem in CASES else [from_sample(stem, dtype)]
-    return [
-        replace(c, inputs=tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, c.inputs)) for c in made
-    ]
+    return [replace(c, inputs=tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, c.inputs)) for c in made]
 
 
 def from_sample(stem: str, dtype: torch.dtype) -> Case:
@@ -292,7 +290,8 @@ def one_class() -> dict[str, Any]:
 def multiclass_nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     found = scene.candidates
     first = found.images == 0
-    scores = torch.zeros((int(first.sum()), CLASSES)).scatter(1, found.labels[first][:, None], found.scores[first][:, None])
+    labels, values = found.labels[first][:, None], found.scores[first][:, None]
+    scores = torch.zeros((len(labels), CLASSES)).scatter(1, labels, values)
     inputs = {"boxes": found.boxes[first].to(dtype), "scores": scores.to(dtype)}
 
     def ours(boxes: Tensor, scores: Tensor) -> Any:
@@ -385,7 +384,12 @@ def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     }
 
     def ours(
-        cls_scores: list[Tensor], reg_preds: list[Tensor], labels: Tensor, matched: Tensor, iou: Tensor, gt_boxes: Tensor
+        cls_scores: list[Tensor],
+        reg_preds: list[Tensor],
+        labels: Tensor,
+        matched: Tensor,
+        iou: Tensor,
+        gt_boxes: Tensor,
     ) -> Any:
         assignment = gfl_ops.Assignment(labels, matched, iou)
         return tuple(gfl_ops.gfl_loss(cls_scores, reg_preds, head.strides, assignment, gt_boxes))[:3]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people use today, written out in plain PyTorch after the definitions of mmdet 3.3.0: the providers "eager".
 
-16-bit logits are widened to fp32 first, as detectors do in mixed precision. `dense_*` are the forms that torch.compile makes
-the most of: no nonzero, no indexed writes, one expression over all elements.
+16-bit logits are widened to fp32 first, as detectors do in mixed precision. `dense_*` are the forms that torch.compile
+makes the most of: no nonzero, no indexed writes, one expression over all elements.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from formulas import (
     box_from_distance,
     box_iou_loss,
@@ -21,6 +19,7 @@ from formulas import (
     qfl,
     widen,
 )
+from torch import Tensor
 
 CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 1.0, 2.0, 0.25
 
@@ -34,7 +33,7 @@ def grid(height: int, width: int, device: torch.device) -> Tensor:
 def atss(
     level_sizes: Sequence[tuple[int, int]], strides: Sequence[float], gt_boxes: Tensor, gt_labels: Tensor, topk: int = 9
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image by image: all distances and IoUs as ``[A, G]`` matrices, top-k a level, mean + deviation, inside, conflict."""
+    """Image by image, with all distances and IoUs as ``[A, G]`` matrices."""
     device = gt_boxes.device
     points = torch.cat([grid(h, w, device) * s for (h, w), s in zip(level_sizes, strides)])
     half = torch.cat([torch.full((h * w, 1), 4.0 * s, device=device) for (h, w), s in zip(level_sizes, strides)])

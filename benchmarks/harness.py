@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check, then time: providers of one computation side by side, on the same inputs, in one interleaved run.
 
-A provider is first compared with an oracle: the reference in fp64 on the same rounded inputs, or, for decisions (which box,
-which location), the reference itself. One that disagrees is reported as wrong and not timed. The others take turns, so that a
-disturbance of the machine hits all of them; the caches are flushed before each turn. A plain log1p is timed beside them.
+A provider is first compared with an oracle: the reference in fp64 on the same rounded inputs, or, for decisions (which
+box, which location), the reference itself. One that disagrees is reported as wrong and not timed. The others take turns,
+so that a disturbance of the machine hits all of them; the caches are flushed before each turn. A plain log1p is timed
+beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from gfl_ops import _backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BACKENDS = tuple(b for b in _backend.BACKENDS if b != "auto")
-# ‖got − want‖ / ‖want‖. fp32: sums of millions of terms of one sign, and boxes of a thousand pixels a few pixels wide. The
-# 16-bit ones: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
+# ‖got − want‖ / ‖want‖. fp32: sums of millions of terms of one sign, and boxes of a thousand pixels a few pixels wide.
+# 16 bits: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 4e-3, "bf16": 1e-2}
 DECISIONS = 2e-3  # share of decisions that may differ: exact ties, and IoUs within a rounding of the threshold
 
@@ -178,7 +180,7 @@ class Machine:
             for step in steps:
                 step()
                 times.append(self._now())
-            return [b - a for a, b in zip(times, times[1:])]
+            return [b - a for a, b in pairwise(times)]
         torch.cuda.synchronize()
         if host:
             torch.cuda._sleep(int(1.3 * host * self._clock_rate()))
@@ -188,7 +190,7 @@ class Machine:
             step()
             event.record()
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
 
     def _clock_rate(self) -> float:
         """Ticks a second of `torch.cuda._sleep`."""
@@ -242,9 +244,9 @@ def profiled(run: Callable[[], object], memory: bool = False) -> list[Any]:
 class Run:
     """A provider at work on a case: fresh leaves, forward, backward."""
 
-    def __init__(self, case: Case, call: Callable[..., Any], backend: str, inputs: dict[str, Any] | None = None) -> None:
+    def __init__(self, case: Case, call: Callable[..., Any], backend: str, inputs: dict[str, Any]) -> None:
         self.case, self.call, self.backend = case, call, backend
-        self.inputs = dict(case.inputs if inputs is None else inputs)
+        self.inputs = dict(inputs)
         self.leaves: list[Tensor] = []
         self.results: Any = None
         self.gradients: tuple[Tensor | None, ...] = ()
@@ -338,7 +340,7 @@ class Bench:
             if call is None:
                 result.status, result.reason = "skipped", why
                 continue
-            run = Run(case, call, backend)
+            run = Run(case, call, backend, case.inputs)
             try:
                 begin = time.perf_counter()
                 got, gradients = run.once()

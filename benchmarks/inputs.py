@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks run on: real boxes, their assignment, a head's outputs; drawn with COCO's statistics where absent.
+"""What the benchmarks run on: real boxes, their assignment, a head's outputs; drawn like them where they are absent.
 
-Real data is the folder that `--data` or ``GFL_TEST_DATA`` names, by default ``../shared/data`` as seen from the project's
-root: ``coco_val2017_47/instances_val2017_47.json`` (boxes) and ``nanodet_plus_416_head_<id>.npz`` beside it (all outputs of
-a trained head of the same family, 7 bins, strides 8 to 64).
+Real data is the folder that `--data` or ``GFL_TEST_DATA`` names, by default ``../shared/data`` as seen from the
+project's root: ``coco_val2017_47/instances_val2017_47.json`` (boxes) and ``nanodet_plus_416_head_<id>.npz`` beside it
+(all outputs of a trained head of the same family: distances up to 7, strides 8 to 64).
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def make_scene(batch: int, size: tuple[int, int] = (800, 1344), data: Path = DAT
     point, step = points.expand(batch, -1, -1)[positive], stride.expand(batch, -1)[positive]
     target = (torch.cat([point - true[:, :2], true[:, 2:] - point], 1) / step[:, None]).clamp(0, REG_MAX - 0.1)
 
-    # A trained head's: background logits N(−6, 1.25), classes that are there near the middle; distributions peaked around a
-    # guess that is off by half a bin.
+    # Like a trained head's: background logits N(−6, 1.25), as measured on the real one; classes that are there near the
+    # middle; distributions peaked around a guess that is off by half a bin.
     shape = (*labels.shape,)
     pred = torch.randn((*shape, CLASSES), generator=generator) * 1.25 - 6.0
     found = torch.randn(images.shape, generator=generator) * 1.2 - 0.3

@@ -49,9 +49,9 @@ def head(machine: Machine, scene_lines: Sequence[str]) -> str:
     lines = [line for said in stamp.lines(stamp.stamp()) for line in textwrap.wrap(said, WIDTH)]
     lines += [line for said in scene_lines for line in textwrap.wrap(said, WIDTH)]
     text = (
-        f"{machine.bandwidth / 1e9:.1f} GB/s measured by a large copy is the floor: `floor` is the time that the bytes of "
-        "inputs, results and gradients need at that rate, as a share of the time taken. Milliseconds are medians; p20–p80, "
-        "GB/s, floor and MB (peak of what a turn allocates) are of both directions together."
+        f"A large copy moves {machine.bandwidth / 1e9:.1f} GB/s here; `floor` is the time that inputs, results and "
+        "gradients would need at that rate, as a share of the time taken. Milliseconds are medians; p20–p80, GB/s, "
+        "floor and MB (peak of what a turn allocates) are of both directions together."
     )
     return "\n".join([*lines, "", *textwrap.wrap(text, WIDTH)])
 
@@ -106,7 +106,9 @@ def summary(results: Sequence[Result], machine: Machine) -> str:
             continue
         ours, other = pair
         factor = other.total.median / ours.total.median
-        verdict = f"{factor:.1f}× faster" if factor >= 1.05 else f"{1 / factor:.1f}× SLOWER" if factor < 0.95 else "equal"
+        verdict = "equal"
+        if not 0.95 < factor < 1.05:
+            verdict = f"{factor:.1f}× faster" if factor > 1 else f"{1 / factor:.1f}× SLOWER"
         where = f"{ours.name} {ours.dtype}" + (f" B={ours.batch}" if len({r.batch for r in results}) > 1 else "")
         lines.append(
             f"{where:<26}{ours.provider:<9}{ms(ours.total.median):>8}   {other.provider:<12}"
@@ -196,10 +198,12 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     handles: list[Any] = [Patch(color=COLOURS[p], label=p) for p in used]
     handles.append(Line2D([], [], color="#d93025", label="byte floor"))
-    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 2 + 2 * len(columns)), fontsize=8, frameon=False)
+    wide = min(len(handles), 2 + 2 * len(columns))
+    figure.legend(handles=handles, loc="upper center", ncols=wide, fontsize=8, frameon=False)
     said = stamp.stamp()
     where = said["gpu"] if machine.cuda else f"{said['cpu']}, {said['cores']} cores"
-    figure.text(0.01, 0.005, f"{where} · torch {said['versions']['torch']} · {said['commit']} · {said['date'][:10]}", fontsize=6)
+    made = f"{where} · torch {said['versions']['torch']} · {said['commit']} · {said['date'][:10]}"
+    figure.text(0.01, 0.005, made, fontsize=6)
     figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.5 / size[1]))
     figure.savefig(path, dpi=110)
     plt.close(figure)
