@@ -26,13 +26,13 @@ from pathlib import Path
 # libkineto, by which memory and launches are counted, would print a line at each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
+import torch
+
 import cases
 import inputs
 import report
-import torch
-from harness import DTYPES, Bench, Clock, Machine, Result
-
 from gfl_ops._spec import SPECS
+from harness import DTYPES, Bench, Clock, Machine, Result
 
 PROVIDERS = tuple(report.COLOURS)
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import formulas
-import formulas_head
 import torch
 import torch.nn.functional as F
-from harness import Case, tensors
-from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+import formulas
+import formulas_head
 import gfl_ops
 from gfl_ops._spec import SPECS
+from harness import Case, tensors
+from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
 
 try:
     import torchvision

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from formulas import (
     box_from_distance,
     box_iou_loss,
@@ -19,7 +21,6 @@ from formulas import (
     qfl,
     widen,
 )
-from torch import Tensor
 
 CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 1.0, 2.0, 0.25
 

@@ -2,9 +2,9 @@
 """Check, then time: providers of one computation side by side, on the same inputs, in one interleaved run.
 
 A provider is first compared with an oracle: the reference in fp64 on the same rounded inputs, or, for decisions (which
-box, which location), the reference itself. One that disagrees is reported as wrong and not timed. The others take turns,
-so that a disturbance of the machine hits all of them; the caches are flushed before each turn. A plain log1p is timed
-beside them.
+box, which location), the reference itself. One that disagrees is reported as wrong and not timed. The others take
+turns, so that a disturbance of the machine hits all of them; the caches are flushed before each turn. A plain log1p is
+timed beside them.
 """
 
 from __future__ import annotations
@@ -329,6 +329,10 @@ class Bench:
 
     def run(self, case: Case, dtype: str, batch: int, only: Sequence[str] = (), compiled: bool = True) -> list[Result]:
         """Check and time every provider of a case."""
+        with gfl_ops.set_backend(gfl_ops.get_backend()):  # back to it at the end
+            return self._run(case, dtype, batch, only, compiled)
+
+    def _run(self, case: Case, dtype: str, batch: int, only: Sequence[str], compiled: bool) -> list[Result]:
         oracle = Run(case, case.ours, "reference", case.inputs if case.agree else double(case.inputs))
         want, want_gradients = oracle.once()
         results, runs, hosts = [], {}, {}
@@ -359,7 +363,6 @@ class Bench:
             self._account(case, result, want, want_gradients)
             runs[name] = (run, result)
         self._time(runs, hosts)
-        gfl_ops.set_backend("auto")
         return results
 
     def _error(
