@@ -64,7 +64,8 @@ template <class A> GFL_HOST_DEVICE Bernoulli<A> bernoulli_from_logit(A x, A t) {
   return b;
 }
 
-// Outside [0, 1] there is no probability: NaN. The logarithms are floored at −100 and the derivative's denominator at 1e-12, as torch's binary_cross_entropy does.
+// Outside [0, 1] there is no probability: NaN. The logarithms are floored at −100 and the derivative's denominator at
+// 1e-12, as torch's binary_cross_entropy does.
 template <class A> GFL_HOST_DEVICE Bernoulli<A> bernoulli_from_probability(A p, A t) {
   if (!(p >= A(0) && p <= A(1))) p = std::numeric_limits<A>::quiet_NaN();
   Bernoulli<A> b;

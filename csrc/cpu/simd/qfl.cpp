@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss with β = 2 on logits that lie side by side: kLanes classes at a time, one exponential and one
-// logarithm an element, the terms of focal.h in a form without branches.
+// Quality focal loss with β = 2 on logits that lie side by side: kLanes classes at a time.
 #include "gfl/qfl.h"
 
-#include "vector_math.h"
+#include "focal_terms.h"
 
 namespace gfl::GFL_ISA {
 namespace {
@@ -39,14 +38,7 @@ template <class T> void forward(const QflInput& in, float* loss, int64_t begin, 
     for (int64_t c = 0; c < in.classes; c += kLanes) {
       Lanes lanes;
       load_row<T>(in, row, c, label, lanes);
-      GFL_LANES(j) {
-        const float x = clamp_infinite(lanes.x[j]), t = lanes.t[j];
-        const float e = exp_of_negative(-absolute_of(x));
-        const float r = 1.0f / (1.0f + e);
-        const float difference = (x >= 0.0f ? r : e * r) - t;
-        const float bce = (x > 0.0f ? 1.0f - t : -t) * x + log1p_of_unit(e);
-        sums[j] += difference * difference * bce;
-      }
+      GFL_LANES(j) sums[j] += qfl_term(lanes.x[j], lanes.t[j]).value;
     }
     loss[row] = sum_of_lanes(sums);
   }
@@ -63,17 +55,9 @@ void backward(const QflInput& in, const float* grad_loss, T* grad_pred, float* g
       load_row<T>(in, row, c, label, lanes);
       float pred[kLanes], target[kLanes];
       GFL_LANES(j) {
-        const float x = clamp_infinite(lanes.x[j]), t = lanes.t[j];
-        const float e = exp_of_negative(-absolute_of(x));
-        const float r = 1.0f / (1.0f + e);
-        const float difference = (x >= 0.0f ? r : e * r) - t;
-        const float bce = (x > 0.0f ? 1.0f - t : -t) * x + log1p_of_unit(e);
-        const float slope = 2.0f * difference * bce;
-        const float square = difference * difference;
-        // An infinite logit has no gradient.
-        const float finite = x == lanes.x[j] ? 1.0f : (x != x ? x : 0.0f);
-        pred[j] = scale * (slope * (e * r * r) + square * difference) * finite;
-        target[j] = scale * (square * -x - slope);
+        const Term term = qfl_term(lanes.x[j], lanes.t[j]);
+        pred[j] = scale * term.grad_pred;
+        target[j] = scale * term.grad_target;
       }
       const int64_t count = in.classes - c;
       if (grad_pred != nullptr) store_lanes(pred, count, grad_pred + row * in.classes + c);
@@ -82,15 +66,6 @@ void backward(const QflInput& in, const float* grad_loss, T* grad_pred, float* g
       else if (label >= c && label < c + kLanes) by_target = target[label - c];
     }
     if (grad_target != nullptr && in.label != nullptr) grad_target[row] = by_target;
-  }
-}
-
-// fp64 is not served here.
-template <class F> void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f16: return f(half_t{});
-    case DType::bf16: return f(bfloat16_t{});
-    default: return f(float{});
   }
 }
 
