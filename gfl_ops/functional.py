@@ -4,6 +4,7 @@
 from .ops.atss import Assignment, atss_assign
 from .ops.focal import sigmoid_focal_loss
 from .ops.iou import box_iou_loss, giou_loss
+from .ops.nms import batched_nms, nms
 from .ops.postprocess import Detections, postprocess
 from .ops.qfl import quality_focal_loss
 from .ops.vfl import varifocal_loss
@@ -12,8 +13,10 @@ __all__ = [
     "Assignment",
     "Detections",
     "atss_assign",
+    "batched_nms",
     "box_iou_loss",
     "giou_loss",
+    "nms",
     "postprocess",
     "quality_focal_loss",
     "sigmoid_focal_loss",

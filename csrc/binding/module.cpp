@@ -29,6 +29,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                      score_threshold, nms_pre, iou_threshold, max_detections, center_offset,
                                      anchor_topk, activated, legacy);
         });
+  m.def("nms_forward", &nms_forward);
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
   m.def("vfl_forward", &vfl_forward);

@@ -31,6 +31,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,
     int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy);
 
+at::Tensor nms_forward(const at::Tensor& boxes, const at::Tensor& scores, const OptionalTensor& idxs,
+                       double iou_threshold, bool legacy);
+
 at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target, double beta,
                        bool activated);
 std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,

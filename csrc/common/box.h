@@ -45,4 +45,17 @@ template <class A> GFL_HOST_DEVICE A box_iou(const Box<A>& a, A area_a, const Bo
   return div_rn(overlap.intersection, overlap.union_area);
 }
 
+// A division-free test that every pair with IoU > threshold ≥ 0 passes, whatever its magnitudes: rounding is monotone, so a
+// rounded quotient above the threshold means an exact quotient above it, hence intersection > threshold · union exactly,
+// hence intersection ≥ the rounded product. What passes is decided by the division.
+template <class A> GFL_HOST_DEVICE bool may_exceed(const Overlap<A>& overlap, A threshold) {
+  return overlap.intersection > A(0) && overlap.intersection >= mul_rn(threshold, overlap.union_area);
+}
+
+// IoU > threshold: the same answer as the comparison itself, with a division only where it matters.
+template <class A> GFL_HOST_DEVICE bool iou_exceeds(const Overlap<A>& overlap, A threshold) {
+  if (threshold >= A(0) && !may_exceed(overlap, threshold)) return false;
+  return div_rn(overlap.intersection, overlap.union_area) > threshold;
+}
+
 }  // namespace gfl
