@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overlap of boxes xyxy in torch: operation by operation what csrc/common/box.h computes, so that decisions agree.
 
-Everything is in fp32, or in fp64 for fp64 boxes. `legacy` adds 1 to widths and heights (GFocal v1's inclusive pixels). A
-union of 0 and any NaN coordinate give a NaN IoU, which never compares greater: such a pair does not suppress.
+Everything is in fp32, or in fp64 for fp64 boxes. `legacy` adds 1 to widths and heights (GFocal v1's inclusive pixels).
+A union of 0 and any NaN coordinate give a NaN IoU, which never compares greater: such a pair does not suppress.
 """
 
 from __future__ import annotations

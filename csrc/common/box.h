@@ -16,7 +16,8 @@
 
 namespace gfl {
 
-template <class A> struct Box { A x1, y1, x2, y2; };
+// Aligned for the GPU's vector loads.
+template <class A> struct alignas(16) Box { A x1, y1, x2, y2; };
 
 // What there is to know of a pair; assignment divides by max(union, eps) where NMS divides by the union itself.
 template <class A> struct Overlap { A intersection, union_area; };

@@ -14,4 +14,10 @@ template <class A> __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+// Union of the bits of the 32 lanes, in every lane.
+__device__ __forceinline__ unsigned warp_or(unsigned x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x |= __shfl_xor_sync(kFullMask, x, offset);
+  return x;
+}
+
 }  // namespace gfl

@@ -120,9 +120,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, legacy: bool = F
 
     Note:
         IoU in fp32 (fp64 for fp64 boxes), every operation rounded once, against the threshold rounded to that type: the
-        indices are equal on all backends. A pair with a NaN coordinate or with an area of union of 0 does not suppress, as
-        in torchvision. N = 0 gives an empty result. The size of the result depends on the data, so a GPU is waited for
-        once, at the end; `postprocess` has a fixed size instead.
+        indices are equal on all backends. A pair with a NaN coordinate or with an area of union of 0 does not
+        suppress, as in torchvision. N = 0 gives an empty result. The size of the result depends on the data, so a GPU
+        is waited for once, at the end; `postprocess` has a fixed size instead.
     """
     op = "nms"
     check_boxes(op, boxes, scores)
@@ -130,16 +130,14 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, legacy: bool = F
     return NMS(boxes.device.type, boxes.detach(), scores.detach(), None, float(iou_threshold), legacy)
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, legacy: bool = False
-) -> Tensor:
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, legacy: bool = False) -> Tensor:
     r"""Greedy non-maximum suppression within each class: boxes of different classes do not touch each other.
 
     .. math:: \mathrm{keep}(i) = \neg \exists\, j \text{ kept, before } i:\; c_i = c_j \wedge
         \frac{|b_i \cap b_j|}{|b_i \cup b_j|} > \mathrm{threshold}
 
-    As `nms`, with torchvision's signature. The classes are compared themselves: no offset is added to the coordinates, which
-    costs their low bits elsewhere.
+    As `nms`, with torchvision's signature. The classes are compared themselves: no offset is added to the coordinates,
+    which costs their low bits elsewhere.
 
     Args:
         boxes: fp32, fp16, bf16 or fp64 ``[N, 4]``, corners x1, y1, x2, y2 in any one unit; may be negative.
@@ -149,15 +147,16 @@ def batched_nms(
         legacy: widths and heights are one larger, for boxes that name their last pixel (GFocal v1).
 
     Returns:
-        int64 ``[K]``: indices of the kept boxes of all classes, by falling score, equal scores by lower index. No gradient.
+        int64 ``[K]``: indices of the kept boxes of all classes, by falling score, equal scores by lower index. No
+        gradient.
 
     Raises:
         TypeError: a dtype or a type that is not taken.
         ValueError: a shape, device or number outside the above.
 
     Note:
-        As for `nms`. The same set as torchvision's, but for IoUs within 2 ulp of the threshold; its two strategies order
-        equal scores differently.
+        As for `nms`. The same set as torchvision's, but for IoUs within 2 ulp of the threshold; its two strategies
+        order equal scores differently.
     """
     op = "batched_nms"
     check_boxes(op, boxes, scores)

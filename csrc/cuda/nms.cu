@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Greedy NMS on the GPU in one chain of launches, exact, with memory linear in the number of boxes.
+//
+// The boxes, sorted by score, are walked in panels of 1024. A panel's overlaps among themselves are a triangle of bits; one
+// block walks it and decides the panel; then the whole grid clears what the panel's kept boxes suppress further on, while
+// other blocks of the same launch fill the triangle of the next panel. Per panel: two launches, nothing for the host.
+//
+//   order   [count]      int64  read     boxes [count, 4] dtype read     classes [count] int64 read, or null
+//   keep    [count]      uint8  write, by position in `order`
+//   sorted  [count]      Box<A> scratch: the boxes in that order      sorted_class [count] int64 scratch
+//   bits    [32][1024]   uint32 scratch: bit j of bits[w][i] is set if box i of the panel suppresses its box 32w + j, j > i
+//   kept    [1024]       int32  scratch: the panel's kept boxes, counted from its start; kept_count [1]
+// Bytes moved: 5·count of scratch written, and read once a panel. Arithmetic: fp32, fp64 for fp64 boxes, as box.h says.
+// Repeatable bit for bit: the only unordered writes are zeros into `keep`, whatever their order.
+#include "gfl/nms.h"
+
+#include "box.h"
+#include "launch.h"
+#include "scalar.h"
+#include "warp.h"
+
+namespace gfl::cuda {
+namespace {
+
+constexpr int kPanel = 1024;             // boxes decided by one block, a thread each
+constexpr int kWords = kPanel / 32;      // words of bits a row of the panel has, a warp each
+constexpr int kTile = 64;                // boxes of a side that a block of `overlap_kernel` tests at once
+constexpr int kTiles = kPanel / kTile;
+constexpr int kTriangle = kTiles * (kTiles + 1) / 2;
+constexpr int kColumns = 128;            // later boxes a block clears, a thread each
+constexpr int kThreads = 128;
+
+template <class A> struct Scratch {
+  Box<A>* sorted;
+  int64_t* sorted_class;  // null for one class
+  uint32_t* bits;
+  int32_t* kept;
+  int32_t* kept_count;
+};
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+template <class A> Scratch<A> place(void* workspace, int64_t count, bool classes) {
+  char* at = static_cast<char*>(workspace);
+  const auto take = [&](size_t bytes) {
+    char* here = at;
+    at += aligned(bytes);
+    return here;
+  };
+  Scratch<A> s;
+  const size_t n = static_cast<size_t>(count);
+  s.bits = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * kWords * kPanel));
+  s.kept = reinterpret_cast<int32_t*>(take(sizeof(int32_t) * (kPanel + 1)));
+  s.kept_count = s.kept + kPanel;
+  s.sorted = reinterpret_cast<Box<A>*>(take(sizeof(Box<A>) * n));
+  s.sorted_class = reinterpret_cast<int64_t*>(take(sizeof(int64_t) * n));
+  if (!classes) s.sorted_class = nullptr;
+  return s;
+}
+
+template <class T>
+__global__ void gather_kernel(NmsInput in, const int64_t* classes, const int64_t* order, Scratch<acc_t<T>> scratch,
+                              uint8_t* keep) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < in.count; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t from = order[i], s = in.stride_coordinate;
+    const T* p = static_cast<const T*>(in.boxes) + from * in.stride_box;
+    scratch.sorted[i] = {load(p), load(p + s), load(p + 2 * s), load(p + 3 * s)};
+    if (classes != nullptr) scratch.sorted_class[i] = classes[from];
+    keep[i] = 1;
+  }
+}
+
+// A tile of boxes in shared memory.
+template <class A> struct Staged {
+  Box<A> box[kTile];
+  A area[kTile];
+  int64_t label[kTile];
+};
+
+template <class A>
+__device__ void stage(Staged<A>& to, int lane, const Scratch<A>& scratch, int64_t position, A offset) {
+  to.box[lane] = scratch.sorted[position];
+  to.area[lane] = box_area(to.box[lane], offset);
+  to.label[lane] = scratch.sorted_class != nullptr ? scratch.sorted_class[position] : 0;
+}
+
+template <class A>
+__device__ __forceinline__ bool suppresses(const Staged<A>& staged, int k, const Box<A>& box, A area, int64_t label,
+                                           A offset, A threshold) {
+  return staged.label[k] == label &&
+         iou_exceeds(box_overlap(staged.box[k], staged.area[k], box, area, offset), threshold);
+}
+
+// One 64×64 tile of a panel's triangle; thread (row, half) fills one word of bits.
+template <class A>
+__device__ void fill_bits(const Scratch<A>& scratch, int64_t panel, int64_t count, int tile, A offset, A threshold,
+                          Staged<A>& columns) {
+  int row_tile = 0;
+  while (tile >= kTiles - row_tile) tile -= kTiles - row_tile++;
+  const int column_tile = row_tile + tile;
+  const int lane = threadIdx.x % kTile, half = threadIdx.x / kTile;
+  const int row = row_tile * kTile + lane, first = column_tile * kTile;
+  if (half == 0 && panel + first + lane < count) stage(columns, lane, scratch, panel + first + lane, offset);
+  __syncthreads();
+  uint32_t word = 0;
+  if (panel + row < count) {
+    const Box<A> box = scratch.sorted[panel + row];
+    const A area = box_area(box, offset);
+    const int64_t label = scratch.sorted_class != nullptr ? scratch.sorted_class[panel + row] : 0;
+    for (int j = 0; j < 32; ++j) {
+      const int column = first + half * 32 + j;
+      if (column <= row || panel + column >= count) continue;
+      if (suppresses(columns, half * 32 + j, box, area, label, offset, threshold)) word |= 1u << j;
+    }
+  }
+  scratch.bits[(column_tile * 2 + half) * kPanel + row] = word;
+}
+
+// Clears among 128 boxes from `first` on what 64 of the kept boxes of `panel` suppress.
+template <class A>
+__device__ void clear_columns(const Scratch<A>& scratch, int64_t panel, int64_t first, int64_t count, int part, A offset,
+                              A threshold, uint8_t* keep, Staged<A>& rows) {
+  const int begin = part * kTile;
+  const int left = *scratch.kept_count - begin;
+  if (left <= 0) return;  // the same for the whole block
+  const int size = left < kTile ? left : kTile;
+  const int lane = threadIdx.x;
+  if (lane < size) stage(rows, lane, scratch, panel + scratch.kept[begin + lane], offset);
+  __syncthreads();
+  const int64_t column = first + lane;
+  // Another block may clear it meanwhile: a zero more, or a test too many.
+  if (column >= count || keep[column] == 0) return;
+  const Box<A> box = scratch.sorted[column];
+  const A area = box_area(box, offset);
+  const int64_t label = scratch.sorted_class != nullptr ? scratch.sorted_class[column] : 0;
+  for (int k = 0; k < size; ++k) {
+    if (suppresses(rows, k, box, area, label, offset, threshold)) {
+      keep[column] = 0;
+      return;
+    }
+  }
+}
+
+// The first `triangle` blocks fill the bits of the panel that starts at `next`; the others clear from `next` on what the kept
+// boxes of the panel before suppress, each 64 kept against 128 later ones.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    overlap_kernel(NmsInput in, Scratch<A> scratch, int64_t next, int triangle, uint8_t* keep) {
+  Staged<A>& staged = *shared<Staged<A>>();
+  const A offset = box_offset<A>(in.legacy), threshold = static_cast<A>(in.iou_threshold);
+  if (static_cast<int>(blockIdx.x) < triangle) {
+    fill_bits(scratch, next, in.count, static_cast<int>(blockIdx.x), offset, threshold, staged);
+    return;
+  }
+  const int64_t block = int64_t(blockIdx.x) - triangle;
+  clear_columns(scratch, next - kPanel, next + block / kTiles * kColumns, in.count, static_cast<int>(block % kTiles),
+                offset, threshold, keep, staged);
+}
+
+// Walks a panel: 32 boxes at a time, whose own warp decides them while the others prefetch, and every warp then drops from
+// its 32 boxes what the newly kept ones suppress.
+__global__ void __launch_bounds__(kPanel)
+    decide_kernel(const uint32_t* bits, int64_t panel, int64_t count, int32_t* kept, int32_t* kept_count, uint8_t* keep) {
+  uint32_t* decided = shared<uint32_t>();  // [kWords]: the kept boxes of each word
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t position = panel + threadIdx.x;
+  uint32_t dropped = __ballot_sync(kFullMask, position >= count || keep[position] == 0);
+  const int words = static_cast<int>((count - panel + 31) / 32 < kWords ? (count - panel + 31) / 32 : kWords);
+  const uint32_t* column = bits + warp * kPanel + lane;
+  uint32_t mine = column[0];  // what box `lane` of word t suppresses among this warp's; of t ≤ warp only
+  for (int t = 0; t < words; ++t) {
+    if (warp == t) {
+#pragma unroll
+      for (int r = 0; r < kWarp; ++r) {
+        const uint32_t hit = __shfl_sync(kFullMask, mine, r);
+        if ((dropped >> r & 1u) == 0) dropped |= hit;
+      }
+      if (lane == 0) decided[t] = ~dropped;
+    }
+    const uint32_t suppressed = mine;
+    if (t + 1 < words && t + 1 <= warp) mine = column[(t + 1) * kWarp];
+    __syncthreads();
+    if (warp > t) dropped |= warp_or((decided[t] >> lane & 1u) != 0 ? suppressed : 0u);
+  }
+  __syncthreads();
+  int before = 0;
+  for (int w = 0; w < warp && w < words; ++w) before += __popc(decided[w]);
+  const uint32_t here = warp < words ? decided[warp] : 0u;
+  const bool keeps = (here >> lane & 1u) != 0;
+  if (keeps) kept[before + __popc(here & ((1u << lane) - 1u))] = static_cast<int32_t>(threadIdx.x);
+  if (position < count && !keeps) keep[position] = 0;
+  if (static_cast<int>(threadIdx.x) == (words - 1) * kWarp) *kept_count = before + __popc(here);
+}
+
+}  // namespace
+
+size_t nms_workspace_bytes(int64_t count, DType dtype) {
+  const size_t n = static_cast<size_t>(count);
+  const size_t box = dtype == DType::f64 ? sizeof(Box<double>) : sizeof(Box<float>);
+  return aligned(sizeof(uint32_t) * kWords * kPanel) + aligned(sizeof(int32_t) * (kPanel + 1)) + aligned(box * n) +
+         aligned(sizeof(int64_t) * n);
+}
+
+cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order, void* workspace, uint8_t* keep,
+                cudaStream_t stream) {
+  if (in.count == 0) return cudaSuccess;
+  dispatch(in.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Scratch<A> scratch = place<A>(workspace, in.count, classes != nullptr);
+    const int64_t blocks = (in.count + 255) / 256;
+    GFL_LAUNCH(gather_kernel<T>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), dim3(256), 0, stream, in,
+               classes, order, scratch, keep);
+    for (int64_t next = 0; next < in.count; next += kPanel) {
+      const int64_t later = next == 0 ? 0 : (in.count - next + kColumns - 1) / kColumns * kTiles;
+      GFL_LAUNCH(overlap_kernel<A>, dim3(static_cast<unsigned>(kTriangle + later)), dim3(kThreads), sizeof(Staged<A>),
+                 stream, in, scratch, next, kTriangle, keep);
+      GFL_LAUNCH(decide_kernel, dim3(1), dim3(kPanel), sizeof(uint32_t) * kWords, stream, scratch.bits, next, in.count,
+                 scratch.kept, scratch.kept_count, keep);
+    }
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace gfl::cuda
