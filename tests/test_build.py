@@ -95,6 +95,17 @@ def test_reads_torch_without_importing_it(tmp_path: Path) -> None:
     assert torch_info.read_torch(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"), [("['-std=c++17']", 17), ("['-std=c++17', '-std=c++20']", 20), ("['-std=c++14']", 17)]
+)
+def test_language_standard_is_the_one_of_torchs_own_extensions(own: str, expected: int, tmp_path: Path) -> None:
+    info = make_torch(tmp_path, "2.13.0")
+    assert info.standard == 17
+    (info.folder / "utils").mkdir()
+    (info.folder / "utils" / "cpp_extension.py").write_text(f"cflags += {own}\n")
+    assert info.standard == expected
+
+
 def test_finds_the_targets_torch_from_within_isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_torch(tmp_path / "site", "2.9.1")
     monkeypatch.setattr(torch_info, "_importable", lambda: [])

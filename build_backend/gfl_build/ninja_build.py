@@ -72,6 +72,7 @@ def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
     torch_include = plan.torch.folder / "include"
     binding = [
         *cxx,
+        f"-std=c++{plan.torch.standard}",
         "-I" + str(root / "csrc"),
         *("-isystem", str(torch_include), "-isystem", str(torch_include / "torch" / "csrc" / "api" / "include")),
         *("-isystem", sysconfig.get_paths()["include"]),

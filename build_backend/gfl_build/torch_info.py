@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .flags import FLAGS
+
 OLDEST = (2, 6)
 
 
@@ -42,6 +44,15 @@ class TorchInfo:
     @property
     def site(self) -> Path:
         return self.folder.parent
+
+    @property
+    def standard(self) -> int:
+        """The C++ standard that its headers want: 17, later 20. No header tells; how torch builds extensions does."""
+        try:
+            own = (self.folder / "utils" / "cpp_extension.py").read_text(encoding="utf-8")
+        except OSError:
+            own = ""
+        return max([FLAGS["std"], *map(int, re.findall(r"-std=c\+\+(\d\d)\b", own))])
 
 
 def read_torch(folder: Path) -> TorchInfo | None:
