@@ -28,12 +28,14 @@ GFL_HOST_DEVICE float value_of(uint32_t rank) {
 }
 
 // Greater keys come first: by value, equal ones by the lower index. `index` is below 2^32.
-GFL_HOST_DEVICE uint64_t ranking_key(uint32_t rank, uint64_t index) { return uint64_t(rank) << 32 | (0xffffffffu - index); }
+GFL_HOST_DEVICE uint64_t ranking_key(uint32_t rank, uint64_t index) {
+  return static_cast<uint64_t>(rank) << 32 | (0xffffffffu - index);
+}
 GFL_HOST_DEVICE uint32_t rank_in(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 GFL_HOST_DEVICE uint32_t index_in(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
-// What a logit must exceed for its probability to exceed `score_threshold`: fp32(logit(threshold)). Sigmoid saturates, so
-// the comparison is made before it. With probabilities (`activated`) the threshold itself.
+// What a logit must exceed for its probability to exceed `score_threshold`: fp32(logit(threshold)). Sigmoid saturates,
+// so the comparison is made before it. With probabilities (`activated`) the threshold itself.
 inline float ranking_threshold(double score_threshold, bool activated) {
   if (activated) return static_cast<float>(score_threshold);
   if (score_threshold <= 0) return -std::numeric_limits<float>::infinity();

@@ -4,9 +4,9 @@
 //   cls [B, C, H, W] a level           cls_dtype  read once, in the order of memory
 //   reg [B, 4(R+1), H, W] a level      reg_dtype  read where a candidate comes up for suppression
 //   boxes [B, K, 4], scores [B, K]     float      write        labels [B, K] int64, count [B] int32 write
-// An image is one thread's work. Each level's values above the threshold are compacted into 64-bit keys (value, ~index) and
-// cut to nms_pre by selection. Suppression takes candidates from the best down, sorted a block at a time; each is decoded
-// when its turn comes and compared with the kept boxes of its class only, and the walk ends at K kept boxes.
+// An image is one thread's work. Each level's values above the threshold are compacted into 64-bit keys (value, ~index)
+// and cut to nms_pre by selection. Suppression takes candidates from the best down, sorted a block at a time; each is
+// decoded when its turn comes and compared with the kept boxes of its class only, and the walk ends at K kept boxes.
 #include "gfl/postprocess.h"
 
 #include <algorithm>
@@ -35,7 +35,7 @@ inline int16_t rising(uint16_t bits) {
   return static_cast<int16_t>(bits ^ (static_cast<uint16_t>(static_cast<int16_t>(bits) >> 15) & 0x7fffu));
 }
 
-// 16-bit elements are compared as integers, without conversion: those above the threshold are one interval, NaN outside it.
+// 16-bit elements are compared as integers, unconverted: those above the threshold are one interval, with NaN outside.
 template <class T> struct AboveSixteen {
   int16_t lowest, highest;
 
@@ -74,10 +74,12 @@ template <> struct Above<bfloat16_t> : AboveSixteen<bfloat16_t> {
 
 // Appends the keys of a run of `count` elements whose indices are first, first + step, …
 template <class T>
-void scan(const T* run, int64_t count, int64_t stride, const Above<T>& above, uint64_t first, uint64_t step, Keys& keys) {
+void scan(const T* run, int64_t count, int64_t stride, const Above<T>& above, uint64_t first, uint64_t step,
+          Keys& keys) {
   const auto take = [&](int64_t i) {
     const T* p = run + i * stride;
-    if (above(p)) keys.push_back(ranking_key(rank_of(static_cast<float>(load(p))), first + static_cast<uint64_t>(i) * step));
+    if (!above(p)) return;
+    keys.push_back(ranking_key(rank_of(static_cast<float>(load(p))), first + static_cast<uint64_t>(i) * step));
   };
   int64_t i = 0;
   if (stride == 1) {
@@ -114,8 +116,8 @@ void scan_level(const PostprocessInput& in, const PostprocessLevel& level, int64
     const int64_t runs = joined ? 1 : level.height, length = joined ? locations : level.width;
     for (int64_t c = 0; c < in.classes; ++c) {
       for (int64_t y = 0; y < runs; ++y) {
-        scan(map + c * channel + y * row, length, column, above, static_cast<uint64_t>(y * length) * classes + c, classes,
-             keys);
+        const uint64_t first = static_cast<uint64_t>(y * length) * classes + static_cast<uint64_t>(c);
+        scan(map + c * channel + y * row, length, column, above, first, classes, keys);
       }
     }
   }

@@ -209,7 +209,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
                 return arranged(normal((batch, 4 * (reg_max + 1), h, w), device, dtype, generator, 1.5))
             # Half of the mass in each of two bins, or all in one: every backend's softmax of it is exact.
             bins = torch.randint(reg_max + 1, (2, batch, 4, 1, h, w), generator=generator)
-            values = torch.full((batch, 4, reg_max + 1, h, w), -200.0)
+            values = torch.full((batch, 4, reg_max + 1, h, w), -1000.0)
             for chosen in bins:
                 values.scatter_(2, chosen, 0.0)
             return arranged(values.flatten(1, 2).to(device=device, dtype=dtype))

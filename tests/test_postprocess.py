@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`postprocess` against plain Python loops, and what its contract says of ranking, layouts and bad input."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gfl_ops
+from gfl_ops import _backend, _check
+from gfl_ops.ops.postprocess import Detections, ranking_threshold
+
+BACKENDS = ["reference", *(b for b in ("native", "triton") if not _backend.unavailable(b, "postprocess", "cpu"))]
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+RUNS = [pytest.param(b, d, id=f"{b}-{d}") for b in BACKENDS for d in DEVICES if d == "cpu" or b == "reference"]
+
+
+def loops(
+    cls_scores: list[Tensor],
+    reg_preds: list[Tensor],
+    strides: list[float],
+    image_sizes: list[tuple[float, float]],
+    reg_max: int,
+    score_threshold: float,
+    nms_pre: int,
+    iou_threshold: float,
+    max_detections: int,
+    center_offset: list[float],
+    topk_mode: str,
+    scale_factors: list[tuple[float, float]] | None,
+    activated: bool,
+    legacy: bool,
+) -> list[list[tuple[float, int, list[float]]]]:
+    """(score, label, box) of every image, by the contract's words: one candidate at a time, in double."""
+    results = []
+    grow = 1.0 if legacy else 0.0
+    for image, (height, width) in enumerate(image_sizes):
+        candidates = []
+        for level, (cls, reg) in enumerate(zip(cls_scores, reg_preds, strict=True)):
+            scores, bins = cls[image].tolist(), reg[image].tolist()
+            rows, columns = cls.shape[2:]
+            above, best = [], {}
+            for y in range(rows):
+                for x in range(columns):
+                    for c in range(cls.shape[1]):
+                        value = scores[c][y][x]
+                        if math.isnan(value) or value == -math.inf:
+                            continue
+                        probability = value if activated else 1 / (1 + math.exp(-min(max(value, -700), 700)))
+                        if probability > score_threshold:
+                            above.append((value, level, y * columns + x, c))
+                            best[y * columns + x] = max(best.get(y * columns + x, -math.inf), value)
+            above.sort(key=lambda a: (-a[0], a[2], a[3]))
+            if nms_pre > 0 and topk_mode == "pair":
+                above = above[:nms_pre]
+            elif nms_pre > 0:
+                chosen = set(sorted(best, key=lambda location: (-best[location], location))[:nms_pre])
+                above = [a for a in above if a[2] in chosen]
+            for value, _, location, c in above:
+                x, y = location % columns, location // columns
+                distances = []
+                for side in range(4):
+                    logits = [bins[side * (reg_max + 1) + j][y][x] for j in range(reg_max + 1)]
+                    weights = [math.exp(logit - max(logits)) for logit in logits]
+                    distances.append(sum(j * w for j, w in enumerate(weights)) / sum(weights) * strides[level])
+                if legacy:
+                    cx, cy = (v * strides[level] + (strides[level] - 1) / 2 for v in (x, y))
+                else:
+                    cx, cy = ((v + center_offset[level]) * strides[level] for v in (x, y))
+                box = [cx - distances[0], cy - distances[1], cx + distances[2], cy + distances[3]]
+                limits = [width - grow, height - grow] * 2
+                box = [min(max(b, 0.0), limit) for b, limit in zip(box, limits, strict=True)]
+                if box[2] > box[0] and box[3] > box[1]:
+                    candidates.append((value, level, location, c, box))
+        candidates.sort(key=lambda a: (-a[0], a[1], a[2], a[3]))
+        kept: list[tuple[float, int, list[float]]] = []
+        for value, _, _, c, box in candidates:
+            if len(kept) < max_detections and all(
+                other != c or overlap(box, b, grow) <= float(torch.tensor(iou_threshold)) for _, other, b in kept
+            ):
+                kept.append((value if activated else 1 / (1 + math.exp(-min(max(value, -700), 700))), c, box))
+        if scale_factors is not None:
+            factors = [*scale_factors[image]] * 2
+            kept = [(s, c, [v / f for v, f in zip(box, factors, strict=True)]) for s, c, box in kept]
+        results.append(kept)
+    return results
+
+
+def overlap(a: list[float], b: list[float], grow: float) -> float:
+    w = max(min(a[2], b[2]) - max(a[0], b[0]) + grow, 0)
+    h = max(min(a[3], b[3]) - max(a[1], b[1]) + grow, 0)
+    areas = [(box[2] - box[0] + grow) * (box[3] - box[1] + grow) for box in (a, b)]
+    return w * h / (sum(areas) - w * h)
+
+
+def exact_bins(batch: int, reg_max: int, h: int, w: int, generator: torch.Generator) -> Tensor:
+    """Distributions whose mean every arithmetic gets exactly, so that IoUs on both sides are the same number."""
+    values = torch.full((batch, 4, reg_max + 1, h, w), -1000.0)
+    for chosen in torch.randint(reg_max + 1, (2, batch, 4, 1, h, w), generator=generator):
+        values.scatter_(2, chosen, 0.0)
+    return values.flatten(1, 2)
+
+
+def drawn_case(seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    levels, batch, classes, reg_max = (
+        draw.randint(1, 3),
+        draw.randint(1, 3),
+        draw.choice([1, 3, 20]),
+        draw.randint(1, 16),
+    )
+    activated = draw.random() < 0.2
+    cls, reg = [], []
+    for _ in range(levels):
+        h, w = draw.randint(1, 6), draw.randint(1, 9)
+        # Quarters: many ties.
+        values = (torch.randn((batch, classes, h, w), generator=generator) * 8).round() / 4
+        cls.append(values.sigmoid() if activated else values)
+        reg.append(exact_bins(batch, reg_max, h, w, generator))
+    sizes = [(float(draw.randint(10, 60)), float(draw.randint(10, 60))) for _ in range(batch)]
+    keywords = {
+        "reg_max": reg_max,
+        "score_threshold": draw.choice([0.0, 0.05, 0.3, 0.7]),
+        "nms_pre": draw.choice([-1, 0, 1, 7, 40]),
+        # Between quotients of small integers, or a number that fp32 holds.
+        "iou_threshold": draw.choice([0.3, 0.5, 0.6, 0.77]),
+        "max_detections": draw.choice([1, 5, 100]),
+        "center_offset": [draw.choice([0.0, 0.5, 0.25]) for _ in range(levels)],
+        "topk_mode": draw.choice(["pair", "anchor"]),
+        "scale_factors": [(draw.uniform(0.5, 2), draw.uniform(0.5, 2)) for _ in range(batch)]
+        if draw.random() < 0.5
+        else None,
+        "activated": activated,
+        "legacy": draw.random() < 0.3,
+    }
+    return (cls, reg, [8.0 * 2**level for level in range(levels)], sizes), keywords
+
+
+def moved(value: Any, device: str) -> Any:
+    return [v.to(device) if isinstance(v, Tensor) else v for v in value]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_it_is_what_the_loops_say(backend: str, device: str, seed: int) -> None:
+    for case in range(40):
+        args, keywords = drawn_case(seed + case)
+        want = loops(*args, **keywords)
+        with gfl_ops.set_backend(backend):
+            got = gfl_ops.postprocess(moved(args[0], device), moved(args[1], device), *args[2:], **keywords)
+        boxes, scores, labels, count = (t.cpu() for t in got)
+        assert count.tolist() == [len(w) for w in want], (seed + case, keywords)
+        for image, detections in enumerate(want):
+            n = len(detections)
+            assert labels[image, :n].tolist() == [c for _, c, _ in detections], (seed + case, keywords)
+            expected = torch.tensor([s for s, _, _ in detections], dtype=torch.float32)
+            torch.testing.assert_close(scores[image, :n], expected, rtol=1e-6, atol=0)
+            expected = torch.tensor([b for _, _, b in detections], dtype=torch.float32).reshape(-1, 4)
+            torch.testing.assert_close(boxes[image, :n], expected, rtol=1e-6, atol=0)
+            assert not boxes[image, n:].any() and not scores[image, n:].any() and (labels[image, n:] == -1).all()
+
+
+def flat(levels: list[tuple[int, int]], batch: int = 1, classes: int = 2, value: float = 0.0) -> tuple[Any, ...]:
+    """Maps of one value whose boxes are a bin's half on every side: they don't overlap at the stride 8."""
+    cls = [torch.full((batch, classes, h, w), value) for h, w in levels]
+    reg = [torch.zeros((batch, 8, h, w)) for h, w in levels]
+    strides = [8.0] * len(levels)
+    return cls, reg, strides, [(1000.0, 1000.0)] * batch
+
+
+def run(backend: str, device: str, args: tuple[Any, ...], **keywords: Any) -> Detections:
+    keywords = {"reg_max": 1, "center_offset": 0.5, **keywords}
+    with gfl_ops.set_backend(backend):
+        got = gfl_ops.postprocess(moved(args[0], device), moved(args[1], device), *args[2:], **keywords)
+    return Detections(*(t.cpu() for t in got))
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_ties_go_to_the_lower_level_location_class(backend: str, device: str) -> None:
+    args = flat([(2, 3), (1, 2)])
+    got = run(backend, device, args, iou_threshold=1.0, max_detections=20)
+    places = [(y * 8 + 0.0, x * 8 + 0.0, c) for y in range(2) for x in range(3) for c in range(2)]
+    places += [(0.0, x * 8 + 0.0, c) for x in range(2) for c in range(2)]
+    assert got.count.tolist() == [16]
+    assert [(b[1], b[0], c) for b, c in zip(got.boxes[0].tolist(), got.labels[0].tolist(), strict=True)][:16] == places
+    # The cut falls within a tie, and counts pairs or locations.
+    pairs = run(backend, device, args, nms_pre=3, iou_threshold=1.0)
+    assert pairs.count.tolist() == [6] and pairs.labels[0, :6].tolist() == [0, 1, 0, 0, 1, 0]
+    anchors = run(backend, device, args, nms_pre=1, topk_mode="anchor", iou_threshold=1.0)
+    assert anchors.count.tolist() == [4] and anchors.labels[0, :4].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_logits_rank_where_the_sigmoid_saturates(backend: str, device: str) -> None:
+    args = flat([(1, 6)], classes=1)
+    args[0][0][0, 0, 0] = torch.tensor([20.0, 60.0, 40.0, 1e4, 25.0, 3e38])
+    got = run(backend, device, args)
+    assert (got.boxes[0, :6, 0] / 8).int().tolist() == [5, 3, 1, 2, 4, 0]
+    assert got.scores[0, :6].tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_nan_and_infinities_are_defined(backend: str, device: str) -> None:
+    nan, inf = float("nan"), float("inf")
+    args = flat([(1, 6)], classes=1)
+    args[0][0][0, 0, 0] = torch.tensor([nan, inf, -inf, -0.0, 0.0, 2.0])
+    args[1][0][0, 0, 0, 5] = nan  # the box of the last has no left side
+    got = run(backend, device, args, score_threshold=0.0)
+    assert got.count.tolist() == [3]
+    assert (got.boxes[0, :3, 0] / 8).int().tolist() == [1, 3, 4]
+    assert got.scores[0, :3].tolist() == [1.0, 0.5, 0.5]
+    # An infinite logit takes all of the mass; two share it.
+    args[1][0][0, :, 0, 1] = torch.tensor([0.0, inf, inf, inf, -inf, -inf, inf, 0.0])
+    got = run(backend, device, args, score_threshold=0.9)
+    assert got.boxes[0, 0].tolist() == [12 - 8.0, 4 - 4.0, 12 + 4.0, 4.0]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("activated", [False, True])
+def test_the_threshold_is_exclusive(backend: str, device: str, activated: bool) -> None:
+    threshold = 0.3
+    limit = torch.tensor(ranking_threshold(threshold, activated), dtype=torch.float32)
+    args = flat([(1, 3)], classes=1)
+    up, down = torch.tensor(math.inf), torch.tensor(-math.inf)
+    args[0][0][0, 0, 0] = torch.stack([torch.nextafter(limit, up), limit, torch.nextafter(limit, down)])
+    assert run(backend, device, args, score_threshold=threshold, activated=activated).count.tolist() == [1]
+    assert run(backend, device, args, score_threshold=1.0, activated=activated).count.tolist() == [0]
+    assert run(backend, device, args, score_threshold=-1.0, activated=activated).count.tolist() == [3]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_any_layout_gives_the_same_bits(
+    backend: str, device: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    cls = [torch.randn((3, 20, h, w), generator=generator).mul(2).to(dtype) for h, w in ((9, 13), (4, 7), (1, 5))]
+    reg = [torch.randn((3, 68, *c.shape[2:]), generator=generator).to(dtype) for c in cls]
+
+    def sliced(t: Tensor) -> Tensor:
+        big = torch.full((t.shape[0], t.shape[1] + 3, t.shape[2] + 1, t.shape[3] + 2), 9.0, dtype=dtype)
+        big[:, 1:-2, 1:, 2:] = t
+        return big[:, 1:-2, 1:, 2:]
+
+    layouts = [
+        lambda t: t,
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        lambda t: sliced(t),
+        lambda t: sliced(t).contiguous(memory_format=torch.channels_last)[:, :, :, :],
+    ]
+    results = []
+    for layout in layouts:
+        args = ([layout(c) for c in cls], [layout(r) for r in reg], [8.0, 16.0, 32.0], [(70.0, 100.0)] * 3)
+        results.append(run(backend, device, args, reg_max=16, nms_pre=100))
+    assert int(results[0].count.min()) > 10
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # fp64 maps are rounded to fp32, and 16-bit ones hold fp32 numbers; the two lists may differ in dtype.
+    args = ([c.float() for c in cls], [r.double() for r in reg], [8.0, 16.0, 32.0], [(70.0, 100.0)] * 3)
+    mixed = run(backend, device, args, reg_max=16, nms_pre=100)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], mixed, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_expanded_maps_are_read_in_place(backend: str, device: str) -> None:
+    cls = torch.tensor([1.0, 2.0])[None, :, None, None].expand(2, 2, 3, 4)
+    reg = torch.zeros(1).expand(2, 8, 3, 4)
+    got = run(backend, device, ([cls], [reg], [8.0], [(24, 32)] * 2), iou_threshold=1.0)
+    assert got.count.tolist() == [24, 24] and got.labels[0, :24].tolist() == [1] * 12 + [0] * 12
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_empty_input(backend: str, device: str) -> None:
+    got = run(backend, device, flat([(2, 3)], batch=0), max_detections=7)
+    assert [tuple(t.shape) for t in got] == [(0, 7, 4), (0, 7), (0, 7), (0,)]
+    got = run(backend, device, flat([(0, 3), (3, 0)], batch=2))
+    assert got.count.tolist() == [0, 0] and (got.labels == -1).all()
+    got = run(backend, device, flat([(2, 3)], classes=0))
+    assert got.count.tolist() == [0]
+    got = run(backend, device, flat([(2, 3)]), max_detections=0)
+    assert tuple(got.boxes.shape) == (1, 0, 4) and got.count.tolist() == [0]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_sizes_may_be_of_any_number_type(backend: str, device: str) -> None:
+    args = flat([(3, 4)], batch=2)
+    want = run(backend, device, (*args[:3], [(20, 21.0), (9, 30)]))
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.float64, torch.float32, torch.float16):
+        sizes = torch.tensor([[20, 21], [9, 30]], dtype=dtype)
+        got = run(backend, device, (*args[:3], sizes), scale_factors=torch.ones((2, 2), dtype=dtype))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert want.boxes[1, :, 3].max() == 9 and want.boxes[0, :, 2].max() == 21
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_boxes_without_extent_are_dropped_before_suppression(backend: str, device: str) -> None:
+    args = flat([(1, 4)], classes=1)
+    # The last two cells lie wholly outside of the image; what is left of them has no width.
+    got = run(backend, device, (*args[:3], [(8, 16)]))
+    assert got.count.tolist() == [2]
+    # They don't take slots of nms_pre back either: the cut comes first.
+    args[0][0][0, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert run(backend, device, (*args[:3], [(8, 16)]), nms_pre=2).count.tolist() == [0]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_suppression_is_by_class(backend: str, device: str) -> None:
+    args = flat([(1, 1)], classes=1203)
+    got = run(backend, device, args, max_detections=2000, nms_pre=0)
+    assert got.count.tolist() == [1203] and got.labels[0, :1203].tolist() == list(range(1203))
+    args = flat([(1, 1), (1, 1)], classes=3)
+    assert run(backend, device, args).count.tolist() == [3]
+    assert run(backend, device, args, iou_threshold=1.0).count.tolist() == [6]
+    assert run(backend, device, args, iou_threshold=-1.0, center_offset=[0.5, 40.0]).count.tolist() == [3]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_eight_levels_and_the_longest_distribution(backend: str, device: str, generator: torch.Generator) -> None:
+    cls = [torch.ones((1, 1, 2, 2)) for _ in range(8)]
+    reg = [exact_bins(1, 128, 2, 2, generator) for _ in range(8)]
+    args = (cls, reg, [2.0**i for i in range(8)], [(5000.0, 5000.0)])
+    want = loops(*args, 128, 0.05, 1000, 0.6, 100, [0.5] * 8, "pair", None, False, False)
+    got = run(backend, device, args, reg_max=128)
+    assert got.count.tolist() == [len(want[0])]
+    expected = torch.tensor([b for _, _, b in want[0]], dtype=torch.float32)
+    torch.testing.assert_close(got.boxes[0, : len(want[0])], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_there_is_no_gradient_and_no_warning(backend: str, device: str) -> None:
+    args = flat([(2, 3)])
+    cls = [c.requires_grad_() for c in args[0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = run(backend, device, (cls, *args[1:]))
+    assert not any(t.requires_grad for t in got)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_it_compiles_into_one_graph(backend: str, device: str, generator: torch.Generator) -> None:
+    def detect(cls: list[Tensor], reg: list[Tensor], sizes: Tensor) -> tuple[Tensor, Detections]:
+        found = gfl_ops.postprocess(cls, reg, [8.0, 16.0], sizes, reg_max=4, center_offset=0.5, score_threshold=0.3)
+        return found.boxes * 2, found
+
+    torch._dynamo.reset()
+    with gfl_ops.set_backend(backend):
+        compiled = torch.compile(detect, fullgraph=True, backend="aot_eager", dynamic=True)
+        for h, w in ((6, 8), (4, 10)):
+            cls = [torch.randn((2, 3, h // s, w // s), generator=generator).to(device) for s in (1, 2)]
+            reg = [torch.randn((2, 20, h // s, w // s), generator=generator).to(device) for s in (1, 2)]
+            sizes = torch.tensor([[40.0, 60.0], [30.0, 70.0]], device=device)
+            twice, got = compiled(cls, reg, sizes)
+            want = gfl_ops.postprocess(cls, reg, [8.0, 16.0], sizes, reg_max=4, center_offset=0.5, score_threshold=0.3)
+            assert isinstance(got, Detections) and torch.equal(twice, want.boxes * 2)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def replaced(position: int, value: Any) -> Any:
+    def change(args: list[Any]) -> list[Any]:
+        args[position] = value(args[position]) if callable(value) else value
+        return args
+
+    return change
+
+
+BAD = [
+    ("cls_scores", replaced(0, torch.zeros(1, 2, 2, 3)), {}, TypeError, "list or tuple of tensors"),
+    ("cls_scores", replaced(0, []), {}, ValueError, "at least one level"),
+    ("cls_scores", replaced(0, lambda c: c * 9), {}, NotImplementedError, "more than 8 levels"),
+    ("cls_scores[1]", replaced(0, lambda c: [c[0], c[1].int()]), {}, TypeError, "dtypes"),
+    ("cls_scores[1]", replaced(0, lambda c: [c[0], c[1].half()]), {}, TypeError, "dtype of the first level"),
+    ("cls_scores[0]", replaced(0, lambda c: [c[0][0], c[1]]), {}, ValueError, "[B, C, H, W]"),
+    ("cls_scores[1]", replaced(0, lambda c: [c[0], c[1][:, :1]]), {}, ValueError, "[1, 2, H, W], got [1, 1, 1, 2]"),
+    ("cls_scores[1]", replaced(0, lambda c: [c[0], c[1].to("meta")]), {}, ValueError, "on the device"),
+    ("reg_preds", replaced(1, lambda r: r[:1]), {}, ValueError, "as many levels as `cls_scores`, 2, got 1"),
+    ("reg_preds[0]", replaced(1, lambda r: [None, r[1]]), {}, TypeError, "must be a tensor"),
+    ("reg_preds[0]", lambda a: a, {"reg_max": 16}, ValueError, "[1, 68, 2, 3], got [1, 8, 2, 3]"),
+    ("reg_preds[1]", replaced(1, lambda r: [r[0], r[1][..., :1]]), {}, ValueError, "[1, 8, 1, 2]"),
+    ("reg_preds[1]", replaced(1, lambda r: [r[0], r[1].bfloat16()]), {}, TypeError, "dtype of the first level"),
+    ("strides", replaced(2, 8.0), {}, TypeError, "list or tuple of numbers"),
+    ("strides", replaced(2, [8.0]), {}, ValueError, "one number a level, 2, got 1"),
+    ("strides[1]", replaced(2, [8.0, 0.0]), {}, ValueError, "must be > 0"),
+    ("strides[0]", replaced(2, [float("nan"), 8.0]), {}, ValueError, "NaN"),
+    ("strides[0]", replaced(2, [(8, 8), (16, 16)]), {}, TypeError, "must be a number"),
+    ("image_sizes", replaced(3, 5), {}, TypeError, "tensor or a list"),
+    ("image_sizes", replaced(3, [(4, 4), (4, 4)]), {}, ValueError, "one pair an image, 1, got 2"),
+    ("image_sizes[0]", replaced(3, [4]), {}, ValueError, "pair of numbers"),
+    ("image_sizes[0]", replaced(3, [(4, "4")]), {}, TypeError, "must be a number"),
+    ("image_sizes", replaced(3, torch.zeros(2)), {}, ValueError, "[B, 2] = [1, 2], got [2]"),
+    ("image_sizes", replaced(3, torch.zeros(1, 2, dtype=torch.bool)), {}, TypeError, "dtypes"),
+    ("scale_factors", lambda a: a, {"scale_factors": torch.ones(1, 4)}, ValueError, "[B, 2] = [1, 2], got [1, 4]"),
+    ("reg_max", lambda a: a, {"reg_max": 0}, ValueError, ">= 1"),
+    ("reg_max", lambda a: a, {"reg_max": 129}, NotImplementedError, "<= 128"),
+    ("reg_max", lambda a: a, {"reg_max": 1.0}, TypeError, "integer"),
+    ("score_threshold", lambda a: a, {"score_threshold": float("nan")}, ValueError, "NaN"),
+    ("nms_pre", lambda a: a, {"nms_pre": 10.5}, TypeError, "integer"),
+    ("iou_threshold", lambda a: a, {"iou_threshold": None}, TypeError, "number"),
+    ("max_detections", lambda a: a, {"max_detections": -1}, ValueError, ">= 0"),
+    ("center_offset", lambda a: a, {"center_offset": [0.5]}, ValueError, "one number a level, 2, got 1"),
+    ("center_offset", lambda a: a, {"center_offset": "0.5"}, TypeError, "number"),
+    ("topk_mode", lambda a: a, {"topk_mode": "box"}, ValueError, "'pair', 'anchor', got 'box'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "keywords", "error", "text"), BAD, ids=[f"{b[0]}-{b[4][:24]}" for b in BAD]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input(backend: str, argument: str, change: Any, keywords: Any, error: type, text: str) -> None:
+    args = change(list(flat([(2, 3), (1, 2)])))
+    with gfl_ops.set_backend(backend), pytest.raises(error) as raised:
+        gfl_ops.postprocess(*args, **{"reg_max": 1, **keywords})
+    message = str(raised.value)
+    assert message.startswith(f"gfl_ops.postprocess: `{argument}` ") and text in message, message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_are_checked_when_asked(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (*flat([(2, 3)])[:3], [(0, 10)])
+    assert run(backend, "cpu", args).count.tolist() == [0]
+    monkeypatch.setattr(_check, "SYNCHRONISING", True)
+    with pytest.raises(ValueError, match="`image_sizes` must be positive and finite"):
+        run(backend, "cpu", args)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not there")
+def test_a_direct_call_of_the_operator_is_checked() -> None:
+    def call(**changes: Any) -> Any:
+        cls, reg, strides, _ = flat([(2, 3)])
+        values = {
+            "cls_scores": cls,
+            "reg_preds": reg,
+            "strides": strides,
+            "image_sizes": torch.ones((1, 2)),
+            "scale_factors": None,
+            "reg_max": 1,
+            "score_threshold": 0.05,
+            "nms_pre": 10,
+            "iou_threshold": 0.6,
+            "max_detections": 5,
+            "center_offset": [0.0],
+            "anchor_topk": False,
+            "activated": False,
+            "legacy": False,
+        }
+        return torch.ops.gfl.postprocess(**{**values, **changes})
+
+    assert len(call()) == 4
+    for changes in (
+        {"cls_scores": []},
+        {"reg_max": 2},
+        {"reg_max": 500},
+        {"strides": []},
+        {"image_sizes": torch.ones((2, 2))},
+        {"image_sizes": torch.ones((1, 2)).double()},
+        {"scale_factors": torch.ones((1,))},
+        {"max_detections": -1},
+        {"reg_preds": [torch.ones((1, 8, 2, 2))]},
+        {"cls_scores": [torch.ones((1, 2, 2, 3)).int()]},
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match="gfl: `"):
+            call(**changes)
