@@ -23,11 +23,19 @@ namespace {
 
 using Keys = std::vector<uint64_t>;
 
+// Elements that are asked at once whether one of them is a candidate. Nearly always none is.
+constexpr int kBlock = 32;
+
 // Says which elements are above the threshold, and what their values are.
 template <class T> struct Above {
   float threshold;
   explicit Above(float limit) : threshold(limit) {}
   bool operator()(const T* p) const { return static_cast<float>(load(p)) > threshold; }
+  bool any(const T* block) const {
+    int32_t hits = 0;
+    for (int j = 0; j < kBlock; ++j) hits += static_cast<float>(load(block + j)) > threshold ? 1 : 0;
+    return hits != 0;
+  }
 };
 
 // A 16-bit float's bits, as an integer that rises with its value: positive bits are that already, negative ones fall.
@@ -64,6 +72,16 @@ template <class T> struct AboveSixteen {
     const int16_t key = rising(bits);
     return key >= lowest && key <= highest;
   }
+  bool any(const T* block) const {
+    uint16_t bits[kBlock];
+    std::memcpy(bits, block, sizeof(bits));
+    int16_t hits = 0;
+    for (int j = 0; j < kBlock; ++j) {
+      const int16_t key = rising(bits[j]);
+      hits = static_cast<int16_t>(hits | ((key >= lowest ? -1 : 0) & (key <= highest ? -1 : 0)));
+    }
+    return hits != 0;
+  }
 };
 template <> struct Above<half_t> : AboveSixteen<half_t> {
   explicit Above(float limit) : AboveSixteen(limit, 0x7c00u) {}
@@ -83,12 +101,8 @@ void scan(const T* run, int64_t count, int64_t stride, const Above<T>& above, ui
   };
   int64_t i = 0;
   if (stride == 1) {
-    // Nearly every block is without a candidate; asking a whole block is one vector loop.
-    constexpr int64_t kBlock = 32;
     for (; i + kBlock <= count; i += kBlock) {
-      bool any = false;
-      for (int64_t j = 0; j < kBlock; ++j) any |= above(run + i + j);
-      if (!any) continue;
+      if (!above.any(run + i)) continue;
       for (int64_t j = 0; j < kBlock; ++j) take(i + j);
     }
   }
