@@ -141,7 +141,8 @@ def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: 
 
 
 def integral(pred: Tensor, reg_max: int) -> Tensor:
-    p = pred.float().reshape(-1, 4, reg_max + 1).softmax(2)
+    limit = torch.finfo(torch.float32).max / 4
+    p = pred.float().clamp(-limit, limit).reshape(-1, 4, reg_max + 1).softmax(2)
     return (p * torch.arange(reg_max + 1, device=pred.device, dtype=torch.float32)).sum(2)
 
 
@@ -334,7 +335,7 @@ def postprocess(
     Raises:
         TypeError: a dtype or a type that is not taken.
         ValueError: a shape, device, option or number outside the above.
-        NotImplementedError: more than 8 levels, or more than 2^32 pairs in one level of an image.
+        NotImplementedError: `reg_max` above 128, more than 8 levels, or more than 2^32 pairs in one level of an image.
 
     Note:
         Ranking is by fp32 logit (by probability if `activated`), since sigmoid saturates; ties go to the lower (level,
@@ -382,7 +383,9 @@ def postprocess(
 
 def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:
     """Both lists of maps against each other. Returns the number of levels."""
-    _check.number(OP, "reg_max", reg_max, 1, MAX_REG, integer=True)
+    _check.number(OP, "reg_max", reg_max, 1, integer=True)
+    if reg_max > MAX_REG:
+        raise NotImplementedError(_check.message(OP, "reg_max", f"must be <= {MAX_REG}", reg_max))
     for name, value in (("cls_scores", cls_scores), ("reg_preds", reg_preds)):
         if not isinstance(value, (list, tuple)):
             rule = "must be a list or tuple of tensors, one a level"
