@@ -14,5 +14,5 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def clamp_infinite(x: Tensor) -> Tensor:
     """Infinities become the largest finite numbers, without gradient; NaN stays."""
-    largest = torch.finfo(x.dtype).max
-    return x.clamp(-largest, largest)
+    # Not clamp: its derivative is 0 at NaN, which then would not show in the gradient.
+    return torch.where(x.isinf(), x.detach().sign() * torch.finfo(x.dtype).max, x)

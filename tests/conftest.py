@@ -6,10 +6,14 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import gfl_ops
+from gfl_ops import _backend
 
 SEED = int(os.environ.get("GFL_TEST_SEED", random.randrange(2**31)))
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +42,18 @@ def data() -> Path:
     if not DATA.exists():
         pytest.skip(f"no real data at {DATA}; GFL_TEST_DATA names another place")
     return DATA
+
+
+@pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Each backend in turn, set for the operator that the test file names STEM; skipped with the reason where it can't run."""
+    reason = _backend.unavailable(request.param, request.module.STEM, device.type)
+    if reason is not None:
+        pytest.skip(reason)
+    with gfl_ops.set_backend(request.param):
+        yield request.param

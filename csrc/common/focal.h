@@ -91,8 +91,9 @@ template <class A> GFL_HOST_DEVICE Term<A> qfl_term(A pred, A t, A beta, bool ac
   const A difference = b.p - t;
   const A distance = absolute(difference);
   const A factor = power(distance, beta);
-  const A slope = sign(difference) * power_derivative(distance, beta) * b.bce;
-  return {factor * b.bce, slope * b.p_pred + factor * b.bce_pred, factor * b.bce_target - slope};
+  const A slope = sign(difference) * power_derivative(distance, beta);
+  // p_pred first: it is 0 where the largest cross entropy times the slope overflows.
+  return {factor * b.bce, slope * (b.p_pred * b.bce) + factor * b.bce_pred, factor * b.bce_target - slope * b.bce};
 }
 
 // Positive where t > 0. Weighted by the target or not, a positive has no modulating factor.
@@ -115,10 +116,10 @@ template <class A> GFL_HOST_DEVICE Term<A> focal_term(A pred, A t, A alpha, A ga
   const A miss = b.q * t + b.p * (A(1) - t);  // 1 − p_t, to full relative precision for t of 0 or 1
   const A modulation = power(miss, gamma);
   const A factor = balance * modulation;
-  const A slope = balance * power_derivative(miss, gamma) * b.bce;
+  const A slope = balance * power_derivative(miss, gamma);
   const A by_balance = balanced ? (A(2) * alpha - A(1)) * modulation * b.bce : A(0);
-  return {factor * b.bce, slope * (A(1) - A(2) * t) * b.p_pred + factor * b.bce_pred,
-          by_balance + slope * (b.q - b.p) + factor * b.bce_target};
+  return {factor * b.bce, slope * (A(1) - A(2) * t) * (b.p_pred * b.bce) + factor * b.bce_pred,
+          by_balance + slope * (b.q - b.p) * b.bce + factor * b.bce_target};
 }
 
 }  // namespace gfl

@@ -116,18 +116,20 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   CHECK(widened(target_alone.read()) == got_target, "%s: grad_target depends on grad_pred", c.name.c_str());
 }
 
-// ±1e4 and infinities: finite losses, gradients of ±1 or, at infinity, 0.
+// ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient.
 void check_extremes() {
-  const float infinity = std::numeric_limits<float>::infinity();
-  const Buffer<float> pred(std::vector<float>{1e4f, -1e4f, -infinity, infinity});
-  const Buffer<float> target(std::vector<float>{0, 1, 0, 1}), grad(std::vector<float>{1, 1, 1, 1});
-  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0});
-  Buffer<float> loss(4), grad_pred(4);
-  const QflInput in{pred.data(), DType::f32, 1, 1, label.data(), target.data(), 4, 1, 2.0, false};
-  forward(in, loss.data());
-  backward(in, grad.data(), grad_pred.data(), nullptr);
-  CHECK((loss.read() == std::vector<float>{1e4f, 1e4f, 0, 0}), "extreme losses");
-  CHECK((grad_pred.read() == std::vector<float>{1, -1, 0, 0}), "extreme gradients");
+  const float infinity = std::numeric_limits<float>::infinity(), largest = std::numeric_limits<float>::max();
+  const Buffer<float> pred(std::vector<float>{1e4f, -1e4f, -infinity, infinity, infinity, -infinity});
+  const Buffer<float> target(std::vector<float>{0, 1, 0, 1, 0, 1}), grad(std::vector<float>(6, 1));
+  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0, 9, 0});
+  for (const double beta : {2.0, 1.5}) {  // the CPU has code of its own for 2
+    Buffer<float> loss(6), grad_pred(6);
+    const QflInput in{pred.data(), DType::f32, 1, 1, label.data(), target.data(), 6, 1, beta, false};
+    forward(in, loss.data());
+    backward(in, grad.data(), grad_pred.data(), nullptr);
+    CHECK((loss.read() == std::vector<float>{1e4f, 1e4f, 0, 0, largest, largest}), "extreme losses");
+    CHECK((grad_pred.read() == std::vector<float>{1, -1, 0, 0, 0, 0}), "extreme gradients");
+  }
 }
 
 }  // namespace

@@ -31,20 +31,21 @@ inline Bernoulli bernoulli(float logit, float t) {
 
 inline Term qfl_term(float logit, float t) {
   const Bernoulli b = bernoulli(logit, t);
-  const float difference = b.p - t, factor = difference * difference, slope = 2.0f * difference * b.bce;
-  return {factor * b.bce, slope * b.p_pred + factor * b.bce_pred, -factor * b.x - slope};
+  const float difference = b.p - t, factor = difference * difference, slope = 2.0f * difference;
+  // p_pred first: it is 0 where the largest cross entropy times the slope overflows.
+  return {factor * b.bce, slope * (b.p_pred * b.bce) + factor * b.bce_pred, -factor * b.x - slope * b.bce};
 }
 
 // `iou_weighted` is 1 or 0: a float, since two conditions in one blend keep the compiler from vector code.
 inline Term vfl_term(float logit, float t, float alpha, float iou_weighted) {
   const Bernoulli b = bernoulli(logit, t);
   const float difference = b.p - t, factor = alpha * difference * difference;
-  const float slope = 2.0f * alpha * difference * b.bce;
+  const float slope = 2.0f * alpha * difference;
   const float weight = iou_weighted * t + (1.0f - iou_weighted);
   const bool positive = t > 0.0f;
   return {(positive ? weight : factor) * b.bce,
-          positive ? weight * b.bce_pred : slope * b.p_pred + factor * b.bce_pred,
-          positive ? iou_weighted * b.bce - weight * b.x : -factor * b.x - slope};
+          positive ? weight * b.bce_pred : slope * (b.p_pred * b.bce) + factor * b.bce_pred,
+          positive ? iou_weighted * b.bce - weight * b.x : -factor * b.x - slope * b.bce};
 }
 
 // `unbalanced` is the weight 1 of both sides that a negative alpha asks for.
@@ -53,9 +54,9 @@ inline Term focal_term(float logit, float t, float alpha, bool unbalanced) {
   const float balance = unbalanced ? 1.0f : alpha * t + (1.0f - alpha) * (1.0f - t);
   const float by_balance = unbalanced ? 0.0f : 2.0f * alpha - 1.0f;
   const float miss = b.q * t + b.p * (1.0f - t), modulation = miss * miss;
-  const float factor = balance * modulation, slope = 2.0f * balance * miss * b.bce;
-  return {factor * b.bce, slope * (1.0f - 2.0f * t) * b.p_pred + factor * b.bce_pred,
-          by_balance * modulation * b.bce + slope * (b.q - b.p) - factor * b.x};
+  const float factor = balance * modulation, slope = 2.0f * balance * miss;
+  return {factor * b.bce, slope * (1.0f - 2.0f * t) * (b.p_pred * b.bce) + factor * b.bce_pred,
+          by_balance * modulation * b.bce + slope * (b.q - b.p) * b.bce - factor * b.x};
 }
 
 // The walk of the losses without a class sum. `term(logit, target)` is one of the above.
