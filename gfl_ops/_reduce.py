@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighting and reduction, the same for every loss: mmdet's rules, with the arithmetic in the loss's own fp32 or fp64."""
+"""Weighting and reduction, the same for every loss: mmdet's rules, with the arithmetic in the loss's own dtype."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_reduction(
 def check_element_reduction(
     op: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
 ) -> Tensor | None:
-    """The same for a loss of pred's shape. Returns `weight`, which may also hold one number a row, so that it broadcasts."""
+    """The same for a loss of pred's shape. Returns `weight`, which may hold one number a row, so that it broadcasts."""
     shape = pred.shape
     if weight is not None:
         _check.tensor(op, "weight", weight, _check.FLOATING + _check.INTEGER + (torch.bool,))

@@ -51,7 +51,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=["native", "triton", "reference"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Each backend in turn, set for the operator that the test file names STEM; skipped with the reason where it can't run."""
+    """Each backend in turn, set for the operator that the file names STEM; skipped with the reason if it can't run."""
     reason = _backend.unavailable(request.param, request.module.STEM, device.type)
     if reason is not None:
         pytest.skip(reason)

@@ -250,7 +250,7 @@ def test_avg_factor(backend: str, device: torch.device, generator: torch.Generat
         torch.testing.assert_close(got, rows.sum() / (7 + eps), rtol=1e-12, atol=0)
     torch.testing.assert_close(quality_focal_loss(pred, (label, score), avg_factor=0.0), rows.sum() / eps)
     assert torch.equal(quality_focal_loss(pred, (label, score), reduction="none", avg_factor=7.0), rows)
-    with pytest.raises(ValueError, match='^avg_factor can not be used with reduction="sum"$'):
+    with pytest.raises(ValueError, match=r'^avg_factor can not be used with reduction="sum"$'):
         quality_focal_loss(pred, (label, score), reduction="sum", avg_factor=7.0)
 
 

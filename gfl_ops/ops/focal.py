@@ -121,8 +121,8 @@ def sigmoid_focal_loss(
         ValueError: a shape, device, reduction or number outside the above.
 
     Note:
-        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. Empty input gives 0 for "sum"
-        and NaN for "mean". mmdet's form, with labels, weights and an average factor, is the module `FocalLoss`.
+        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. Empty input gives 0 for
+        "sum" and NaN for "mean". mmdet's form, with labels, weights and an average factor, is the module `FocalLoss`.
     """
     op = "sigmoid_focal_loss"
     _check.choice(op, "reduction", reduction, _check.REDUCTIONS)

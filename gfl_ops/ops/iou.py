@@ -145,8 +145,9 @@ def box_iou_loss(
     Returns:
         ``[N]`` for "none", else a scalar; fp32, or fp64 for fp64 `pred`.
 
-    The gradient reaches `pred`, `target` and `weight`, the factor of CIoU's last v excepted, which is constant in it. Where
-    sides of the two boxes coincide, each takes half. Boxes without area have finite loss and gradient if ``eps > 0``.
+    The gradient reaches `pred`, `target` and `weight`, the factor of CIoU's last v excepted, which is constant in it.
+    Where sides of the two boxes coincide, each takes half. With ``eps > 0`` boxes without area have finite losses and
+    gradients.
 
     Raises:
         TypeError: a dtype or a type that is not taken.

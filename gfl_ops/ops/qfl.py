@@ -22,8 +22,8 @@ def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple
         pred = clamp_infinite(pred)
         return pred.sigmoid(), F.binary_cross_entropy_with_logits(pred, target, reduction="none")
     # torch's own cross entropy stops the program where input or target leave [0, 1], refuses autocast, and floors the
-    # logarithms at −100 in the value but not in its derivative by the target, infinite where a bf16 sigmoid saturates. It
-    # is linear in the target, so that the two ends of the line serve any target, floored in both.
+    # logarithms at −100 in the value but not in its derivative by the target, infinite where a bf16 sigmoid saturates.
+    # It is linear in the target, so that the two ends of the line serve any target, floored in both.
     valid = (pred >= 0) & (pred <= 1)
     with torch.autocast(pred.device.type, enabled=False):
         inside = torch.where(valid, pred, 0.5)
@@ -40,7 +40,7 @@ def absolute_power(difference: Tensor, exponent: float) -> Tensor:
 
 
 def finite_power(base: Tensor, exponent: float) -> Tensor:
-    """base^exponent, with derivative 0 at 0; subnormal bases, where the derivative's power would overflow, count as 0."""
+    """base^exponent with derivative 0 at 0; subnormal bases, where the derivative would overflow, count as 0."""
     zero = base.abs() < torch.finfo(base.dtype).tiny
     return torch.where(zero, 0.0 if exponent > 0 else 1.0, torch.where(zero, 1.0, base).pow(exponent))
 
@@ -79,7 +79,8 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             dense = uniform((n, c), device, acc, generator)
             yield Sample(f"dense-n{n}", (pred, None, dense, 2.0, False))
     extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0]], device=device).to(dtype)
-    yield Sample("extreme", (extreme, torch.tensor([0, 2], device=device), uniform((2,), device, acc, generator), 2.0, False))
+    label = torch.tensor([0, 2], device=device)
+    yield Sample("extreme", (extreme, label, uniform((2,), device, acc, generator), 2.0, False))
 
 
 QFL = register(
@@ -146,7 +147,8 @@ def quality_focal_loss(
     if sparse:
         _check.shape(op, "pred", pred, "[N, C]", (None, None))
         if len(target) != 2:
-            raise ValueError(_check.message(op, "target", "must be (label, score) or one tensor", f"{len(target)} items"))
+            rule = "must be (label, score) or one tensor"
+            raise ValueError(_check.message(op, "target", rule, f"{len(target)} items"))
         label, score = target
         _check.tensor(op, "target[0]", label, _check.INTEGER)
         _check.tensor(op, "target[1]", score)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the real mmdet importable on a CPU: stands in for mmcv's compiled extension, which mmcv-lite leaves out.
 
-Call `install()` before the first import of mmdet. It needs the packages of requirements.txt beside this file and changes
-nothing where the extension is there, or where mmdet is not installed. Of the extension's functions only `nms` works, as a
-plain loop; the others exist, since mmcv looks for them at import, and raise when called.
+Call `install()` before the first import of mmdet. It needs the packages of requirements.txt beside this file and
+changes nothing where the extension is there, or where mmdet is not installed. Of the extension's functions only `nms`
+works, as a plain loop; the others exist, since mmcv looks for them at import, and raise when called.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
         if not keep[i]:
             continue
         rest = boxes[i + 1 :]
-        side = (torch.minimum(rest[:, 2:], boxes[i, 2:]) - torch.maximum(rest[:, :2], boxes[i, :2]) + offset).clamp(min=0)
-        overlap = side.prod(1)
+        side = torch.minimum(rest[:, 2:], boxes[i, 2:]) - torch.maximum(rest[:, :2], boxes[i, :2]) + offset
+        overlap = side.clamp(min=0).prod(1)
         keep[i + 1 :] &= overlap / (area[i + 1 :] + area[i] - overlap) <= iou_threshold
     return order[keep]
 
