@@ -15,6 +15,7 @@
 #include "host_device.h"
 
 namespace gfl {
+GFL_ISA_OPEN
 
 // Aligned for the GPU's vector loads.
 template <class A> struct alignas(16) Box { A x1, y1, x2, y2; };
@@ -59,4 +60,5 @@ template <class A> GFL_HOST_DEVICE bool iou_exceeds(const Overlap<A>& overlap, A
   return div_rn(overlap.intersection, overlap.union_area) > threshold;
 }
 
+GFL_ISA_CLOSE
 }  // namespace gfl
