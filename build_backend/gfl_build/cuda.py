@@ -114,16 +114,23 @@ def _toolkit(nvcc: Path, version: str, torch_site: Path) -> CudaToolkit:
 
 
 def probe(toolkit: CudaToolkit, archs: tuple[str, ...]) -> str:
-    """Compile a kernel of one line; what is wrong with the toolkit, empty if nothing is."""
+    """Compile a kernel of one line; what is wrong with the toolkit, empty if nothing is.
+
+    Packages of different versions, a header package left out or a host compiler too new show here, in a second, instead
+    of in the build.
+    """
+    text = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cuda_runtime.h>\n"
+    text += "__global__ void f(float* x) { *x = 1.0f; }\nvoid g(float* x) { f<<<1, 1>>>(x); }\n"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cu"
-        source.write_text("__global__ void f(float* x) { *x = 1.0f; }\nvoid g(float* x) { f<<<1, 1>>>(x); }\n")
+        source.write_text(text)
         command = [str(toolkit.nvcc), "-c", str(source), "-o", str(source.with_suffix(".o")), *gencode(archs[-1:])]
         tried = subprocess.run(command, capture_output=True, text=True)
     if tried.returncode == 0:
         return ""
-    said = [line for line in (tried.stderr + tried.stdout).splitlines() if line.strip()]
-    return f"{toolkit.nvcc} can't compile a kernel: {said[0] if said else f'exit code {tried.returncode}'}"
+    said = [line.strip() for line in (tried.stderr + tried.stdout).splitlines() if line.strip()]
+    telling = next((line for line in said if "error" in line or "fatal" in line), (said or ["it says nothing"])[0])
+    return f"{toolkit.nvcc} can't compile a kernel: {telling}"
 
 
 def _home(nvcc: Path) -> Path:
