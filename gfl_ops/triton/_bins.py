@@ -47,8 +47,8 @@ def expected_bin(e, total, bin):
 def expected_bin_gradient(e, total, bin, grad):
     """Gradient of Σ p(j)·j with respect to the logits: p(j)·(j − Σ p(i)·i).
 
-    The sum is taken from its nearest bin, c + Σ p(i)·(i − c): where the distribution is peaked both terms are small, and
-    their difference keeps the digits that j − Σ p(i)·i loses.
+    The sum is taken from its nearest bin, c + Σ p(i)·(i − c): where the distribution is peaked both terms are small,
+    and their difference keeps the digits that j − Σ p(i)·i loses.
     """
     j = bin.to(e.dtype)
     centre = tl.floor(expected_bin(e, total, bin) + 0.5)

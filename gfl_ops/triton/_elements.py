@@ -7,10 +7,9 @@
     grad_pred   as pred     as pred                 write, contiguous
     grad_target as pred     A                       write, contiguous
 
-A program owns BLOCK elements of the flattened shape. Bytes an element: forward sizeof(pred) + 2 sizeof(A), backward
-2 sizeof(pred) + 2 sizeof(A), the terms being computed again. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit:
-nothing is summed.
-"""
+A program owns BLOCK elements of the flattened shape. Bytes an element: forward sizeof(pred) + 2 sizeof(A), backward 2
+sizeof(pred) + 2 sizeof(A), the terms being computed again. Accumulator A: fp32, fp64 for fp64. Repeatable bit for
+bit: nothing is summed."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def power_slope(difference, EXPONENT: tl.constexpr):
 def bernoulli(x, t, ACTIVATED: tl.constexpr):
     """Probability p, its complement q, BCE, d BCE/d x, d BCE/d t and d p/d x of a score x against a target t.
 
-    `x` is a logit, or a probability if ACTIVATED, NaN outside [0, 1]. An infinite logit counts as the largest finite one,
-    so that 0 · ∞ never appears, and has no gradient.
+    `x` is a logit, or a probability if ACTIVATED, NaN outside [0, 1]. An infinite logit counts as the largest finite
+    one, so that 0 · ∞ never appears, and has no gradient.
     """
     if ACTIVATED:
         p = tl.where((x >= 0.0) & (x <= 1.0), x, float("nan"))

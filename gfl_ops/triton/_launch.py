@@ -84,26 +84,28 @@ def fold(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 
 class Locations(NamedTuple):
-    """The leading dimensions of a tensor ``[…, K]``, walked as two: programs of the grid's second axis, then rows."""
+    """The leading dimensions of tensors ``[…, K]``, walked as two: programs of the grid's second axis, then rows.
 
-    tensor: Tensor
+    `strides` holds the outer and the inner stride of each tensor in turn.
+    """
+
     outer: int
     inner: int
-    stride_outer: int
-    stride_inner: int
+    strides: tuple[int, ...]
 
 
-def locations(tensor: Tensor) -> Locations:
-    """Fold the leading dimensions of ``[…, K]`` into two without copying where the strides admit it.
+def locations(*tensors: Tensor) -> Locations | None:
+    """Fold the dimensions of tensors of one shape into two; None where the strides don't admit it.
 
     They do for contiguous input, for slices of it, and for a permuted view of ``[B, K, H, W]``.
     """
-    folded = fold(tensor.select(-1, 0)) if tensor.shape[-1] else []
+    folded = fold(*tensors)
     # A grid has at most 65535 programs on its second axis.
     if len(folded) > 2 or (len(folded) == 2 and folded[0][0] > 65535):
-        return locations(tensor.contiguous())
-    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(folded)) + folded
-    return Locations(tensor, outer, inner, stride_outer, stride_inner)
+        return None
+    nothing = (1, *(0 for _ in tensors))
+    (outer, *outer_strides), (inner, *inner_strides) = [nothing] * (2 - len(folded)) + folded
+    return Locations(outer, inner, tuple(s for pair in zip(outer_strides, inner_strides) for s in pair))
 
 
 def column_block(columns: int, largest: int = 128) -> int:

@@ -11,9 +11,8 @@
     grad_pred   [M, R+1]  as pred                 write, contiguous
     grad_target [M]       A                       write
 
-A program holds BLOCK_M whole rows, padded to a power of two of bins. Bytes an element: forward sizeof(pred), backward twice
-that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed tree.
-"""
+A program holds BLOCK_M whole rows, padded to a power of two of bins. Bytes an element: forward sizeof(pred), backward
+twice that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed tree."""
 
 from __future__ import annotations
 

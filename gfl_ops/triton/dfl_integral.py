@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distribution focal loss and the expected distance from one softmax, in Triton: the kernels of `dfl` with both results."""
+"""Distribution focal loss and the expected distance from one softmax, in Triton: the kernels of `dfl` with both
+results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distribution focal loss with given bins and weights in Triton: D-FINE's fine-grained localisation loss.
 
-    loss[m] = −w_left·log p_l − w_right·log p_{l+1},   p = softmax(x[m])            (arXiv 2410.13842, without its IoU weight)
+    loss[m] = −w_left·log p_l − w_right·log p_{l+1},   p = softmax(x[m])       (arXiv 2410.13842, without its IoU weight)
 
     pred                      [M, R+1]  fp32, fp16, bf16, fp64  read, any strides
     left                      [M]       int64                   read; a bin that doesn't exist becomes the nearest
@@ -10,9 +10,8 @@
     grad_pred                 [M, R+1]  as pred                 write, contiguous
     grad_weight_left, _right  [M]       A                       write
 
-A program holds BLOCK_M whole rows, padded to a power of two of bins. Bytes an element: forward sizeof(pred), backward twice
-that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed tree.
-"""
+A program holds BLOCK_M whole rows, padded to a power of two of bins. Bytes an element: forward sizeof(pred), backward
+twice that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed tree."""
 
 from __future__ import annotations
 
@@ -64,7 +63,8 @@ def dfl_two_bin_forward_kernel(
 def dfl_two_bin_backward_kernel(
     grad_loss, pred, left, weight_left, weight_right, grad_pred, grad_left, grad_right, m, reg_max,
     stride_grad, stride_m, stride_bin, stride_left, stride_weight_left, stride_weight_right,
-    NEED_PRED: tl.constexpr, NEED_LEFT: tl.constexpr, NEED_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr,
+    NEED_PRED: tl.constexpr, NEED_LEFT: tl.constexpr, NEED_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < m

@@ -50,9 +50,7 @@ def focal_backward_kernel(
 
 
 def forward(pred: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
-    return run_forward(
-        focal_forward_kernel, pred, target, ALPHA=alpha, GAMMA=gamma, ACTIVATED=activated
-    )
+    return run_forward(focal_forward_kernel, pred, target, ALPHA=alpha, GAMMA=gamma, ACTIVATED=activated)
 
 
 def backward(

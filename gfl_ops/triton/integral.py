@@ -5,11 +5,10 @@
     distance  […, 4]       A                       write, contiguous
     grad_pred […, 4(R+1)]  as pred                 write, contiguous
 
-A program holds BLOCK_L locations and does their four sides in turn, the bins padded to a power of two; the second axis of
-the grid walks over a leading dimension that can't be folded, the image of a permuted ``[B, 4(R+1), H, W]``. Bytes an element:
-forward sizeof(pred), backward twice that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row of bins is
-reduced by one fixed tree.
-"""
+A program holds BLOCK_L locations and does their four sides in turn, the bins padded to a power of two; the second
+axis of the grid walks over a leading dimension that can't be folded, the image of a permuted ``[B, 4(R+1), H, W]``.
+Bytes an element: forward sizeof(pred), backward twice that. Accumulator A: fp32, fp64 for fp64. Repeatable bit for
+bit: a row of bins is reduced by one fixed tree."""
 
 from __future__ import annotations
 
@@ -71,13 +70,21 @@ def tiles(at: _launch.Locations, reg_max: int) -> tuple[tuple[int, int], dict[st
     return (_launch.programs(at.inner, block), at.outer), {"BLOCK_L": block, "BINS": width}
 
 
+def _locations(pred: Tensor) -> tuple[Tensor, _launch.Locations]:
+    at = _launch.locations(pred.select(-1, 0))
+    if at is None:
+        pred = pred.contiguous()
+        at = _launch.Locations(1, pred.numel() // pred.shape[-1], (0, pred.shape[-1]))
+    return pred, at
+
+
 def forward(pred: Tensor, reg_max: int) -> Tensor:
     distance = torch.empty((*pred.shape[:-1], 4), dtype=accumulator(pred.dtype), device=pred.device)
-    at = _launch.locations(pred)
+    pred, at = _locations(pred)
     grid, constants = tiles(at, reg_max)
     _launch.launch(
         integral_forward_kernel, grid, pred,
-        at.tensor, distance, at.inner, reg_max, at.stride_outer, at.stride_inner, at.tensor.stride(-1), **constants,
+        pred, distance, at.inner, reg_max, *at.strides, pred.stride(-1), **constants,
     )  # fmt: skip
     return distance
 
@@ -86,11 +93,10 @@ def backward(grad_distance: Tensor, pred: Tensor, reg_max: int, needs: Sequence[
     grad_pred = _launch.empty_gradient(pred, needs[0])
     if not needs[0]:
         return grad_pred
-    at = _launch.locations(pred)
+    walked, at = _locations(pred)
     grid, constants = tiles(at, reg_max)
     _launch.launch(
         integral_backward_kernel, grid, pred,
-        grad_distance.contiguous(), at.tensor, grad_pred, at.inner, reg_max,
-        at.stride_outer, at.stride_inner, at.tensor.stride(-1), **constants,
+        grad_distance.contiguous(), walked, grad_pred, at.inner, reg_max, *at.strides, walked.stride(-1), **constants,
     )  # fmt: skip
     return _launch.finished(grad_pred, pred)

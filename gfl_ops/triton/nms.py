@@ -4,14 +4,14 @@
     boxes  [N, 4] fp32, fp16, bf16, fp64  read, any strides      scores [N] any float  read      idxs [N] int64  read
     result [K]    int64                   write: kept boxes by falling score, equal scores by lower index
 
-torch sorts by score and, with classes, once more by class, so that each class is one segment in the order of its scores; then
-one kernel does all segments. A program takes a segment at a time and walks over it in tiles of TILE boxes: it tests the
-tile against the boxes kept so far, settles the tile within itself, and appends what is left to the kept list. Within a tile
-all boxes are settled at once, by repeating keep(j) = no kept i before j suppresses j until nothing changes: the greedy
-choice is the one fixed point, and it is reached after as many rounds as the longest chain of suppressions. Memory is O(N).
-IoU as csrc/common/box.h, in fp32 (fp64 for fp64), without fused multiply-adds and with IEEE division: the same indices as on
-every other backend, and bit for bit the same in every run. Only the size of the result makes the host wait.
-"""
+torch sorts by score and, with classes, once more by class, so that each class is one segment in the order of its
+scores; then one kernel does all segments. A program takes a segment at a time and walks over it in tiles of TILE
+boxes: it tests the tile against the boxes kept so far, settles the tile within itself, and appends what is left to
+the kept list. Within a tile all boxes are settled at once, by repeating keep(j) = no kept i before j suppresses j
+until nothing changes: the greedy choice is the one fixed point, and it is reached after as many rounds as the longest
+chain of suppressions. Memory is O(N). IoU as csrc/common/box.h, in fp32 (fp64 for fp64), without fused multiply-adds
+and with IEEE division: the same indices as on every other backend, and bit for bit the same in every run. Only the
+size of the result makes the host wait."""
 
 from __future__ import annotations
 

@@ -8,11 +8,10 @@
     grad_pred  [N, C]                   as pred                 write, contiguous
     grad_target as target               A                       write, contiguous
 
-A program owns BLOCK_N rows and walks over the classes in tiles of BLOCK_C. Bytes an element: forward sizeof(pred), backward
-twice that, the terms being computed again from the logits; a dense target adds sizeof(A), twice with its gradient.
-Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: each lane adds its classes in order, and one fixed tree adds the
-lanes.
-"""
+A program owns BLOCK_N rows and walks over the classes in tiles of BLOCK_C. Bytes an element: forward sizeof(pred),
+backward twice that, the terms being computed again from the logits; a dense target adds sizeof(A), twice with its
+gradient. Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: each lane adds its classes in order, and one
+fixed tree adds the lanes."""
 
 from __future__ import annotations
 
@@ -33,7 +32,9 @@ def _target_tile(target, label, rows, columns, mask, stride_n, stride_c, score, 
     if SPARSE:
         result = tl.where(label[:, None] == columns[None, :], score[:, None], 0.0)
     else:
-        result = tl.load(target + rows[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_c, mask=mask, other=0.0)
+        result = tl.load(
+            target + rows[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_c, mask=mask, other=0.0
+        )
     return result
 
 
@@ -66,7 +67,11 @@ def qfl_forward_kernel(
         for tile in tl.static_range(UNROLL):
             columns = tl.arange(0, BLOCK_C) + (first + tile) * BLOCK_C
             mask = inside[:, None] & (columns < c)[None, :]
-            x = tl.load(pred + rows[:, None] * stride_pred_n + columns.to(tl.int64)[None, :] * stride_pred_c, mask=mask, other=0.0)
+            x = tl.load(
+                pred + rows[:, None] * stride_pred_n + columns.to(tl.int64)[None, :] * stride_pred_c,
+                mask=mask,
+                other=0.0,
+            )
             t = _target_tile(target, row_label, rows, columns, mask, stride_target_n, stride_target_c, score, SPARSE)
             total += tl.where(mask, qfl_value(x.to(acc), t, BETA, ACTIVATED), 0.0)
     tl.store(loss + rows, tl.sum(total, axis=1), mask=inside)
@@ -76,7 +81,8 @@ def qfl_forward_kernel(
 def qfl_backward_kernel(
     grad_loss, pred, label, target, grad_pred, grad_target, n, c,
     stride_grad, stride_pred_n, stride_pred_c, stride_label, stride_target_n, stride_target_c,
-    BETA: tl.constexpr, ACTIVATED: tl.constexpr, SPARSE: tl.constexpr, NEED_PRED: tl.constexpr, NEED_TARGET: tl.constexpr,
+    BETA: tl.constexpr, ACTIVATED: tl.constexpr, SPARSE: tl.constexpr,
+    NEED_PRED: tl.constexpr, NEED_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -89,7 +95,11 @@ def qfl_backward_kernel(
         for tile in tl.static_range(UNROLL):
             columns = tl.arange(0, BLOCK_C) + (first + tile) * BLOCK_C
             mask = inside[:, None] & (columns < c)[None, :]
-            x = tl.load(pred + rows[:, None] * stride_pred_n + columns.to(tl.int64)[None, :] * stride_pred_c, mask=mask, other=0.0)
+            x = tl.load(
+                pred + rows[:, None] * stride_pred_n + columns.to(tl.int64)[None, :] * stride_pred_c,
+                mask=mask,
+                other=0.0,
+            )
             t = _target_tile(target, row_label, rows, columns, mask, stride_target_n, stride_target_c, score, SPARSE)
             grad_x, grad_t = qfl_gradient(x.to(acc), t, BETA, ACTIVATED)
             out = rows[:, None] * c + columns[None, :]

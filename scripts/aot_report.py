@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every GPU kernel ahead of time and say what each takes of the machine; no GPU is needed.
+
+Triton kernels are compiled as representative calls of the operators would compile them, with the constants and the
+alignments that follow from those; csrc/cuda/*.cu are compiled by nvcc. Registers, spills and shared memory are what
+ptxas says of the code it makes (for Triton the ptxas that Triton brings and uses).
+
+Exit status: 0; 1 if something does not compile, or if a kernel of QFL, DFL or decoding spills registers; 2 if a
+compiler is missing."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MUST_NOT_SPILL = re.compile(r"qfl|dfl|decode", re.IGNORECASE)
+
+
+@dataclass
+class Kernel:
+    """What one compiled kernel takes.
+
+    Attributes:
+        backend: "cuda" or "triton".
+        name: the kernel; for Triton with the dtypes of the call, for CUDA with its template arguments.
+        arch: "sm_90".
+        registers: a thread's.
+        spill: bytes of spill stores and loads.
+        stack: bytes of stack frame, local arrays among them.
+        shared: bytes of static shared memory; for Triton all of it.
+        loads_16: 16-byte loads from global memory in the disassembly; None without --sass.
+        local: loads from and stores to local memory there.
+    """
+
+    backend: str
+    name: str
+    arch: str
+    registers: int
+    spill: int
+    stack: int
+    shared: int
+    loads_16: int | None = None
+    local: int | None = None
+
+
+class MissingCompilerError(RuntimeError):
+    """A compiler or a tool is not there."""
+
+
+# --- ptxas and the disassembler --------------------------------------------------------------------------
+
+
+def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
+    """Mangled entry name -> registers, spill, stack and shared memory, from the output of ``ptxas -v``."""
+    found: dict[str, dict[str, int]] = {}
+    entries = set(re.findall(r"Compiling entry function '(\S+)'", text))
+    current = ""
+    for line in text.splitlines():
+        if match := re.search(r"(?:Compiling entry function '|Function properties for )([^\s']+)", line):
+            current = match[1]
+        if current not in entries:
+            continue
+        values = found.setdefault(current, {"registers": 0, "spill": 0, "stack": 0, "shared": 0})
+        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            values["stack"], values["spill"] = int(match[1]), int(match[2]) + int(match[3])
+        if match := re.search(r"Used (\d+) registers", line):
+            values["registers"] = int(match[1])
+            shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", line)
+            values["shared"] = int(shared[1]) if shared else 0
+    return found
+
+
+def triton_tool(name: str) -> Path | None:
+    spec = importlib.util.find_spec("triton")
+    folders = [Path(p) / "backends" / "nvidia" / "bin" for p in (spec.submodule_search_locations or [])] if spec else []
+    return next((f / name for f in folders if (f / name).is_file()), None)
+
+
+def disassembler() -> str:
+    found = shutil.which("cuobjdump") or triton_tool("cuobjdump")
+    home = Path(find_nvcc()).parent / "cuobjdump" if find_nvcc() else None
+    if found is None and home is not None and home.is_file():
+        found = home
+    if found is None:
+        raise MissingCompilerError("--sass needs cuobjdump, of the CUDA toolkit or of Triton; neither is there")
+    return str(found)
+
+
+def count_instructions(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Entry name -> 16-byte global loads, accesses to local memory."""
+    text = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    counts: dict[str, tuple[int, int]] = {}
+    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        wide = len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", body))
+        local = len(re.findall(r"\b(?:LDL|STL)\b", body))
+        counts[name.strip()] = (wide, local)
+    return counts
+
+
+# --- Triton ----------------------------------------------------------------------------------------------
+
+
+def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
+    """Arguments of representative calls, named where there are several; else those of the largest sample."""
+    import torch
+
+    from gfl_ops._spec import SPECS
+    from gfl_ops._types import accumulator
+
+    acc = accumulator(dtype)
+    n = 22400  # locations of an image of 800×1344
+    label, score = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=acc)
+    logits, bins = torch.zeros(n, 80, dtype=dtype), torch.zeros(n, 17, dtype=dtype)
+    maps = torch.zeros(2, 68, 100, 168, dtype=dtype).permute(0, 2, 3, 1)
+    rows = torch.zeros(n, 68, dtype=dtype)
+    boxes = torch.zeros(5000, 4, dtype=dtype)
+    dense = torch.zeros(n, 80, dtype=acc)
+    calls: dict[str, dict[str, tuple[Any, ...]]] = {
+        "qfl": {"sparse": (logits, label, score, 2.0, False), "dense": (logits, None, dense, 2.0, False)},
+        "focal": {"": (logits, dense, 0.25, 2.0, False)},
+        "vfl": {"": (logits, dense, 0.75, 2.0, True, False)},
+        "dfl": {"": (bins, score, False)},
+        "dfl_integral": {"": (bins, score, False)},
+        "dfl_two_bin": {"": (bins, label, score, score)},
+        "integral": {"rows": (rows, 16), "maps": (maps, 16)},
+        "decode": {
+            "rows": (rows, torch.zeros(n, 2, dtype=acc), torch.ones(n, dtype=acc), 16, None),
+            "maps": (maps, torch.zeros(2, 100, 168, 2, dtype=acc), torch.ones(2, 100, 168, dtype=acc), 16, None),
+        },
+        "nms": {"": (boxes, score[:5000], label[:5000], 0.6, False)},
+    }
+    if stem in calls:
+        return calls[stem]
+    samples = SPECS[stem].samples(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
+    return {"": max(samples, key=lambda s: sum(a.numel() for a in s.args if isinstance(a, torch.Tensor))).args}
+
+
+def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
+    """What forward and backward of an operator launch for its representative calls, with the names of those."""
+    import torch
+
+    from gfl_ops._spec import SPECS
+    from gfl_ops.triton import _launch
+
+    spec = SPECS[stem]
+    module = importlib.import_module(f"gfl_ops.triton.{stem}")
+    found = []
+    for name, args in calls_of(stem, dtype).items():
+        with _launch.record() as launches:
+            results = module.forward(*args)
+            if spec.differentiable:
+                results = results if isinstance(results, tuple) else (results,)
+                grads = [torch.zeros_like(results[i]) for i in spec.grads]
+                module.backward(*grads, *args, [True] * len(spec.differentiable))
+        found += [(name, launch) for launch in launches]
+    return found
+
+
+Specialised = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]
+
+
+def specialised(
+    launch: Any,
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]:
+    """Signature, constants, alignments and options that Triton derives from a launch's arguments."""
+    import torch
+
+    pointers = {
+        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int64: "i64",
+        torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    }  # fmt: skip
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for i, (name, value) in enumerate(zip(names, launch.args)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + pointers[value.dtype]
+            divisible = value.storage_offset() * value.element_size() % 16 == 0
+        elif value == 1:
+            signature[name], constants[(i,)], divisible = "constexpr", 1, False
+        else:
+            signature[name], divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    options = {}
+    for name, value in launch.constants.items():
+        if name in names:
+            signature[name], constants[(names.index(name),)] = "constexpr", value
+        else:
+            options[name] = value
+    return {name: signature[name] for name in names}, constants, aligned, options
+
+
+def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], sass: bool) -> Iterator[Kernel]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gfl_ops._spec import SPECS
+    from gfl_ops.triton import _launch
+
+    if _launch.INTERPRETS:
+        raise MissingCompilerError("TRITON_INTERPRET=1 is set: an interpreting process can't compile; unset it")
+    ptxas = triton_tool("ptxas")
+    if ptxas is None:
+        raise MissingCompilerError("this Triton brings no ptxas")
+    for stem in SPECS:
+        if not (Path(_launch.__file__).parent / f"{stem}.py").is_file():
+            continue
+        seen = set()
+        for dtype in dtypes:
+            if getattr(torch, dtype) not in SPECS[stem].dtypes:
+                continue
+            for call, launch in launches_of(stem, getattr(torch, dtype)):
+                signature, constants, aligned, options = specialised(launch)
+                key = (launch.kernel.__name__, str(signature), str(constants), str(aligned))
+                if key in seen or not keep.search(launch.kernel.__name__):
+                    continue
+                seen.add(key)
+                for arch in archs:
+                    source = ASTSource(launch.kernel, signature, constants, aligned)
+                    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+                    name = f"{launch.kernel.__name__}<{', '.join(filter(None, (dtype, call)))}>"
+                    yield _triton_kernel(compiled, ptxas, name, arch, options, sass)
+
+
+def _triton_kernel(compiled: Any, ptxas: Path, name: str, arch: str, options: dict[str, Any], sass: bool) -> Kernel:
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        target = re.search(r"^\.target\s+(sm_\w+)", compiled.asm["ptx"], re.MULTILINE)
+        command = [
+            str(ptxas),
+            "-v",
+            f"--gpu-name={target[1] if target else 'sm_' + arch}",
+            "-o",
+            os.devnull,
+            str(source),
+        ]
+        if not options.get("enable_fp_fusion", True):
+            command.insert(1, "--fmad=false")
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+        (values,) = parse_ptxas(said.stderr + said.stdout).values()
+        values["shared"] = compiled.metadata.shared
+        counts = next(iter(count_instructions(cubin).values())) if sass else (None, None)
+    return Kernel("triton", name, f"sm_{arch}", **values, loads_16=counts[0], local=counts[1])
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        candidate = Path(os.environ.get(variable, "")) / "bin" / "nvcc"
+        if os.environ.get(variable) and candidate.is_file():
+            return str(candidate)
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
+
+
+def readable(names: list[str]) -> dict[str, str]:
+    """Mangled -> demangled, without return type, namespaces and arguments."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    said = names
+    if tool and names:
+        said = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {mangled: shortened(text) for mangled, text in zip(names, said)}
+
+
+def shortened(demangled: str) -> str:
+    """'void gfl::cuda::(anonymous namespace)::k<float, 4>(int)' -> 'k<float, 4>'"""
+    text = re.sub(r"\(anonymous namespace\)::|\b(?:\w+::)+", "", demangled)
+    text = re.sub(r"\((int|bool|unsigned int|long)\)", "", text).removeprefix("void ")
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return text[:i]
+    return text
+
+
+def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
+    """The kernels of one file for one architecture."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise MissingCompilerError(
+            "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda; --only triton leaves CUDA out"
+        )
+    flags = json.loads((ROOT / "build_backend" / "gfl_build" / "flags.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [
+            nvcc, f"-std=c++{flags['std']}", *flags["nvcc"], "-DGFL_WITH_CUDA", "-Xptxas", "-v", "-cubin",
+            "-gencode", f"arch=compute_{arch},code=sm_{arch}",
+            "-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "common"), "-o", str(cubin), str(source),
+        ]  # fmt: skip
+        said = subprocess.run(command, capture_output=True, text=True)
+        if said.returncode != 0:
+            raise RuntimeError(f"{source.name} for sm_{arch}:\n{said.stderr.strip()}")
+        found = parse_ptxas(said.stderr + said.stdout)
+        counts = count_instructions(cubin) if sass else {}
+    names = readable(list(found))
+    unknown = (None, None)
+    return [
+        Kernel("cuda", names[m], f"sm_{arch}", **v, loads_16=counts.get(m, unknown)[0], local=counts.get(m, unknown)[1])
+        for m, v in sorted(found.items(), key=lambda item: names[item[0]])
+    ]
+
+
+# --- the report ------------------------------------------------------------------------------------------
+
+
+def table(kernels: list[Kernel], sass: bool) -> str:
+    """At most 120 columns; longer names are cut."""
+    head = f"{'backend':<7} {'kernel':<60} {'arch':<6} {'regs':>4} {'spill':>6} {'stack':>6} {'shared':>7}"
+    lines = [head + (f" {'ldg128':>6} {'local':>5}" if sass else "")]
+    lines.append("-" * len(lines[0]))
+    for k in kernels:
+        name = k.name if len(k.name) <= 60 else k.name[:59] + "…"
+        line = f"{k.backend:<7} {name:<60} {k.arch:<6} {k.registers:>4} {k.spill:>6} {k.stack:>6} {k.shared:>7}"
+        lines.append(line + (f" {k.loads_16!s:>6} {k.local!s:>5}" if sass else ""))
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"nvcc": None, "triton": None}
+    nvcc = find_nvcc()
+    if nvcc:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"V(\d+\.\d+\.\d+)", said)
+        found["nvcc"] = release[1] if release else None
+    if importlib.util.find_spec("triton"):
+        found["triton"] = importlib.import_module("triton").__version__
+    return found
+
+
+def architecture(text: str) -> str:
+    """ "9.0", "90" and "sm_90" are the same."""
+    match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)[af]?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no architecture; write 90, 9.0 or sm_90")
+    return match[1] + match[2]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    argument = parser.add_argument
+    argument(
+        "--arch", type=architecture, nargs="+", default=["80", "90"],
+        help="architectures to compile for, as 90, 9.0 or sm_90 (default: 80 90)",
+    )  # fmt: skip
+    argument("--only", choices=("cuda", "triton"), help="leave the other backend out")
+    argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=("float16", "bfloat16", "float32", "float64"),
+        help="input dtypes of the Triton calls (default: bfloat16 float32); a .cu file is compiled for all of its own",
+    )  # fmt: skip
+    argument(
+        "--kernels", type=re.compile, default=re.compile(""), metavar="REGEX",
+        help="only Triton kernels and .cu files whose name matches",
+    )  # fmt: skip
+    argument(
+        "--sass", action="store_true",
+        help="also disassemble: count 16-byte global loads (ldg128) and accesses to local memory (local)",
+    )  # fmt: skip
+    argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="nvcc processes at a time (default: 2)")
+    argument("--out", type=Path, metavar="FILE", help="write the table as JSON, with the compilers' versions")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    kernels: list[Kernel] = []
+    failures: list[str] = []
+    try:
+        if options.only != "triton":
+            sources = [s for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if options.kernels.search(s.stem)]
+            with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+                waiting = [pool.submit(compile_cuda, s, arch, options.sass) for s in sources for arch in options.arch]
+                for future in waiting:
+                    try:
+                        kernels += future.result()
+                    except MissingCompilerError:
+                        raise
+                    except RuntimeError as error:
+                        failures.append(str(error))
+        if options.only != "cuda":
+            if importlib.util.find_spec("triton") is None:
+                raise MissingCompilerError("the package triton is not installed; --only cuda leaves it out")
+            kernels += triton_kernels(options.arch, options.dtype, options.kernels, options.sass)
+    except MissingCompilerError as error:
+        print(f"aot_report: {error}", file=sys.stderr)
+        return 2
+    print(table(kernels, options.sass))
+    spilling = [k for k in kernels if k.spill and MUST_NOT_SPILL.search(k.name)]
+    if options.out:
+        report = {"versions": versions(), "kernels": [asdict(k) for k in kernels]}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(kernels)} kernels, {sum(k.spill > 0 for k in kernels)} with spills")
+    for k in spilling:
+        print(f"aot_report: {k.name} must not spill, and spills {k.spill} bytes on {k.arch}", file=sys.stderr)
+    for failure in failures:
+        print(f"aot_report: does not compile: {failure}", file=sys.stderr)
+    return 1 if spilling or failures else 0
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("gfl_ops") is None:
+        sys.path.insert(0, str(ROOT))
+    sys.exit(main())
