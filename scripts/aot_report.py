@@ -237,7 +237,8 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
                 for arch in archs:
                     source = ASTSource(launch.kernel, signature, constants, aligned)
                     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
-                    name = f"{launch.kernel.__name__}<{', '.join(filter(None, (dtype, call)))}>"
+                    operator = "" if launch.kernel.__name__.startswith(f"{stem}_") else stem
+                    name = f"{launch.kernel.__name__}<{', '.join(filter(None, (dtype, operator, call)))}>"
                     yield _triton_kernel(compiled, ptxas, name, arch, options, sass)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes from distributions in Triton: softmax, expected distance, stride, box and clipping in one kernel.
 
-    box = (x − s·d₀, y − s·d₁, x + s·d₂, y + s·d₃),   d[side] = Σ_j softmax(pred[side])_j · j   (arXiv 2006.04388, eq. 5)
+    box = (x − s·d₀, y − s·d₁, x + s·d₂, y + s·d₃),   d[side] = Σ_j softmax(pred[side])_j · j  (arXiv 2006.04388, eq. 5)
 
     pred        […, 4(R+1)]  fp32, fp16, bf16, fp64  read, any strides
     points      […, 2]       A                       read, any strides: x, y
@@ -11,12 +11,11 @@
     grad_pred   […, 4(R+1)]  as pred                 write, contiguous
     grad_points […, 2]       A                       write, contiguous
 
-A program holds BLOCK_L locations and does their four sides in turn, the bins padded to a power of two; the second axis
-of the grid walks over a leading dimension that can't be folded, the image of a permuted ``[B, 4(R+1), H, W]``. Bytes an
-element of pred: forward sizeof(pred), backward twice that. Accumulator A: fp32, fp64 for fp64. No fused multiply-adds, so
-that a side is clipped here where it is on every backend. Repeatable bit for bit: a row of bins is reduced by one fixed
-tree.
-"""
+A program holds BLOCK_L locations and does their four sides in turn, the bins padded to a power of two; the second
+axis of the grid walks over a leading dimension that can't be folded, the image of a permuted ``[B, 4(R+1), H, W]``.
+Bytes an element of pred: forward sizeof(pred), backward twice that. Accumulator A: fp32, fp64 for fp64. No fused
+multiply-adds, so that a side is clipped here where it is on every backend. Repeatable bit for bit: a row of bins is
+reduced by one fixed tree."""
 
 from __future__ import annotations
 

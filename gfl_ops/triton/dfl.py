@@ -99,7 +99,7 @@ def dfl_backward_kernel(
 
 def tiles(rows: int, bins: int) -> dict[str, int]:
     width = _launch.power_of_two(bins)
-    return {"BLOCK_M": _launch.rows_per_program(rows, width, 2048), "BINS": width}
+    return {"BLOCK_M": _launch.rows_per_program(rows, width), "BINS": width}
 
 
 def run_forward(pred: Tensor, target: Tensor, ignore: bool, with_distance: bool) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distribution focal loss with given bins and weights in Triton: D-FINE's fine-grained localisation loss.
 
-    loss[m] = −w_left·log p_l − w_right·log p_{l+1},   p = softmax(x[m])       (arXiv 2410.13842, without its IoU weight)
+    loss[m] = −w_left·log p_l − w_right·log p_{l+1},   p = softmax(x[m])  (arXiv 2410.13842, without the IoU weight)
 
     pred                      [M, R+1]  fp32, fp16, bf16, fp64  read, any strides
     left                      [M]       int64                   read; a bin that doesn't exist becomes the nearest

@@ -66,7 +66,7 @@ def integral_backward_kernel(
 def tiles(at: _launch.Locations, reg_max: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile sizes for a walk over locations."""
     width = _launch.power_of_two(reg_max + 1)
-    block = _launch.rows_per_program(at.inner, width, 2048)
+    block = _launch.rows_per_program(at.inner, width)
     return (_launch.programs(at.inner, block), at.outer), {"BLOCK_L": block, "BINS": width}
 
 
