@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
 from . import _extension
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -45,7 +44,7 @@ def kernels(stem: str) -> _Kernels:
 
 
 def unavailable(backend: str, stem: str, device_type: str) -> str | None:
-    """Why `backend` can't run the operator on such a device; None if it can. Serves "auto", the doctor and the errors."""
+    """Why `backend` can't run the operator there; None if it can. Serves "auto", the doctor and the errors alike."""
     kernels = _KERNELS[stem]
     if backend == "native":
         if device_type in kernels.native:
@@ -120,7 +119,6 @@ def explain_backend() -> str:
     return report()
 
 
-
 def _start() -> None:
     name = os.environ.get("GFL_OPS_BACKEND", "auto")
     if name not in BACKENDS:
@@ -129,4 +127,3 @@ def _start() -> None:
 
 
 _start()
-

@@ -49,9 +49,7 @@ def check_element_reduction(
     return weight
 
 
-def reduce_loss(
-    loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
-) -> Tensor:
+def reduce_loss(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
     """Apply `weight` and `reduction`; with "mean" and an `avg_factor`, the sum over (avg_factor + 1.19e-07)."""
     if weight is not None:
         loss = loss * weight.to(loss.dtype)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 
-
 def normal(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:

@@ -9,8 +9,8 @@
 - the reference itself: plain PyTorch with ordinary autograd, for differentiable operators; for the others
   ``gfl_reference::<name>``, opaque to the compiler because its control flow depends on data.
 
-`<name>` is ``<stem>_fwd`` with a ``<stem>_bwd`` beside it for a differentiable operator, else ``<stem>``. Contract tests,
-benchmarks, the doctor and the table in the README all read `SPECS`.
+`<name>` is ``<stem>_fwd`` with a ``<stem>_bwd`` beside it for a differentiable operator, else ``<stem>``. Contract
+tests, benchmarks, the doctor and the table in the README all read `SPECS`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _reference_backward(spec: OpSpec, *args: Any) -> Any:
         return tuple(results[i] for i in spec.grads) if isinstance(results, tuple) else results
 
     # torch.func records a graph although the dispatcher has switched autograd off by the time a kernel runs.
-    _, vjp = torch.func.vjp(of_differentiable, *(arguments[p] for p in positions))
+    vjp = torch.func.vjp(of_differentiable, *(arguments[p] for p in positions))[1]
     computed = iter(vjp(grads if spec.results > 1 else grads[0]))
     results = []
     for name, needed in zip(spec.differentiable, needs):
@@ -203,9 +203,7 @@ def _fake_backward(spec: OpSpec) -> Callable[..., Any]:
     return fake
 
 
-def _differentiate(
-    namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: Callable[..., Any]
-) -> None:
+def _differentiate(namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: Callable[..., Any]) -> None:
     """Define the backward operator and tie it to the forward one."""
     library = _LIBRARIES[namespace]
     _define(namespace, spec.backward_name, spec.backward_schema, _fake_backward(spec), keys, kernel)

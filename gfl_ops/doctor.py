@@ -50,7 +50,9 @@ def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{name} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, name in enumerate(names))
+    return ", ".join(
+        f"{name} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, name in enumerate(names)
+    )
 
 
 def _cpu_kernels() -> str:

@@ -25,7 +25,9 @@ def compiled() -> dict[str, set[str]]:
 
 def row(spec: OpSpec, kernels: set[str]) -> str:
     triton = "Triton" if (ROOT / "gfl_ops" / "triton" / f"{spec.stem}.py").exists() else None
-    where = ", ".join(filter(None, ["C++" if "CPU" in kernels else None, "CUDA" if "CUDA" in kernels else None, triton]))
+    where = ", ".join(
+        filter(None, ["C++" if "CPU" in kernels else None, "CUDA" if "CUDA" in kernels else None, triton])
+    )
     public = ", ".join(f"`{name}`" for name in spec.public)
     return f"| {public} | {spec.summary} | {where} | {'yes' if spec.differentiable else ''} |"
 

@@ -52,7 +52,7 @@ def loops(sizes, strides, gt_boxes, gt_labels, valid=None, topk=9, anchor_scale=
             w = (torch.minimum(cx + half, x2) - torch.maximum(cx - half, x1) + extra).clamp(min=0)
             h = (torch.minimum(cy + half, y2) - torch.maximum(cy - half, y1) + extra).clamp(min=0)
             own = (cx + half - (cx - half) + extra) * (cy + half - (cy - half) + extra)
-            ious.append((w * h / (own + area - w * h).clamp(min=1e-6)))
+            ious.append(w * h / (own + area - w * h).clamp(min=1e-6))
         if len(ious) < 2:
             continue
         values = [v.item() for v in ious]

@@ -84,7 +84,7 @@ def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str) -> None:
     if got.dtype in (torch.float16, torch.bfloat16):
         # The result itself is rounded once to its dtype; subnormal halves have an absolute step instead.
         info = torch.finfo(got.dtype)
-        allowed = allowed + torch.maximum(info.eps * oracle.abs(), torch.full_like(oracle, info.smallest_normal * info.eps))
+        allowed = allowed + (info.eps * oracle.abs()).clamp(min=info.smallest_normal * info.eps)
     wrong = ~((got64 - oracle).abs() <= allowed)
     if wrong.any():
         worst = ((got64 - oracle).abs() / allowed).nan_to_num(float("inf")).argmax()
@@ -124,8 +124,14 @@ def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) ->
         # held against plain loops and peers in the operator's own tests.
         for i, (g, e) in enumerate(zip(got, eager, strict=True)):
             exact = not e.is_floating_point()
-            torch.testing.assert_close(g, e, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5, equal_nan=True,
-                                       msg=lambda m, i=i: f"{sample.id}, result {i}: {m}")
+            torch.testing.assert_close(
+                g,
+                e,
+                rtol=0 if exact else 1e-5,
+                atol=0 if exact else 1e-5,
+                equal_nan=True,
+                msg=lambda m, i=i: f"{sample.id}, result {i}: {m}",
+            )
         return
     oracle = outputs(spec.reference(*double(sample.args)))
     for i, (g, e, o) in enumerate(zip(got, eager, oracle, strict=True)):
@@ -152,7 +158,9 @@ def test_forward_agrees_with_the_oracle(spec: OpSpec, backend: str, device: str,
 @pytest.mark.parametrize(
     ("spec", "backend", "device", "dtype"), [c for c in dtyped_cases() if c.values[0].differentiable]
 )
-def test_gradient_agrees_with_the_oracle(spec: OpSpec, backend: str, device: str, dtype: torch.dtype, seed: int) -> None:
+def test_gradient_agrees_with_the_oracle(
+    spec: OpSpec, backend: str, device: str, dtype: torch.dtype, seed: int
+) -> None:
     for sample in drawn(spec, device, dtype, seed):
         check_backward(spec, operator(spec, backend), sample, seed)
 
@@ -182,7 +190,8 @@ def test_a_wrong_kernel_is_caught(seed: int) -> None:
 def test_opcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     samples = drawn(spec, device, spec.dtypes[0], seed)
     # The smallest, and two others picked by the seed: opcheck traces each several times.
-    for sample in {s.id: s for s in (samples[0], samples[seed % len(samples)], samples[seed // 7 % len(samples)])}.values():
+    picked = {s.id: s for s in (samples[0], samples[seed % len(samples)], samples[seed // 7 % len(samples)])}
+    for sample in picked.values():
         args, _ = leaves_of(spec, sample.args)
         torch.library.opcheck(operator(spec, backend).default, args)
         if not spec.differentiable:

@@ -34,7 +34,10 @@ label_weights, num_total_samples = torch.ones(7), 1
 
 def test_the_table_of_operators_is_the_registry() -> None:
     result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

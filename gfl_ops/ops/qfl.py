@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ QFL = register(
 
 def quality_focal_loss(
     pred: Tensor,
-    target: Tensor | Sequence[Tensor],
+    target: Tensor | tuple[Tensor, Tensor] | list[Tensor],
     weight: Tensor | None = None,
     beta: float = 2.0,
     reduction: str = "mean",
@@ -143,8 +143,7 @@ def quality_focal_loss(
     _check.tensor(op, "pred", pred)
     _check.number(op, "beta", beta, 0)
     acc = accumulator(pred.dtype)
-    sparse = isinstance(target, (tuple, list))
-    if sparse:
+    if isinstance(target, (tuple, list)):
         _check.shape(op, "pred", pred, "[N, C]", (None, None))
         if len(target) != 2:
             rule = "must be (label, score) or one tensor"
