@@ -35,7 +35,8 @@ def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int
     if value.dim() == len(sizes) and all(want is None or got == want for got, want in zip(value.shape, sizes)):
         return
     known = [str(s) if s is not None else name.strip() for s, name in zip(sizes, names.strip("[]").split(","))]
-    expected = f" = [{', '.join(known)}]" if any(s is not None for s in sizes) else ""
+    stated = f"[{', '.join(known)}]"
+    expected = "" if stated == names else f" = {stated}"
     raise ValueError(message(op, argument, f"must have shape {names}{expected}", list(value.shape)))
 
 

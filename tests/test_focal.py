@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Focal loss: what is special to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gfl_ops import sigmoid_focal_loss
+
+STEM = "focal"
+INF, NAN = float("inf"), float("nan")
+
+
+def test_it_is_the_formula(backend: str, device: torch.device, generator: torch.Generator) -> None:
+    pred = (torch.randn(7, 3, generator=generator, dtype=torch.float64) * 3).to(device).requires_grad_()
+    target = (torch.rand(7, 3, generator=generator) < 0.3).double().to(device)
+    got = sigmoid_focal_loss(pred, target)
+    p = pred.sigmoid()
+    positive, negative = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
+    want = torch.where(target == 1, positive, negative)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    weight = torch.randn(7, 3, generator=generator, dtype=torch.float64).to(device)
+    for g, w in zip(torch.autograd.grad((got * weight).sum(), pred), torch.autograd.grad((want * weight).sum(), pred)):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+def test_extreme_logits(backend: str, device: torch.device) -> None:
+    pred = torch.tensor([1e4, -1e4, 1e4, -1e4, INF, -INF, INF, -INF], device=device, requires_grad=True)
+    target = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0.0], device=device)
+    loss = sigmoid_focal_loss(pred, target, alpha=0.5)
+    loss.sum().backward()
+    largest = torch.finfo(torch.float32).max
+    # A probability that is 0 in all but name may leave a last subnormal.
+    assert loss.tolist() == pytest.approx([5e3, 5e3, 0, 0, largest / 2, largest / 2, 0, 0], rel=0, abs=1e-37)
+    assert pred.grad is not None
+    assert pred.grad.tolist() == [0.5, -0.5, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0])
+def test_small_gamma_has_finite_gradients(gamma: float, backend: str, device: torch.device) -> None:
+    pred = torch.tensor([-90.0, -103, -1e4, 90, 103, 1e4], device=device, requires_grad=True)
+    for value in (0.0, 1.0):
+        loss = sigmoid_focal_loss(pred, torch.full_like(pred, value), gamma=gamma, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, pred)
+        assert torch.isfinite(loss) and torch.isfinite(grad).all()
+
+
+def test_nan_stays_in_its_element(backend: str, device: torch.device) -> None:
+    pred = torch.tensor([[0.0, NAN], [1.0, 2.0]], device=device, requires_grad=True)
+    loss = sigmoid_focal_loss(pred, torch.tensor([[0.0, 0], [NAN, 1]], device=device))
+    loss.sum().backward()
+    assert pred.grad is not None
+    for value in (loss, pred.grad):
+        assert torch.isnan(value).tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+def test_targets_of_every_type(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    pred = torch.tensor([0.5, -2.0, 3.0], dtype=torch.bfloat16, device=device)
+    target = torch.tensor([1, 0, 1], device=device)
+    got = sigmoid_focal_loss(pred, target.to(dtype))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, sigmoid_focal_loss(pred, target.float()))
+
+
+def test_any_shape_and_memory_format(backend: str, device: torch.device, generator: torch.Generator) -> None:
+    pred = torch.randn(2, 3, 4, 5, generator=generator).to(device)
+    target = torch.rand(2, 3, 4, 5, generator=generator).to(device)
+    want = sigmoid_focal_loss(pred.reshape(-1), target.reshape(-1)).reshape(pred.shape)
+    got = sigmoid_focal_loss(pred.to(memory_format=torch.channels_last), target)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sigmoid_focal_loss(pred[0, 0, 0, 0], target[0, 0, 0, 0]), want[0, 0, 0, 0])
+    torch.testing.assert_close(sigmoid_focal_loss(pred[:, ::2], target[:, ::2], reduction="sum"), want[:, ::2].sum())
+    torch.testing.assert_close(sigmoid_focal_loss(pred, target, reduction="mean"), want.mean())
+
+
+def test_empty_input(backend: str, device: torch.device) -> None:
+    pred = torch.zeros(0, 3, device=device, requires_grad=True)
+    assert sigmoid_focal_loss(pred, pred.detach()).shape == (0, 3)
+    assert torch.isnan(sigmoid_focal_loss(pred, pred.detach(), reduction="mean"))
+    loss = sigmoid_focal_loss(pred, pred.detach(), reduction="sum")
+    assert loss == 0 and loss.requires_grad
+
+
+def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
+    pred, target = torch.tensor([0.5, -2.0], device=device), torch.tensor([1.0, 0], device=device)
+    want = sigmoid_focal_loss(pred, target)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(sigmoid_focal_loss(pred, target), want)
+
+
+PRED = torch.zeros(7, 3)
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("inputs integer", {"inputs": PRED.long()}, TypeError, "`inputs` must have one of the dtypes"),
+    ("targets list", {"targets": [0.0]}, TypeError, "`targets` must be a tensor, got list"),
+    ("targets narrow", {"targets": PRED[:, :2]}, ValueError, "`targets` must have the shape of `inputs`, [7, 3]"),
+    ("alpha", {"alpha": 1.5}, ValueError, "`alpha` must be <= 1, got 1.5"),
+    ("alpha below", {"alpha": -0.5}, ValueError, "`alpha` must be >= 0, got -0.5"),
+    ("gamma", {"gamma": -1}, ValueError, "`gamma` must be >= 0, got -1"),
+    ("reduction", {"reduction": "max"}, ValueError, "`reduction` must be one of 'none', 'mean', 'sum', got 'max'"),
+    ("device", {"targets": PRED.to("meta")}, ValueError, "`targets` must be on the device of `inputs`, cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input_is_said(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        sigmoid_focal_loss(**{"inputs": PRED, "targets": PRED, **change})
+    assert str(raised.value).startswith("gfl_ops.sigmoid_focal_loss: ")
+    assert text in str(raised.value)
