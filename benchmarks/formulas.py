@@ -177,14 +177,15 @@ def pairwise_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Take the best that is left, drop what it overlaps, again."""
+    """All overlaps first, 512 boxes at a time; then from the best to the last, who is left drops whom it overlaps."""
     order = scores.sort(descending=True, stable=True).indices
-    kept = []
-    while order.numel():
-        kept.append(order[0])
-        iou = pairwise_iou(boxes[order[:1]], boxes[order[1:]])[0]
-        order = order[1:][iou <= iou_threshold]
-    return torch.stack(kept) if kept else order
+    boxes = boxes[order]
+    over = torch.cat([pairwise_iou(some, boxes) > iou_threshold for some in boxes.split(512)])
+    alive = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    for i in range(len(boxes)):
+        if alive[i]:
+            alive[i + 1 :] &= ~over[i, i + 1 :]
+    return order[alive]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, one_class: Any = nms) -> Tensor:

@@ -30,6 +30,7 @@ BACKENDS = tuple(b for b in _backend.BACKENDS if b != "auto")
 # ‖got − want‖ / ‖want‖. fp32: sums of millions of terms of one sign, and boxes of a thousand pixels a few pixels wide.
 # 16 bits: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 4e-3, "bf16": 1e-2}
+SLOW = 2.0  # seconds: a turn that takes longer is taken once, without a second one that counts its memory
 DECISIONS = 2e-3  # share of decisions that may differ: exact ties, and IoUs within a rounding of the threshold
 
 
@@ -394,7 +395,8 @@ class Bench:
                 torch.cuda.synchronize()
             spent = time.perf_counter() - begin
             hurry = 1.0 if self.clock.used < 0.75 else 0.2
-            turns[name] = max(3, min(self.rounds, int(hurry * self.seconds / max(len(runs), 1) / max(spent, 1e-4))))
+            wanted = int(hurry * self.seconds / max(len(runs), 1) / max(spent, 1e-4))
+            turns[name] = max(3 if spent < SLOW else 1, min(self.rounds, wanted))
         most = max(turns.values(), default=0)
         times: dict[str, list[list[float]]] = {name: [] for name in runs}
         for turn in range(most):
@@ -419,6 +421,8 @@ class Bench:
                 result.gb_per_s = moved / total.median / 1e6
                 result.floor_share = moved / self.machine.bandwidth / (total.median / 1e3)
             run.results, run.gradients = None, ()
+            if total is not None and total.median > 1e3 * SLOW:
+                continue
             result.memory = self.machine.memory(run.once)
             result.launches = self.machine.launches(run.once)
             run.results, run.gradients, run.leaves = None, (), []

@@ -45,6 +45,10 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%" if value >= 0.0995 else f"{100 * value:.1f}%"
 
 
+def megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f}" if value < 1e9 else f"{value / 1e6:.0f}"
+
+
 def head(machine: Machine, scene_lines: Sequence[str]) -> str:
     lines = [line for said in stamp.lines(stamp.stamp()) for line in textwrap.wrap(said, WIDTH)]
     lines += [line for said in scene_lines for line in textwrap.wrap(said, WIDTH)]
@@ -76,7 +80,7 @@ def block(results: Sequence[Result]) -> str:
         span = f"{ms(r.total.p20)}–{ms(r.total.p80)}"
         line = f"  {r.provider:<11}{ms(r.forward.median if r.forward else None):>8}"
         line += f"{ms(r.backward.median if r.backward else None):>9}{ms(both):>9}{span:>16}"
-        line += f"{rate(r.gb_per_s):>7}{share(r.floor_share):>7}{(r.memory or 0) / 1e6:>7.1f}"
+        line += f"{rate(r.gb_per_s):>7}{share(r.floor_share):>7}{megabytes(r.memory):>7}"
         lines.append(line + (f"{r.launches:>6}" if r.launches else ""))
     return "\n".join(lines)
 
@@ -108,10 +112,11 @@ def summary(results: Sequence[Result], machine: Machine) -> str:
         factor = other.total.median / ours.total.median
         verdict = "equal"
         if not 0.95 < factor < 1.05:
-            verdict = f"{factor:.1f}× faster" if factor > 1 else f"{1 / factor:.1f}× SLOWER"
+            times = max(factor, 1 / factor)
+            verdict = f"{times:.{0 if times >= 100 else 1}f}× {'faster' if factor > 1 else 'SLOWER'}"
         where = f"{ours.name} {ours.dtype}" + (f" B={ours.batch}" if len({r.batch for r in results}) > 1 else "")
         lines.append(
-            f"{where:<26}{ours.provider:<9}{ms(ours.total.median):>8}   {other.provider:<12}"
+            f"{where:<24}{ours.provider:<8}{ms(ours.total.median):>8}   {other.provider:<12}"
             f"{ms(other.total.median):>8}  {verdict}"
         )
     skipped: dict[str, list[str]] = {}
