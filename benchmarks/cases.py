@@ -25,7 +25,7 @@ from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
 
 try:
     import torchvision
-except ImportError:
+except (ImportError, RuntimeError):  # the latter where it was built for another torch
     torchvision = None
 
 Maker = Callable[[Scene, torch.dtype], Iterator[Case]]
@@ -128,11 +128,10 @@ def focal(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     def summed(pred: Tensor, target: Tensor) -> Tensor:
         return formulas.focal(pred, target).sum()
 
-    peers = {"eager": summed}
-    if torchvision is not None:
-        peers["torchvision"] = lambda pred, target: torchvision.ops.sigmoid_focal_loss(
-            formulas.widen(pred), target, reduction="sum"
-        )
+    def theirs(pred: Tensor, target: Tensor) -> Tensor:
+        return torchvision.ops.sigmoid_focal_loss(formulas.widen(pred), target, reduction="sum")
+
+    peers = {"eager": summed, "torchvision": theirs if torchvision else None}
     yield Case("focal", "focal", logits_of(scene), inputs, ours, peers, summed, gradients=("pred",))
 
 
@@ -266,24 +265,21 @@ def nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     whole = kept_boxes(scene, dtype)
     inputs = {name: value[first] for name, value in whole.items()} | {"iou_threshold": 0.6}
     what = f"{int(first.sum())} boxes"
-    peers = {"eager": widened(formulas.nms)}
-    if torchvision is not None:
-        peers["torchvision"] = widened(torchvision.ops.nms)
+    peers = {"eager": widened(formulas.nms), "torchvision": widened(torchvision.ops.nms) if torchvision else None}
     yield Case("nms", "nms", f"{what} of an image", inputs, gfl_ops.nms, peers, agree=different_sets)
     # Two images at once: plain Python loops, which are among the providers, would take minutes for more.
     few = scene.candidates.images < 2
     idxs = (scene.candidates.images * CLASSES + scene.candidates.labels)[few]
     inputs = {name: value[few] for name, value in whole.items()} | {"idxs": idxs, "iou_threshold": 0.6}
-    peers = {"eager": widened(formulas.batched_nms)}
-    if torchvision is not None:
-        peers["torchvision"] = widened(torchvision.ops.batched_nms)
+    theirs = widened(torchvision.ops.batched_nms) if torchvision else None
+    peers = {"eager": widened(formulas.batched_nms), "torchvision": theirs}
     what = f"{len(idxs)} boxes, {len(idxs.unique())} groups"
     yield Case("nms", "batched_nms", what, inputs, gfl_ops.batched_nms, peers, agree=different_sets)
 
 
 def one_class() -> dict[str, Any]:
     """The NMS inside a peer's chain: a compiled one where there is one."""
-    return {"one_class": torchvision.ops.nms} if torchvision is not None else {}
+    return {"one_class": torchvision.ops.nms} if torchvision else {}
 
 
 @case("multiclass_nms")

@@ -44,7 +44,7 @@ class Case:
         what: the size, for people.
         inputs: keyword arguments of `ours` and of every peer: tensors, lists of tensors, or anything else.
         ours: calls the public function, whichever backend is set.
-        peers: name -> the same computation by somebody else.
+        peers: name -> the same computation by somebody else; None where that package is not installed.
         dense: the form for torch.compile; None where there is none.
         gradients: names of the inputs that want a gradient; none means forward only.
         agree: for decisions: (got, want) -> share of them that differ.
@@ -56,7 +56,7 @@ class Case:
     what: str
     inputs: dict[str, Any]
     ours: Callable[..., Any]
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    peers: dict[str, Callable[..., Any] | None] = field(default_factory=dict)
     dense: Callable[..., Any] | None = None
     gradients: tuple[str, ...] = ()
     agree: Callable[[Any, Any], float] | None = None
@@ -313,7 +313,7 @@ class Bench:
     def providers(self, case: Case, compiled: bool) -> Iterator[tuple[str, Callable[..., Any] | None, str, str]]:
         """(name, call or None, backend, why it does not run)."""
         for name, call in case.peers.items():
-            yield name, call, "auto", ""
+            yield name, call, "auto", "" if call else f"{name} is not installed for this torch"
         if case.dense is not None:
             if not compiled:
                 yield "compiled", None, "auto", "left out by default for this dtype and size (--full)"
