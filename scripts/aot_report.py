@@ -96,20 +96,27 @@ def disassembler() -> str:
     if found is None and home is not None and home.is_file():
         found = home
     if found is None:
-        raise MissingCompilerError("--sass needs cuobjdump, of the CUDA toolkit or of Triton; neither is there")
+        raise MissingCompilerError("no cuobjdump, neither of the CUDA toolkit nor of Triton, to read machine code with")
     return str(found)
 
 
-def count_instructions(cubin: Path) -> dict[str, tuple[int, int]]:
-    """Entry name -> 16-byte global loads, accesses to local memory."""
+def disassembled(cubin: Path) -> dict[str, str]:
+    """Entry name -> machine code as text."""
     text = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    counts: dict[str, tuple[int, int]] = {}
-    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
-        name, _, body = part.partition("\n")
-        wide = len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", body))
-        local = len(re.findall(r"\b(?:LDL|STL)\b", body))
-        counts[name.strip()] = (wide, local)
-    return counts
+    parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0].strip(): part.partition("\n")[2] for part in parts}
+
+
+def count_instructions(code: str) -> tuple[int, int]:
+    """16-byte global loads, and accesses to local memory."""
+    return len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)), len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+
+def local_bytes(code: str) -> int:
+    """Bytes that the instructions of a listing store to and load from local memory, each counted once."""
+    widths = {"8": 1, "16": 2, "64": 8, "128": 16}
+    accesses = re.findall(r"\b(?:LDL|STL)((?:\.\w+)*)", code)
+    return sum(next((w for bits, w in widths.items() if re.search(rf"\.[US]?{bits}\b", a)), 4) for a in accesses)
 
 
 # --- Triton ----------------------------------------------------------------------------------------------
@@ -218,9 +225,7 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
 
     if _launch.INTERPRETS:
         raise MissingCompilerError("TRITON_INTERPRET=1 is set: an interpreting process can't compile; unset it")
-    ptxas = triton_tool("ptxas")
-    if ptxas is None:
-        raise MissingCompilerError("this Triton brings no ptxas")
+    disassembler()
     for stem in SPECS:
         if not (Path(_launch.__file__).parent / f"{stem}.py").is_file():
             continue
@@ -239,30 +244,25 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
                     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
                     operator = "" if launch.kernel.__name__.startswith(f"{stem}_") else stem
                     name = f"{launch.kernel.__name__}<{', '.join(filter(None, (dtype, operator, call)))}>"
-                    yield _triton_kernel(compiled, ptxas, name, arch, options, sass)
+                    yield _triton_kernel(compiled, name, arch, sass)
 
 
-def _triton_kernel(compiled: Any, ptxas: Path, name: str, arch: str, options: dict[str, Any], sass: bool) -> Kernel:
+def _triton_kernel(compiled: Any, name: str, arch: str, sass: bool) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(compiled.asm["ptx"])
+        cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"^\.target\s+(sm_\w+)", compiled.asm["ptx"], re.MULTILINE)
-        command = [
-            str(ptxas),
-            "-v",
-            f"--gpu-name={target[1] if target else 'sm_' + arch}",
-            "-o",
-            os.devnull,
-            str(source),
-        ]
-        if not options.get("enable_fp_fusion", True):
-            command.insert(1, "--fmad=false")
+        command = [disassembler(), "-res-usage", str(cubin)]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
-        (values,) = parse_ptxas(said.stderr + said.stdout).values()
-        values["shared"] = compiled.metadata.shared
-        counts = next(iter(count_instructions(cubin).values())) if sass else (None, None)
-    return Kernel("triton", name, f"sm_{arch}", **values, loads_16=counts[0], local=counts[1])
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+        if usage is None:
+            raise RuntimeError(f"{name} for sm_{arch}: cuobjdump does not say what it takes:\n{said.stdout}")
+        registers, stack = map(int, usage.groups())
+        # Triton has no local arrays: whatever lies on the stack was spilled.
+        code = disassembled(cubin) if sass or stack else {}
+    counts = [count_instructions(body) for body in code.values()]
+    loads_16, local = counts[0] if sass else (None, None)
+    spill = max(stack, sum(map(local_bytes, code.values()))) if stack else 0
+    return Kernel("triton", name, f"sm_{arch}", registers, spill, stack, compiled.metadata.shared, loads_16, local)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------
@@ -317,7 +317,8 @@ def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
         if said.returncode != 0:
             raise RuntimeError(f"{source.name} for sm_{arch}:\n{said.stderr.strip()}")
         found = parse_ptxas(said.stderr + said.stdout)
-        counts = count_instructions(cubin) if sass else {}
+        code = disassembled(cubin) if sass else {}
+    counts = {name: count_instructions(body) for name, body in code.items()}
     names = readable(list(found))
     unknown = (None, None)
     return [

@@ -153,8 +153,9 @@ def qfl_gradient(x, t, BETA: tl.constexpr, ACTIVATED: tl.constexpr):
     """Derivatives of the quality focal term with respect to x and t; the modulating factor is part of both."""
     p, _q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
     factor = power(tl.abs(p - t), BETA)
-    slope = power_slope(p - t, BETA) * bce
-    return gradient_at(x, slope * p_x + factor * bce_x, ACTIVATED), factor * bce_t - slope
+    slope = power_slope(p - t, BETA)
+    # p_x first: it is 0 where the largest cross entropy times the slope overflows.
+    return gradient_at(x, slope * (p_x * bce) + factor * bce_x, ACTIVATED), factor * bce_t - slope * bce
 
 
 @triton.jit
@@ -171,14 +172,15 @@ def vfl_gradient(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, IOU_WEIGHTED: t
     p, _q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
     positive = t > 0.0
     factor = ALPHA * power(tl.abs(p - t), GAMMA)
-    slope = tl.where(positive, 0.0, ALPHA * power_slope(p - t, GAMMA) * bce)
+    slope = tl.where(positive, 0.0, ALPHA * power_slope(p - t, GAMMA))
     if IOU_WEIGHTED:
         factor = tl.where(positive, t, factor)
         by_weight = tl.where(positive, bce, 0.0)
     else:
         factor = tl.where(positive, 1.0, factor)
         by_weight = bce * 0.0
-    return gradient_at(x, slope * p_x + factor * bce_x, ACTIVATED), factor * bce_t - slope + by_weight
+    grad_x = slope * (p_x * bce) + factor * bce_x
+    return gradient_at(x, grad_x, ACTIVATED), factor * bce_t - slope * bce + by_weight
 
 
 @triton.jit
@@ -197,12 +199,12 @@ def focal_gradient(x, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACTIVATED: tl
     p, q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
     miss = q * t + p * (1.0 - t)
     factor = power(miss, GAMMA)
-    slope = power_derivative(miss, GAMMA) * bce
+    slope = power_derivative(miss, GAMMA)
     by_balance = bce * 0.0
     if ALPHA >= 0.0:
         balance = ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
         by_balance = (2.0 * ALPHA - 1.0) * factor * bce
         factor *= balance
         slope *= balance
-    grad_x = slope * (1.0 - 2.0 * t) * p_x + factor * bce_x
-    return gradient_at(x, grad_x, ACTIVATED), by_balance + slope * (q - p) + factor * bce_t
+    grad_x = slope * (1.0 - 2.0 * t) * (p_x * bce) + factor * bce_x
+    return gradient_at(x, grad_x, ACTIVATED), by_balance + slope * (q - p) * bce + factor * bce_t

@@ -41,6 +41,8 @@ def launch(kernel: Any, grid: int | tuple[int, int], like: Tensor, *args: Any, *
     grid = (grid,) if isinstance(grid, int) else grid
     if 0 in grid:
         return
+    # Said each time, since Triton's default changes: contraction is off only where a decision hangs on it.
+    constants.setdefault("enable_fp_fusion", True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, constants))
         return

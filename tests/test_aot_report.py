@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of kernels compiled ahead of time: what it reads off ptxas, and one run of each compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "aot_report.py"
+
+# One entry that spills and one that doesn't, with a function that is no entry between them.
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3gfl4cuda10qfl_kernelIfLi4EEEvi' for 'sm_90'
+ptxas info    : Function properties for _ZN3gfl4cuda10qfl_kernelIfLi4EEEvi
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 256+128 bytes smem, 9 bytes cmem[0]
+ptxas info    : Function properties for helper
+    640 bytes stack frame, 999 bytes spill stores, 999 bytes spill loads
+ptxas info    : Compiling entry function 'plain' for 'sm_90'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 24 registers, used 0 barriers, 400 bytes cmem[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("aot_report", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot_report"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_ptxas_says_is_read(report: ModuleType) -> None:
+    assert report.parse_ptxas(PTXAS) == {
+        "_ZN3gfl4cuda10qfl_kernelIfLi4EEEvi": {"registers": 168, "spill": 20, "stack": 16, "shared": 256},
+        "plain": {"registers": 24, "spill": 0, "stack": 0, "shared": 0},
+    }
+
+
+def test_what_machine_code_does_is_counted(report: ModuleType) -> None:
+    code = "LDG.E.128.CONSTANT R4 ; @P0 LDG.E.EF.128 R8 ; LDG.E.64 R2 ; LDG.E R1 ; STL.128 [R1], R4 ; LDL R3 ; LDL.U16 R5"
+    assert report.count_instructions(code) == (2, 3)
+    assert report.local_bytes(code) == 16 + 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("demangled", "short"),
+    [
+        ("plain", "plain"),
+        ("void gfl::cuda::(anonymous namespace)::k<float, 4>(gfl::QflInput, float*)", "k<float, 4>"),
+        ("void gfl::cuda::k<__half, (bool)1, gfl::Term<(int)2> >(int)", "k<__half, 1, Term<2> >"),
+        ("gfl::cuda::two(int (*)(int), float)", "two"),
+    ],
+)
+def test_names_are_shortened(report: ModuleType, demangled: str, short: str) -> None:
+    assert report.shortened(demangled) == short
+
+
+def test_a_spill_of_these_kernels_fails(
+    report: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kernels_that_spill(*names: str) -> None:
+        found = [report.Kernel("cuda", name, "sm_90", 255, 20, 16, 0) for name in names]
+        monkeypatch.setattr(report, "compile_cuda", lambda source, arch, sass: found if source.stem == "qfl" else [])
+
+    options = ["--only", "cuda", "--arch", "9.0", "--out", str(tmp_path / "new" / "report.json")]
+    kernels_that_spill("soft_nms_kernel<float>")
+    assert report.main(options) == 0
+    kernels_that_spill("soft_nms_kernel<float>", "qfl_backward_kernel<float>", "decode_kernel", "dfl_kernel")
+    assert report.main(options) == 1
+    said = capsys.readouterr()
+    assert said.err.count("must not spill, and spills 20 bytes on sm_90") == 3
+    assert all(80 <= len(line) <= 120 for line in said.out.splitlines() if line.startswith("cuda"))
+    written = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert [k["name"] for k in written["kernels"]][1] == "qfl_backward_kernel<float>"
+
+
+def test_a_missing_compiler_is_said(
+    report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "find_nvcc", lambda: None)
+    assert report.main(["--only", "cuda", "--arch", "90", "--kernels", "qfl"]) == 2
+    assert "no nvcc" in capsys.readouterr().err
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=env | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_triton_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    out = tmp_path / "report.json"
+    done = run(
+        "--only", "triton", "--arch", "90", "--dtype", "bfloat16", "--kernels", "^qfl_forward", "--sass",
+        "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(out.read_text())["kernels"]
+    assert [k["name"] for k in kernels] == [f"qfl_forward_kernel<bfloat16, {call}>" for call in ("sparse", "dense")]
+    for kernel in kernels:
+        assert kernel["arch"] == "sm_90" and 0 < kernel["registers"] <= 255 and kernel["spill"] == kernel["local"] == 0
+        # 80 bf16 classes in tiles of 16: rows begin at multiples of 16 bytes, and are read so.
+        assert kernel["loads_16"] >= 5
+
+
+def test_an_interpreting_process_is_refused() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    done = run("--only", "triton", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_cuda_kernels_compile_without_a_gpu(report: ModuleType, tmp_path: Path) -> None:
+    if report.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    out = tmp_path / "report.json"
+    done = run("--only", "cuda", "--arch", "sm_90", "--kernels", "^qfl$", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(out.read_text())["kernels"]
+    assert kernels and all(k["name"].startswith("qfl_") and k["registers"] > 0 for k in kernels)
