@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import stat
@@ -183,6 +184,11 @@ def test_pure_wheel_elsewhere(platform: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "Linux only" in plan.make_plan().reason
 
 
+def test_backend_imports_where_there_is_only_the_portable_library() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; sys.path.append(sys.argv[1]); import gfl_build.commands"
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "build_backend")], check=True, timeout=120)
+
+
 def test_pure_wheel_without_python_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "find_compiler", lambda: host.Compiler(("c++",), "c++ 12"))
     monkeypatch.setattr(plan.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
@@ -354,6 +360,28 @@ def test_ninja_file_escapes_paths(tmp_path: Path) -> None:
     step = ninja_build.Step(folder / "x.o", folder / "x.cpp", ("c++", "-DA=$HOME"))
     text = ninja_build.ninja_file([step], ["c++", "-shared"], folder / "_C.so")
     assert "a$ folder/x.o: compile" in text and "'-DA=$$HOME'" in text
+
+
+@pytest.mark.parametrize("with_ninja", [True, False], ids=["ninja", "plain"])
+def test_compiles_and_links(with_ninja: bool, tmp_path: Path) -> None:
+    compiler = host.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    if with_ninja and ninja_build._find_ninja() is None:
+        pytest.skip("ninja is not installed")
+    todo = []
+    for name in ("one", "two"):
+        source = tmp_path / "a folder" / f"{name}.cpp"
+        source.parent.mkdir(exist_ok=True)
+        source.write_text(f'extern "C" int {name}() {{ return sizeof(NAME); }}\n')
+        output = tmp_path / "out" / source.parent.name / f"{name}.o"
+        todo.append(ninja_build.Step(output, source, (*compiler.command, "-fPIC", f'-DNAME="{name} $"')))
+    library = tmp_path / "out" / "lib.so"
+    library.parent.mkdir()
+    link = [*compiler.command, "-shared", *(str(s.output) for s in todo), "-o", str(library)]
+    ninja_build.run_steps(todo, link, library, ninja_build._find_ninja() if with_ninja else None)
+    loaded = ctypes.CDLL(str(library))
+    assert (loaded.one(), loaded.two()) == (6, 6)
 
 
 def test_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

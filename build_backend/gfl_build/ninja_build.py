@@ -7,7 +7,6 @@ none; the three kinds of sources (binding, CPU, CUDA) are told apart here by the
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shlex
@@ -123,15 +122,28 @@ def build(plan: Plan, abi: Abi, root: Path, folder: Path) -> Path:
     todo = steps(plan, root, folder, abi)
     library = folder / "_C.so"
     link = link_command(plan, [s.output for s in todo], library)
-    ninja = _find_ninja()
+    import fcntl  # not on Windows, which reads this file too, for the pure wheel
+
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two installs from one source tree share its objects
-        if ninja:
-            (folder / "build.ninja").write_text(ninja_file(todo, link, library), encoding="utf-8")
-            subprocess.run([ninja, "-C", str(folder), f"-j{job_count()}"], check=True, stdout=sys.stderr)
-        else:
-            _build_plainly(todo, link)
+        run_steps(todo, link, library, _find_ninja())
     return library
+
+
+def run_steps(todo: list[Step], link: list[str], library: Path, ninja: str | None) -> None:
+    """Compile and link: by ninja what is out of date; without it everything, each time."""
+    if ninja:
+        (library.parent / "build.ninja").write_text(ninja_file(todo, link, library), encoding="utf-8")
+        subprocess.run([ninja, "-C", str(library.parent), f"-j{job_count()}"], check=True, stdout=sys.stderr)
+        return
+
+    def compile_one(step: Step) -> None:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*step.command, "-c", str(step.source), "-o", str(step.output)], check=True, stdout=sys.stderr)
+
+    with ThreadPoolExecutor(job_count()) as pool:
+        list(pool.map(compile_one, todo))
+    subprocess.run(link, check=True, stdout=sys.stderr)
 
 
 def ninja_file(todo: list[Step], link: list[str], library: Path) -> str:
@@ -165,15 +177,3 @@ def _find_ninja() -> str | None:
     except ImportError:
         pass
     return shutil.which("ninja")
-
-
-def _build_plainly(todo: list[Step], link: list[str]) -> None:
-    """Without ninja: everything again, each time."""
-
-    def compile_one(step: Step) -> None:
-        step.output.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*step.command, "-c", str(step.source), "-o", str(step.output)], check=True, stdout=sys.stderr)
-
-    with ThreadPoolExecutor(job_count()) as pool:
-        list(pool.map(compile_one, todo))
-    subprocess.run(link, check=True, stdout=sys.stderr)
