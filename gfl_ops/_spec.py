@@ -51,6 +51,8 @@ class OpSpec:
         differentiable: names of the arguments that the gradient reaches.
         grad_outputs: which results have a gradient; all by default.
         dtypes: dtypes of the main input that the operator takes.
+        magnitude: (arguments) -> size of the terms that cancel within a result or gradient, 1 by default; a test's
+            tolerance in ulps counts from it.
     """
 
     stem: str
@@ -63,6 +65,7 @@ class OpSpec:
     differentiable: tuple[str, ...] = ()
     grad_outputs: tuple[int, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
     results: int = field(init=False)
 

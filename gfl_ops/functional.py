@@ -2,7 +2,12 @@
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
 from .ops.atss import Assignment, atss_assign
+from .ops.boxes import box_to_distance, distance_to_box
+from .ops.decode import decode
+from .ops.dfl import distribution_focal_loss
+from .ops.dfl_integral import dfl_integral
 from .ops.focal import sigmoid_focal_loss
+from .ops.integral import integral
 from .ops.iou import box_iou_loss, giou_loss
 from .ops.nms import batched_nms, nms
 from .ops.postprocess import Detections, postprocess
@@ -15,7 +20,13 @@ __all__ = [
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
+    "box_to_distance",
+    "decode",
+    "dfl_integral",
+    "distance_to_box",
+    "distribution_focal_loss",
     "giou_loss",
+    "integral",
     "nms",
     "postprocess",
     "quality_focal_loss",

@@ -16,8 +16,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                            int64_t topk, double anchor_scale, const std::vector<double>& center_offset, bool legacy) {
     return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset, legacy);
   });
+  m.def("box_to_distance_forward", &box_to_distance_forward);
+  m.def("box_to_distance_backward", &box_to_distance_backward);
+  m.def("decode_forward", &decode_forward);
+  m.def("decode_backward", &decode_backward);
+  m.def("dfl_forward", &dfl_forward);
+  m.def("dfl_backward", &dfl_backward);
+  m.def("dfl_integral_forward", &dfl_integral_forward);
+  m.def("dfl_integral_backward", &dfl_integral_backward);
+  m.def("dfl_two_bin_forward", &dfl_two_bin_forward);
+  m.def("dfl_two_bin_backward", &dfl_two_bin_backward);
+  m.def("distance_to_box_forward", &distance_to_box_forward);
+  m.def("distance_to_box_backward", &distance_to_box_backward);
   m.def("focal_forward", &focal_forward);
   m.def("focal_backward", &focal_backward);
+  m.def("integral_forward", &integral_forward);
+  m.def("integral_backward", &integral_backward);
   m.def("iou_forward", &iou_forward);
   m.def("iou_backward", &iou_backward);
   m.def("postprocess_forward",

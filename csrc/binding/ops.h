@@ -11,6 +11,7 @@ namespace gfl::binding {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Needs2 = std::array<bool, 2>;
+using Needs3 = std::array<bool, 3>;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef level_sizes, at::ArrayRef<double> strides,
                                                             const at::Tensor& gt_boxes, const at::Tensor& gt_labels,
@@ -18,10 +19,49 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
                                                             double anchor_scale, at::ArrayRef<double> center_offset,
                                                             bool legacy);
 
+at::Tensor box_to_distance_forward(const at::Tensor& points, const at::Tensor& boxes,
+                                   std::optional<double> max_distance, double eps);
+std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& grad_distance, const at::Tensor& points,
+                                                            const at::Tensor& boxes, std::optional<double> max_distance,
+                                                            double eps, Needs2 needs);
+
+at::Tensor decode_forward(const at::Tensor& pred, const at::Tensor& points, const at::Tensor& stride, int64_t reg_max,
+                          const OptionalTensor& max_shape);
+std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_boxes, const at::Tensor& pred,
+                                                   const at::Tensor& points, const at::Tensor& stride, int64_t reg_max,
+                                                   const OptionalTensor& max_shape, Needs2 needs);
+
+at::Tensor dfl_forward(const at::Tensor& pred, const at::Tensor& target, bool ignore_out_of_range);
+std::tuple<at::Tensor, at::Tensor> dfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const at::Tensor& target, bool ignore_out_of_range, Needs2 needs);
+
+std::tuple<at::Tensor, at::Tensor> dfl_integral_forward(const at::Tensor& pred, const at::Tensor& target,
+                                                        bool ignore_out_of_range);
+std::tuple<at::Tensor, at::Tensor> dfl_integral_backward(const at::Tensor& grad_loss, const at::Tensor& grad_distance,
+                                                         const at::Tensor& pred, const at::Tensor& target,
+                                                         bool ignore_out_of_range, Needs2 needs);
+
+at::Tensor dfl_two_bin_forward(const at::Tensor& pred, const at::Tensor& left, const at::Tensor& weight_left,
+                               const at::Tensor& weight_right);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dfl_two_bin_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                                    const at::Tensor& left,
+                                                                    const at::Tensor& weight_left,
+                                                                    const at::Tensor& weight_right, Needs3 needs);
+
+at::Tensor distance_to_box_forward(const at::Tensor& points, const at::Tensor& distance,
+                                   const OptionalTensor& max_shape);
+std::tuple<at::Tensor, at::Tensor> distance_to_box_backward(const at::Tensor& grad_boxes, const at::Tensor& points,
+                                                            const at::Tensor& distance, const OptionalTensor& max_shape,
+                                                            Needs2 needs);
+
 at::Tensor focal_forward(const at::Tensor& pred, const at::Tensor& target, double alpha, double gamma, bool activated);
 std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                   const at::Tensor& target, double alpha, double gamma,
                                                   bool activated, Needs2 needs);
+
+at::Tensor integral_forward(const at::Tensor& pred, int64_t reg_max);
+at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& pred, int64_t reg_max,
+                             std::array<bool, 1> needs);
 
 at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t kind, double eps);
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gfl/dfl.h"
+
+#include <torch/library.h>
+
+#include "common.h"
+#include "ops.h"
+#include "rows.h"
+
+namespace gfl::binding {
+namespace {
+
+struct Prepared {
+  std::vector<at::Tensor> kept;  // contiguous, kept alive while `in` points into them
+  DflInput in;
+
+  const void* keep(const at::Tensor& t, const at::Tensor& pred, at::ScalarType dtype, const char* argument) {
+    check_dtype(t, dtype, argument);
+    check_device(t, pred, argument);
+    check_shape(t, {pred.size(0)}, argument);
+    kept.push_back(t.contiguous());
+    return kept.back().const_data_ptr();
+  }
+};
+
+Prepared prepare_rows(const at::Tensor& pred) {
+  check_dim(pred, 2, "pred");
+  check_bins(pred.size(1));
+  Prepared p{};
+  p.in.pred = BinRows{pred.const_data_ptr(), dtype_of(pred, "pred"), 1, pred.size(0), 1, pred.size(1),
+                      {0, pred.stride(0)}, 0, pred.stride(1)};
+  return p;
+}
+
+Prepared prepare(const at::Tensor& pred, const at::Tensor& target, bool ignore_out_of_range) {
+  Prepared p = prepare_rows(pred);
+  p.in.target = p.keep(target, pred, accumulator_of(pred), "target");
+  p.in.ignore_out_of_range = ignore_out_of_range;
+  return p;
+}
+
+Prepared prepare_two_bin(const at::Tensor& pred, const at::Tensor& left, const at::Tensor& weight_left,
+                         const at::Tensor& weight_right) {
+  Prepared p = prepare_rows(pred);
+  p.in.left = static_cast<const int64_t*>(p.keep(left, pred, at::kLong, "left"));
+  p.in.weight_left = p.keep(weight_left, pred, accumulator_of(pred), "weight_left");
+  p.in.weight_right = p.keep(weight_right, pred, accumulator_of(pred), "weight_right");
+  return p;
+}
+
+at::Tensor empty_rows(const at::Tensor& pred) {
+  return at::empty({pred.size(0)}, pred.options().dtype(accumulator_of(pred)));
+}
+
+void run_forward(const at::Tensor& pred, const DflInput& in, void* loss, void* distance) {
+#if defined(GFL_WITH_CUDA)
+  if (pred.is_cuda()) {
+    on_stream_of(pred, [&](cudaStream_t stream) { return cuda::dfl_forward(in, loss, distance, stream); });
+    return;
+  }
+#endif
+  for_chunks(pred.size(0), rows_per_chunk(pred.size(1)),
+             [&](int64_t begin, int64_t end) { cpu::dfl_forward(in, loss, distance, begin, end); });
+}
+
+void run_backward(const at::Tensor& pred, Prepared& p, const at::Tensor& grad_loss, const at::Tensor* grad_distance,
+                  const DflGradients& out) {
+  const void* of_loss = p.keep(grad_loss, pred, accumulator_of(pred), "grad_loss");
+  const void* of_distance =
+      grad_distance != nullptr ? p.keep(*grad_distance, pred, accumulator_of(pred), "grad_distance") : nullptr;
+#if defined(GFL_WITH_CUDA)
+  if (pred.is_cuda()) {
+    on_stream_of(pred,
+                 [&](cudaStream_t stream) { return cuda::dfl_backward(p.in, of_loss, of_distance, out, stream); });
+    return;
+  }
+#endif
+  for_chunks(pred.size(0), rows_per_chunk(pred.size(1)),
+             [&](int64_t begin, int64_t end) { cpu::dfl_backward(p.in, of_loss, of_distance, out, begin, end); });
+}
+
+}  // namespace
+
+at::Tensor dfl_forward(const at::Tensor& pred, const at::Tensor& target, bool ignore_out_of_range) {
+  const Prepared p = prepare(pred, target, ignore_out_of_range);
+  const at::Tensor loss = empty_rows(pred);
+  run_forward(pred, p.in, loss.mutable_data_ptr(), nullptr);
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> dfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const at::Tensor& target, bool ignore_out_of_range, Needs2 needs) {
+  Prepared p = prepare(pred, target, ignore_out_of_range);
+  const at::Tensor grad_pred = wanted(needs[0], pred), grad_target = wanted(needs[1], target);
+  run_backward(pred, p, grad_loss, nullptr,
+               {pointer(grad_pred, needs[0]), pointer(grad_target, needs[1]), nullptr, nullptr});
+  return {grad_pred, grad_target};
+}
+
+at::Tensor dfl_two_bin_forward(const at::Tensor& pred, const at::Tensor& left, const at::Tensor& weight_left,
+                               const at::Tensor& weight_right) {
+  const Prepared p = prepare_two_bin(pred, left, weight_left, weight_right);
+  const at::Tensor loss = empty_rows(pred);
+  run_forward(pred, p.in, loss.mutable_data_ptr(), nullptr);
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dfl_two_bin_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                                    const at::Tensor& left,
+                                                                    const at::Tensor& weight_left,
+                                                                    const at::Tensor& weight_right, Needs3 needs) {
+  Prepared p = prepare_two_bin(pred, left, weight_left, weight_right);
+  const at::Tensor grad_pred = wanted(needs[0], pred), grad_left = wanted(needs[1], weight_left),
+                   grad_right = wanted(needs[2], weight_right);
+  run_backward(pred, p, grad_loss, nullptr,
+               {pointer(grad_pred, needs[0]), nullptr, pointer(grad_left, needs[1]), pointer(grad_right, needs[2])});
+  return {grad_pred, grad_left, grad_right};
+}
+
+std::tuple<at::Tensor, at::Tensor> dfl_integral_forward(const at::Tensor& pred, const at::Tensor& target,
+                                                        bool ignore_out_of_range) {
+  const Prepared p = prepare(pred, target, ignore_out_of_range);
+  const at::Tensor loss = empty_rows(pred), distance = empty_rows(pred);
+  run_forward(pred, p.in, loss.mutable_data_ptr(), distance.mutable_data_ptr());
+  return {loss, distance};
+}
+
+std::tuple<at::Tensor, at::Tensor> dfl_integral_backward(const at::Tensor& grad_loss, const at::Tensor& grad_distance,
+                                                         const at::Tensor& pred, const at::Tensor& target,
+                                                         bool ignore_out_of_range, Needs2 needs) {
+  Prepared p = prepare(pred, target, ignore_out_of_range);
+  const at::Tensor grad_pred = wanted(needs[0], pred), grad_target = wanted(needs[1], target);
+  run_backward(pred, p, grad_loss, &grad_distance,
+               {pointer(grad_pred, needs[0]), pointer(grad_target, needs[1]), nullptr, nullptr});
+  return {grad_pred, grad_target};
+}
+
+GFL_IMPL_CPU("dfl_fwd", dfl_forward)
+GFL_IMPL_CPU("dfl_bwd", dfl_backward)
+GFL_IMPL_CPU("dfl_integral_fwd", dfl_integral_forward)
+GFL_IMPL_CPU("dfl_integral_bwd", dfl_integral_backward)
+GFL_IMPL_CPU("dfl_two_bin_fwd", dfl_two_bin_forward)
+GFL_IMPL_CPU("dfl_two_bin_bwd", dfl_two_bin_backward)
+GFL_IMPL_CUDA("dfl_fwd", dfl_forward)
+GFL_IMPL_CUDA("dfl_bwd", dfl_backward)
+GFL_IMPL_CUDA("dfl_integral_fwd", dfl_integral_forward)
+GFL_IMPL_CUDA("dfl_integral_bwd", dfl_integral_backward)
+GFL_IMPL_CUDA("dfl_two_bin_fwd", dfl_two_bin_forward)
+GFL_IMPL_CUDA("dfl_two_bin_bwd", dfl_two_bin_backward)
+
+}  // namespace gfl::binding

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block's rows of bins in shared memory. A row is short (17 logits) and one thread computes it; its memory is read and
+// written by the whole block, neighbouring threads at neighbouring addresses, whichever dimension is the dense one.
+//
+// In shared memory a row has an odd pitch, so that the threads of a warp, each in its own row, meet no bank twice.
+#pragma once
+#include "gfl/rows.h"
+
+#include "bins.h"
+#include "launch.h"
+#include "scalar.h"
+
+namespace gfl::cuda {
+
+constexpr int kTileThreads = 128;
+constexpr int kTilesPerSm = 8;            // asked of the compiler: without it, it spills at 48 registers for sm_90
+constexpr size_t kTileBytes = 48 * 1024;  // what a block has without asking
+constexpr int64_t kMaxTiles = 1 << 16;    // blocks; more tiles are looped over
+
+struct TileShape {
+  int rows, pitch;  // rows ≤ kTileThreads, a multiple of 4
+  size_t bytes;
+};
+
+template <class A> TileShape tile_shape(const BinRows& v) {
+  TileShape shape{kTileThreads, static_cast<int>(v.bins | 1), 0};
+  const size_t row = sizeof(int64_t) + (static_cast<size_t>(shape.pitch) + 1) * sizeof(A);
+  while (static_cast<size_t>(shape.rows) * row > kTileBytes) shape.rows /= 2;
+  shape.bytes = static_cast<size_t>(shape.rows) * row;
+  return shape;
+}
+
+inline dim3 tile_grid(const BinRows& v, const TileShape& shape) {
+  const int64_t tiles = (v.rows() + shape.rows - 1) / shape.rows;
+  return dim3(static_cast<unsigned>(tiles < kMaxTiles ? tiles : kMaxTiles));
+}
+
+template <class A> struct BinTile {
+  int64_t* offsets;  // [rows] where each row begins in memory
+  A* values;         // [rows, pitch]
+  A* extra;          // [rows] free for the kernel
+};
+
+template <class A> __device__ __forceinline__ BinTile<A> tile_in_shared(const TileShape& shape) {
+  int64_t* offsets = shared<int64_t>();
+  A* values = reinterpret_cast<A*>(offsets + shape.rows);
+  return {offsets, values, values + shape.rows * shape.pitch};
+}
+
+// Rows [first, first + count). All threads of the block take part; the tile is complete on return.
+template <class T>
+__device__ __forceinline__ void load_tile(const BinRows& v, int64_t first, int count, const TileShape& shape,
+                                          const BinTile<acc_t<T>>& tile) {
+  const T* data = static_cast<const T*>(v.data);
+  const int bins = static_cast<int>(v.bins), thread = static_cast<int>(threadIdx.x);
+  if (v.stride_bin != 1) {  // the rows are the dense dimension: each thread fetches its own
+    if (thread < count) {
+      const T* from = data + row_offset(v, first + thread);
+      for (int j = 0; j < bins; ++j) tile.values[thread * shape.pitch + j] = load(from + j * v.stride_bin);
+    }
+    __syncthreads();
+    return;
+  }
+  if (thread < count) tile.offsets[thread] = row_offset(v, first + thread);
+  __syncthreads();
+  // (row, bin) of every 128th element, without a division in the loop.
+  const int row_step = kTileThreads / bins, bin_step = kTileThreads % bins;
+  int row = thread / bins, bin = thread % bins;
+  while (row < count) {
+    tile.values[row * shape.pitch + bin] = load(data + tile.offsets[row] + bin);
+    row += row_step;
+    bin += bin_step;
+    if (bin >= bins) {
+      bin -= bins;
+      ++row;
+    }
+  }
+  __syncthreads();
+}
+
+// Writes the values of rows [first, first + count) to a contiguous [rows, bins]. The block must have passed a barrier
+// since they were set.
+template <class T>
+__device__ __forceinline__ void store_tile(T* out, int64_t first, int count, int bins, const TileShape& shape,
+                                           const BinTile<acc_t<T>>& tile) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row_step = kTileThreads / bins, bin_step = kTileThreads % bins;
+  int row = thread / bins, bin = thread % bins;
+  T* to = out + first * bins;
+  while (row < count) {
+    store(to + row * bins + bin, tile.values[row * shape.pitch + bin]);
+    row += row_step;
+    bin += bin_step;
+    if (bin >= bins) {
+      bin -= bins;
+      ++row;
+    }
+  }
+}
+
+// One thread's row of the tile, read as bounded logits.
+template <class A> struct TileRow {
+  A* x;
+  __device__ __forceinline__ A operator()(int j) const { return bounded_logit(x[j]); }
+};
+
+// body(first row, rows in the tile), for this block's tiles; a barrier separates one tile from the next.
+template <class Body> __device__ __forceinline__ void for_tiles(int64_t rows, int tile_rows, const Body& body) {
+  for (int64_t first = int64_t(blockIdx.x) * tile_rows; first < rows; first += int64_t(gridDim.x) * tile_rows) {
+    body(first, static_cast<int>(rows - first < tile_rows ? rows - first : tile_rows));
+    __syncthreads();
+  }
+}
+
+}  // namespace gfl::cuda

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Distribution focal loss, optionally with the expected distance from the same softmax:
+//
+//   loss[m] = −wₗ log p[l] − wᵣ log p[r],  distance[m] = Σ_j p[j]·j,  p = softmax(pred[m])   (arXiv 2006.04388, eq. 6, 5)
+//
+// Either `target` gives a position y in bins: l = trunc(y), r = l+1, wₗ = r−y, wᵣ = y−l; y is clamped to [0, R] first,
+// and a NaN (with `ignore_out_of_range`, anything outside [0, R]) has no loss and no gradient. Or `left` and the two weights
+// are given: r = left+1, and a bin that does not exist is replaced by the nearest.
+#pragma once
+#include "gfl/rows.h"
+
+namespace gfl {
+
+// What every launcher of this operator reads. `A` below is double where the dtype of `pred` is f64, else float.
+struct DflInput {
+  BinRows pred;               // sides = 1
+  const void* target;         // [rows] of A, or null
+  bool ignore_out_of_range;   // with `target`
+  const int64_t* left;        // [rows], without `target`
+  const void* weight_left;    // [rows] of A, without `target`
+  const void* weight_right;   // [rows] of A, without `target`
+};
+
+// What a backward launcher writes; null where not wanted.
+struct DflGradients {
+  void* pred;          // [rows, bins] of pred's dtype, contiguous
+  void* target;        // [rows] of A
+  void* weight_left;   // [rows] of A
+  void* weight_right;  // [rows] of A
+};
+
+namespace cpu {
+// Rows [begin, end). loss, distance: [rows] of A; distance may be null.
+void dfl_forward(const DflInput& in, void* loss, void* distance, int64_t begin, int64_t end);
+// grad_loss, grad_distance: [rows] of A; grad_distance may be null.
+void dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_distance, const DflGradients& out,
+                  int64_t begin, int64_t end);
+}  // namespace cpu
+
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+cudaError_t dfl_forward(const DflInput& in, void* loss, void* distance, cudaStream_t stream);
+cudaError_t dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_distance, const DflGradients& out,
+                         cudaStream_t stream);
+}  // namespace cuda
+#endif
+
+}  // namespace gfl
