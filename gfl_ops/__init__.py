@@ -4,5 +4,7 @@
 from ._backend import explain_backend, get_backend, set_backend
 from .functional import *  # noqa: F403
 from .functional import __all__ as _functions
+from .losses import *  # noqa: F403
+from .losses import __all__ as _modules
 
-__all__ = ["explain_backend", "get_backend", "set_backend", *_functions]
+__all__ = ["explain_backend", "get_backend", "set_backend", *_functions, *_modules]

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as modules that take the place of mmdet 3.3.0's: same constructors, calls, attributes and state dicts.
+
+Every loss is called ``loss(pred, target, weight=None, avg_factor=None, reduction_override=None)``, computes in fp32
+(fp64 for fp64 input) and is multiplied by `loss_weight`. What each input may be is said in the function of `gfl_ops`
+that the module calls; what differs from mmdet is said there and in the module's own note.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _check
+from ._reduce import check_element_reduction, check_reduction, reduce_loss
+from ._types import accumulator
+from .ops.dfl import distribution_focal_loss
+from .ops.focal import focal_elements
+from .ops.integral import integral
+from .ops.iou import OVERLAP, box_iou_loss, pairs
+from .ops.qfl import quality_focal_loss
+from .ops.vfl import varifocal_loss
+
+__all__ = [
+    "CIoULoss",
+    "DIoULoss",
+    "DistributionFocalLoss",
+    "FocalLoss",
+    "GIoULoss",
+    "Integral",
+    "IoULoss",
+    "QualityFocalLoss",
+    "VarifocalLoss",
+]
+
+
+class _Loss(nn.Module):
+    """What all have in common: a reduction that a call may override, and a factor."""
+
+    def __init__(self, reduction: str, loss_weight: float) -> None:
+        super().__init__()
+        _check.choice(type(self).__name__, "reduction", reduction, _check.REDUCTIONS)
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+
+    def _reduction(self, override: str | None) -> str:
+        if not override:
+            return self.reduction
+        _check.choice(type(self).__name__, "reduction_override", override, _check.REDUCTIONS)
+        return override
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name in self._shown)
+
+    _shown: tuple[str, ...] = ("reduction", "loss_weight")
+
+
+class QualityFocalLoss(_Loss):
+    """Quality focal loss (arXiv 2006.04388, eq. 2) as a module; see `gfl_ops.quality_focal_loss`.
+
+    Args:
+        use_sigmoid: `pred` holds logits. False, which mmdet refuses: it holds probabilities, as in GFLv2 and Paddle.
+        beta: exponent of the modulating factor, >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+        activated: `pred` holds probabilities; either this or ``use_sigmoid=False`` says so.
+    """
+
+    _shown = ("use_sigmoid", "beta", "reduction", "loss_weight", "activated")
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        beta: float = 2.0,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        activated: bool = False,
+    ) -> None:
+        super().__init__(reduction, loss_weight)
+        self.use_sigmoid = use_sigmoid
+        self.beta = beta
+        self.activated = activated
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor | tuple[Tensor, Tensor] | list[Tensor],
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of `pred` ``[N, C]`` against ``(label[N], score[N])`` or a dense target of its shape; weight ``[N]``."""
+        activated = self.activated or not self.use_sigmoid
+        reduction = self._reduction(reduction_override)
+        return self.loss_weight * quality_focal_loss(
+            pred, target, weight, beta=self.beta, reduction=reduction, avg_factor=avg_factor, activated=activated
+        )
+
+
+class DistributionFocalLoss(_Loss):
+    """Distribution focal loss (arXiv 2006.04388, eq. 6) as a module; see `gfl_ops.distribution_focal_loss`.
+
+    Args:
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+
+    Note:
+        A target outside [0, R] counts as the nearest of the two and NaN as no loss; mmdet extrapolates below, and above
+        fails with an index error or, on a GPU, a device assert.
+    """
+
+    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0) -> None:
+        super().__init__(reduction, loss_weight)
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor | Sequence[Tensor],
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of the logits `pred` ``[M, R+1]`` against the positions `target` ``[M]`` in bins; weight ``[M]``."""
+        reduction = self._reduction(reduction_override)
+        return self.loss_weight * distribution_focal_loss(
+            pred, target, weight, reduction=reduction, avg_factor=avg_factor
+        )
+
+
+def _pair_weight(op: str, pred: Tensor, weight: Tensor | None) -> Tensor | None:
+    """mmdet also takes a weight a coordinate ``[N, 4]``, and means it over the four."""
+    _check.tensor(op, "pred", pred)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return weight
+    if weight.shape != pred.shape:
+        rule = f"must have shape [N] = {list(pred.shape[:1])} or pred's, {list(pred.shape)}"
+        raise ValueError(_check.message(op, "weight", rule, list(weight.shape)))
+    return weight.to(accumulator(pred.dtype)).mean(-1)
+
+
+def _pair_reduction(weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> str:
+    """mmdet's box losses give 0 for no pairs if there is a weight; if there is none NaN, torch's mean of nothing."""
+    nothing = isinstance(weight, Tensor) and weight.numel() == 0
+    return "sum" if nothing and reduction == "mean" and avg_factor is None else reduction
+
+
+class _BoxLoss(_Loss):
+    _kind = ""
+    _shown = ("eps", "reduction", "loss_weight")
+
+    def __init__(self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0) -> None:
+        super().__init__(reduction, loss_weight)
+        self.eps = eps
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
+        weight = _pair_weight(type(self).__name__, pred, weight)
+        reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
+        return self.loss_weight * box_iou_loss(
+            pred, target, weight, kind=self._kind, eps=self.eps, reduction=reduction, avg_factor=avg_factor
+        )
+
+
+class GIoULoss(_BoxLoss):
+    """1 − GIoU (arXiv 1902.09630) as a module; see `gfl_ops.box_iou_loss`.
+
+    Args:
+        eps: least area of union and enclosing box, >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+
+    Note:
+        If no weight is above 0, "none" still gives ``[N]``, where mmdet gives a scalar, having asked the host.
+    """
+
+    _kind = "giou"
+
+
+class DIoULoss(_BoxLoss):
+    """1 − DIoU (arXiv 1911.08287) as a module; see `gfl_ops.box_iou_loss`.
+
+    Args:
+        eps: added to the union's area and to the squared diagonal, >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+
+    Note:
+        If no weight is above 0, "none" still gives ``[N]``, where mmdet gives a scalar, having asked the host.
+    """
+
+    _kind = "diou"
+
+
+class CIoULoss(_BoxLoss):
+    """1 − CIoU (arXiv 2005.03572) as a module; see `gfl_ops.box_iou_loss`.
+
+    Args:
+        eps: added to the union's area, to the squared diagonal and to the heights, >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+
+    Note:
+        Equal boxes cost 0, where mmdet gives NaN as soon as eps is lost in rounding. If no weight is above 0, "none"
+        still gives ``[N]``, where mmdet gives a scalar, having asked the host.
+    """
+
+    _kind = "ciou"
+
+
+class IoULoss(_Loss):
+    """−log IoU, 1 − IoU or 1 − IoU² as a module; the logarithm by default, after UnitBox (arXiv 1608.01471).
+
+    Args:
+        linear: another, deprecated, way to say ``mode="linear"``.
+        eps: least IoU, so that the logarithm is finite; boxes below it have no gradient.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+        mode: "log", "linear" or "square".
+    """
+
+    _shown = ("mode", "eps", "reduction", "loss_weight")
+    # The least area of a union. Not `eps`, which bounds the IoU: mmdet leaves this one at its default.
+    _AREA_EPS = 1e-6
+
+    def __init__(
+        self,
+        linear: bool = False,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        mode: str = "log",
+    ) -> None:
+        super().__init__(reduction, loss_weight)
+        _check.choice("IoULoss", "mode", mode, ("linear", "square", "log"))
+        if linear:
+            mode = "linear"
+            warnings.warn("IoULoss: linear=True is deprecated; say mode='linear'", DeprecationWarning, stacklevel=2)
+        self.mode = mode
+        self.linear = linear
+        self.eps = eps
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
+        iou = pairs("IoULoss", pred, target, OVERLAP, self._AREA_EPS).clamp(min=self.eps)
+        weight = _pair_weight("IoULoss", pred, weight)
+        reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
+        check_reduction("IoULoss", pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
+        if self.mode == "linear":
+            loss = 1 - iou
+        elif self.mode == "square":
+            loss = 1 - iou**2
+        else:
+            loss = -iou.log()
+        return self.loss_weight * reduce_loss(loss, weight, reduction, avg_factor)
+
+
+class VarifocalLoss(_Loss):
+    """Varifocal loss (arXiv 2008.13367, eq. 2) as a module, without a sum over the classes; see
+    `gfl_ops.varifocal_loss`.
+
+    Args:
+        use_sigmoid: `pred` holds logits. False, which mmdet refuses: it already holds probabilities.
+        alpha: weight of the negatives, >= 0.
+        gamma: exponent of the negatives' modulating factor, >= 0.
+        iou_weighted: a positive counts by its target; else by 1.
+        reduction: "none", "mean" (over N·C) or "sum".
+        loss_weight: factor of the result.
+    """
+
+    _shown = ("use_sigmoid", "alpha", "gamma", "iou_weighted", "reduction", "loss_weight")
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        alpha: float = 0.75,
+        gamma: float = 2.0,
+        iou_weighted: bool = True,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(reduction, loss_weight)
+        _check.number("VarifocalLoss", "alpha", alpha, 0)
+        self.use_sigmoid = use_sigmoid
+        self.alpha = alpha
+        self.gamma = gamma
+        self.iou_weighted = iou_weighted
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of `pred` ``[N, C]`` against `target` ``[N, C]``; weight ``[N, C]``, ``[N]`` or ``[N, 1]``."""
+        return self.loss_weight * varifocal_loss(
+            pred,
+            target,
+            weight,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            iou_weighted=self.iou_weighted,
+            reduction=self._reduction(reduction_override),
+            avg_factor=avg_factor,
+            activated=not self.use_sigmoid,
+        )
+
+
+class FocalLoss(_Loss):
+    """Focal loss (arXiv 1708.02002, eq. 5) of labels or of a dense target, as a module, without a sum over the classes.
+
+    Args:
+        use_sigmoid: `pred` holds logits. False, which mmdet refuses: it already holds probabilities.
+        gamma: exponent of the modulating factor, >= 0.
+        alpha: balance of positives against negatives in [0, 1]; −1 for none.
+        reduction: "none", "mean" (over N·C) or "sum".
+        loss_weight: factor of the result.
+        activated: `pred` holds probabilities; either this or ``use_sigmoid=False`` says so.
+    """
+
+    _shown = ("use_sigmoid", "gamma", "alpha", "reduction", "loss_weight", "activated")
+
+    def __init__(
+        self,
+        use_sigmoid: bool = True,
+        gamma: float = 2.0,
+        alpha: float = 0.25,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        activated: bool = False,
+    ) -> None:
+        super().__init__(reduction, loss_weight)
+        self.use_sigmoid = use_sigmoid
+        self.gamma = gamma
+        self.alpha = alpha
+        self.activated = activated
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of `pred` ``[N, C]`` against integer labels or a dense target.
+
+        Args:
+            pred: ``[N, C]``, logits; probabilities in [0, 1] if `activated` or not `use_sigmoid`.
+            target: integer ``[N]``, a label outside [0, C) is background (mmdet: C only); or ``[N, C]``, one-hot or
+            soft. weight: ``[N]`` or ``[N, 1]``, one a row; ``[N, C]``, or the same flat, one an element.
+            avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by N·C.
+            reduction_override: takes the place of `reduction` in this call.
+        """
+        op = "FocalLoss"
+        _check.tensor(op, "pred", pred)
+        if isinstance(target, Tensor) and target.dim() != pred.dim():
+            _check.shape(op, "pred", pred, "[N, C]", (None, None))
+            _check.tensor(op, "target", target, _check.INTEGER)
+            _check.shape(op, "target", target, "[N]", (pred.shape[0],))
+            _check.same_device(op, "target", target, "pred", pred)
+            target = target[:, None] == torch.arange(pred.shape[1], device=pred.device)
+        activated = self.activated or not self.use_sigmoid
+        loss = focal_elements(op, ("pred", "target"), pred, target, self.alpha, self.gamma, activated)
+        flat = isinstance(weight, Tensor) and weight.shape == (pred.numel(),) != pred.shape[:1]
+        if weight is not None and flat:
+            weight = weight.reshape(pred.shape)
+        reduction = self._reduction(reduction_override)
+        weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
+        return self.loss_weight * reduce_loss(loss, weight, reduction, avg_factor)
+
+
+class Integral(nn.Module):
+    r"""Distance that a distribution over bins expects, four sides a box; see `gfl_ops.integral`.
+
+    .. math:: \hat y = \sum_{i=0}^{R} i \cdot \mathrm{softmax}(x)_i
+
+    Equation 5 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins.
+
+    Args:
+        reg_max: R, the last bin.
+
+    Note:
+        The buffer `project` holds 0 … R, as mmdet's does in its checkpoints; the arithmetic knows them without it. The
+        result is fp32 (fp64 for fp64), where mmdet's has the input's dtype.
+    """
+
+    project: Tensor
+
+    def __init__(self, reg_max: int = 16) -> None:
+        super().__init__()
+        _check.number("Integral", "reg_max", reg_max, 1, integer=True)
+        self.reg_max = reg_max
+        self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[…, 4(R+1)]``, or of any shape of as many, -> distances ``[-1, 4]`` in bins, order l, t, r, b."""
+        _check.tensor("Integral", "x", x)
+        width = 4 * (self.reg_max + 1)
+        if x.numel() % width:
+            rule = f"must hold a multiple of 4(R+1) = {width} logits"
+            raise ValueError(_check.message("Integral", "x", rule, list(x.shape)))
+        return integral(x.reshape(x.numel() // width, width), self.reg_max)
+
+    def extra_repr(self) -> str:
+        return f"reg_max={self.reg_max}"
