@@ -73,8 +73,8 @@ def block(results: Sequence[Result]) -> str:
     for r in results:
         if r.status != "timed" or r.total is None:
             if r.status != "skipped":
-                said = f"  {r.provider:<11}{r.status.upper()}: {r.reason}"
-                lines += textwrap.wrap(said, WIDTH, subsequent_indent=" " * 13)
+                said = f"  {r.provider:<11} {r.status.upper()}: {r.reason}"
+                lines += textwrap.wrap(said, WIDTH, subsequent_indent=" " * 14)
             continue
         both = r.both.median if r.both else None
         span = f"{ms(r.total.p20)}–{ms(r.total.p80)}"
