@@ -31,8 +31,8 @@ BACKENDS = tuple(b for b in _backend.BACKENDS if b != "auto")
 # 16 bits: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 4e-3, "bf16": 1e-2}
 SLOW = 2.0  # seconds: a turn that takes longer is taken once, without a second one that counts its memory
-# Share of decisions that may differ: exact ties, and IoUs within a rounding of the threshold. Coordinates of 16 bits are
-# whole pixels, so that many an IoU is the threshold itself; peers compare it with a threshold in double.
+# Share of decisions that may differ: exact ties, and IoUs within a rounding of the threshold. Coordinates of 16 bits
+# are whole pixels, so that many an IoU is the threshold itself; peers compare it with a threshold in double.
 DECISIONS = {"fp64": 2e-3, "fp32": 2e-3, "fp16": 2e-2, "bf16": 2e-2}
 
 
