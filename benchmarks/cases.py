@@ -21,7 +21,7 @@ import formulas_head
 import gfl_ops
 from gfl_ops._spec import SPECS
 from harness import Case, tensors
-from inputs import CLASSES, REG_MAX, STRIDES, Scene, level_sizes
+from inputs import CLASSES, REG_MAX, STRIDES, Scene, flatten, level_sizes
 
 try:
     import torchvision
@@ -188,6 +188,11 @@ def integral(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     what = f"{len(rows)}×{rows.shape[1]} logits, the positives"
     peers = {"eager": formulas.integral}
     yield Case("integral", "integral", what, inputs, gfl_ops.integral, peers, formulas.dense_integral, ("pred",))
+    # What mmdet and others do before they know which boxes are worth it.
+    everywhere = flatten(scene.head.reg_preds).flatten(0, 1).to(dtype)
+    inputs = {"pred": everywhere, "reg_max": REG_MAX}
+    what = f"{len(everywhere)}×{everywhere.shape[1]} logits, all locations"
+    yield Case("integral", "integral of all", what, inputs, gfl_ops.integral, peers, formulas.dense_integral)
 
 
 @case("dfl_integral")
