@@ -170,8 +170,8 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    columns = list(dict.fromkeys((r.dtype, r.batch) for r in results))
-    names = list(dict.fromkeys(r.name for r in results))
+    columns = list(dict.fromkeys((r.dtype, r.batch) for r in results if r.total))
+    names = list(dict.fromkeys(r.name for r in results if r.total))
     used = [p for p in COLOURS if any(r.provider == p and r.total for r in results)]
     if not used:
         return "no plot: nothing was timed"
@@ -195,7 +195,7 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
                     axis.plot([floor, floor], [row - 0.42, row + 0.42], color="#d93025", linewidth=1.2, zorder=3)
         axis.set_xscale("log")
         axis.set_title(f"{dtype}, batch {batch}", fontsize=10)
-        axis.set_xlabel("ms, median of forward + backward", fontsize=8)
+        axis.set_xlabel("ms; losses: forward + backward", fontsize=8)
         axis.grid(axis="x", which="major", color="#e0e0e0", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8)
