@@ -14,6 +14,7 @@
 #include <functional>
 #include <vector>
 
+#include "bins.h"
 #include "box.h"
 #include "ranking.h"
 #include "scalar.h"
@@ -193,9 +194,11 @@ struct Decoder {
                     x * level.reg_stride[3];
     const int bins = in.reg_max + 1;
     const float stride = static_cast<float>(level.stride);
-    float distance[4];
+    float distance[4], row[kPostprocessMaxReg + 1];
     for (int side = 0; side < 4; ++side) {
-      distance[side] = mul_rn(expectation(cell + side * bins * level.reg_stride[1], bins, level.reg_stride[1]), stride);
+      const T* logits = cell + side * bins * level.reg_stride[1];
+      for (int j = 0; j < bins; ++j) row[j] = bounded_logit(static_cast<float>(load(logits + j * level.reg_stride[1])));
+      distance[side] = mul_rn(bin_softmax<float>(bins, [&](int j) { return row[j]; }).mean(), stride);
     }
     const float centre_x = centre(x, level), centre_y = centre(y, level);
     return {clip(sub_rn(centre_x, distance[0]), width), clip(sub_rn(centre_y, distance[1]), height),
@@ -206,23 +209,6 @@ struct Decoder {
     const float stride = static_cast<float>(level.stride);
     if (in.legacy) return add_rn(mul_rn(static_cast<float>(cell), stride), static_cast<float>((level.stride - 1) / 2));
     return mul_rn(add_rn(static_cast<float>(cell), static_cast<float>(level.center_offset)), stride);
-  }
-
-  template <class T> static float expectation(const T* logits, int bins, int64_t stride) {
-    float x[kPostprocessMaxReg + 1];
-    const float limit = std::numeric_limits<float>::max() / 4;
-    float top = -limit;
-    for (int j = 0; j < bins; ++j) {
-      x[j] = std::min(std::max(static_cast<float>(load(logits + j * stride)), -limit), limit);
-      top = std::max(top, x[j]);
-    }
-    float sum = 0, weighted = 0;
-    for (int j = 0; j < bins; ++j) {
-      const float e = std::exp(x[j] - top);
-      sum += e;
-      weighted += e * static_cast<float>(j);
-    }
-    return weighted / sum;
   }
 };
 

@@ -14,10 +14,10 @@ from .. import _check
 from .._boxes import aligned_iou, rounded
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
+from .integral import bounded_logits, check_reg_max, expectation
 
 OP = "postprocess"
 MAX_LEVELS = 8
-MAX_REG = 128
 # A candidate's (location, class) pair is 32 bits of its sort key, in every backend.
 MAX_PAIRS = 2**32
 
@@ -109,7 +109,8 @@ def reference(
                 centre = cell.float() * stride + (stride - 1) / 2
             else:
                 centre = (cell.float() + offset) * stride
-            distance = integral(reg_pred[image][:, cell[:, 1], cell[:, 0]].t(), reg_max) * stride
+            logits = reg_pred[image][:, cell[:, 1], cell[:, 0]].t().float()
+            distance = expectation(bounded_logits(logits).unflatten(1, (4, reg_max + 1))) * stride
             box = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
             box = torch.minimum(box.clamp(min=0), limit)
             sized = (box[:, 2] - box[:, 0] > 0) & (box[:, 3] - box[:, 1] > 0)
@@ -138,12 +139,6 @@ def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: 
         alive &= (label != label[best]) | ~(aligned_iou(box[best], box, legacy) > threshold)
         alive[best] = False
     return torch.tensor(kept, dtype=torch.int64, device=box.device)
-
-
-def integral(pred: Tensor, reg_max: int) -> Tensor:
-    limit = torch.finfo(torch.float32).max / 4
-    p = pred.float().clamp(-limit, limit).reshape(-1, 4, reg_max + 1).softmax(2)
-    return (p * torch.arange(reg_max + 1, device=pred.device, dtype=torch.float32)).sum(2)
 
 
 def fake(
@@ -383,9 +378,7 @@ def postprocess(
 
 def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:
     """Both lists of maps against each other. Returns the number of levels."""
-    _check.number(OP, "reg_max", reg_max, 1, integer=True)
-    if reg_max > MAX_REG:
-        raise NotImplementedError(_check.message(OP, "reg_max", f"must be <= {MAX_REG}", reg_max))
+    check_reg_max(OP, "reg_max", reg_max)
     for name, value in (("cls_scores", cls_scores), ("reg_preds", reg_preds)):
         if not isinstance(value, (list, tuple)):
             rule = "must be a list or tuple of tensors, one a level"
