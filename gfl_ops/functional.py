@@ -9,9 +9,11 @@ from .ops.dfl_integral import dfl_integral
 from .ops.focal import sigmoid_focal_loss
 from .ops.integral import integral
 from .ops.iou import box_iou_loss, giou_loss
+from .ops.multiclass_nms import multiclass_nms
 from .ops.nms import batched_nms, nms
 from .ops.postprocess import Detections, postprocess
 from .ops.qfl import quality_focal_loss
+from .ops.soft_nms import soft_nms
 from .ops.vfl import varifocal_loss
 
 __all__ = [
@@ -27,9 +29,11 @@ __all__ = [
     "distribution_focal_loss",
     "giou_loss",
     "integral",
+    "multiclass_nms",
     "nms",
     "postprocess",
     "quality_focal_loss",
     "sigmoid_focal_loss",
+    "soft_nms",
     "varifocal_loss",
 ]

@@ -43,9 +43,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                      score_threshold, nms_pre, iou_threshold, max_detections, center_offset,
                                      anchor_topk, activated, legacy);
         });
+  m.def("multiclass_nms_forward", &multiclass_nms_forward);
   m.def("nms_forward", &nms_forward);
   m.def("qfl_forward", &qfl_forward);
   m.def("qfl_backward", &qfl_backward);
+  m.def("soft_nms_forward", &soft_nms_forward);
   m.def("vfl_forward", &vfl_forward);
   m.def("vfl_backward", &vfl_backward);
 }

@@ -71,6 +71,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,
     int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
+                                                                      double score_threshold, double iou_threshold,
+                                                                      int64_t max_detections);
+
 at::Tensor nms_forward(const at::Tensor& boxes, const at::Tensor& scores, const OptionalTensor& idxs,
                        double iou_threshold, bool legacy);
 
@@ -79,6 +83,10 @@ at::Tensor qfl_forward(const at::Tensor& pred, const OptionalTensor& label, cons
 std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const OptionalTensor& label, const at::Tensor& target, double beta,
                                                 bool activated, Needs2 needs);
+
+std::tuple<at::Tensor, at::Tensor> soft_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
+                                                    const OptionalTensor& idxs, double iou_threshold, double sigma,
+                                                    double min_score, bool gaussian);
 
 at::Tensor vfl_forward(const at::Tensor& pred, const at::Tensor& target, double alpha, double gamma, bool iou_weighted,
                        bool activated);

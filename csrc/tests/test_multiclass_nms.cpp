@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The candidates of multiclass NMS against a double loop.
+#include "gfl/multiclass_nms.h"
+
+#include <limits>
+
+#include "testing.h"
+
+namespace {
+
+using namespace gfl;
+using namespace gfl::testing;
+
+template <class T>
+void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double threshold, bool planes, Generator& g) {
+  const int64_t columns = per_class ? 4 * classes : 4;
+  std::vector<double> drawn, drawn_scores;
+  for (int64_t i = 0; i < rows * columns; ++i) drawn.push_back(g.uniform(-100, 100));
+  for (int64_t i = 0; i < rows * classes; ++i) {
+    drawn_scores.push_back(g.integer(0, 9) == 0 ? std::numeric_limits<double>::quiet_NaN()
+                                                : static_cast<double>(g.integer(0, 10)) / 10);
+  }
+  const std::vector<T> boxes = rounded<T>(drawn), scores = rounded<T>(drawn_scores);
+  // `planes`: the same memory read as the transpose of a matrix, columns first.
+  const MulticlassInput in{boxes.data(),
+                           dtype,
+                           planes ? 1 : columns,
+                           planes ? rows : 1,
+                           per_class,
+                           scores.data(),
+                           dtype,
+                           planes ? 1 : classes,
+                           planes ? rows : 1,
+                           rows,
+                           classes,
+                           threshold};
+  std::vector<double> want_boxes, want_scores;
+  std::vector<int64_t> want_labels;
+  const std::vector<double> wide_boxes = widened(boxes), wide_scores = widened(scores);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const double score = wide_scores[static_cast<size_t>(planes ? c * rows + i : i * classes + c)];
+      if (!(score > static_cast<double>(static_cast<acc_t<T>>(threshold)))) continue;
+      want_scores.push_back(score);
+      want_labels.push_back(c);
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t column = (per_class ? 4 * c : 0) + j;
+        want_boxes.push_back(wide_boxes[static_cast<size_t>(planes ? column * rows + i : i * columns + column)]);
+      }
+    }
+  }
+  const int64_t count = cpu::multiclass_count(in);
+  CHECK(count == static_cast<int64_t>(want_scores.size()), "%lld candidates, expected %zu", static_cast<long long>(count),
+        want_scores.size());
+  Buffer<T> got_boxes(static_cast<size_t>(4 * count)), got_scores(static_cast<size_t>(count));
+  Buffer<int64_t> labels(static_cast<size_t>(count));
+  cpu::multiclass_gather(in, got_boxes.data(), got_scores.data(), labels.data());
+  CHECK(widened(got_boxes.read()) == want_boxes, "boxes, dtype %d per class %d planes %d", static_cast<int>(dtype),
+        per_class, planes);
+  CHECK(widened(got_scores.read()) == want_scores, "scores, dtype %d", static_cast<int>(dtype));
+  CHECK(labels.read() == want_labels, "labels, dtype %d", static_cast<int>(dtype));
+}
+
+}  // namespace
+
+int main() {
+  Generator g(22);
+  for (const bool per_class : {false, true}) {
+    for (const bool planes : {false, true}) {
+      for (const double threshold : {0.3, 1.0, -1.0}) {
+        for (const int64_t rows : {0, 1, 17}) {
+          check<float>(DType::f32, rows, 3, per_class, threshold, planes, g);
+          check<double>(DType::f64, rows, 1, per_class, threshold, planes, g);
+          check<half_t>(DType::f16, rows, 5, per_class, threshold, planes, g);
+          check<bfloat16_t>(DType::bf16, rows, 2, per_class, threshold, planes, g);
+        }
+      }
+    }
+  }
+  return result("multiclass_nms");
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Soft-NMS against a plain loop that looks at every pair.
+#include "gfl/soft_nms.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+
+#include "gfl/nms.h"
+#include "testing.h"
+
+namespace {
+
+using namespace gfl;
+using namespace gfl::testing;
+
+struct Case {
+  const char* name;
+  int64_t count, classes;
+  double threshold, sigma, min_score;
+  bool gaussian;
+};
+
+template <class A> A overlap(const std::vector<A>& boxes, int64_t i, int64_t j) {
+  const A *a = &boxes[static_cast<size_t>(4 * i)], *b = &boxes[static_cast<size_t>(4 * j)];
+  const A width = std::max(std::min(a[2], b[2]) - std::max(a[0], b[0]), A(0));
+  const A height = std::max(std::min(a[3], b[3]) - std::max(a[1], b[1]), A(0));
+  const A inter = width * height;
+  return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter);
+}
+
+// Index to final score of the kept boxes.
+template <class A>
+std::map<int64_t, A> oracle(const Case& c, const std::vector<A>& boxes, std::vector<A> scores,
+                            const std::vector<int64_t>& classes) {
+  std::map<int64_t, A> left, taken;
+  for (size_t i = 0; i < scores.size(); ++i) left[static_cast<int64_t>(i)] = scores[i];
+  while (!left.empty()) {
+    auto best = left.begin();
+    for (auto at = left.begin(); at != left.end(); ++at) {
+      const bool greater = at->second != at->second ? best->second == best->second : at->second > best->second;
+      if (greater) best = at;
+    }
+    const int64_t b = best->first;
+    taken[b] = best->second;
+    left.erase(best);
+    for (auto at = left.begin(); at != left.end();) {
+      if (classes[static_cast<size_t>(at->first)] == classes[static_cast<size_t>(b)]) {
+        const A iou = overlap(boxes, b, at->first);
+        if (c.gaussian && iou == iou) {
+          at->second *= static_cast<A>(std::exp(-(static_cast<double>(iou) * static_cast<double>(iou)) / c.sigma));
+        } else if (!c.gaussian && iou >= static_cast<A>(c.threshold)) {
+          at->second *= 1 - iou;
+        }
+      }
+      if (at->second < static_cast<A>(c.min_score)) at = left.erase(at);
+      else ++at;
+    }
+  }
+  return taken;
+}
+
+template <class T> std::vector<acc_t<T>> accumulated(const std::vector<T>& values) {
+  std::vector<acc_t<T>> result;
+  for (const T& v : values) result.push_back(load(&v));
+  return result;
+}
+
+template <class T> void check(const Case& c, DType dtype, Generator& g) {
+  using A = acc_t<T>;
+  const size_t n = static_cast<size_t>(c.count);
+  std::vector<double> drawn, drawn_scores;
+  std::vector<int64_t> classes;
+  for (size_t i = 0; i < n; ++i) {
+    const double x = g.uniform(0, 40), y = g.uniform(0, 40);
+    drawn.insert(drawn.end(), {x, y, x + g.uniform(0, 20), y + g.uniform(0, 20)});
+    if (g.integer(0, 30) == 0) drawn.back() = std::numeric_limits<double>::quiet_NaN();
+    drawn_scores.push_back(g.integer(0, 30) == 0 ? std::numeric_limits<double>::quiet_NaN()
+                                                 : static_cast<double>(g.integer(0, 40)) / 32);
+    classes.push_back(g.integer(0, std::max<int64_t>(c.classes, 1)));
+  }
+  const Buffer<T> boxes(rounded<T>(drawn)), scores(rounded<T>(drawn_scores));
+  const SoftNmsInput in{boxes.data(), dtype, 4, 1, scores.data(), dtype, 1, c.count, c.threshold, c.sigma, c.min_score,
+                        c.gaussian};
+  std::vector<int64_t> order(n), grouped(n), bounds(n + 1), indices(n + 1);
+  for (size_t i = 0; i < n; ++i) order[i] = static_cast<int64_t>(i);
+  const int64_t met = cpu::group_by_class(classes.data(), order.data(), c.count, grouped.data(), bounds.data());
+  Buffer<A> final_scores(n);
+  Buffer<uint8_t> keep(n);
+  for (int64_t s = 0; s < met; ++s) {
+    cpu::soft_nms(in, grouped.data(), bounds.data(), final_scores.data(), keep.data(), s, s + 1);
+  }
+  Buffer<float> kept_scores(std::max<size_t>(n, 1));
+  const int64_t kept = cpu::soft_nms_collect(in, final_scores.data(), keep.data(), indices.data(), kept_scores.data());
+
+  const std::map<int64_t, A> want = oracle<A>(c, accumulated(boxes.read()), accumulated(scores.read()), classes);
+  CHECK(kept == static_cast<int64_t>(want.size()), "%s dtype %d: %lld kept, expected %zu", c.name,
+        static_cast<int>(dtype), static_cast<long long>(kept), want.size());
+  const std::vector<float> got = kept_scores.read();
+  for (int64_t i = 0; i < kept; ++i) {
+    const auto found = want.find(indices[static_cast<size_t>(i)]);
+    CHECK(found != want.end(), "%s dtype %d: box %lld is kept", c.name, static_cast<int>(dtype),
+          static_cast<long long>(indices[static_cast<size_t>(i)]));
+    if (found == want.end()) continue;
+    const float expected = static_cast<float>(found->second);
+    CHECK(close(got[static_cast<size_t>(i)], expected, 0, 0), "%s: score %.9g, expected %.9g", c.name,
+          static_cast<double>(got[static_cast<size_t>(i)]), static_cast<double>(expected));
+    if (i > 0) {
+      const float before = got[static_cast<size_t>(i - 1)], here = got[static_cast<size_t>(i)];
+      const bool tie = before == here || (before != before && here != here);
+      CHECK(before != before || before >= here, "%s: scores rise at %lld", c.name, static_cast<long long>(i));
+      // fp64 scores are ordered before they are rounded.
+      CHECK(!tie || dtype == DType::f64 || indices[static_cast<size_t>(i - 1)] < indices[static_cast<size_t>(i)],
+            "%s: a tie at %lld is not by index", c.name, static_cast<long long>(i));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {"empty", 0, 1, 0.3, 0.5, 0.001, false},     {"one", 1, 1, 0.3, 0.5, 0.001, true},
+      {"linear", 40, 1, 0.3, 0.5, 0.001, false},   {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
+      {"classes", 120, 4, 0.3, 0.5, 0.05, false},  {"classes, gaussian", 120, 4, 0.3, 0.2, 0.05, true},
+      {"threshold 0", 60, 2, 0.0, 0.5, 0.1, false}, {"a high minimum", 60, 2, 0.3, 0.5, 1.0, true},
+  };
+  Generator g(21);
+  for (const Case& c : cases) {
+    check<float>(c, DType::f32, g);
+    check<double>(c, DType::f64, g);
+    check<half_t>(c, DType::f16, g);
+    check<bfloat16_t>(c, DType::bf16, g);
+  }
+  // The best of all is kept although every score is below the minimum.
+  const float boxes[] = {0, 0, 1, 1, 5, 5, 6, 6, 0, 0, 1, 1}, scores[] = {0.1f, 0.3f, 0.3f};
+  const SoftNmsInput in{boxes, DType::f32, 4, 1, scores, DType::f32, 1, 3, 0.3, 0.5, 0.9, false};
+  const int64_t grouped[] = {0, 1, 2}, bounds[] = {0, 3};
+  float final_scores[3], kept_scores[1];
+  uint8_t keep[3];
+  int64_t indices[1];
+  cpu::soft_nms(in, grouped, bounds, final_scores, keep, 0, 1);
+  CHECK(cpu::soft_nms_collect(in, final_scores, keep, indices, kept_scores) == 1, "one is kept");
+  CHECK(indices[0] == 1 && kept_scores[0] == 0.3f, "it is box %lld", static_cast<long long>(indices[0]));
+  return result("soft_nms");
+}
