@@ -49,7 +49,7 @@ def test_what_ptxas_says_is_read(report: ModuleType) -> None:
 
 
 def test_what_machine_code_does_is_counted(report: ModuleType) -> None:
-    code = "LDG.E.128.CONSTANT R4 ; @P0 LDG.E.EF.128 R8 ; LDG.E.64 R2 ; LDG.E R1 ; STL.128 [R1], R4 ; LDL R3 ; LDL.U16 R5"
+    code = "LDG.E.128.CONSTANT R4 ; @P0 LDG.E.EF.128 R8; LDG.E.64 R2 ; LDG.E R1; STL.128 [R1], R4 ; LDL R3 ; LDL.U16 R5"
     assert report.count_instructions(code) == (2, 3)
     assert report.local_bytes(code) == 16 + 4 + 2
 
@@ -131,3 +131,35 @@ def test_cuda_kernels_compile_without_a_gpu(report: ModuleType, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     kernels = json.loads(out.read_text())["kernels"]
     assert kernels and all(k["name"].startswith("qfl_") and k["registers"] > 0 for k in kernels)
+
+
+@pytest.mark.parametrize("stem", ["nms", "decode"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_decisions_are_made_without_fused_arithmetic(report: ModuleType, stem: str, dtype: str) -> None:
+    """Equal indices on all backends need every product and quotient rounded once."""
+    triton = pytest.importorskip("triton", reason="the package triton is not installed")
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gfl_ops._spec import SPECS
+    from gfl_ops.triton import _launch
+
+    if _launch.INTERPRETS:
+        pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
+    if getattr(torch, dtype) not in SPECS[stem].dtypes:
+        pytest.skip(f"{stem} does not take {dtype}")
+    _, launch = report.launches_of(stem, getattr(torch, dtype))[0]
+    *specialised, options = report.specialised(launch)
+    assert options["enable_fp_fusion"] is False
+    ptx = triton.compile(ASTSource(launch.kernel, *specialised), target=GPUTarget("cuda", 90, 32), options=options).asm[
+        "ptx"
+    ]
+    width = dtype.removeprefix("float")
+    # `exp` has fused steps of its own, in fp64; where a box is decided there are none.
+    if stem == "nms":
+        assert "fma." not in ptx
+        assert f"div.rn.f{width}" in ptx and "div.full" not in ptx and "rcp" not in ptx
+    else:
+        assert f"mul.f{width}" in ptx or f"mul.rn.f{width}" in ptx
+        assert dtype == "float64" or "fma.rn.f32" not in ptx

@@ -54,7 +54,8 @@ def _exceeds(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, THRESHOLD: tl.constexpr, OF
         iou = intersection / union
     else:
         iou = tl.div_rn(intersection, union)
-    return iou > THRESHOLD
+    # A bare constant of a comparison is rounded to fp32 by Triton up to 3.7.
+    return iou > tl.full((), THRESHOLD, union.dtype)
 
 
 @triton.jit
