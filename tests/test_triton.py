@@ -189,10 +189,10 @@ def test_a_chain_of_suppressions(n: int) -> None:
 
 def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) -> None:
     """Kept lists of several tiles; more classes than programs; classes of one box and of a hundred."""
-    n = 300
+    n = 180
     boxes = draw_boxes(n, CPU, torch.float32, generator, extent=150.0)
     scores = (uniform((n,), CPU, torch.float32, generator) * 50).floor()  # many ties
-    for classes in (1, 3, 40, 10**6):
+    for classes in (1, 20, 10**6):
         idxs = torch.randint(-classes, classes, (n,), generator=generator)
         got = nms.forward(boxes, scores, idxs, 0.5, False).tolist()
         assert got == by_loop(boxes, scores, idxs, 0.5), f"{classes} classes"
