@@ -77,6 +77,18 @@ def test_any_shape_and_memory_format(backend: str, device: torch.device, generat
     torch.testing.assert_close(sigmoid_focal_loss(pred, target, reduction="mean"), want.mean())
 
 
+def test_more_elements_than_one_pass_of_a_grid(
+    backend: str, device: torch.device, generator: torch.Generator
+) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter would take minutes")
+    pred = torch.randn(1024, generator=generator).to(device)
+    target = (torch.rand(1024, generator=generator) < 0.5).float().to(device)
+    want = sigmoid_focal_loss(pred, target)
+    got = sigmoid_focal_loss(pred.repeat(16_500), target.repeat(16_500)).reshape(16_500, 1024)
+    torch.testing.assert_close(got, want.expand(16_500, 1024), rtol=1e-6, atol=1e-7)
+
+
 def test_empty_input(backend: str, device: torch.device) -> None:
     pred = torch.zeros(0, 3, device=device, requires_grad=True)
     assert sigmoid_focal_loss(pred, pred.detach()).shape == (0, 3)

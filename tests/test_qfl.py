@@ -281,6 +281,17 @@ def test_views(backend: str, device: torch.device, generator: torch.Generator) -
     torch.testing.assert_close(one.grad, twelve.grad.sum(0, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
+def test_more_rows_than_one_pass_of_a_grid(backend: str, device: torch.device, generator: torch.Generator) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter would take minutes")
+    pred, label, score = (t.repeat(80_000, *[1] * (t.dim() - 1)) for t in drawn(7, 1, generator, device))
+    pred = pred.float().requires_grad_()
+    loss = quality_focal_loss(pred, (label, score.float()), reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), pred)
+    for value in (loss, grad[:, 0]):
+        assert torch.equal(value.reshape(80_000, 7), value[:7].expand(80_000, 7))
+
+
 def test_offsets_beyond_32_bits(backend: str, device: torch.device, generator: torch.Generator) -> None:
     """Two rows 2^31 elements apart; of the memory between, no page is touched."""
     far = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=device).as_strided((2, 4), (2**31, 1))
