@@ -80,7 +80,7 @@ NMS = register(
 )
 
 
-def check_boxes(op: str, boxes: object, scores: object) -> None:
+def check_boxes(op: str, boxes: Tensor, scores: Tensor) -> None:
     """What holds for `boxes` ``[N, 4]`` and `scores` ``[N]`` of every operator of this family."""
     _check.tensor(op, "boxes", boxes)
     _check.shape(op, "boxes", boxes, "[N, 4]", (None, 4))
@@ -89,7 +89,7 @@ def check_boxes(op: str, boxes: object, scores: object) -> None:
     _check.same_device(op, "scores", scores, "boxes", boxes)
 
 
-def check_classes(op: str, idxs: object, boxes: Tensor) -> None:
+def check_classes(op: str, idxs: Tensor, boxes: Tensor) -> None:
     _check.tensor(op, "idxs", idxs, _check.INTEGER)
     _check.shape(op, "idxs", idxs, "[N]", (boxes.shape[0],))
     _check.same_device(op, "idxs", idxs, "boxes", boxes)
