@@ -52,7 +52,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     add("--rounds", type=int, default=30, help="turns a provider at most (default %(default)s)")
     add("--seconds", type=float, default=1.0, help="aimed at a case (default %(default)s)")
-    add("--limit", type=float, default=270.0, metavar="S", help="seconds for everything; then it stops (default 270)")
+    add("--limit", type=float, default=240.0, metavar="S", help="seconds for everything; then it stops (default 240)")
     add("--full", action="store_true", help="torch.compile for every dtype and size, and fp64; takes far longer")
     add("--seed", type=int, default=0, help="of what is drawn (default 0)")
     given = parser.parse_args(words)

@@ -30,7 +30,7 @@ BACKENDS = tuple(b for b in _backend.BACKENDS if b != "auto")
 # ‖got − want‖ / ‖want‖. fp32: sums of millions of terms of one sign, and boxes of a thousand pixels a few pixels wide.
 # 16 bits: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 4e-3, "bf16": 1e-2}
-SLOW = 2.0  # seconds: a turn that takes longer is taken once, without a second one that counts its memory
+SLOW = 1.0  # seconds: a turn that takes longer is taken once, without a second one that counts its memory
 # Share of decisions that may differ: exact ties, and IoUs within a rounding of the threshold. Coordinates of 16 bits
 # are whole pixels, so that many an IoU is the threshold itself; peers compare it with a threshold in double.
 DECISIONS = {"fp64": 2e-3, "fp32": 2e-3, "fp16": 2e-2, "bf16": 2e-2}
@@ -344,6 +344,8 @@ class Bench:
                 continue
             result = Result(case.stem, case.name, case.what, batch, dtype, name)
             results.append(result)
+            if self.clock.used > 1.0:
+                call, why = None, "no time left (--limit)"
             if call is None:
                 result.status, result.reason = "skipped", why
                 continue
@@ -398,7 +400,8 @@ class Bench:
             spent = time.perf_counter() - begin
             hurry = 1.0 if self.clock.used < 0.75 else 0.2
             wanted = int(hurry * self.seconds / max(len(runs), 1) / max(spent, 1e-4))
-            turns[name] = max(3 if spent < SLOW else 1, min(self.rounds, wanted))
+            least = 1 if spent > SLOW or self.clock.used > 0.95 else 3
+            turns[name] = max(least, min(self.rounds, wanted))
         most = max(turns.values(), default=0)
         times: dict[str, list[list[float]]] = {name: [] for name in runs}
         for turn in range(most):
@@ -423,7 +426,7 @@ class Bench:
                 result.gb_per_s = moved / total.median / 1e6
                 result.floor_share = moved / self.machine.bandwidth / (total.median / 1e3)
             run.results, run.gradients = None, ()
-            if total is not None and total.median > 1e3 * SLOW:
+            if self.clock.used > 0.95 or (total is not None and total.median > 1e3 * SLOW):
                 continue
             result.memory = self.machine.memory(run.once)
             result.launches = self.machine.launches(run.once)

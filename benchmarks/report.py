@@ -17,6 +17,10 @@ import stamp
 from harness import BACKENDS, Machine, Result
 
 WIDTH = 80
+DISTURBED = (
+    " The machine was disturbed: take ratios of the same case only, or repeat with --clock cpu --threads 1, which counts"
+    " this process alone."
+)
 HEADER = f"{'':<13}{'forward':>8}{'backward':>9}{'both':>9}{'p20–p80':>16}{'GB/s':>7}{'floor':>7}{'MB':>7}"
 COLOURS = {
     "eager": "#9aa0a6",
@@ -145,7 +149,7 @@ def quiet(machine: Machine) -> str:
         return "log1p: not timed"
     low, middle, high = values[len(values) // 10], statistics.median(values), values[len(values) * 9 // 10]
     said = f"log1p of 2^20 numbers beside everything: median {ms(middle)} ms, tenths {ms(low)} to {ms(high)}."
-    return said + (" The machine was disturbed: take ratios only." if high > 1.5 * low else "")
+    return said + (DISTURBED if high > 1.5 * low else "")
 
 
 def write_json(path: Path, results: Sequence[Result], machine: Machine, settings: dict[str, Any]) -> None:
