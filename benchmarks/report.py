@@ -18,8 +18,8 @@ from harness import BACKENDS, Machine, Result
 
 WIDTH = 80
 DISTURBED = (
-    " The machine was disturbed: take ratios of the same case only, or repeat with --clock cpu --threads 1, which counts"
-    " this process alone."
+    " The machine was disturbed: take ratios of the same case only, or repeat with --clock cpu --threads 1, which"
+    " counts this process alone."
 )
 HEADER = f"{'':<13}{'forward':>8}{'backward':>9}{'both':>9}{'p20–p80':>16}{'GB/s':>7}{'floor':>7}{'MB':>7}"
 COLOURS = {
