@@ -176,14 +176,16 @@ def _reference_backward(spec: OpSpec, *args: Any) -> Any:
     # torch.func records a graph although the dispatcher has switched autograd off by the time a kernel runs.
     vjp = torch.func.vjp(of_differentiable, *(arguments[p] for p in positions))[1]
     computed = iter(vjp(grads if spec.results > 1 else grads[0]))
-    results = []
+    results: list[Any] = []
     for name, needed in zip(spec.differentiable, needs):
         value = arguments[spec.arguments.index(name)]
-        if needed:
-            gradient = next(computed)
+        gradient = next(computed) if needed else None
+        if isinstance(value, Tensor):
+            results.append(_nothing(value) if gradient is None else gradient)
+        elif gradient is None:
+            results.append([_nothing(v) for v in value])
         else:
-            gradient = _nothing(value) if isinstance(value, Tensor) else [_nothing(v) for v in value]
-        results.append(gradient)
+            results.append([torch.empty_like(v).copy_(g) for v, g in zip(value, gradient)])
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -196,7 +198,8 @@ def _fake_backward(spec: OpSpec) -> Callable[..., Any]:
     def gradient(value: Any, needed: bool) -> Any:
         if isinstance(value, Tensor):
             return value.new_empty(value.shape) if needed else _nothing(value)
-        return [gradient(v, needed) for v in value]
+        # Lists are of maps, whose gradients keep their memory format.
+        return [torch.empty_like(v) if needed else _nothing(v) for v in value]
 
     def fake(*args: Any) -> Any:
         arguments, needs = args[len(spec.grads) : -1], args[-1]
@@ -228,6 +231,8 @@ def _differentiate(namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: 
                 layout.append(("constant", value))
         ctx.save_for_backward(*tensors)
         ctx.layout = layout
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.grads))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)

@@ -7,6 +7,7 @@ from .ops.decode import decode
 from .ops.dfl import distribution_focal_loss
 from .ops.dfl_integral import dfl_integral
 from .ops.focal import sigmoid_focal_loss
+from .ops.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
 from .ops.integral import integral
 from .ops.iou import box_iou_loss, giou_loss
 from .ops.multiclass_nms import multiclass_nms
@@ -19,6 +20,7 @@ from .ops.vfl import varifocal_loss
 __all__ = [
     "Assignment",
     "Detections",
+    "HeadLoss",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -27,7 +29,9 @@ __all__ = [
     "dfl_integral",
     "distance_to_box",
     "distribution_focal_loss",
+    "gfl_loss",
     "giou_loss",
+    "head_loss_norms",
     "integral",
     "multiclass_nms",
     "nms",

@@ -8,12 +8,16 @@
 #include "../cpu/isa.h"
 #include "ops.h"
 
+// pybind11 makes lists into vectors; the operators take views of them.
+using Numbers = std::vector<double>;
+using Tensors = std::vector<at::Tensor>;
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace gfl::binding;
   m.def("cpu_isa", &gfl::cpu::isa_name, "The instruction set that the CPU kernels use on this processor.");
-  m.def("atss_forward", [](const std::vector<int64_t>& level_sizes, const std::vector<double>& strides,
+  m.def("atss_forward", [](const std::vector<int64_t>& level_sizes, const Numbers& strides,
                            const at::Tensor& gt_boxes, const at::Tensor& gt_labels, const OptionalTensor& valid_sizes,
-                           int64_t topk, double anchor_scale, const std::vector<double>& center_offset, bool legacy) {
+                           int64_t topk, double anchor_scale, const Numbers& center_offset, bool legacy) {
     return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset, legacy);
   });
   m.def("box_to_distance_forward", &box_to_distance_forward);
@@ -30,15 +34,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("distance_to_box_backward", &distance_to_box_backward);
   m.def("focal_forward", &focal_forward);
   m.def("focal_backward", &focal_backward);
+  m.def("gfl_loss_forward",
+        [](const Tensors& cls_scores, const Tensors& reg_preds, const Numbers& strides, const at::Tensor& labels,
+           const at::Tensor& matched, const at::Tensor& gt_boxes, const OptionalTensor& cls_norm,
+           const OptionalTensor& box_norm, int64_t reg_max, const Numbers& loss_weights, double beta,
+           const Numbers& center_offset, bool legacy) {
+          return gfl_loss_forward(cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max,
+                                  loss_weights, beta, center_offset, legacy);
+        });
+  m.def("gfl_loss_backward",
+        [](const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl, const Tensors& cls_scores,
+           const Tensors& reg_preds, const Numbers& strides, const at::Tensor& labels, const at::Tensor& matched,
+           const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+           const Numbers& loss_weights, double beta, const Numbers& center_offset, bool legacy, Needs2 needs) {
+          return gfl_loss_backward(grad_cls, grad_box, grad_dfl, cls_scores, reg_preds, strides, labels, matched,
+                                   gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta, center_offset, legacy,
+                                   needs);
+        });
   m.def("integral_forward", &integral_forward);
   m.def("integral_backward", &integral_backward);
   m.def("iou_forward", &iou_forward);
   m.def("iou_backward", &iou_backward);
   m.def("postprocess_forward",
-        [](const std::vector<at::Tensor>& cls_scores, const std::vector<at::Tensor>& reg_preds,
-           const std::vector<double>& strides, const at::Tensor& image_sizes, const OptionalTensor& scale_factors,
+        [](const Tensors& cls_scores, const Tensors& reg_preds,
+           const Numbers& strides, const at::Tensor& image_sizes, const OptionalTensor& scale_factors,
            int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold, int64_t max_detections,
-           const std::vector<double>& center_offset, bool anchor_topk, bool activated, bool legacy) {
+           const Numbers& center_offset, bool anchor_topk, bool activated, bool legacy) {
           return postprocess_forward(cls_scores, reg_preds, strides, image_sizes, scale_factors, reg_max,
                                      score_threshold, nms_pre, iou_threshold, max_detections, center_offset,
                                      anchor_topk, activated, legacy);

@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace gfl::binding {
 
@@ -59,6 +60,17 @@ std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, c
                                                   const at::Tensor& target, double alpha, double gamma,
                                                   bool activated, Needs2 needs);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_forward(
+    at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& labels,
+    const at::Tensor& matched, const at::Tensor& gt_boxes, const OptionalTensor& cls_norm,
+    const OptionalTensor& box_norm, int64_t reg_max, at::ArrayRef<double> loss_weights, double beta,
+    at::ArrayRef<double> center_offset, bool legacy);
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
+    const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl, at::TensorList cls_scores,
+    at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& labels, const at::Tensor& matched,
+    const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+    at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy, Needs2 needs);
+
 at::Tensor integral_forward(const at::Tensor& pred, int64_t reg_max);
 at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& pred, int64_t reg_max,
                              std::array<bool, 1> needs);
@@ -66,6 +78,7 @@ at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& 
 at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t kind, double eps);
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const at::Tensor& target, int64_t kind, double eps, Needs2 needs);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& image_sizes,
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gfl/gfl_loss.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "common.h"
+#include "gfl/rows.h"
+#include "ops.h"
+
+namespace gfl::binding {
+namespace {
+
+constexpr int64_t kPositivesPerChunk = 16;
+
+// `in` points into the other members and into the tensors of the call.
+struct Prepared {
+  std::vector<HeadLevel> levels;
+  at::Tensor labels, matched, gt_boxes;
+  GflLossInput in;
+  std::vector<HeadPositive> positives;
+  std::vector<HeadTerms> terms;
+  std::vector<HeadBlock> blocks;
+  double count_norm, weight_sum, cls_norm, box_norm;
+};
+
+void copy_strides(const at::Tensor& t, int64_t (&out)[4]) { std::copy_n(t.strides().begin(), 4, out); }
+
+void check_maps(at::TensorList maps, const at::Tensor& like, int64_t channels, const char* argument) {
+  for (const at::Tensor& map : maps) {
+    check_dim(map, 4, argument);
+    check_dtype(map, maps[0].scalar_type(), argument);
+    check_device(map, like, argument);
+    check_shape(map, {like.size(0), channels, map.size(2), map.size(3)}, argument);
+  }
+}
+
+double norm_of(const OptionalTensor& norm, at::ScalarType dtype, double otherwise, const char* argument) {
+  if (!norm.has_value()) return otherwise;
+  check_shape(*norm, {}, argument);
+  check_dtype(*norm, dtype, argument);
+  return dtype == at::kDouble ? *norm->const_data_ptr<double>() : double(*norm->const_data_ptr<float>());
+}
+
+// Checks, and everything that both directions need: positives, their terms, the norms.
+void prepare(Prepared& p, at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
+             const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
+             const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+             at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy) {
+  const size_t count = cls_scores.size();
+  TORCH_CHECK_VALUE(count > 0, "gfl: `cls_scores` must hold at least one level");
+  TORCH_CHECK_VALUE(reg_preds.size() == count && strides.size() == count && center_offset.size() == count,
+                    "gfl: `reg_preds`, `strides` and `center_offset` must hold one item for each of ", count, " levels");
+  TORCH_CHECK_VALUE(loss_weights.size() == 3, "gfl: `loss_weights` must hold three numbers, got ", loss_weights.size());
+  TORCH_CHECK_VALUE(reg_max >= 1 && reg_max < kMaxBins, "gfl: `reg_max` must be in [1, ", kMaxBins - 1, "], got ",
+                    reg_max);
+  const at::Tensor& first = cls_scores[0];
+  check_dim(first, 4, "cls_scores");
+  TORCH_CHECK_VALUE(first.size(1) > 0, "gfl: `cls_scores` must have at least one channel");
+  check_maps(cls_scores, first, first.size(1), "cls_scores");
+  check_maps(reg_preds, first, 4 * (reg_max + 1), "reg_preds");
+  const at::ScalarType acc = accumulator_of(first);
+  TORCH_CHECK_TYPE(accumulator_of(reg_preds[0]) == acc, "gfl: `reg_preds` must be fp64 if `cls_scores` are, and only then");
+  int64_t locations = 0;
+  for (size_t l = 0; l < count; ++l) {
+    const at::Tensor &cls = cls_scores[l], &reg = reg_preds[l];
+    check_shape(reg, {cls.size(0), reg.size(1), cls.size(2), cls.size(3)}, "reg_preds");
+    HeadLevel level{cls.const_data_ptr(), reg.const_data_ptr(), cls.size(2),      cls.size(3),
+                    {},                   {},                   strides[l], center_offset[l]};
+    copy_strides(cls, level.cls_stride);
+    copy_strides(reg, level.reg_stride);
+    p.levels.push_back(level);
+    locations += level.height * level.width;
+  }
+  const int64_t images = first.size(0);
+  for (const auto& [t, name] : {std::pair{&labels, "labels"}, std::pair{&matched, "matched"}}) {
+    check_shape(*t, {images, locations}, name);
+    check_dtype(*t, at::kLong, name);
+    check_device(*t, first, name);
+  }
+  check_dim(gt_boxes, 3, "gt_boxes");
+  check_shape(gt_boxes, {images, gt_boxes.size(1), 4}, "gt_boxes");
+  check_dtype(gt_boxes, acc, "gt_boxes");
+  check_device(gt_boxes, first, "gt_boxes");
+  p.labels = labels.contiguous();
+  p.matched = matched.contiguous();
+  p.gt_boxes = gt_boxes.contiguous();
+  p.in = GflLossInput{p.levels.data(),
+                      static_cast<int64_t>(count),
+                      dtype_of(first, "cls_scores"),
+                      dtype_of(reg_preds[0], "reg_preds"),
+                      images,
+                      first.size(1),
+                      reg_max,
+                      locations,
+                      p.labels.const_data_ptr<int64_t>(),
+                      p.matched.const_data_ptr<int64_t>(),
+                      p.gt_boxes.const_data_ptr(),
+                      gt_boxes.size(1),
+                      beta,
+                      legacy};
+
+  p.positives = cpu::gfl_loss_positives(p.in);
+  p.blocks = cpu::gfl_loss_blocks(p.in);
+  p.terms.resize(p.positives.size());
+  for_chunks(static_cast<int64_t>(p.terms.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
+    cpu::gfl_loss_terms(p.in, p.positives.data(), p.terms.data(), begin, end);
+  });
+  std::vector<int64_t> per_image(images, 0);
+  p.weight_sum = 0;
+  for (size_t i = 0; i < p.terms.size(); ++i) {
+    ++per_image[p.positives[i].image];
+    p.weight_sum += p.terms[i].weight;
+  }
+  int64_t positives = 0;
+  for (const int64_t n : per_image) positives += std::max<int64_t>(n, 1);
+  p.cls_norm = norm_of(cls_norm, acc, static_cast<double>(std::max<int64_t>(positives, 1)), "cls_norm");
+  // Not std::max, which would hide a NaN.
+  p.box_norm = norm_of(box_norm, acc, p.weight_sum < 1 ? 1 : p.weight_sum, "box_norm");
+}
+
+double number_of(const at::Tensor& t, at::ScalarType dtype, const char* argument) {
+  return norm_of(t, dtype, 0, argument);
+}
+
+// Gradients have the layout of their maps, where that has no overlap and no gaps.
+std::vector<at::Tensor> like(at::TensorList maps, bool needed) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& map : maps) result.push_back(needed ? at::empty_like(map) : at::empty({0}, map.options()));
+  return result;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_forward(
+    at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& labels,
+    const at::Tensor& matched, const at::Tensor& gt_boxes, const OptionalTensor& cls_norm,
+    const OptionalTensor& box_norm, int64_t reg_max, at::ArrayRef<double> loss_weights, double beta,
+    at::ArrayRef<double> center_offset, bool legacy) {
+  Prepared p;
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta,
+          center_offset, legacy);
+  std::vector<double> sums(p.blocks.size());
+  for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    cpu::gfl_loss_scores(p.in, p.positives, p.terms.data(), p.blocks.data(), sums.data(), begin, end);
+  });
+  double cls = 0, box = 0, dfl = 0;
+  for (const double sum : sums) cls += sum;
+  for (const HeadTerms& t : p.terms) {
+    box += t.weight * t.box;
+    dfl += t.weight * t.dfl;
+  }
+  const auto scalar = [&](double value) {
+    return at::scalar_tensor(value, cls_scores[0].options().dtype(accumulator_of(cls_scores[0])));
+  };
+  return {scalar(loss_weights[0] * cls / p.cls_norm), scalar(loss_weights[1] * box / p.box_norm),
+          scalar(loss_weights[2] * dfl / p.box_norm), scalar(static_cast<double>(p.positives.size())),
+          scalar(p.weight_sum)};
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
+    const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl, at::TensorList cls_scores,
+    at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& labels, const at::Tensor& matched,
+    const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+    at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy, Needs2 needs) {
+  Prepared p;
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta,
+          center_offset, legacy);
+  const at::ScalarType acc = accumulator_of(cls_scores[0]);
+  const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * loss_weights[0] / p.cls_norm,
+                          number_of(grad_box, acc, "grad_box") * loss_weights[1] / p.box_norm,
+                          number_of(grad_dfl, acc, "grad_dfl") * loss_weights[2] / p.box_norm};
+  std::vector<at::Tensor> grad_scores = like(cls_scores, needs[0]), grad_preds = like(reg_preds, needs[1]);
+  std::vector<HeadGradients> gradients(p.levels.size());
+  for (size_t l = 0; l < gradients.size(); ++l) {
+    if (needs[0]) {
+      gradients[l].cls = grad_scores[l].mutable_data_ptr();
+      copy_strides(grad_scores[l], gradients[l].cls_stride);
+    }
+    if (needs[1]) {
+      gradients[l].reg = grad_preds[l].zero_().mutable_data_ptr();
+      copy_strides(grad_preds[l], gradients[l].reg_stride);
+    }
+  }
+  if (needs[0]) {
+    for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
+      cpu::gfl_loss_scores_backward(p.in, p.positives, p.terms.data(), p.blocks.data(), scales.cls, gradients.data(),
+                                    begin, end);
+    });
+  }
+  if (needs[1]) {
+    for_chunks(static_cast<int64_t>(p.positives.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
+      cpu::gfl_loss_terms_backward(p.in, p.positives.data(), p.terms.data(), scales, gradients.data(), begin, end);
+    });
+  }
+  return {std::move(grad_scores), std::move(grad_preds)};
+}
+
+GFL_IMPL_CPU("gfl_loss_fwd", gfl_loss_forward)
+GFL_IMPL_CPU("gfl_loss_bwd", gfl_loss_backward)
+
+}  // namespace gfl::binding
