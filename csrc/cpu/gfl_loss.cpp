@@ -3,9 +3,10 @@
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
-// The logits of a block come as a tile, classes by locations, so that layout and dtype are dealt with once, on the way in
-// and out. A location's classes are summed in order in A, everything else in order in double: chunks are pieces whose
-// bounds depend on shapes only, so that the same bits come out at any number of threads.
+// The logits of up to 64 locations come as a tile in A, so that layout and dtype are dealt with once, on the way in and out.
+// All of a tile is computed as background, with β = 2 by the vector code of simd/gfl_loss.cpp, and the few elements that
+// belong to positives are put right. A location's classes are summed in order in A, everything else in order in double:
+// chunks are pieces whose bounds depend on shapes only, so that the same bits come out at any number of threads.
 #include "gfl/gfl_loss.h"
 
 #include <algorithm>
@@ -13,7 +14,13 @@
 
 #include "focal.h"
 #include "gfl_loss.h"
+#include "isa.h"
 #include "scalar.h"
+
+namespace gfl {
+GFL_DECLARE_PER_ISA(void head_background_loss(float* tile, int64_t count))
+GFL_DECLARE_PER_ISA(void head_background_gradient(float* tile, float scale, int64_t count))
+}  // namespace gfl
 
 namespace gfl::cpu {
 namespace {
@@ -25,16 +32,6 @@ constexpr int64_t kNotCounted = -2;
 
 int64_t element(const int64_t (&stride)[4], int64_t image, int64_t channel, int64_t row, int64_t column) {
   return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
-}
-
-// Quality focal loss against 0 of n logits.
-template <class A> void background_loss(const A* x, A beta, int64_t n, A* value) {
-  for (int64_t i = 0; i < n; ++i) value[i] = qfl_term(x[i], A(0), beta, false).value;
-}
-
-// Replaces n logits by the scaled derivative of that.
-template <class A> void background_gradient(A* x, A beta, A scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = scale * qfl_term(x[i], A(0), beta, false).grad_pred;
 }
 
 // ---- positives ----
@@ -155,29 +152,83 @@ struct Offsets {
   }
 };
 
-// Visits the elements of a tile in the order that suits the map's layout: visit(place in the map, place in the tile).
-template <class Visit>
-void for_elements(const Tile& tile, const Offsets& offsets, int64_t channel_stride, int64_t first, int64_t classes,
-                  const Visit& visit) {
-  if (offsets.adjacent) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const int64_t row = (first + c) * channel_stride + offsets.at[0];
-      for (int64_t i = 0; i < tile.count; ++i) visit(row + i, c * kTile + i);
+// Classes [first, first + classes) of a tile: element (location i, class c) is at i·location + (c − first)·channel. The
+// layout follows that of the map, so that copies run along the memory of both.
+struct TileLayout { int64_t location, channel, first, classes; };
+
+// Copies between a map and a tile: copy(place in the map, place in the tile).
+template <class Copy>
+void for_elements(const Tile& tile, const TileLayout& layout, const Offsets& offsets, int64_t channel_stride,
+                  const Copy& copy) {
+  if (offsets.adjacent && layout.location == 1) {
+    for (int64_t c = 0; c < layout.classes; ++c) {
+      const int64_t from = (layout.first + c) * channel_stride + offsets.at[0], to = c * layout.channel;
+      for (int64_t i = 0; i < tile.count; ++i) copy(from + i, to + i);
     }
-    return;
-  }
-  for (int64_t i = 0; i < tile.count; ++i) {
-    for (int64_t c = 0; c < classes; ++c) visit((first + c) * channel_stride + offsets.at[i], c * kTile + i);
+  } else if (channel_stride == 1 && layout.channel == 1) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const int64_t from = layout.first + offsets.at[i], to = i * layout.location;
+      for (int64_t c = 0; c < layout.classes; ++c) copy(from + c, to + c);
+    }
+  } else {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      for (int64_t c = 0; c < layout.classes; ++c) {
+        copy((layout.first + c) * channel_stride + offsets.at[i], i * layout.location + c * layout.channel);
+      }
+    }
   }
 }
 
-// What the positives of a tile have in the classes [first, first + classes): visit(index of the positive, place in the tile).
-template <class Visit>
-void for_labels(const Tile& tile, const HeadPositive* all, int64_t first, int64_t classes, const Visit& visit) {
-  for (const HeadPositive* p = tile.first; p != tile.last; ++p) {
-    if (p->label < first || p->label >= first + classes) continue;
-    visit(p - all, (p->label - first) * kTile + (p->location - tile.location));
-  }
+// Everything of a tile as background; kTile · classes elements.
+template <class A> void background_loss(A* tile, A beta, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) tile[i] = qfl_term(tile[i], A(0), beta, false).value;
+}
+template <class A> void background_gradient(A* tile, A beta, A scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) tile[i] = scale * qfl_term(tile[i], A(0), beta, false).grad_pred;
+}
+void vector_loss(float* tile, int64_t count) { GFL_BY_ISA(head_background_loss, tile, count); }
+void vector_gradient(float* tile, float scale, int64_t count) {
+  GFL_BY_ISA(head_background_gradient, tile, scale, count);
+}
+void background_loss(float* tile, float beta, int64_t count) {
+  if (beta == 2.0f) return vector_loss(tile, count);
+  background_loss<float>(tile, beta, count);
+}
+void background_gradient(float* tile, float beta, float scale, int64_t count) {
+  if (beta == 2.0f) return vector_gradient(tile, scale, count);
+  background_gradient<float>(tile, beta, scale, count);
+}
+
+// Walks a block tile by tile. `own(logit, positive's index)` is an element of a positive at its label, `background(tile,
+// count)` replaces logits, and `finish(level, tile, layout, values)` takes the result.
+template <class T, class Own, class Background, class Finish>
+void walk(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadBlock& block, const Own& own,
+          const Background& background, const Finish& finish) {
+  using A = acc_t<T>;
+  alignas(64) A values[kTileClasses * kTile] = {};
+  A at_label[kTile];
+  for_tiles(in, positives, block, [&](const HeadLevel& level, const Tile& tile) {
+    const T* map = static_cast<const T*>(level.cls);
+    const Offsets offsets(tile, level.width, level.cls_stride);
+    for (int64_t first = 0; first < in.classes; first += kTileClasses) {
+      const int64_t classes = std::min(kTileClasses, in.classes - first);
+      const bool channels_last = level.cls_stride[1] == 1 && !offsets.adjacent;
+      const TileLayout layout{channels_last ? classes : 1, channels_last ? 1 : kTile, first, classes};
+      for_elements(tile, layout, offsets, level.cls_stride[1],
+                   [&](int64_t from, int64_t to) { values[to] = load(map + from); });
+      const auto for_labels = [&](const auto& visit) {
+        for (const HeadPositive* p = tile.first; p != tile.last; ++p) {
+          if (p->label < first || p->label >= first + classes) continue;
+          const int64_t place = p->location - tile.location;
+          visit(values[place * layout.location + (p->label - first) * layout.channel], at_label[place], p);
+        }
+      };
+      for_labels([&](A& value, A& kept, const HeadPositive* p) { kept = own(value, p - positives.data()); });
+      background(values, kTile * classes);
+      for_labels([&](A& value, A& kept, const HeadPositive*) { value = kept; });
+      finish(level, tile, layout, values);
+    }
+  });
 }
 
 template <class T>
@@ -185,31 +236,22 @@ double block_loss(const GflLossInput& in, const std::vector<HeadPositive>& posit
                   const HeadBlock& block) {
   using A = acc_t<T>;
   const A beta = static_cast<A>(in.beta);
-  alignas(64) A logits[kTileClasses * kTile];
   double sum = 0;
-  for_tiles(in, positives, block, [&](const HeadLevel& level, const Tile& tile) {
-    const T* map = static_cast<const T*>(level.cls);
-    const Offsets offsets(tile, level.width, level.cls_stride);
-    A row[kTile] = {};
-    for (int64_t first = 0; first < in.classes; first += kTileClasses) {
-      const int64_t classes = std::min(kTileClasses, in.classes - first);
-      for_elements(tile, offsets, level.cls_stride[1], first, classes,
-                   [&](int64_t from, int64_t to) { logits[to] = load(map + from); });
-      const auto positive = [&](int64_t index, int64_t at) {
-        return qfl_term(logits[at], static_cast<A>(terms[index].score), beta, false).value;
-      };
-      A values[kTile];
-      for (int64_t c = 0; c < classes; ++c) {
-        background_loss(logits + c * kTile, beta, tile.count, values);
-        for_labels(tile, positives.data(), first + c, 1,
-                   [&](int64_t index, int64_t at) { values[at] = positive(index, c * kTile + at); });
-        for (int64_t i = 0; i < tile.count; ++i) row[i] += values[i];
-      }
-    }
-    for (int64_t i = 0; i < tile.count; ++i) {
-      if (in.labels[tile.location + i] != kNotCounted) sum += static_cast<double>(row[i]);
-    }
-  });
+  A row[kTile];
+  walk<T>(
+      in, positives, block,
+      [&](A x, int64_t index) { return qfl_term(x, static_cast<A>(terms[index].score), beta, false).value; },
+      [&](A* values, int64_t count) { background_loss(values, beta, count); },
+      [&](const HeadLevel&, const Tile& tile, const TileLayout& layout, const A* values) {
+        if (layout.first == 0) std::fill(row, row + kTile, A(0));
+        for (int64_t c = 0; c < layout.classes; ++c) {
+          for (int64_t i = 0; i < tile.count; ++i) row[i] += values[i * layout.location + c * layout.channel];
+        }
+        if (layout.first + layout.classes < in.classes) return;
+        for (int64_t i = 0; i < tile.count; ++i) {
+          if (in.labels[tile.location + i] != kNotCounted) sum += static_cast<double>(row[i]);
+        }
+      });
   return sum;
 }
 
@@ -218,32 +260,22 @@ void block_backward(const GflLossInput& in, const std::vector<HeadPositive>& pos
                     const HeadBlock& block, double scale, const HeadGradients& out) {
   using A = acc_t<T>;
   const A beta = static_cast<A>(in.beta), factor = static_cast<A>(scale);
-  alignas(64) A tile_values[kTileClasses * kTile];
   T* const grad = static_cast<T*>(out.cls);
-  for_tiles(in, positives, block, [&](const HeadLevel& level, const Tile& tile) {
-    const T* map = static_cast<const T*>(level.cls);
-    const Offsets offsets(tile, level.width, level.cls_stride), grad_offsets(tile, level.width, out.cls_stride);
-    for (int64_t first = 0; first < in.classes; first += kTileClasses) {
-      const int64_t classes = std::min(kTileClasses, in.classes - first);
-      for_elements(tile, offsets, level.cls_stride[1], first, classes,
-                   [&](int64_t from, int64_t to) { tile_values[to] = load(map + from); });
-      for (int64_t c = 0; c < classes; ++c) {
-        A* values = tile_values + c * kTile;
-        A own[kTile];
-        for_labels(tile, positives.data(), first + c, 1, [&](int64_t index, int64_t at) {
-          own[at] = factor * qfl_term(values[at], static_cast<A>(terms[index].score), beta, false).grad_pred;
-        });
-        background_gradient(values, beta, factor, tile.count);
-        for_labels(tile, positives.data(), first + c, 1, [&](int64_t, int64_t at) { values[at] = own[at]; });
-      }
-      for (int64_t i = 0; i < tile.count; ++i) {
-        if (in.labels[tile.location + i] != kNotCounted) continue;
-        for (int64_t c = 0; c < classes; ++c) tile_values[c * kTile + i] = 0;
-      }
-      for_elements(tile, grad_offsets, out.cls_stride[1], first, classes,
-                   [&](int64_t to, int64_t from) { store(grad + to, tile_values[from]); });
-    }
-  });
+  walk<T>(
+      in, positives, block,
+      [&](A x, int64_t index) {
+        return factor * qfl_term(x, static_cast<A>(terms[index].score), beta, false).grad_pred;
+      },
+      [&](A* values, int64_t count) { background_gradient(values, beta, factor, count); },
+      [&](const HeadLevel& level, const Tile& tile, const TileLayout& layout, A* values) {
+        for (int64_t i = 0; i < tile.count; ++i) {
+          if (in.labels[tile.location + i] != kNotCounted) continue;
+          for (int64_t c = 0; c < layout.classes; ++c) values[i * layout.location + c * layout.channel] = 0;
+        }
+        const Offsets offsets(tile, level.width, out.cls_stride);
+        for_elements(tile, layout, offsets, out.cls_stride[1],
+                     [&](int64_t to, int64_t from) { store(grad + to, values[from]); });
+      });
 }
 
 }  // namespace
