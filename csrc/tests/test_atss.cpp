@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The assignment against every distance of every box to every cell, sorted.
+#include "gfl/atss.h"
+
+#include <algorithm>
+
+#include "atss.h"
+#include "testing.h"
+
+namespace {
+
+using namespace gfl;
+using gfl::testing::Buffer;
+using gfl::testing::Generator;
+
+struct Result {
+  std::vector<int64_t> labels, matched;
+  std::vector<float> iou;
+};
+
+struct Cell {
+  float distance;
+  int64_t x, y, location;
+};
+
+Result by_sorting(const AtssInput& in) {
+  Result r;
+  for (int64_t image = 0; image < in.images; ++image) {
+    const int64_t base = image * in.locations;
+    std::vector<std::vector<Cell>> cells(static_cast<size_t>(in.level_count));
+    int64_t location = 0;
+    for (int64_t l = 0; l < in.level_count; ++l) {
+      const AtssLevel& level = in.levels[l];
+      for (int64_t y = 0; y < level.height; ++y) {
+        for (int64_t x = 0; x < level.width; ++x, ++location) {
+          const bool inside = in.valid_sizes == nullptr ||
+                              (static_cast<float>(y) < std::ceil(in.valid_sizes[2 * image] / level.stride) &&
+                               static_cast<float>(x) < std::ceil(in.valid_sizes[2 * image + 1] / level.stride));
+          r.labels.push_back(inside ? -1 : -2);
+          r.matched.push_back(-1);
+          r.iou.push_back(0);
+          if (inside) cells[static_cast<size_t>(l)].push_back({0, x, y, location});
+        }
+      }
+    }
+    for (int64_t slot = 0; slot < in.gts; ++slot) {
+      const int64_t label = in.gt_labels[image * in.gts + slot];
+      const float* b = in.gt_boxes + (image * in.gts + slot) * 4;
+      if (label < 0 || !is_finite_box(b)) continue;
+      const GtBox g = gt_box(b, in.legacy);
+      std::vector<float> overlaps;
+      std::vector<Cell> candidates;
+      for (int64_t l = 0; l < in.level_count; ++l) {
+        const AtssLevel& level = in.levels[l];
+        std::vector<Cell> sorted = cells[static_cast<size_t>(l)];
+        for (Cell& c : sorted) {
+          const float dx = cell_centre(level, c.x) - g.centre_x, dy = cell_centre(level, c.y) - g.centre_y;
+          const float dx2 = dx * dx, dy2 = dy * dy;
+          c.distance = dx2 + dy2;
+        }
+        std::stable_sort(sorted.begin(), sorted.end(), [](const Cell& a, const Cell& c) { return a.distance < c.distance; });
+        sorted.resize(std::min(sorted.size(), static_cast<size_t>(in.topk)));
+        for (const Cell& c : sorted) {
+          overlaps.push_back(prior_iou(level, cell_centre(level, c.x), cell_centre(level, c.y), g, in.legacy));
+          candidates.push_back(c);
+          if (!centre_inside(cell_centre(level, c.x), cell_centre(level, c.y), g.box)) candidates.back().location = -1;
+        }
+      }
+      const float threshold = atss_threshold(overlaps.data(), static_cast<int64_t>(overlaps.size()));
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        if (candidates[i].location < 0 || !(overlaps[i] >= threshold)) continue;
+        const size_t at = static_cast<size_t>(base + candidates[i].location);
+        if (r.matched[at] >= 0 && !(overlaps[i] > r.iou[at])) continue;
+        r.labels[at] = label;
+        r.matched[at] = slot;
+        r.iou[at] = overlaps[i];
+      }
+    }
+  }
+  return r;
+}
+
+int64_t positives = 0;
+
+void compare(const AtssInput& in, const char* name) {
+  const size_t size = static_cast<size_t>(in.images * in.locations);
+  Buffer<int64_t> labels(size), matched(size);
+  Buffer<float> iou(size);
+  // Image by image, as chunks may come.
+  for (int64_t b = 0; b < in.images; ++b) cpu::atss(in, labels.data(), matched.data(), iou.data(), b, b + 1);
+  const Result want = by_sorting(in);
+  for (size_t i = 0; i < size; ++i) {
+    positives += want.matched[i] >= 0;
+    CHECK(labels.data()[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
+          static_cast<long long>(labels.data()[i]), static_cast<long long>(want.labels[i]));
+    CHECK(matched.data()[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
+          static_cast<long long>(matched.data()[i]), static_cast<long long>(want.matched[i]));
+    CHECK(iou.data()[i] == want.iou[i], "%s: IoU of %zu", name, i);
+  }
+}
+
+std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& sizes, float offset, bool legacy) {
+  std::vector<AtssLevel> levels;
+  float stride = 8;
+  for (const auto& [height, width] : sizes) {
+    levels.push_back({height, width, stride, offset, legacy ? (stride - 1) / 2 : 0, (8 * stride - (legacy ? 1 : 0)) / 2});
+    stride *= 2;
+  }
+  return levels;
+}
+
+}  // namespace
+
+int main() {
+  Generator draw(20);
+  const std::vector<std::vector<std::pair<int64_t, int64_t>>> shapes = {
+      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{1, 1}}, {{40, 40}, {0, 3}}};
+  for (const auto& shape : shapes) {
+    for (const int64_t topk : {1, 2, 4, 9, 25, 60}) {
+      for (const bool legacy : {false, true}) {
+        const std::vector<AtssLevel> levels = pyramid(shape, topk == 4 ? 0.5f : 0.0f, legacy);
+        const int64_t images = 2, gts = 24;
+        int64_t locations = 0;
+        for (const AtssLevel& level : levels) locations += level.height * level.width;
+        const double extent = 8.0 * static_cast<double>(std::max(shape[0].first, shape[0].second));
+        std::vector<float> boxes;
+        std::vector<int64_t> labels;
+        for (int64_t i = 0; i < images * gts; ++i) {
+          double x = draw.uniform(-0.3 * extent, 1.3 * extent), y = draw.uniform(-0.3 * extent, 1.3 * extent);
+          double w = std::exp(draw.uniform(0, 6)), h = std::exp(draw.uniform(0, 6));
+          if (i % 3 == 0) x = std::round(x / 4) * 4, y = std::round(y / 4) * 4, w = std::round(w) * 2, h = w;
+          if (i % 11 == 0) x *= 1e5, w = 1e7, h = 1e7;  // so far away that rounding makes whole rows equally far
+          for (const double v : {x - w / 2, y - h / 2, x + w / 2, y + h / 2}) boxes.push_back(static_cast<float>(v));
+          labels.push_back(draw.integer(-1, 5));
+        }
+        labels[0] = 3;
+        const float middle = static_cast<float>(extent / 2);
+        std::copy_n(std::vector<float>{-40, -40, middle + 40, middle + 40}.begin(), 4, boxes.begin());
+        boxes[4 * 5 + 1] = NAN;
+        boxes[4 * 6 + 2] = INFINITY;
+        const std::vector<float> valid = {70, 70, 33, 0};
+        for (const bool whole : {true, false}) {
+          const AtssInput in{levels.data(), static_cast<int64_t>(levels.size()), locations, boxes.data(), labels.data(),
+                             whole ? nullptr : valid.data(), images, gts, topk, legacy};
+          char name[80];
+          std::snprintf(name, sizeof name, "%lldx%lld topk %lld%s%s", static_cast<long long>(shape[0].first),
+                        static_cast<long long>(shape[0].second), static_cast<long long>(topk), legacy ? " legacy" : "",
+                        whole ? "" : " valid");
+          compare(in, name);
+        }
+      }
+    }
+  }
+  CHECK(positives > 1000, "only %lld positives in all", static_cast<long long>(positives));
+  return gfl::testing::result("atss");
+}

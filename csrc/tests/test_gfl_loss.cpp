@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// The head's loss against plain loops in double, and its gradient against differences of those.
+#include "gfl/gfl_loss.h"
+
+#include <algorithm>
+
+#include "gfl/parallel.h"
+#include "testing.h"
+
+namespace {
+
+using namespace gfl;
+using gfl::testing::Generator;
+using gfl::testing::close;
+
+struct Losses { double cls, box, dfl; };
+
+// Everything in double, but for what a map holds.
+struct Case {
+  std::vector<std::pair<int64_t, int64_t>> sizes;
+  int64_t images, classes, reg_max, gts;
+  double beta;
+  bool legacy, channels_last;
+  std::vector<std::vector<double>> cls, reg;  // a level: [images, channels, height, width]
+  std::vector<int64_t> labels, matched;
+  std::vector<double> boxes;
+  int64_t locations() const {
+    int64_t n = 0;
+    for (const auto& [h, w] : sizes) n += h * w;
+    return n;
+  }
+  double stride(size_t level) const { return 8.0 * static_cast<double>(int64_t{1} << level); }
+};
+
+double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// The four terms of a location; `box` null where it has none.
+HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box) {
+  const auto [height, width] = c.sizes[level];
+  const double s = c.stride(level);
+  const double centre[2] = {static_cast<double>(x) + (c.legacy ? (s - 1) / 2 / s : 0),
+                            static_cast<double>(y) + (c.legacy ? (s - 1) / 2 / s : 0)};
+  double pred[4], target[4], dfl = 0, largest = -INFINITY;
+  const int64_t bins = c.reg_max + 1;
+  for (int side = 0; side < 4; ++side) {
+    target[side] = box[side] / s;
+    std::vector<double> logits;
+    double total = 0, mean = 0;
+    for (int64_t j = 0; j < bins; ++j) {
+      logits.push_back(c.reg[level][static_cast<size_t>(((image * 4 * bins + side * bins + j) * height + y) * width + x)]);
+      total += std::exp(logits.back());
+      mean += std::exp(logits.back()) * static_cast<double>(j);
+    }
+    mean /= total;
+    pred[side] = centre[side % 2] + (side < 2 ? -mean : mean);
+    double distance = side < 2 ? centre[side % 2] - target[side] : target[side] - centre[side % 2];
+    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - 0.1);
+    const size_t left = static_cast<size_t>(distance);
+    const double right_weight = distance - static_cast<double>(left);
+    dfl += (std::log(total) - logits[left]) * (1 - right_weight) + (std::log(total) - logits[left + 1]) * right_weight;
+  }
+  for (int side = 2; side < 4; ++side) pred[side] += c.legacy, target[side] += c.legacy;
+  const double w = std::max(std::min(pred[2], target[2]) - std::max(pred[0], target[0]), 0.0);
+  const double h = std::max(std::min(pred[3], target[3]) - std::max(pred[1], target[1]), 0.0);
+  const double ew = std::max(pred[2], target[2]) - std::min(pred[0], target[0]);
+  const double eh = std::max(pred[3], target[3]) - std::min(pred[1], target[1]);
+  const double area = (pred[2] - pred[0]) * (pred[3] - pred[1]) + (target[2] - target[0]) * (target[3] - target[1]) - w * h;
+  const double iou = w * h / std::max(area, 1e-6), enclosing = std::max(ew * eh, 1e-6);
+  for (int64_t k = 0; k < c.classes; ++k) {
+    largest = std::max(largest, c.cls[level][static_cast<size_t>(((image * c.classes + k) * height + y) * width + x)]);
+  }
+  return {iou, 1 - (iou - (enclosing - std::max(area, 1e-6)) / enclosing), dfl / 4, sigmoid(largest)};
+}
+
+// Sums of the three losses. `frozen` holds the IoU and w of the positives, constants to the gradient; filled where empty.
+Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
+  Losses sum{0, 0, 0};
+  const bool fill = frozen.empty();
+  size_t next = 0;
+  int64_t location = 0;
+  for (int64_t b = 0; b < c.images; ++b) {
+    for (size_t l = 0; l < c.sizes.size(); ++l) {
+      const auto [height, width] = c.sizes[l];
+      for (int64_t i = 0; i < height * width; ++i, ++location) {
+        const int64_t label = c.labels[static_cast<size_t>(location)], slot = c.matched[static_cast<size_t>(location)];
+        const bool positive = label >= 0 && label < c.classes && slot >= 0 && slot < c.gts;
+        double score = 0;
+        if (positive) {
+          const HeadTerms t =
+              terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4));
+          if (fill) frozen.push_back(t);
+          score = frozen[next].score;
+          sum.box += frozen[next].weight * t.box;
+          sum.dfl += frozen[next].weight * t.dfl;
+          ++next;
+        }
+        for (int64_t k = 0; label != -2 && k < c.classes; ++k) {
+          const double x = c.cls[l][static_cast<size_t>((b * c.classes + k) * height * width + i)];
+          const double t = positive && k == label ? score : 0;
+          sum.cls += std::pow(std::fabs(t - sigmoid(x)), c.beta) * (softplus(x) - x * t);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+// A map in T, in the layout asked for, and its strides.
+template <class T> struct Map {
+  std::vector<T> data;
+  int64_t stride[4];
+  Map(const std::vector<double>& values, int64_t images, int64_t channels, int64_t height, int64_t width, bool last)
+      : data(values.size()) {
+    const int64_t first[4] = {channels * height * width, height * width, width, 1};
+    const int64_t after[4] = {channels * height * width, 1, width * channels, channels};
+    std::copy_n(last ? after : first, 4, stride);
+    size_t i = 0;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t k = 0; k < channels; ++k)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x, ++i) store(&data[at(b, k, y, x)], static_cast<acc_t<T>>(values[i]));
+  }
+  // What the map holds: the oracle takes that.
+  std::vector<double> held(int64_t images, int64_t channels, int64_t height, int64_t width) const {
+    std::vector<double> values;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t k = 0; k < channels; ++k)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x) values.push_back(static_cast<double>(load(&data[at(b, k, y, x)])));
+    return values;
+  }
+  size_t at(int64_t b, int64_t k, int64_t y, int64_t x) const {
+    return static_cast<size_t>(b * stride[0] + k * stride[1] + y * stride[2] + x * stride[3]);
+  }
+};
+
+template <class T> void check(Case c, DType dtype, double tolerance, const char* name) {
+  using A = acc_t<T>;
+  std::vector<Map<T>> cls, reg, grad_cls, grad_reg;
+  std::vector<HeadLevel> levels;
+  std::vector<HeadGradients> gradients;
+  const int64_t sides = 4 * (c.reg_max + 1);
+  for (size_t l = 0; l < c.sizes.size(); ++l) {
+    const auto [h, w] = c.sizes[l];
+    cls.emplace_back(c.cls[l], c.images, c.classes, h, w, c.channels_last);
+    reg.emplace_back(c.reg[l], c.images, sides, h, w, c.channels_last);
+    grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w, !c.channels_last);
+    grad_reg.emplace_back(std::vector<double>(c.reg[l].size(), 0), c.images, sides, h, w, c.channels_last);
+    c.cls[l] = cls[l].held(c.images, c.classes, h, w);
+    c.reg[l] = reg[l].held(c.images, sides, h, w);
+  }
+  for (size_t l = 0; l < c.sizes.size(); ++l) {
+    levels.push_back({cls[l].data.data(), reg[l].data.data(), c.sizes[l].first, c.sizes[l].second, {}, {}, c.stride(l), 0.0});
+    gradients.push_back({grad_cls[l].data.data(), grad_reg[l].data.data(), {}, {}});
+    std::copy_n(cls[l].stride, 4, levels[l].cls_stride);
+    std::copy_n(reg[l].stride, 4, levels[l].reg_stride);
+    std::copy_n(grad_cls[l].stride, 4, gradients[l].cls_stride);
+    std::copy_n(grad_reg[l].stride, 4, gradients[l].reg_stride);
+  }
+  std::vector<A> boxes;
+  for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
+  const GflLossInput in{levels.data(), static_cast<int64_t>(levels.size()), dtype, dtype, c.images, c.classes, c.reg_max,
+                        c.locations(), c.labels.data(), c.matched.data(), boxes.data(), c.gts, c.beta, c.legacy};
+
+  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
+  const std::vector<HeadBlock> blocks = cpu::gfl_loss_blocks(in);
+  std::vector<HeadTerms> terms(positives.size()), frozen;
+  std::vector<double> sums(blocks.size());
+  const int64_t count = static_cast<int64_t>(positives.size());
+  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) { cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e); });
+  gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
+    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), b, e);
+  });
+  Losses got{0, 0, 0};
+  for (const double s : sums) got.cls += s;
+  for (const HeadTerms& t : terms) got.box += t.weight * t.box, got.dfl += t.weight * t.dfl;
+  const Losses want = by_loops(c, frozen);
+  CHECK(frozen.size() == terms.size(), "%s: %zu positives, not %zu", name, terms.size(), frozen.size());
+  CHECK(close(got.cls, want.cls, tolerance, 0), "%s: cls %.9g, not %.9g", name, got.cls, want.cls);
+  CHECK(close(got.box, want.box, tolerance, 0), "%s: box %.9g, not %.9g", name, got.box, want.box);
+  CHECK(close(got.dfl, want.dfl, tolerance, 0), "%s: dfl %.9g, not %.9g", name, got.dfl, want.dfl);
+
+  const HeadScales scales{0.7, -1.3, 2.1};
+  cpu::gfl_loss_scores_backward(in, positives, terms.data(), blocks.data(), scales.cls, gradients.data(), 0,
+                                static_cast<int64_t>(blocks.size()));
+  cpu::gfl_loss_terms_backward(in, positives.data(), terms.data(), scales, gradients.data(), 0, count);
+  // Every element has been written, and those that are looked at are right.
+  for (const Map<T>& map : grad_cls) {
+    for (const T& v : map.data) CHECK(load(&v) == load(&v), "%s: an element of the gradient was not written", name);
+  }
+  Generator pick(7);
+  const auto difference = [&](double& value) {
+    const double kept = value, step = 1e-5;
+    value = kept + step;
+    const Losses up = by_loops(c, frozen);
+    value = kept - step;
+    const Losses down = by_loops(c, frozen);
+    value = kept;
+    return (scales.cls * (up.cls - down.cls) + scales.box * (up.box - down.box) + scales.dfl * (up.dfl - down.dfl)) / 2 / step;
+  };
+  const auto look = [&](const HeadPositive& p, bool distribution, int64_t channel) {
+    const size_t l = static_cast<size_t>(p.level);
+    const auto [h, w] = c.sizes[l];
+    std::vector<double>& values = distribution ? c.reg[l] : c.cls[l];
+    const int64_t channels = distribution ? sides : c.classes;
+    const double slope = difference(values[static_cast<size_t>(((p.image * channels + channel) * h + p.row) * w + p.column)]);
+    const Map<T>& map = distribution ? grad_reg[l] : grad_cls[l];
+    const double found = static_cast<double>(load(&map.data[map.at(p.image, channel, p.row, p.column)]));
+    CHECK(close(found, slope, 10 * tolerance, 1e-6), "%s: %s gradient of channel %lld is %.9g, not %.9g", name,
+          distribution ? "distribution" : "class", static_cast<long long>(channel), found, slope);
+  };
+  for (const HeadPositive& p : positives) {
+    if (pick.integer(0, 4) == 0) look(p, true, pick.integer(0, sides));
+    if (pick.integer(0, 4) == 0) look(p, false, pick.integer(0, 2) == 0 ? p.label : pick.integer(0, c.classes));
+  }
+  for (int i = 0; i < 12; ++i) {  // anywhere, most of it background
+    const int64_t l = pick.integer(0, static_cast<int64_t>(c.sizes.size()));
+    const auto [h, w] = c.sizes[static_cast<size_t>(l)];
+    if (h * w == 0) continue;
+    const HeadPositive p{pick.integer(0, c.images), l, pick.integer(0, h), pick.integer(0, w), 0, 0, 0};
+    look(p, false, pick.integer(0, c.classes));
+    look(p, true, pick.integer(0, sides));
+  }
+}
+
+Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t reg_max,
+               double beta, bool legacy, bool channels_last) {
+  Case c{std::move(sizes), 2, classes, reg_max, 3, beta, legacy, channels_last, {}, {}, {}, {}, {}};
+  for (const auto& [h, w] : c.sizes) {
+    for (auto [maps, channels] : {std::pair{&c.cls, classes}, std::pair{&c.reg, 4 * (reg_max + 1)}}) {
+      std::vector<double> values(static_cast<size_t>(c.images * channels * h * w));
+      for (double& v : values) v = draw.normal(1.5);
+      maps->push_back(values);
+    }
+  }
+  for (int64_t i = 0; i < c.images * c.locations(); ++i) {
+    const double kind = draw.uniform();
+    c.labels.push_back(kind < 0.15 ? draw.integer(0, classes) : (kind > 0.9 ? -2 : (kind > 0.8 ? classes : -1)));
+    c.matched.push_back(draw.integer(0, c.gts));
+  }
+  for (int64_t i = 0; i < c.images * c.gts; ++i) {
+    const double x = draw.uniform(0, 80), y = draw.uniform(0, 80);
+    for (const double v : {x, y, x + draw.uniform(4, 90), y + draw.uniform(4, 90)}) c.boxes.push_back(v);
+  }
+  return c;
+}
+
+}  // namespace
+
+int main() {
+  Generator draw(4);
+  for (const bool channels_last : {false, true}) {
+    for (const bool legacy : {false, true}) {
+      const double beta = channels_last == legacy ? 2.0 : 1.5;
+      const Case c = draw_case(draw, {{9, 8}, {3, 5}, {1, 1}}, channels_last ? 7 : 131, 16, beta, legacy, channels_last);
+      // Half types round a gradient to 2^-11 and 2^-8.
+      check<double>(c, DType::f64, 1e-7, "f64");
+      check<float>(c, DType::f32, 1e-5, "f32");
+      check<half_t>(c, DType::f16, 1e-4, "f16");
+      check<bfloat16_t>(c, DType::bf16, 1e-3, "bf16");
+    }
+  }
+  check<float>(draw_case(draw, {{1, 70}}, 1, 1, 2.0, false, true), DType::f32, 1e-5, "one class");
+  check<float>(draw_case(draw, {{13, 21}, {1, 1}, {0, 4}}, 3, 7, 2.0, false, false), DType::f32, 1e-5, "over a block");
+  return gfl::testing::result("gfl_loss");
+}
