@@ -88,12 +88,12 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
   const HeadGeometry<A> g = head_geometry<A>(in, in.levels[p.level], p);
   const Distributions<T> logits(in, p);
   T* grad = static_cast<T*>(out.reg) + element(out.reg_stride, p.image, 0, p.row, p.column);
-  A exponential[4][kMaxBins], total[4], distance[4];
+  A exponential[4][kMaxBins], distance[4];
+  BinSoftmax<A> softmax[4];
   for (int side = 0; side < 4; ++side) {
-    const BinSoftmax<A> s = bin_softmax<A>(
+    softmax[side] = bin_softmax<A>(
         logits.bins, [&](int j) { return logits(side, j); }, [&](int j, A e) { exponential[side][j] = e; });
-    total[side] = s.total;
-    distance[side] = s.mean();
+    distance[side] = softmax[side].mean();
   }
   const IouTerm<A> giou = head_iou(g, distance, IouKind::giou, in.legacy);
   const A by_box = static_cast<A>(scales.box * terms.weight), by_dfl = static_cast<A>(scales.dfl * terms.weight / 4);
@@ -101,8 +101,8 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
     const A by_distance = by_box * (side < 2 ? -giou.grad_pred[side] : giou.grad_pred[side]);
     const TwoBins<A> b = head_bins(g, side, static_cast<int>(in.reg_max));
     for (int j = 0; j < logits.bins; ++j) {
-      const A probability = exponential[side][j] / total[side];
-      A value = by_distance * probability * (A(j) - distance[side]);
+      const A probability = exponential[side][j] / softmax[side].total;
+      A value = by_distance * softmax[side].mean_gradient(j, probability);
       if (b.counted) value += by_dfl * two_bin_gradient(b, j, probability);
       if (is_beyond(logits.raw(side, j))) value = 0;
       store(grad + (int64_t(side) * logits.bins + j) * out.reg_stride[1], value);
@@ -245,7 +245,12 @@ double block_loss(const GflLossInput& in, const std::vector<HeadPositive>& posit
       [&](const HeadLevel&, const Tile& tile, const TileLayout& layout, const A* values) {
         if (layout.first == 0) std::fill(row, row + kTile, A(0));
         for (int64_t c = 0; c < layout.classes; ++c) {
-          for (int64_t i = 0; i < tile.count; ++i) row[i] += values[i * layout.location + c * layout.channel];
+          const A* at = values + c * layout.channel;
+          if (layout.location == 1) {
+            for (int64_t i = 0; i < kTile; ++i) row[i] += at[i];
+          } else {
+            for (int64_t i = 0; i < tile.count; ++i) row[i] += at[i * layout.location];
+          }
         }
         if (layout.first + layout.classes < in.classes) return;
         for (int64_t i = 0; i < tile.count; ++i) {
