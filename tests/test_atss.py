@@ -72,6 +72,7 @@ def loops(sizes, strides, gt_boxes, gt_labels, valid=None, topk=9, anchor_scale=
 def test_it_is_the_definition(backend: str, legacy: bool, valid: tuple | None, generator: torch.Generator) -> None:
     gt = draw_boxes(6, torch.device("cpu"), torch.float32, generator, extent=200.0)
     gt[3:] = gt[3:].round()
+    gt[0] = torch.tensor([13.0, 9.0, 91.0, 75.0])  # well inside, so that something is assigned
     labels = torch.tensor([3, 0, -1, 5, 5, 79])
     valid_sizes = None if valid is None else torch.tensor([valid])
     with gfl_ops.set_backend(backend):
