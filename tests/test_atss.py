@@ -33,7 +33,9 @@ def loops(sizes, strides, gt_boxes, gt_labels, valid=None, topk=9, anchor_scale=
                 labels.append(-1 if y < rows and x < columns else -2)
                 if labels[-1] == -1:
                     inside.append(len(priors))
-                priors.append(((f(x) + f(offset)) * f(stride) + shift, (f(y) + f(offset)) * f(stride) + shift, f(side / 2)))
+                priors.append(
+                    ((f(x) + f(offset)) * f(stride) + shift, (f(y) + f(offset)) * f(stride) + shift, f(side / 2))
+                )
         per_level.append(inside)
     matched, best = [-1] * len(priors), [f(0)] * len(priors)
     for slot, (box, label) in enumerate(zip(gt_boxes.float(), gt_labels.tolist())):
@@ -159,6 +161,11 @@ def test_public_function_takes_every_dtype_and_pads() -> None:
     ],
 )
 def test_bad_input(change: dict, error: type[Exception], text: str) -> None:
-    arguments = {"level_sizes": SIZES, "strides": STRIDES, "gt_boxes": torch.zeros(1, 2, 4), "gt_labels": torch.zeros(1, 2).long()}
+    arguments = {
+        "level_sizes": SIZES,
+        "strides": STRIDES,
+        "gt_boxes": torch.zeros(1, 2, 4),
+        "gt_labels": torch.zeros(1, 2).long(),
+    }
     with pytest.raises(error, match="gfl_ops.atss_assign: " + text):
         gfl_ops.atss_assign(**(arguments | change))

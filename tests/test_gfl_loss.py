@@ -27,7 +27,9 @@ def drawn(generator: torch.Generator, classes: int = 20, dtype: torch.dtype = to
     """Maps, an assignment and its boxes; every sixth location a positive, every tenth left out."""
 
     def maps(channels: int) -> list[Tensor]:
-        return [torch.randn((images, channels, h, w), generator=generator, dtype=torch.float64).to(dtype) for h, w in SIZES]
+        return [
+            torch.randn((images, channels, h, w), generator=generator, dtype=torch.float64).to(dtype) for h, w in SIZES
+        ]
 
     cells = sum(h * w for h, w in SIZES)
     kind = torch.rand((images, cells), generator=generator)
@@ -35,8 +37,11 @@ def drawn(generator: torch.Generator, classes: int = 20, dtype: torch.dtype = to
     labels = torch.where(kind < 1 / 6, labels, torch.where(kind > 0.9, -2, -1))
     matched = torch.where(labels < 0, -1, torch.randint(0, SLOTS, (images, cells), generator=generator))
     gt = draw_boxes(images * SLOTS, torch.device("cpu"), torch.float64, generator, extent=100.0).view(images, SLOTS, 4)
-    return maps(classes), maps(4 * (REG_MAX + 1)), Assignment(labels, matched, torch.zeros(images, cells)), gt.to(
-        torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        maps(classes),
+        maps(4 * (REG_MAX + 1)),
+        Assignment(labels, matched, torch.zeros(images, cells)),
+        gt.to(torch.float64 if dtype == torch.float64 else torch.float32),
     )
 
 
@@ -45,7 +50,7 @@ def composed(scores, distributions, assignment, gt, legacy=False, offset=0.0):
     cls = box = dfl = weight = torch.zeros((), dtype=torch.float64)
     start = 0
     for score_map, distribution, stride in zip(scores, distributions, STRIDES):
-        images, classes, height, width = score_map.shape
+        _images, classes, height, width = score_map.shape
         here = slice(start, start + height * width)
         start = here.stop
         labels, matched = assignment.labels[:, here].reshape(-1), assignment.matched[:, here].reshape(-1)
@@ -53,7 +58,11 @@ def composed(scores, distributions, assignment, gt, legacy=False, offset=0.0):
         bins = distribution.permute(0, 2, 3, 1).reshape(-1, 4, REG_MAX + 1)
         at = (labels >= 0).nonzero().squeeze(1)
         image, cell = at // (height * width), at % (height * width)
-        centre = torch.stack([cell % width, cell // width], 1).double() + offset + ((stride - 1) / 2 / stride if legacy else 0)
+        centre = (
+            torch.stack([cell % width, cell // width], 1).double()
+            + offset
+            + ((stride - 1) / 2 / stride if legacy else 0)
+        )
         target = gt[image, matched[at]] / stride
         grown = torch.tensor([0, 0, 1, 1]).double() * legacy
         decoded = gfl_ops.distance_to_box(centre, gfl_ops.integral(bins[at].reshape(-1, 68), REG_MAX))
@@ -63,7 +72,9 @@ def composed(scores, distributions, assignment, gt, legacy=False, offset=0.0):
         cls = cls + gfl_ops.quality_focal_loss(logits, (labels, quality), weight=labels != -2, reduction="sum")
         box = box + gfl_ops.box_iou_loss(decoded + grown, target + grown, w, kind="giou", eps=1e-6, reduction="sum")
         distance = gfl_ops.box_to_distance(centre, target, REG_MAX, 0.1)
-        each = gfl_ops.distribution_focal_loss(bins[at].reshape(-1, REG_MAX + 1), distance.reshape(-1), reduction="none")
+        each = gfl_ops.distribution_focal_loss(
+            bins[at].reshape(-1, REG_MAX + 1), distance.reshape(-1), reduction="none"
+        )
         dfl = dfl + (each.view(-1, 4).mean(1) * w).sum()
         weight = weight + w.sum()
     count = (assignment.labels >= 0).sum(1).clamp(min=1).sum()
@@ -98,7 +109,9 @@ def test_gradients_have_the_layout_of_the_maps(backend: str, classes: int, gener
     want, want_grads = run(scores, distributions, assignment, gt)
     for layout in ("channels-last", "row-slices"):
         if layout == "channels-last":
-            other = [[m.contiguous(memory_format=torch.channels_last) for m in maps] for maps in (scores, distributions)]
+            other = [
+                [m.contiguous(memory_format=torch.channels_last) for m in maps] for maps in (scores, distributions)
+            ]
         else:
             other = [[torch.cat([m, m], 3)[..., : m.shape[3]] for m in maps] for maps in (scores, distributions)]
         losses, grads = run(*other, assignment, gt)
@@ -207,7 +220,11 @@ def test_the_whole_step_compiles_into_one_graph(generator: torch.Generator) -> N
         ({"cls_scores": []}, ValueError, "`cls_scores` must hold at least one level"),
         ({"cls_scores": [torch.zeros(2, 3, 4)]}, ValueError, r"`cls_scores` must have shape \[B, channels, H, W\]"),
         ({"cls_scores": [torch.zeros(2, 3, 4, 4).int()]}, TypeError, "`cls_scores` must have one of the dtypes"),
-        ({"reg_preds": [torch.zeros(2, 67, 4, 4)]}, ValueError, r"`reg_preds` must have shape \[B, 4\(R\+1\), H, W\] = \[2, 68,"),
+        (
+            {"reg_preds": [torch.zeros(2, 67, 4, 4)]},
+            ValueError,
+            r"`reg_preds` must have shape \[B, 4\(R\+1\), H, W\] = \[2, 68,",
+        ),
         ({"reg_preds": []}, ValueError, "`reg_preds` must hold at least one level"),
         ({"strides": [8, 16]}, ValueError, "`strides` must hold one number for each of `cls_scores`, 1, got 2"),
         ({"strides": 8}, TypeError, "`strides` must be a list of numbers"),

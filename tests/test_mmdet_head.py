@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers import mmdet_stub
 from torch import Tensor
 
 import gfl_ops
 from gfl_ops import _backend
 from gfl_ops._samples import boxes as draw_boxes
-from peers import mmdet_stub
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
@@ -45,7 +45,7 @@ def anchors(height: int, width: int) -> list[Tensor]:
 
 
 def undecided(levels: list[Tensor], gt: Tensor, topk: int = 9) -> Tensor:
-    """Boxes whose nearest cells mmdet leaves to the order of its sort, or whose threshold lies within rounding of an IoU."""
+    """Boxes whose nearest cells mmdet leaves to its sort, or whose threshold lies within rounding of an IoU."""
     centre = (gt[:, :2] + gt[:, 2:]) / 2
     ties = torch.zeros(len(gt), dtype=torch.bool)
     candidates = []
@@ -128,21 +128,23 @@ class Head(GFLHead):
 
 
 def head(classes: int) -> GFLHead:
-    config = ConfigDict(
-        assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1, debug=False
-    )
+    config = ConfigDict(assigner={"type": "ATSSAssigner", "topk": 9}, allowed_border=-1, pos_weight=-1, debug=False)
     return Head(
         num_classes=classes,
         in_channels=8,
         feat_channels=8,
         stacked_convs=1,
-        norm_cfg=dict(type="GN", num_groups=4),
-        anchor_generator=dict(
-            type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=STRIDES
-        ),
-        loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True, beta=2.0, loss_weight=1.0),
-        loss_dfl=dict(type="DistributionFocalLoss", loss_weight=0.25),
-        loss_bbox=dict(type="GIoULoss", loss_weight=2.0),
+        norm_cfg={"type": "GN", "num_groups": 4},
+        anchor_generator={
+            "type": "AnchorGenerator",
+            "ratios": [1.0],
+            "octave_base_scale": 8,
+            "scales_per_octave": 1,
+            "strides": STRIDES,
+        },
+        loss_cls={"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.0},
+        loss_dfl={"type": "DistributionFocalLoss", "loss_weight": 0.25},
+        loss_bbox={"type": "GIoULoss", "loss_weight": 2.0},
         reg_max=16,
         train_cfg=config,
     )
@@ -158,7 +160,9 @@ def test_head_loss(backend: str, dtype: torch.dtype, case: str, generator: torch
     bias = -4.0 if case == "few-confident" else 0.0  # Σ w below 1: the norm is cut at 1
 
     def maps(channels: int, shift: float) -> list[Tensor]:
-        drawn = [torch.randn((3, channels, h, w), generator=generator, dtype=torch.float64) * 1.5 + shift for h, w in sizes]
+        drawn = [
+            torch.randn((3, channels, h, w), generator=generator, dtype=torch.float64) * 1.5 + shift for h, w in sizes
+        ]
         return [m.to(dtype).requires_grad_() for m in drawn]
 
     scores, distributions = maps(classes, bias * 2), maps(68, 0.0)
@@ -171,7 +175,7 @@ def test_head_loss(backend: str, dtype: torch.dtype, case: str, generator: torch
     shapes = [(192, 320), (256, 320), (256, 320)]
 
     truth = [InstanceData(bboxes=gt[i, :n], labels=labels[i, :n]) for i, n in enumerate(counts)]
-    metas = [dict(img_shape=s, pad_shape=s) for s in shapes]
+    metas = [{"img_shape": s, "pad_shape": s} for s in shapes]
     want = head(classes).loss_by_feat(scores, distributions, truth, metas)
     sums = [sum(want[k]) for k in ("loss_cls", "loss_bbox", "loss_dfl")]
     factors = torch.rand(3, generator=generator).double() + 0.5

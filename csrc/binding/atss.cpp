@@ -13,8 +13,9 @@ namespace {
 
 std::vector<AtssLevel> levels_of(at::IntArrayRef sizes, at::ArrayRef<double> strides, double anchor_scale,
                                  at::ArrayRef<double> center_offset, bool legacy) {
-  TORCH_CHECK_VALUE(sizes.size() == 2 * strides.size(), "gfl: `level_sizes` must hold a height and a width for each of ",
-                    strides.size(), " strides, got ", sizes.size(), " numbers");
+  TORCH_CHECK_VALUE(sizes.size() == 2 * strides.size(),
+                    "gfl: `level_sizes` must hold a height and a width for each of ", strides.size(), " strides, got ",
+                    sizes.size(), " numbers");
   TORCH_CHECK_VALUE(center_offset.size() == strides.size(), "gfl: `center_offset` must hold a number for each of ",
                     strides.size(), " strides, got ", center_offset.size());
   std::vector<AtssLevel> levels;
@@ -69,8 +70,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
   at::Tensor matched = at::empty({images, locations}, gt_labels.options());
   at::Tensor iou = at::empty({images, locations}, gt_boxes.options());
   for_chunks(images, 1, [&](int64_t begin, int64_t end) {
-    cpu::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(), iou.mutable_data_ptr<float>(),
-              begin, end);
+    cpu::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
+              iou.mutable_data_ptr<float>(), begin, end);
   });
   return {labels, matched, iou};
 }

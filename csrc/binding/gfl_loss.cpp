@@ -53,7 +53,8 @@ void prepare(Prepared& p, at::TensorList cls_scores, at::TensorList reg_preds, a
   const size_t count = cls_scores.size();
   TORCH_CHECK_VALUE(count > 0, "gfl: `cls_scores` must hold at least one level");
   TORCH_CHECK_VALUE(reg_preds.size() == count && strides.size() == count && center_offset.size() == count,
-                    "gfl: `reg_preds`, `strides` and `center_offset` must hold one item for each of ", count, " levels");
+                    "gfl: `reg_preds`, `strides` and `center_offset` must hold one item for each of ", count,
+                    " levels");
   TORCH_CHECK_VALUE(loss_weights.size() == 3, "gfl: `loss_weights` must hold three numbers, got ", loss_weights.size());
   TORCH_CHECK_VALUE(reg_max >= 1 && reg_max < kMaxBins, "gfl: `reg_max` must be in [1, ", kMaxBins - 1, "], got ",
                     reg_max);
@@ -63,7 +64,8 @@ void prepare(Prepared& p, at::TensorList cls_scores, at::TensorList reg_preds, a
   check_maps(cls_scores, first, first.size(1), "cls_scores");
   check_maps(reg_preds, first, 4 * (reg_max + 1), "reg_preds");
   const at::ScalarType acc = accumulator_of(first);
-  TORCH_CHECK_TYPE(accumulator_of(reg_preds[0]) == acc, "gfl: `reg_preds` must be fp64 if `cls_scores` are, and only then");
+  TORCH_CHECK_TYPE(accumulator_of(reg_preds[0]) == acc,
+                   "gfl: `reg_preds` must be fp64 if `cls_scores` are, and only then");
   int64_t locations = 0;
   for (size_t l = 0; l < count; ++l) {
     const at::Tensor &cls = cls_scores[l], &reg = reg_preds[l];

@@ -18,7 +18,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("atss_forward", [](const std::vector<int64_t>& level_sizes, const Numbers& strides,
                            const at::Tensor& gt_boxes, const at::Tensor& gt_labels, const OptionalTensor& valid_sizes,
                            int64_t topk, double anchor_scale, const Numbers& center_offset, bool legacy) {
-    return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset, legacy);
+    return atss_forward(level_sizes, strides, gt_boxes, gt_labels, valid_sizes, topk, anchor_scale, center_offset,
+                        legacy);
   });
   m.def("box_to_distance_forward", &box_to_distance_forward);
   m.def("box_to_distance_backward", &box_to_distance_backward);
@@ -39,14 +40,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            const at::Tensor& matched, const at::Tensor& gt_boxes, const OptionalTensor& cls_norm,
            const OptionalTensor& box_norm, int64_t reg_max, const Numbers& loss_weights, double beta,
            const Numbers& center_offset, bool legacy) {
-          return gfl_loss_forward(cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max,
-                                  loss_weights, beta, center_offset, legacy);
+          return gfl_loss_forward(cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm,
+                                  reg_max, loss_weights, beta, center_offset, legacy);
         });
   m.def("gfl_loss_backward",
-        [](const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl, const Tensors& cls_scores,
-           const Tensors& reg_preds, const Numbers& strides, const at::Tensor& labels, const at::Tensor& matched,
-           const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
-           const Numbers& loss_weights, double beta, const Numbers& center_offset, bool legacy, Needs2 needs) {
+        [](const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl,
+           const Tensors& cls_scores, const Tensors& reg_preds, const Numbers& strides, const at::Tensor& labels,
+           const at::Tensor& matched, const at::Tensor& gt_boxes, const OptionalTensor& cls_norm,
+           const OptionalTensor& box_norm, int64_t reg_max, const Numbers& loss_weights, double beta,
+           const Numbers& center_offset, bool legacy, Needs2 needs) {
           return gfl_loss_backward(grad_cls, grad_box, grad_dfl, cls_scores, reg_preds, strides, labels, matched,
                                    gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta, center_offset, legacy,
                                    needs);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arithmetic of the assignment. Every operation is rounded on its own and in the order of the reference, because each of
-// these numbers decides something: which cells are nearest, which of them are positive, which box wins a cell.
+// Arithmetic of the assignment. Every operation is rounded on its own and in the order of the reference, because each
+// of these numbers decides something: which cells are nearest, which of them are positive, which box wins a cell.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -43,7 +43,8 @@ GFL_HOST_DEVICE float axis_distance(const AtssLevel& level, int64_t index, float
 
 // IoU of a box with the prior centred at (cx, cy), over a union of at least 1e-6; a NaN union stays a NaN IoU.
 GFL_HOST_DEVICE float prior_iou(const AtssLevel& level, float cx, float cy, const GtBox& g, bool legacy) {
-  const Box<float> prior{sub_rn(cx, level.half), sub_rn(cy, level.half), add_rn(cx, level.half), add_rn(cy, level.half)};
+  const float half = level.half;
+  const Box<float> prior{sub_rn(cx, half), sub_rn(cy, half), add_rn(cx, half), add_rn(cy, half)};
   const float offset = box_offset<float>(legacy);
   const Overlap<float> o = box_overlap(prior, box_area(prior, offset), g.box, g.area, offset);
   return div_rn(o.intersection, o.union_area < 1e-6f ? 1e-6f : o.union_area);
@@ -55,7 +56,7 @@ GFL_HOST_DEVICE bool centre_inside(float cx, float cy, const Box<float>& b) {
 }
 
 // Mean plus unbiased standard deviation of a box's candidates, summed one after another in double. Both are rounded to
-// float before they are added, as where they come from a float tensor. One candidate has no deviation: NaN, nothing is ≥.
+// float before they are added, as if they came from a float tensor. One candidate has no deviation: NaN, nothing is ≥.
 GFL_HOST_DEVICE float atss_threshold(const float* iou, int64_t count) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) sum = add_rn(sum, static_cast<double>(iou[i]));

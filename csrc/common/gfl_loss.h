@@ -44,7 +44,8 @@ template <class A> GFL_HOST_DEVICE TwoBins<A> head_bins(const HeadGeometry<A>& g
   return bins_at_position(y, reg_max + 1, false);
 }
 
-// The loss or overlap of the decoded box, whose sides are `distance` from the centre. A width of +1 is a far side of +1.
+// The loss or overlap of the decoded box, whose sides are `distance` from the centre. The +1 of widths is put on the
+// far sides.
 template <class A>
 GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance)[4], IouKind kind, bool legacy) {
   A pred[4], target[4];

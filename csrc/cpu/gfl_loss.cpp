@@ -3,10 +3,10 @@
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
-// The logits of up to 64 locations come as a tile in A, so that layout and dtype are dealt with once, on the way in and out.
-// All of a tile is computed as background, with β = 2 by the vector code of simd/gfl_loss.cpp, and the few elements that
-// belong to positives are put right. A location's classes are summed in order in A, everything else in order in double:
-// chunks are pieces whose bounds depend on shapes only, so that the same bits come out at any number of threads.
+// The logits of up to 64 locations come as a tile in A, so that layout and dtype are dealt with once, on the way in and
+// out. All of a tile is computed as background, with β = 2 by the vector code of simd/gfl_loss.cpp, and the few
+// elements that belong to positives are put right. A location's classes are summed in order in A, everything else in
+// order in double. The bounds of chunks depend on shapes only: the same bits come out at any number of threads.
 #include "gfl/gfl_loss.h"
 
 #include <algorithm>
@@ -199,8 +199,8 @@ void background_gradient(float* tile, float beta, float scale, int64_t count) {
   background_gradient<float>(tile, beta, scale, count);
 }
 
-// Walks a block tile by tile. `own(logit, positive's index)` is an element of a positive at its label, `background(tile,
-// count)` replaces logits, and `finish(level, tile, layout, values)` takes the result.
+// Walks a block tile by tile. `own(logit, positive's index)` is an element of a positive at its label,
+// `background(values, count)` replaces logits, and `finish(level, tile, layout, values)` takes the result.
 template <class T, class Own, class Background, class Finish>
 void walk(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadBlock& block, const Own& own,
           const Background& background, const Finish& finish) {
@@ -314,7 +314,8 @@ std::vector<HeadBlock> gfl_loss_blocks(const GflLossInput& in) {
   return blocks;
 }
 
-void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin, int64_t end) {
+void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin,
+                    int64_t end) {
   dispatch(in.reg_dtype, [&](auto t) {
     for (int64_t i = begin; i < end; ++i) distribution_terms<decltype(t)>(in, positives[i], terms[i]);
   });
@@ -330,9 +331,9 @@ void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& po
   });
 }
 
-void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                              const HeadBlock* blocks, double scale, const HeadGradients* gradients, int64_t begin,
-                              int64_t end) {
+void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives,
+                              const HeadTerms* terms, const HeadBlock* blocks, double scale,
+                              const HeadGradients* gradients, int64_t begin, int64_t end) {
   dispatch(in.cls_dtype, [&](auto t) {
     for (int64_t i = begin; i < end; ++i) {
       block_backward<decltype(t)>(in, positives, terms, blocks[i], scale, gradients[blocks[i].level]);

@@ -58,7 +58,8 @@ Result by_sorting(const AtssInput& in) {
           const float dx2 = dx * dx, dy2 = dy * dy;
           c.distance = dx2 + dy2;
         }
-        std::stable_sort(sorted.begin(), sorted.end(), [](const Cell& a, const Cell& c) { return a.distance < c.distance; });
+        const auto nearer = [](const Cell& a, const Cell& c) { return a.distance < c.distance; };
+        std::stable_sort(sorted.begin(), sorted.end(), nearer);
         sorted.resize(std::min(sorted.size(), static_cast<size_t>(in.topk)));
         for (const Cell& c : sorted) {
           overlaps.push_back(prior_iou(level, cell_centre(level, c.x), cell_centre(level, c.y), g, in.legacy));
@@ -103,7 +104,8 @@ std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& s
   std::vector<AtssLevel> levels;
   float stride = 8;
   for (const auto& [height, width] : sizes) {
-    levels.push_back({height, width, stride, offset, legacy ? (stride - 1) / 2 : 0, (8 * stride - (legacy ? 1 : 0)) / 2});
+    const float extra = legacy ? 1 : 0;
+    levels.push_back({height, width, stride, offset, legacy ? (stride - 1) / 2 : 0, (8 * stride - extra) / 2});
     stride *= 2;
   }
   return levels;
@@ -114,7 +116,8 @@ std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& s
 int main() {
   Generator draw(20);
   const std::vector<std::vector<std::pair<int64_t, int64_t>>> shapes = {
-      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{1, 1}}, {{40, 40}, {0, 3}}};
+      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{1, 1}},
+      {{40, 40}, {0, 3}}};
   for (const auto& shape : shapes) {
     for (const int64_t topk : {1, 2, 4, 9, 25, 60}) {
       for (const bool legacy : {false, true}) {

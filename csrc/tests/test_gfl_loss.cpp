@@ -48,7 +48,8 @@ HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_
     std::vector<double> logits;
     double total = 0, mean = 0;
     for (int64_t j = 0; j < bins; ++j) {
-      logits.push_back(c.reg[level][static_cast<size_t>(((image * 4 * bins + side * bins + j) * height + y) * width + x)]);
+      const int64_t channel = image * 4 * bins + side * bins + j;
+      logits.push_back(c.reg[level][static_cast<size_t>((channel * height + y) * width + x)]);
       total += std::exp(logits.back());
       mean += std::exp(logits.back()) * static_cast<double>(j);
     }
@@ -65,7 +66,8 @@ HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_
   const double h = std::max(std::min(pred[3], target[3]) - std::max(pred[1], target[1]), 0.0);
   const double ew = std::max(pred[2], target[2]) - std::min(pred[0], target[0]);
   const double eh = std::max(pred[3], target[3]) - std::min(pred[1], target[1]);
-  const double area = (pred[2] - pred[0]) * (pred[3] - pred[1]) + (target[2] - target[0]) * (target[3] - target[1]) - w * h;
+  const double both = (pred[2] - pred[0]) * (pred[3] - pred[1]) + (target[2] - target[0]) * (target[3] - target[1]);
+  const double area = both - w * h;
   const double iou = w * h / std::max(area, 1e-6), enclosing = std::max(ew * eh, 1e-6);
   for (int64_t k = 0; k < c.classes; ++k) {
     largest = std::max(largest, c.cls[level][static_cast<size_t>(((image * c.classes + k) * height + y) * width + x)]);
@@ -73,7 +75,7 @@ HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_
   return {iou, 1 - (iou - (enclosing - std::max(area, 1e-6)) / enclosing), dfl / 4, sigmoid(largest)};
 }
 
-// Sums of the three losses. `frozen` holds the IoU and w of the positives, constants to the gradient; filled where empty.
+// Sums of the three losses. `frozen` holds the IoU and w of the positives, constants to the gradient; filled if empty.
 Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
   Losses sum{0, 0, 0};
   const bool fill = frozen.empty();
@@ -151,7 +153,8 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     c.reg[l] = reg[l].held(c.images, sides, h, w);
   }
   for (size_t l = 0; l < c.sizes.size(); ++l) {
-    levels.push_back({cls[l].data.data(), reg[l].data.data(), c.sizes[l].first, c.sizes[l].second, {}, {}, c.stride(l), 0.0});
+    const auto [h, w] = c.sizes[l];
+    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), 0.0});
     gradients.push_back({grad_cls[l].data.data(), grad_reg[l].data.data(), {}, {}});
     std::copy_n(cls[l].stride, 4, levels[l].cls_stride);
     std::copy_n(reg[l].stride, 4, levels[l].reg_stride);
@@ -160,15 +163,22 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
   std::vector<A> boxes;
   for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
-  const GflLossInput in{levels.data(), static_cast<int64_t>(levels.size()), dtype, dtype, c.images, c.classes, c.reg_max,
-                        c.locations(), c.labels.data(), c.matched.data(), boxes.data(), c.gts, c.beta, c.legacy};
+  const GflLossInput in{levels.data(), static_cast<int64_t>(levels.size()),
+                        dtype,         dtype,
+                        c.images,      c.classes,
+                        c.reg_max,     c.locations(),
+                        c.labels.data(), c.matched.data(),
+                        boxes.data(),  c.gts,
+                        c.beta,        c.legacy};
 
   const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
   const std::vector<HeadBlock> blocks = cpu::gfl_loss_blocks(in);
   std::vector<HeadTerms> terms(positives.size()), frozen;
   std::vector<double> sums(blocks.size());
   const int64_t count = static_cast<int64_t>(positives.size());
-  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) { cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e); });
+  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) {
+    cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e);
+  });
   gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
     cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), b, e);
   });
@@ -197,14 +207,16 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     value = kept - step;
     const Losses down = by_loops(c, frozen);
     value = kept;
-    return (scales.cls * (up.cls - down.cls) + scales.box * (up.box - down.box) + scales.dfl * (up.dfl - down.dfl)) / 2 / step;
+    const Losses change{up.cls - down.cls, up.box - down.box, up.dfl - down.dfl};
+    return (scales.cls * change.cls + scales.box * change.box + scales.dfl * change.dfl) / 2 / step;
   };
   const auto look = [&](const HeadPositive& p, bool distribution, int64_t channel) {
     const size_t l = static_cast<size_t>(p.level);
     const auto [h, w] = c.sizes[l];
     std::vector<double>& values = distribution ? c.reg[l] : c.cls[l];
     const int64_t channels = distribution ? sides : c.classes;
-    const double slope = difference(values[static_cast<size_t>(((p.image * channels + channel) * h + p.row) * w + p.column)]);
+    const int64_t plane = p.image * channels + channel;
+    const double slope = difference(values[static_cast<size_t>((plane * h + p.row) * w + p.column)]);
     const Map<T>& map = distribution ? grad_reg[l] : grad_cls[l];
     const double found = static_cast<double>(load(&map.data[map.at(p.image, channel, p.row, p.column)]));
     CHECK(close(found, slope, 10 * tolerance, 1e-6), "%s: %s gradient of channel %lld is %.9g, not %.9g", name,
@@ -253,7 +265,8 @@ int main() {
   for (const bool channels_last : {false, true}) {
     for (const bool legacy : {false, true}) {
       const double beta = channels_last == legacy ? 2.0 : 1.5;
-      const Case c = draw_case(draw, {{9, 8}, {3, 5}, {1, 1}}, channels_last ? 7 : 131, 16, beta, legacy, channels_last);
+      const int64_t classes = channels_last ? 7 : 131;
+      const Case c = draw_case(draw, {{9, 8}, {3, 5}, {1, 1}}, classes, 16, beta, legacy, channels_last);
       // Half types round a gradient to 2^-11 and 2^-8.
       check<double>(c, DType::f64, 1e-7, "f64");
       check<float>(c, DType::f32, 1e-5, "f32");

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def centres(height: int, width: int, stride: float, offset: float, legacy: bool,
 
 
 def inside_valid(height: int, width: int, stride: float, valid_size: Tensor) -> Tensor:
-    """Which of a level's cells ``[height·width]`` lie in ceil(valid/stride) rows and columns; `valid_size` is (h, w)."""
+    """Which of a level's cells ``[height·width]`` lie in ceil(valid/stride) rows and columns, of (h, w)."""
     # By a tensor: torch multiplies by the reciprocal of a plain number on a GPU, and 30/10 would be above 3.
     count = (valid_size / torch.full_like(valid_size, stride)).ceil()
     rows = torch.arange(height, device=valid_size.device) < count[0]
@@ -118,7 +118,8 @@ def _assign_image(
     usable = (gt_labels >= 0) & torch.isfinite(gt_boxes).all(1)
     positive = real & torch.cat(inside, 1) & (overlap >= _threshold(overlap, real)[:, None]) & usable[:, None]
 
-    # A location goes to its largest IoU, then to the lowest slot that reaches it. One more cell takes what is not positive.
+    # A location goes to its largest IoU, then to the lowest slot that reaches it; one more cell takes what is not
+    # positive.
     place = torch.where(positive, place, start).reshape(-1)
     overlap = torch.where(positive, overlap, -1.0).reshape(-1)
     best = torch.full((start + 1,), -1.0, device=device).scatter_reduce(0, place, overlap, "amax")
@@ -205,10 +206,20 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample(f"odd-levels-topk{topk}", (odd, strides, *drawn(2, 9), None, topk, 8.0, zero, False))
     yield Sample("one-candidate", ([7, 11], [8.0], *drawn(2, 9), None, 1, 8.0, [0.0], False))
     nan, inf = float("nan"), float("inf")
-    strange = [[5.0, 5, 5, 5], [90, 90, 20, 20], [0, 0, 1e30, 1e30], [-1e38, 3, 3e38, 9], [nan, 0, 9, 9], [0, 0, inf, 9],
-               [1e6, 1e6, 1e6 + 64, 1e6 + 64], [-300, -300, -200, -200]]
+    strange = [
+        [5.0, 5, 5, 5],
+        [90, 90, 20, 20],
+        [0, 0, 1e30, 1e30],
+        [-1e38, 3, 3e38, 9],
+        [nan, 0, 9, 9],
+        [0, 0, inf, 9],
+        [1e6, 1e6, 1e6 + 64, 1e6 + 64],
+        [-300, -300, -200, -200],
+    ]
     labels = torch.arange(8, device=device)[None]
-    yield Sample("degenerate", (sizes, strides, torch.tensor([strange], device=device), labels, None, 9, 8.0, zero, False))
+    yield Sample(
+        "degenerate", (sizes, strides, torch.tensor([strange], device=device), labels, None, 9, 8.0, zero, False)
+    )
 
 
 ATSS = register(
@@ -228,7 +239,7 @@ ATSS = register(
 
 def per_level(op: str, argument: str, value: object, levels: int) -> list[float]:
     """A number, or one a level, as a list of floats."""
-    values = list(value) if isinstance(value, (tuple, list)) else [value] * levels
+    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * levels
     if len(values) != levels:
         raise ValueError(_check.message(op, argument, f"must hold one number a level, {levels}", len(values)))
     for item in values:
@@ -240,7 +251,9 @@ def check_strides(op: str, strides: object, levels: int, of: str) -> list[float]
     if not isinstance(strides, (tuple, list)):
         raise TypeError(_check.message(op, "strides", "must be a list of numbers", type(strides).__name__))
     if len(strides) != levels:
-        raise ValueError(_check.message(op, "strides", f"must hold one number for each of `{of}`, {levels}", len(strides)))
+        raise ValueError(
+            _check.message(op, "strides", f"must hold one number for each of `{of}`, {levels}", len(strides))
+        )
     for stride in strides:
         _check.number(op, "strides", stride, 0, exclusive=True)
     return [float(s) for s in strides]
@@ -271,11 +284,11 @@ def atss_assign(
     Args:
         level_sizes: (height, width) of each level, in cells.
         strides: pixels a cell of each level, > 0.
-        gt_boxes: fp32, fp16, bf16 or fp64 ``[B, G, 4]`` xyxy in pixels; taken to fp32. A box with a NaN or an infinity is
-            passed over.
+        gt_boxes: fp32, fp16, bf16 or fp64 ``[B, G, 4]`` xyxy in pixels; taken to fp32. A box with a NaN or an infinity
+            is passed over.
         gt_labels: integers ``[B, G]``, the class of each box; negative for padding, which is passed over.
-        valid_sizes: ``[B, 2]`` (h, w) in pixels: only the first ``ceil(h/stride)`` rows and ``ceil(w/stride)`` columns of
-            each level take part. All do by default.
+        valid_sizes: ``[B, 2]`` (h, w) in pixels: only the first ``ceil(h/stride)`` rows and ``ceil(w/stride)``
+            columns of each level take part. All do by default.
         topk: candidates a level, >= 1; fewer where the level has fewer valid cells.
         anchor_scale: side of a prior in strides, > 0.
         center_offset: place of a centre within its cell, in cells; one number, or one a level.
@@ -293,9 +306,9 @@ def atss_assign(
         ValueError: a shape, device or number outside the above.
 
     Note:
-        Cells as far as each other rank by lower index; a location that several boxes want goes to the larger IoU, then to
-        the lower slot. IoUs are fp32, their mean and deviation are summed in fp64 in the order of the candidates: every
-        backend gives the same indices. A box with a single candidate in all has no deviation and gets no location.
+        Cells as far as each other rank by lower index; a location that several boxes want goes to the larger IoU, then
+        to the lower slot. IoUs are fp32, their mean and deviation summed in fp64 in the order of the candidates: all
+        backends give the same indices. A box with a single candidate in all has no deviation and gets no location.
         Differs from mmdet's, which leaves the order of equal distances to its sort.
     """
     op = "atss_assign"

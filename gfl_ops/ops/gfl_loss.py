@@ -64,7 +64,7 @@ def _level(
     slots = gt_boxes.shape[1] - 1
     positive = positives(labels, matched, classes, slots)
 
-    # What isn't positive is masked before the softmax, not after the loss, so that no NaN of it comes through a gradient.
+    # What isn't positive is masked before the softmax, not after the loss: no NaN of it comes through a gradient.
     logits = bounded_logits(rows(reg_pred).unflatten(2, (4, reg_max + 1)))
     logits = torch.where(positive[..., None, None], logits, 0.0)
     distance = expectation(logits)
@@ -254,7 +254,9 @@ def _check_maps(op: str, argument: str, maps: object) -> tuple[int, int]:
         if level.dtype != maps[0].dtype:
             raise TypeError(_check.message(op, argument, f"must be of one dtype, {maps[0].dtype}", level.dtype))
         if level.dim() != 4 or level.shape[:2] != maps[0].shape[:2]:
-            expected = f"[B, channels, H, W], B and channels of every level those of the first, {list(maps[0].shape[:2])}"
+            expected = (
+                f"[B, channels, H, W], B and channels of every level those of the first, {list(maps[0].shape[:2])}"
+            )
             raise ValueError(_check.message(op, argument, f"must have shape {expected}", list(level.shape)))
     if maps[0].shape[1] < 1:
         raise ValueError(_check.message(op, argument, "must have at least one channel", list(maps[0].shape)))
@@ -265,9 +267,7 @@ def _check_assignment(
     op: str, assignment: Assignment | Sequence[Tensor], images: int, cells: int, device: Tensor
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(assignment, (tuple, list)) or len(assignment) < 2:
-        raise TypeError(
-            _check.message(op, "assignment", "must be what atss_assign returns", type(assignment).__name__)
-        )
+        raise TypeError(_check.message(op, "assignment", "must be what atss_assign returns", type(assignment).__name__))
     for name, value in zip(("labels", "matched"), assignment):
         argument = f"assignment.{name}"
         _check.tensor(op, argument, value, _check.INTEGER)
@@ -325,19 +325,19 @@ def gfl_loss(
         reg_max: R, in [1, 128].
         loss_weights: of the classification, box and distribution loss.
         beta: exponent of the quality focal loss, >= 0.
-        cls_norm: :math:`n_{cls}`, a number or a tensor of one element, which is not read by the host; by default the sum
-            over the images of max(positives, 1).
+        cls_norm: :math:`n_{cls}`, a number or a tensor of one element, which is not read by the host; by default the
+            sum over the images of max(positives, 1).
         box_norm: :math:`n_{box}`, the same; by default max(Σ w, 1). A norm that is given is used as it is: with several
             ranks, pass the means of what `head_loss_norms` gives, the second at least 1.
         center_offset: place of a centre within its cell, in cells; one number, or one a level.
         legacy: GFocal v1's geometry: centres (stride − 1)/2 pixels further, + 1 on widths and heights in IoU and GIoU.
 
     Returns:
-        ``HeadLoss(cls, box, dfl, num_pos, box_weight)``: the three losses, the number of positives and Σ w, as scalars on
-        the maps' device; fp32, or fp64 for fp64 maps.
+        ``HeadLoss(cls, box, dfl, num_pos, box_weight)``: the three losses, the number of positives and Σ w, as scalars
+        on the maps' device; fp32, or fp64 for fp64 maps.
 
-    The gradient reaches `cls_scores` and `reg_preds`, through the losses alone: not through the norms, w or the IoU that
-    the quality focal loss aims at.
+    The gradient reaches `cls_scores` and `reg_preds`, through the losses alone: not through the norms, w or the IoU
+    that the quality focal loss aims at.
 
     Raises:
         TypeError: a dtype or a type that is not taken.
@@ -345,16 +345,18 @@ def gfl_loss(
 
     Note:
         Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. Without positives `box` and
-        `dfl` are 0 and still attached to the graph. Gradients have the memory format of the maps. Agrees with mmdet 3.3.0's
-        GFLHead, which divides by its norms plus 1.19e-07.
+        `dfl` are 0 and still attached to the graph. Gradients have the memory format of the maps. Agrees with mmdet
+        3.3.0's GFLHead, which divides by its norms plus 1.19e-07.
     """
     op = "gfl_loss"
     _check.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
-    images, classes = _check_maps(op, "cls_scores", cls_scores)
+    images, _classes = _check_maps(op, "cls_scores", cls_scores)
     _check_maps(op, "reg_preds", reg_preds)
     if len(reg_preds) != len(cls_scores):
         raise ValueError(
-            _check.message(op, "reg_preds", f"must have a level for each of `cls_scores`, {len(cls_scores)}", len(reg_preds))
+            _check.message(
+                op, "reg_preds", f"must have a level for each of `cls_scores`, {len(cls_scores)}", len(reg_preds)
+            )
         )
     for cls_score, reg_pred in zip(cls_scores, reg_preds):
         height, width = cls_score.shape[2:]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adaptive training sample selection: which ground-truth box each location learns          (arXiv 1912.02424, algorithm 1)
+// Adaptive training sample selection: which ground-truth box each location learns      (arXiv 1912.02424, algorithm 1)
 #pragma once
 #include "gfl/types.h"
 

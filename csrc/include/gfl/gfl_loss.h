@@ -62,20 +62,21 @@ namespace cpu {
 
 // In order of image, then location.
 std::vector<HeadPositive> gfl_loss_positives(const GflLossInput& in);
-// Pieces of one size, which depends on nothing but the shapes; a sum in their order is the same at any number of threads.
+// Pieces whose bounds depend on nothing but the shapes; a sum in their order is the same at any number of threads.
 std::vector<HeadBlock> gfl_loss_blocks(const GflLossInput& in);
 
 // Terms of the positives [begin, end).
-void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin, int64_t end);
+void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin,
+                    int64_t end);
 
 // Σ QFL of each of the blocks [begin, end), to sums[block]. `positives` and `terms` are all of them, in order.
 void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
                      const HeadBlock* blocks, double* sums, int64_t begin, int64_t end);
 
 // Gradients of the class maps in the blocks [begin, end); `gradients` has an entry a level. Every element is written.
-void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                              const HeadBlock* blocks, double scale, const HeadGradients* gradients, int64_t begin,
-                              int64_t end);
+void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives,
+                              const HeadTerms* terms, const HeadBlock* blocks, double scale,
+                              const HeadGradients* gradients, int64_t begin, int64_t end);
 
 // Gradients of the distribution maps at the positives [begin, end). Elsewhere they are 0, which the caller sees to.
 void gfl_loss_terms_backward(const GflLossInput& in, const HeadPositive* positives, const HeadTerms* terms,
