@@ -29,7 +29,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::
   const at::Tensor found = at::empty({count, 4}, boxes.options());
   const at::Tensor found_scores = at::empty({count}, scores.options());
   const at::Tensor labels = at::empty({count}, boxes.options().dtype(at::kLong));
-  cpu::multiclass_gather(in, found.mutable_data_ptr(), found_scores.mutable_data_ptr(), labels.mutable_data_ptr<int64_t>());
+  cpu::multiclass_gather(in, found.mutable_data_ptr(), found_scores.mutable_data_ptr(),
+                         labels.mutable_data_ptr<int64_t>());
   at::Tensor keep = nms_forward(found, found_scores, labels, iou_threshold, false);
   if (max_detections > 0) keep = keep.slice(0, 0, max_detections);
   return {at::index_select(found, 0, keep), at::index_select(found_scores, 0, keep), at::index_select(labels, 0, keep)};

@@ -7,10 +7,11 @@
 //   union  = (area_a + area_b) − inter
 //   IoU    = inter / union             compared `IoU > threshold`, the threshold rounded to the type of the arithmetic
 //
-// Every operation is rounded once, in exactly this order, in fp32 (fp64 for fp64 boxes), never contracted; gfl_ops/_boxes.py
-// is the same in torch, so that all backends take the same decision. IoU is symmetric in its arguments, bit for bit.
-// A union of 0 with no intersection gives NaN, and so does any NaN coordinate: such a pair never compares greater. So two
-// degenerate boxes do not suppress each other, as in torchvision. (A negative union, from inverted boxes, is divided by.)
+// Every operation is rounded once, in exactly this order, in fp32 (fp64 for fp64 boxes), never contracted;
+// gfl_ops/_boxes.py is the same in torch, so that all backends take the same decision. IoU is symmetric in its
+// arguments, bit for bit. A union of 0 with no intersection gives NaN, and so does any NaN coordinate: such a pair
+// never compares greater. So two degenerate boxes do not suppress each other, as in torchvision. (A negative union,
+// from inverted boxes, is divided by.)
 #pragma once
 #include "host_device.h"
 
@@ -47,9 +48,9 @@ template <class A> GFL_HOST_DEVICE A box_iou(const Box<A>& a, A area_a, const Bo
   return div_rn(overlap.intersection, overlap.union_area);
 }
 
-// A division-free test that every pair with IoU > threshold ≥ 0 passes, whatever its magnitudes: rounding is monotone, so a
-// rounded quotient above the threshold means an exact quotient above it, hence intersection > threshold · union exactly,
-// hence intersection ≥ the rounded product. What passes is decided by the division.
+// A division-free test that every pair with IoU > threshold ≥ 0 passes, whatever its magnitudes: rounding is monotone,
+// so a rounded quotient above the threshold means an exact quotient above it, hence intersection > threshold · union
+// exactly, hence intersection ≥ the rounded product. What passes is decided by the division.
 template <class A> GFL_HOST_DEVICE bool may_exceed(const Overlap<A>& overlap, A threshold) {
   return overlap.intersection > A(0) && overlap.intersection >= mul_rn(threshold, overlap.union_area);
 }

@@ -10,7 +10,8 @@
 #include "sort.h"
 
 namespace gfl {
-GFL_DECLARE_PER_ISA(void nms_class(const NmsInput& in, const int64_t* order, int64_t count, void* scratch, uint8_t* keep))
+GFL_DECLARE_PER_ISA(void nms_class(const NmsInput& in, const int64_t* order, int64_t count, void* scratch,
+                                   uint8_t* keep))
 GFL_DECLARE_PER_ISA(int64_t nms_class_scratch_bytes(int64_t count, DType dtype))
 }  // namespace gfl
 

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Greedy NMS on the GPU in one chain of launches, exact, with memory linear in the number of boxes.
 //
-// The boxes, sorted by score, are walked in panels of 1024. A panel's overlaps among themselves are a triangle of bits; one
-// block walks it and decides the panel; then the whole grid clears what the panel's kept boxes suppress further on, while
-// other blocks of the same launch fill the triangle of the next panel. Per panel: two launches, nothing for the host.
+// The boxes, sorted by score, are walked in panels of 1024. A panel's overlaps among themselves are a triangle of bits;
+// one block walks it and decides the panel; then the whole grid clears what the panel's kept boxes suppress further on,
+// while other blocks of the same launch fill the triangle of the next panel. Per panel: two launches, nothing for the
+// host.
 //
 //   order   [count]      int64  read     boxes [count, 4] dtype read     classes [count] int64 read, or null
 //   keep    [count]      uint8  write, by position in `order`
 //   sorted  [count]      Box<A> scratch: the boxes in that order      sorted_class [count] int64 scratch
-//   bits    [32][1024]   uint32 scratch: bit j of bits[w][i] is set if box i of the panel suppresses its box 32w + j, j > i
+//   bits    [32][1024]   uint32 scratch: bit j of bits[w][i] says that box i of the panel suppresses its box 32w + j
 //   kept    [1024]       int32  scratch: the panel's kept boxes, counted from its start; kept_count [1]
-// Bytes moved: 5·count of scratch written, and read once a panel. Arithmetic: fp32, fp64 for fp64 boxes, as box.h says.
-// Repeatable bit for bit: the only unordered writes are zeros into `keep`, whatever their order.
+// Bytes moved: the sorted boxes and classes, 24 a box (40 in fp64), written once and read once a panel. Arithmetic:
+// fp32, fp64 for fp64 boxes, as box.h says. Repeatable bit for bit: the only unordered writes are zeros into `keep`,
+// whatever their order.
 #include "gfl/nms.h"
 
 #include "box.h"
@@ -118,8 +120,8 @@ __device__ void fill_bits(const Scratch<A>& scratch, int64_t panel, int64_t coun
 
 // Clears among 128 boxes from `first` on what 64 of the kept boxes of `panel` suppress.
 template <class A>
-__device__ void clear_columns(const Scratch<A>& scratch, int64_t panel, int64_t first, int64_t count, int part, A offset,
-                              A threshold, uint8_t* keep, Staged<A>& rows) {
+__device__ void clear_columns(const Scratch<A>& scratch, int64_t panel, int64_t first, int64_t count, int part,
+                              A offset, A threshold, uint8_t* keep, Staged<A>& rows) {
   const int begin = part * kTile;
   const int left = *scratch.kept_count - begin;
   if (left <= 0) return;  // the same for the whole block
@@ -141,8 +143,8 @@ __device__ void clear_columns(const Scratch<A>& scratch, int64_t panel, int64_t 
   }
 }
 
-// The first `triangle` blocks fill the bits of the panel that starts at `next`; the others clear from `next` on what the kept
-// boxes of the panel before suppress, each 64 kept against 128 later ones.
+// The first `triangle` blocks fill the bits of the panel that starts at `next`; the others clear from `next` on what
+// the kept boxes of the panel before suppress, each 64 kept against 128 later ones.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     overlap_kernel(NmsInput in, Scratch<A> scratch, int64_t next, int triangle, uint8_t* keep) {
@@ -157,10 +159,11 @@ __global__ void __launch_bounds__(kThreads)
                 offset, threshold, keep, staged);
 }
 
-// Walks a panel: 32 boxes at a time, whose own warp decides them while the others prefetch, and every warp then drops from
-// its 32 boxes what the newly kept ones suppress.
+// Walks a panel: 32 boxes at a time, whose own warp decides them while the others prefetch, and every warp then drops
+// from its 32 boxes what the newly kept ones suppress.
 __global__ void __launch_bounds__(kPanel)
-    decide_kernel(const uint32_t* bits, int64_t panel, int64_t count, int32_t* kept, int32_t* kept_count, uint8_t* keep) {
+    decide_kernel(const uint32_t* bits, int64_t panel, int64_t count, int32_t* kept, int32_t* kept_count,
+                  uint8_t* keep) {
   uint32_t* decided = shared<uint32_t>();  // [kWords]: the kept boxes of each word
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t position = panel + threadIdx.x;

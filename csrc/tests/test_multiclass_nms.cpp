@@ -50,8 +50,8 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
     }
   }
   const int64_t count = cpu::multiclass_count(in);
-  CHECK(count == static_cast<int64_t>(want_scores.size()), "%lld candidates, expected %zu", static_cast<long long>(count),
-        want_scores.size());
+  CHECK(count == static_cast<int64_t>(want_scores.size()), "%lld candidates, expected %zu",
+        static_cast<long long>(count), want_scores.size());
   Buffer<T> got_boxes(static_cast<size_t>(4 * count)), got_scores(static_cast<size_t>(count));
   Buffer<int64_t> labels(static_cast<size_t>(count));
   cpu::multiclass_gather(in, got_boxes.data(), got_scores.data(), labels.data());

@@ -86,7 +86,9 @@ template <class T> Buffer<T> spread(const std::vector<double>& boxes, int64_t co
   const std::vector<T> values = rounded<T>(boxes);
   std::vector<T> planes(static_cast<size_t>(8 * count));
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < 4; ++j) planes[static_cast<size_t>(2 * (j * count + i))] = values[static_cast<size_t>(4 * i + j)];
+    for (int64_t j = 0; j < 4; ++j) {
+      planes[static_cast<size_t>(2 * (j * count + i))] = values[static_cast<size_t>(4 * i + j)];
+    }
   }
   return Buffer<T>(planes);
 }
@@ -128,8 +130,9 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
   const std::vector<int64_t> want = oracle<T>(c, d, order);
   const Buffer<T> boxes(rounded<T>(d.boxes)), strided = spread<T>(d.boxes, c.count);
   for (const bool planes : {false, true}) {
-    const NmsInput in{planes ? strided.data() : boxes.data(), dtype,    planes ? 2 : 4, planes ? 2 * c.count : 1, c.count,
-                      c.threshold,                            c.legacy};
+    const int64_t stride = planes ? 2 : 4, step = planes ? 2 * c.count : 1;
+    const T* data = planes ? strided.data() : boxes.data();
+    const NmsInput in{data, dtype, stride, step, c.count, c.threshold, c.legacy};
     const std::vector<uint8_t> keep = run<T>(c, in, d, order);
     std::vector<int64_t> got;
     for (const int64_t i : order) {

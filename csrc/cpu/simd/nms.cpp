@@ -1,7 +1,7 @@
-// SPDX-License-Identifier: Apache-2.0
-// NMS within a class: a box is tested against the boxes that are kept already, and left at the first hit. The kept boxes are
-// a structure of arrays padded to whole groups of lanes, so that a group is one straight-line loop; it needs no division,
-// and what passes it is decided as box.h says, so that every instruction set decides alike.
+// SPDX-License-Identifier: Apache-2.0 NMS within a class: a box is tested against the boxes that are kept already, and
+// left at the first hit. The kept boxes are a structure of arrays padded to whole groups of lanes, so that a group is
+// one straight-line loop; it needs no division, and what passes it is decided as box.h says, so that every instruction
+// set decides alike.
 #include "gfl/nms.h"
 
 #include "box.h"
@@ -53,7 +53,8 @@ inline bool suppressed(const Kept<A>& kept, int64_t begin, int64_t end, const Sc
   for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
     Mask any = every ? Mask(1) : Mask(0);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const Overlap<A> overlap = box_overlap(kept.box(first + lane), kept.area[first + lane], box.box, box.area, offset);
+      const int64_t k = first + lane;
+      const Overlap<A> overlap = box_overlap(kept.box(k), kept.area[k], box.box, box.area, offset);
       // Bitwise, not logical: a branch would keep the loop from becoming vectors.
       any |= static_cast<Mask>(overlap.intersection > A(0)) &
              static_cast<Mask>(overlap.intersection >= mul_rn(threshold, overlap.union_area));

@@ -1,7 +1,7 @@
-// SPDX-License-Identifier: Apache-2.0
-// Soft-NMS within a class. Boxes lie in groups of lanes in the order of their indices; each group remembers its best score,
-// as an integer that orders like the scores. Taking a box is a vector test of every group for an intersection; only groups
-// that have one are worked on box by box and look for their best again.
+// SPDX-License-Identifier: Apache-2.0 Soft-NMS within a class. Boxes lie in groups of lanes in the order of their
+// indices; each group remembers its best score, as an integer that orders like the scores. Taking a box is a vector
+// test of every group for an intersection; only groups that have one are worked on box by box and look for their best
+// again.
 #include "gfl/soft_nms.h"
 
 #include <cmath>
@@ -107,7 +107,8 @@ template <class A> inline void decay(const Boxes<A>& boxes, int64_t groups, int6
 }
 
 template <class T>
-void walk(const SoftNmsInput& in, const int64_t* order, int64_t count, void* scratch, void* final_scores, uint8_t* keep) {
+void walk(const SoftNmsInput& in, const int64_t* order, int64_t count, void* scratch, void* final_scores,
+          uint8_t* keep) {
   using A = acc_t<T>;
   const A min_score = static_cast<A>(in.min_score);
   const Boxes<A> boxes(scratch, count);

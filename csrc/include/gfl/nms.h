@@ -1,7 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0
-// Greedy non-maximum suppression: walking the boxes by falling score (ties by lower index, NaN first), keep a box unless its
-// IoU with a kept box of its class is above the threshold. Classes are compared as such; coordinates are not shifted.
-// IoU and the comparison are defined in csrc/common/box.h.
+// SPDX-License-Identifier: Apache-2.0 Greedy non-maximum suppression: walking the boxes by falling score (ties by lower
+// index, NaN first), keep a box unless its IoU with a kept box of its class is above the threshold. Classes are
+// compared as such; coordinates are not shifted. IoU and the comparison are defined in csrc/common/box.h.
 #pragma once
 #include <cstddef>
 
@@ -37,8 +36,8 @@ namespace cuda {
 
 size_t nms_workspace_bytes(int64_t count, DType dtype);
 
-// order: [count] as cpu::order_by_score gives it. classes: [count] by index of the box, or null for one class.
-// keep: [count] by position in `order`, 1 or 0. workspace: nms_workspace_bytes, aligned to 16. Never waits for the device.
+// order: [count] as cpu::order_by_score gives it. classes: [count] by index of the box, or null for one class. keep:
+// [count] by position in `order`, 1 or 0. workspace: nms_workspace_bytes, aligned to 16. Never waits for the device.
 cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order, void* workspace, uint8_t* keep,
                 cudaStream_t stream);
 

@@ -7,8 +7,8 @@
 
 namespace gfl {
 
-// `A` below is double where `dtype` is f64, else float: the type of IoUs and scores. exp is in double for either, and its
-// result rounded to A, so that all backends take the same boxes.
+// `A` below is double where `dtype` is f64, else float: the type of IoUs and scores. exp is in double for either, and
+// its result rounded to A, so that all backends take the same boxes.
 struct SoftNmsInput {
   const void* boxes;  // [count, 4] dtype, xyxy
   DType dtype;
@@ -23,13 +23,14 @@ struct SoftNmsInput {
 
 namespace cpu {
 
-// Classes [begin, end) of `grouped`, each in the order of the boxes' indices; as cpu::group_by_class of gfl/nms.h makes it of
-// 0, 1, 2, …. keep: [count] by index, 1 or 0. final_scores: [count] of A by index, written where kept.
+// Classes [begin, end) of `grouped`, each in the order of the boxes' indices; as cpu::group_by_class of gfl/nms.h makes
+// it of 0, 1, 2, …. keep: [count] by index, 1 or 0. final_scores: [count] of A by index, written where kept.
 void soft_nms(const SoftNmsInput& in, const int64_t* grouped, const int64_t* bounds, void* final_scores, uint8_t* keep,
               int64_t begin, int64_t end);
 
-// The kept boxes by falling final score, equal ones by lower index. If there is none, the box of the greatest score is taken,
-// so that of a nonempty input one is always kept. indices, scores: room for max(kept, 1). Returns how many there are.
+// The kept boxes by falling final score, equal ones by lower index. If there is none, the box of the greatest score is
+// taken, so that of a nonempty input one is always kept. indices, scores: room for max(kept, 1). Returns how many there
+// are.
 int64_t soft_nms_collect(const SoftNmsInput& in, const void* final_scores, const uint8_t* keep, int64_t* indices,
                          float* scores);
 
