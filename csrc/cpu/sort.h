@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 Stable sorting by fixed-width keys: an own radix sort, several times the speed of
+// SPDX-License-Identifier: Apache-2.0
+// Stable sorting by fixed-width keys: an own radix sort, several times the speed of
 // a comparison sort at detection's sizes.
 #pragma once
 #include <algorithm>

@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 NMS within a class: a box is tested against the boxes that are kept already, and
+// SPDX-License-Identifier: Apache-2.0
+// NMS within a class: a box is tested against the boxes that are kept already, and
 // left at the first hit. The kept boxes are a structure of arrays padded to whole groups of lanes, so that a group is
 // one straight-line loop; it needs no division, and what passes it is decided as box.h says, so that every instruction
 // set decides alike.

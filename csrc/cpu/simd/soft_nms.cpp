@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 Soft-NMS within a class. Boxes lie in groups of lanes in the order of their
+// SPDX-License-Identifier: Apache-2.0
+// Soft-NMS within a class. Boxes lie in groups of lanes in the order of their
 // indices; each group remembers its best score, as an integer that orders like the scores. Taking a box is a vector
 // test of every group for an intersection; only groups that have one are worked on box by box and look for their best
 // again.

@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 From boxes with a score for every class to the candidates that gfl/nms.h
+// SPDX-License-Identifier: Apache-2.0
+// From boxes with a score for every class to the candidates that gfl/nms.h
 // suppresses class by class: every pair of a box and a class whose score is above the threshold, in the order of box ·
 // classes + class.
 #pragma once
