@@ -2,8 +2,8 @@
 """Compile every GPU kernel ahead of time and say what each takes of the machine; no GPU is needed.
 
 Triton kernels are compiled as representative calls of the operators would compile them, with the constants and the
-alignments that follow from those; csrc/cuda/*.cu are compiled by nvcc. Registers, spills and shared memory are what
-ptxas says of the code it makes (for Triton the ptxas that Triton brings and uses).
+alignments that follow from those; csrc/cuda/*.cu are compiled by nvcc. Registers and spills are what ptxas says of the
+code it makes; for Triton, what cuobjdump reads in the code.
 
 Exit status: 0; 1 if something does not compile, or if a kernel of QFL, DFL or decoding spills registers; 2 if a
 compiler is missing."""

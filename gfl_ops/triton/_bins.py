@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def _largest_logit(dtype):
+    return 4.4942328371557893e307 if dtype == tl.float64 else 8.507058658713472e37
+
+
 @triton.jit
 def bounded(x):
     """Logits held within a quarter of the dtype's range, so that no difference of two overflows; NaN stays."""
-    if x.dtype == tl.float64:
-        limit: tl.constexpr = 4.4942328371557893e307
-    else:
-        limit: tl.constexpr = 8.507058658713472e37
+    limit: tl.constexpr = _largest_logit(x.dtype)
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)), tl.abs(x) > limit
 
 

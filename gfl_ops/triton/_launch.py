@@ -38,8 +38,8 @@ def record() -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: int | tuple[int, int], like: Tensor, *args: Any, **constants: Any) -> None:
     """Run `kernel` on a grid of programs, on the device of `like` and its current stream. No program, no launch."""
-    grid = (grid,) if isinstance(grid, int) else grid
-    if 0 in grid:
+    axes = (grid,) if isinstance(grid, int) else grid
+    if 0 in axes:
         return
     # Said each time, since Triton's default changes: contraction is off only where a decision hangs on it.
     constants.setdefault("enable_fp_fusion", True)
@@ -48,7 +48,7 @@ def launch(kernel: Any, grid: int | tuple[int, int], like: Tensor, *args: Any, *
         return
     guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, **constants)
+        kernel[axes](*args, **constants)
 
 
 def power_of_two(n: int) -> int:
