@@ -72,7 +72,7 @@ def different(got: Any, want: Any) -> float:
     for g, w in zip(tensors(got), tensors(want)):
         if g.shape != w.shape:
             return 1.0
-        equal = torch.isclose(g, w, rtol=1e-4, atol=1e-4) if w.is_floating_point() else g == w
+        equal = torch.isclose(g.double(), w.double(), rtol=1e-4, atol=1e-4) if w.is_floating_point() else g == w
         wrong, total = wrong + int((~equal).sum()), total + w.numel()
     return wrong / max(total, 1)
 

@@ -180,7 +180,7 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
     if not used:
         return "no plot: nothing was timed"
     height = 0.8 / len(used)
-    size = (2.6 + 3.4 * len(columns), 1.6 + 0.22 * len(names) * max(len(used), 2))
+    size = (2.6 + 3.4 * len(columns), 1.6 + 0.16 * len(names) * max(len(used), 2))
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True, sharex=True)
     for axis, (dtype, batch) in zip(axes[0], columns):
         for row, name in enumerate(names):
