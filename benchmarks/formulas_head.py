@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from formulas import (
+    MEAN_EPS,
     box_from_distance,
     box_iou_loss,
     dense_dfl,
@@ -23,6 +24,8 @@ from formulas import (
 )
 
 CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 1.0, 2.0, 0.25
+# `average` adds its epsilon to these again: the head's loss as a whole is defined without.
+ONE, FOUR = 1.0 - MEAN_EPS, 4.0 - MEAN_EPS
 
 
 def grid(height: int, width: int, device: torch.device) -> Tensor:
@@ -103,12 +106,12 @@ def gfl_loss(
             weight = cls.detach()[rows].sigmoid().amax(1).to(score.dtype)
             weights = weights + weight.sum()
             score[rows] = 1 - element_iou(predicted.detach(), true)
-            box = box_iou_loss(predicted, true, weight, 1.0, "giou")
+            box = box_iou_loss(predicted, true, weight, ONE, "giou")
             target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
             spread = weight[:, None].expand(-1, 4).reshape(-1)
-            edge = dfl(reg[rows].reshape(-1, reg_max + 1), target.to(score.dtype), spread, 4.0)
+            edge = dfl(reg[rows].reshape(-1, reg_max + 1), target.to(score.dtype), spread, FOUR)
         label = torch.where(label < 0, classes, label)
-        losses.append((qfl(cls, label, score, torch.ones_like(score), cls_norm), box, edge))
+        losses.append((qfl(cls, label, score, torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
     norm = weights.clamp(min=1)
     cls, box, edge = (sum(parts) for parts in zip(*losses))
     return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
@@ -150,11 +153,11 @@ def dense_gfl_loss(
         iou = 1 - element_iou(predicted.detach(), true)
         score = torch.zeros(label.shape, dtype=used.dtype, device=cls.device).index_add(0, rows, iou * used)
         # Unused room holds cell 0's box, which is finite; its weight is 0.
-        box = box_iou_loss(predicted, true, weight, 1.0, "giou")
+        box = box_iou_loss(predicted, true, weight, ONE, "giou")
         target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
-        edge = dense_dfl(sides.reshape(-1, reg_max + 1), target, weight.repeat_interleave(4), 4.0)
+        edge = dense_dfl(sides.reshape(-1, reg_max + 1), target, weight.repeat_interleave(4), FOUR)
         background = torch.where(label < 0, classes, label)
-        losses.append((dense_qfl(cls, background, score, torch.ones_like(score), cls_norm), box, edge))
+        losses.append((dense_qfl(cls, background, score, torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
     norm = weights.clamp(min=1)
     cls, box, edge = (sum(parts) for parts in zip(*losses))
     return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
