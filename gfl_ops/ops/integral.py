@@ -24,7 +24,8 @@ def bounded_logits(pred: Tensor) -> Tensor:
     """
     x = pred.to(accumulator(pred.dtype))
     limit = torch.finfo(x.dtype).max / 4
-    return x.clamp(-limit, limit)
+    # Not clamp, whose gradient is 0 at NaN.
+    return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
 
 
 def expectation(logits: Tensor) -> Tensor:
@@ -76,19 +77,19 @@ INTEGRAL = register(
 )
 
 
-def check_reg_max(op: str, argument: str, reg_max: object) -> None:
+def check_reg_max(op: str, argument: str, reg_max: int) -> None:
     _check.number(op, argument, reg_max, 1, integer=True)
-    if reg_max > MAX_REG_MAX:  # type: ignore[operator]
+    if reg_max > MAX_REG_MAX:
         raise NotImplementedError(_check.message(op, argument, f"must be <= {MAX_REG_MAX}", reg_max))
 
 
-def check_distributions(op: str, pred: object, reg_max: int) -> None:
+def check_distributions(op: str, pred: Tensor, reg_max: int) -> None:
     """`pred` is floating ``[…, 4(R+1)]``."""
     _check.tensor(op, "pred", pred)
     check_reg_max(op, "reg_max", reg_max)
-    if pred.dim() < 1 or pred.shape[-1] != 4 * (reg_max + 1):  # type: ignore[attr-defined]
+    if pred.dim() < 1 or pred.shape[-1] != 4 * (reg_max + 1):
         rule = f"must have shape […, 4(R+1)] = […, {4 * (reg_max + 1)}]"
-        raise ValueError(_check.message(op, "pred", rule, list(pred.shape)))  # type: ignore[attr-defined]
+        raise ValueError(_check.message(op, "pred", rule, list(pred.shape)))
 
 
 def integral(pred: Tensor, reg_max: int) -> Tensor:
