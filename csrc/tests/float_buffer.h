@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// For launchers that take `const void*` and a DType: an array of a dtype known at run time, one way to call a launcher on
-// either device, and a comparison of whole arrays.
+// For launchers that take `const void*` and a DType: an array of a dtype known at run time, one way to call a launcher
+// on either device, and a comparison of whole arrays.
 #pragma once
 #include <cstdlib>
 #include <random>

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Distribution focal loss in both forms, the distance beside it and all gradients, against a loop over the bins.
+#include "gfl/dfl.h"
+
+#include "bins_oracle.h"
+
+using namespace gfl;
+using namespace gfl::testing;
+
+namespace {
+
+// What a row means to the loss, found from the target by the rules' own words.
+struct Meaning {
+  size_t left, right;
+  double weight_left, weight_right;
+  bool counted, inside;
+};
+
+Meaning of_position(double y, int64_t last, bool ignore) {
+  const bool inside = y >= 0 && y <= static_cast<double>(last);
+  const bool counted = ignore ? inside : !std::isnan(y);
+  const double held = counted ? std::fmin(std::fmax(y, 0), static_cast<double>(last)) : 0;
+  const size_t left = held == static_cast<double>(last) ? static_cast<size_t>(last - 1) : static_cast<size_t>(held);
+  return {left, left + 1, static_cast<double>(left + 1) - held, held - static_cast<double>(left), counted, inside};
+}
+
+size_t nearest(int64_t bin, int64_t last) { return static_cast<size_t>(bin < 0 ? 0 : (bin > last ? last : bin)); }
+
+void compare(Generator& generator, const Layout& layout, DType dtype, bool two_bin, bool ignore, bool with_distance) {
+  const int64_t rows = layout.inner, last = layout.bins - 1;
+  const size_t n = static_cast<size_t>(rows);
+  const DType acc = accumulator_of(dtype);
+  FloatBuffer pred(dtype, normals(generator, static_cast<size_t>(layout.elements), 2));
+  const std::vector<double> values = pred.read();
+  FloatBuffer grad_loss(acc, uniforms(generator, n, -2, 2)), grad_distance(acc, uniforms(generator, n, -2, 2));
+  // A third of the positions lies outside; ends, bins and NaN come exactly.
+  const double width = static_cast<double>(last);
+  std::vector<double> positions = uniforms(generator, n, -width / 4, width * 5 / 4);
+  const double exact[] = {0, width, 1, -0.0, std::nan(""), width + 1, -1e30, 1e30};
+  for (size_t i = 0; i < 8 && n > 20; ++i) positions[2 * i] = exact[i];
+  FloatBuffer target(acc, positions), weight_left(acc, uniforms(generator, n, 0, 1.5)),
+      weight_right(acc, uniforms(generator, n, 0, 1.5));
+  std::vector<int64_t> lefts(n);
+  for (int64_t& left : lefts) left = generator.integer(-2, layout.bins + 2);
+  if (n > 20) lefts[3] = INT64_MAX, lefts[5] = INT64_MIN;
+  Buffer<int64_t> left(lefts);
+
+  DflInput in{};
+  in.pred = rows_in(layout, pred, dtype);
+  if (two_bin) {
+    in.left = left.data();
+    in.weight_left = weight_left.data();
+    in.weight_right = weight_right.data();
+  } else {
+    in.target = target.data();
+    in.ignore_out_of_range = ignore;
+  }
+  FloatBuffer loss(acc, n), distance(acc, n), grad_target(acc, n), grad_left(acc, n), grad_right(acc, n);
+  FloatBuffer grad_pred(dtype, n * static_cast<size_t>(layout.bins));
+  GFL_RUN(rows, dfl_forward, in, loss.data(), with_distance ? distance.data() : nullptr);
+  const DflGradients out{grad_pred.data(), two_bin ? nullptr : grad_target.data(), two_bin ? grad_left.data() : nullptr,
+                         two_bin ? grad_right.data() : nullptr};
+  GFL_RUN(rows, dfl_backward, in, grad_loss.data(), with_distance ? grad_distance.data() : nullptr, out);
+
+  const std::vector<double> y = target.read(), wl = weight_left.read(), wr = weight_right.read();
+  const std::vector<double> scale = grad_loss.read(), scale_distance = grad_distance.read();
+  std::vector<double> want_loss, want_distance, want_target, want_left, want_right, want_pred;
+  for (size_t i = 0; i < n; ++i) {
+    const Row x = row_of(layout, values, static_cast<int64_t>(i));
+    Meaning m = of_position(y[i], last, ignore);
+    if (two_bin) {
+      const int64_t near = lefts[i] < -1 ? -1 : (lefts[i] > last ? last : lefts[i]);
+      m = {nearest(near, last), nearest(near + 1, last), wl[i], wr[i], true, true};
+    }
+    const auto row_loss = [&](const Row& row) -> long double {
+      if (!m.counted) return 0;
+      return m.weight_left * cross_entropy(row, m.left) + m.weight_right * cross_entropy(row, m.right);
+    };
+    want_loss.push_back(static_cast<double>(row_loss(x)));
+    want_distance.push_back(static_cast<double>(expectation(x)));
+    const double entropy_left = static_cast<double>(cross_entropy(x, m.left));
+    const double entropy_right = static_cast<double>(cross_entropy(x, m.right));
+    want_target.push_back(m.counted && m.inside ? scale[i] * (entropy_right - entropy_left) : 0);
+    want_left.push_back(scale[i] * entropy_left);
+    want_right.push_back(scale[i] * entropy_right);
+    for (size_t j = 0; j < x.size(); ++j) {
+      const double of_distance = with_distance ? scale_distance[i] * slope(expectation, x, j) : 0;
+      want_pred.push_back(scale[i] * slope(row_loss, x, j) + of_distance);
+    }
+  }
+  char what[128];
+  std::snprintf(what, sizeof what, "%s %s rows %zu bins %lld%s%s%s", layout.name, name_of(dtype), n,
+                static_cast<long long>(layout.bins), two_bin ? " two-bin" : "", ignore ? " ignore" : "",
+                with_distance ? " with distance" : "");
+  const double size = with_distance ? static_cast<double>(layout.bins) : 4;
+  const double tolerance = bins_tolerance(acc, acc, size);
+  expect_close(loss.read(), want_loss, tolerance, what);
+  expect_close(grad_pred.read(), want_pred, bins_tolerance(acc, dtype, size), what);
+  if (with_distance) expect_close(distance.read(), want_distance, tolerance, what);
+  if (two_bin) {
+    expect_close(grad_left.read(), want_left, tolerance, what);
+    expect_close(grad_right.read(), want_right, tolerance, what);
+  } else {
+    expect_close(grad_target.read(), want_target, tolerance, what);
+  }
+}
+
+// A row that does not count has no gradient, whatever its logits; infinite logits give finite losses.
+void special_values() {
+  const double infinity = HUGE_VAL, nan = std::nan("");
+  FloatBuffer pred(DType::f32, std::vector<double>{nan, 1, infinity, -infinity, infinity, -infinity});
+  FloatBuffer target(DType::f32, std::vector<double>{nan, 0, 0.5}), ones(DType::f32, std::vector<double>(3, 1.0));
+  FloatBuffer loss(DType::f32, size_t{3}), grad(DType::f32, size_t{6}), grad_target(DType::f32, size_t{3});
+  DflInput in{};
+  in.pred = rows_in(dense_layout(3, 1, 2), pred, DType::f32);
+  in.target = target.data();
+  GFL_RUN(3, dfl_forward, in, loss.data(), nullptr);
+  const DflGradients out{grad.data(), grad_target.data(), nullptr, nullptr};
+  GFL_RUN(3, dfl_backward, in, ones.data(), nullptr, out);
+  const double quarter = std::numeric_limits<float>::max() / 4.0;
+  expect_close(loss.read(), {0, 0, quarter}, 1e-6, "special losses");
+  expect_close(grad.read(), std::vector<double>(6, 0.0), 0, "special gradients");
+  expect_close(grad_target.read(), {0, 2 * quarter, 2 * quarter}, 1e-6, "special gradients of the target");
+}
+
+}  // namespace
+
+int main() {
+  Generator generator(fresh_seed());
+  for (const DType dtype : kDTypes) {
+    for (const int64_t rows : {0, 1, 37, 128, 130}) {
+      compare(generator, dense_layout(rows, 1, 17), dtype, false, false, rows % 2 == 0);
+      compare(generator, dense_layout(rows, 1, 17), dtype, true, false, false);
+    }
+    compare(generator, padded_layout(33, 1, 17), dtype, false, true, true);
+    compare(generator, planar_layout(1, 131, 1, 17), dtype, false, false, true);
+    compare(generator, planar_layout(1, 31, 1, 17), dtype, true, false, false);
+    compare(generator, dense_layout(41, 1, 2), dtype, false, true, false);
+    compare(generator, dense_layout(67, 1, 129), dtype, false, false, true);
+    compare(generator, dense_layout(35, 1, 129), dtype, true, false, false);
+  }
+  special_values();
+  return result("dfl");
+}
