@@ -33,8 +33,8 @@ struct Leading {
   int64_t trailing;
 };
 
-// Finds the split of the leading dimensions at which every tensor can be read in place. Where there is none, the tensors
-// are replaced by contiguous copies. All have the same leading shape, which the caller has checked.
+// Finds the split of the leading dimensions at which every tensor can be read in place. Where there is none, the
+// tensors are replaced by contiguous copies. All have the same leading shape, which the caller has checked.
 inline Locations locations_of(std::initializer_list<Leading> tensors) {
   const at::Tensor& shaped = *tensors.begin()->tensor;
   const int64_t leading = shaped.dim() - tensors.begin()->trailing;

@@ -14,8 +14,8 @@
 
 namespace gfl {
 
-// A logit counts at most as a quarter of the largest number: no difference of two overflows, so neither an infinite logit
-// nor a huge one makes a NaN of 0 · ∞. Beyond, the derivative is 0. A NaN stays and spreads over its row.
+// A logit counts at most as a quarter of the largest number: no difference of two overflows, so neither an infinite
+// logit nor a huge one makes a NaN of 0 · ∞. Beyond, the derivative is 0. A NaN stays and spreads over its row.
 template <class A> GFL_HOST_DEVICE A largest_logit() { return std::numeric_limits<A>::max() / A(4); }
 template <class A> GFL_HOST_DEVICE A bounded_logit(A x) {
   const A limit = largest_logit<A>();
@@ -44,8 +44,8 @@ GFL_HOST_DEVICE int64_t location_offset(LocationStride stride, int64_t count_out
   return outer * stride.outer + (i - outer * count_inner) * stride.inner;
 }
 
-// One row's softmax. `total` is Σ exp(x − max), `moment` Σ (j − peak)·exp(x − max): counted from the highest bin, the sum is
-// short where the distribution is, and j − y loses nothing to cancellation.
+// One row's softmax. `total` is Σ exp(x − max), `moment` Σ (j − peak)·exp(x − max): counted from the highest bin, the
+// sum is short where the distribution is, and j − y loses nothing to cancellation.
 template <class A> struct BinSoftmax {
   A max, total, moment;
   int peak;

@@ -54,7 +54,9 @@ void distance_to_box_backward(const DistanceToBoxInput& in, const void* grad_box
         }
       }
       if (grad_points == nullptr) continue;
-      for (int axis = 0; axis < 2; ++axis) static_cast<A*>(grad_points)[i * 2 + axis] = through[axis] + through[axis + 2];
+      for (int axis = 0; axis < 2; ++axis) {
+        static_cast<A*>(grad_points)[i * 2 + axis] = through[axis] + through[axis + 2];
+      }
     }
   });
 }
@@ -73,8 +75,8 @@ void box_to_distance_forward(const BoxToDistanceInput& in, void* distance, int64
   });
 }
 
-void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_distance, void* grad_points, void* grad_boxes,
-                              int64_t begin, int64_t end) {
+void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_distance, void* grad_points,
+                              void* grad_boxes, int64_t begin, int64_t end) {
   for_type(in, [&](auto t) {
     using A = decltype(t);
     for (int64_t i = begin; i < end; ++i) {

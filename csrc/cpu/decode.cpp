@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding on the CPU: softmax, expectation, stride, box and clipping in one walk over the logits, locations [begin, end) of
-// the caller's chunk.
+// Decoding on the CPU: softmax, expectation, stride, box and clipping in one walk over the logits, locations [begin,
+// end) of the caller's chunk.
 //
-//   pred   [locations, 4, bins] dtype read, any strides    points, limit [locations, 2] A read    scale [locations] A read
-//   boxes  [locations, 4]       A     write                grad_points   [locations, 2] A write
+//   pred      [locations, 4, bins] dtype read, any strides      boxes       [locations, 4] A write
+//   points    [locations, 2]       A     read                   limit       [locations, 2] A read
+//   scale     [locations]          A     read                   grad_points [locations, 2] A write
 //   grad_pred [locations, 4, bins] dtype write, contiguous
 #include "gfl/decode.h"
 
@@ -60,7 +61,8 @@ void backward(const DecodeInput& in, const void* grad_boxes, void* grad_pred, vo
       const T* from = static_cast<const T*>(in.pred.data) + row_offset(in.pred, row);
       for (int j = 0; j < bins; ++j) x[j] = load(from + j * in.pred.stride_bin);
       const BinSoftmax<A> s = bin_softmax<A>(bins, logit, [&](int j, A value) { e[j] = value; });
-      const bool inside = clipped_side_at(place.point[side & 1], mul_rn(s.mean(), place.scale), side, place.limit).inside;
+      const A distance = mul_rn(s.mean(), place.scale);
+      const bool inside = clipped_side_at(place.point[side & 1], distance, side, place.limit).inside;
       through[side] = inside ? static_cast<const A*>(grad_boxes)[row] : A(0);
       if (grad_pred == nullptr) continue;
       const A scale = through[side] * side_sign<A>(side) * place.scale;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distribution focal loss on the CPU, rows [begin, end) of the caller's chunk; one softmax a row serves loss and distance.
+// Distribution focal loss on the CPU, rows [begin, end) of the caller's chunk; one softmax a row serves loss and
+// distance.
 //
-//   pred        [rows, bins] dtype read, any strides   target or weight_left, weight_right [rows] A read, left [rows] int64
-//   loss        [rows]       A     write               distance    [rows] A write
-//   grad_pred   [rows, bins] dtype write, contiguous   grad_target, grad_weight_left, grad_weight_right [rows] A write
+//   pred        [rows, bins] dtype read, any strides     target                    [rows] A     read, or these three:
+//   loss        [rows]       A     write                 left                      [rows] int64 read
+//   distance    [rows]       A     write                 weight_left, weight_right [rows] A     read
+//   grad_pred   [rows, bins] dtype write, contiguous     grad_target or grad_weight_left, grad_weight_right as these
 #include "gfl/dfl.h"
 
 #include "bins.h"
@@ -35,8 +37,8 @@ template <class T> void forward(const DflInput& in, void* loss, void* distance, 
 }
 
 template <class T>
-void backward(const DflInput& in, const void* grad_loss, const void* grad_distance, const DflGradients& out, int64_t begin,
-              int64_t end) {
+void backward(const DflInput& in, const void* grad_loss, const void* grad_distance, const DflGradients& out,
+              int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int bins = static_cast<int>(in.pred.bins);
   A x[kMaxBins], e[kMaxBins];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's rows of bins in shared memory. A row is short (17 logits) and one thread computes it; its memory is read and
-// written by the whole block, neighbouring threads at neighbouring addresses, whichever dimension is the dense one.
+// A block's rows of bins in shared memory. A row is short (17 logits) and one thread computes it; its memory is read
+// and written by the whole block, neighbouring threads at neighbouring addresses, whichever dimension is the dense one.
 //
 // In shared memory a row has an odd pitch, so that the threads of a warp, each in its own row, meet no bank twice.
 #pragma once

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decoding on the GPU: softmax, expectation, stride, box and clipping in one kernel   (arXiv 2006.04388, eq. 5)
 //
-//   pred   [locations, 4, bins] dtype read, any strides    points, limit [locations, 2] A read    scale [locations] A read
-//   boxes  [locations, 4]       A     write                grad_points   [locations, 2] A write
+//   pred      [locations, 4, bins] dtype read, any strides      boxes       [locations, 4] A write
+//   points    [locations, 2]       A     read                   limit       [locations, 2] A read
+//   scale     [locations]          A     read                   grad_points [locations, 2] A write
 //   grad_pred [locations, 4, bins] dtype write, contiguous
 // Layout: a tile of up to 128 rows, 32 locations, in shared memory, one thread a row (bin_tile.h): a side's coordinate
 // depends on its own row alone.

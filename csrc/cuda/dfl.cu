@@ -2,9 +2,10 @@
 // Distribution focal loss on the GPU, optionally with the expected distance: −wₗ log p[l] − wᵣ log p[r] and Σ_j p[j]·j,
 // p = softmax(pred[m])   (arXiv 2006.04388, eq. 6 and 5).
 //
-//   pred        [rows, bins] dtype read, any strides   target or weight_left, weight_right [rows] A read, left [rows] int64
-//   loss        [rows]       A     write               distance    [rows] A write
-//   grad_pred   [rows, bins] dtype write, contiguous   grad_target, grad_weight_left, grad_weight_right [rows] A write
+//   pred        [rows, bins] dtype read, any strides     target                    [rows] A     read, or these three:
+//   loss        [rows]       A     write                 left                      [rows] int64 read
+//   distance    [rows]       A     write                 weight_left, weight_right [rows] A     read
+//   grad_pred   [rows, bins] dtype write, contiguous     grad_target or grad_weight_left, grad_weight_right as these
 // Layout: a tile of up to 128 rows in shared memory, one thread a row (bin_tile.h).
 // Bytes per element: forward sizeof(dtype), backward 2·sizeof(dtype) (the softmax is recomputed from the logits).
 // Accumulator: float (double for double). Repeatable bit for bit: a thread sums its row's bins in order.

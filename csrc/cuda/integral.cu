@@ -71,8 +71,8 @@ cudaError_t integral_backward(const BinRows& pred, const void* grad_distance, vo
     using T = decltype(t);
     using A = acc_t<T>;
     const TileShape shape = tile_shape<A>(pred);
-    GFL_LAUNCH(integral_backward_kernel<T>, tile_grid(pred, shape), dim3(kTileThreads), shape.bytes, stream, pred, shape,
-               pred.rows(), static_cast<const A*>(grad_distance), static_cast<T*>(grad_pred));
+    GFL_LAUNCH(integral_backward_kernel<T>, tile_grid(pred, shape), dim3(kTileThreads), shape.bytes, stream, pred,
+               shape, pred.rows(), static_cast<const A*>(grad_distance), static_cast<T*>(grad_pred));
   });
   return cudaGetLastError();
 }

@@ -15,7 +15,7 @@ from .._spec import OpSpec, Sample, register
 
 
 def hold(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
-    """`x` within bounds, with its gradient at the bounds and none beyond; NaN stays, and an upper bound below `lower` wins."""
+    """`x` within bounds, with its gradient at them and none beyond; NaN stays, an upper bound below `lower` wins."""
     x = torch.where(x < lower, lower, x)
     return torch.where(x > upper, upper, x)
 
@@ -143,11 +143,11 @@ def limit_of(
     return limit.expand(*leading, 2)
 
 
-def check_coordinates(op: str, argument: str, value: object, last: int) -> None:
+def check_coordinates(op: str, argument: str, value: Tensor, last: int) -> None:
     """`value` is floating ``[…, last]``."""
     _check.tensor(op, argument, value)
-    if value.dim() < 1 or value.shape[-1] != last:  # type: ignore[attr-defined]
-        raise ValueError(_check.message(op, argument, f"must have shape […, {last}]", list(value.shape)))  # type: ignore[attr-defined]
+    if value.dim() < 1 or value.shape[-1] != last:
+        raise ValueError(_check.message(op, argument, f"must have shape […, {last}]", list(value.shape)))
 
 
 def _aligned(op: str, points: Tensor, argument: str, fours: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +175,8 @@ def distance_to_box(
 
     Args:
         points: floating ``[…, 2]``, x and y in pixels.
-        distance: floating ``[…, 4]``, left, top, right, bottom in pixels; the leading dimensions broadcast with those of
-            `points`.
+        distance: floating ``[…, 4]``, left, top, right, bottom in pixels; the leading dimensions broadcast with those
+            of `points`.
         max_shape: (height, width) to clip to: two numbers, a tensor ``[2]``, or ``[B, 2]``, one an item of the first of
             two or more leading dimensions. x is held within [0, width], y within [0, height].
 
@@ -190,8 +190,8 @@ def distance_to_box(
         ValueError: a shape, device or number outside the above.
 
     Note:
-        Each coordinate is rounded once, so that every backend gives the same bits. NaN stays NaN. mmdet's returns the input's
-        dtype, in which fp16 boxes are multiples of a pixel above 1024.
+        Each coordinate is rounded once, so that every backend gives the same bits. NaN stays NaN. mmdet's returns the
+        input's dtype, in which fp16 boxes are multiples of a pixel above 1024.
     """
     op = "distance_to_box"
     points, distance = _aligned(op, points, "distance", distance)
@@ -211,8 +211,8 @@ def box_to_distance(
     Args:
         points: floating ``[…, 2]``, x and y in pixels, or in any other unit shared with `boxes`.
         boxes: floating ``[…, 4]``, xyxy; the leading dimensions broadcast with those of `points`.
-        max_distance: where given, distances are held within [0, max_distance − eps]; a point outside a box has a negative
-            distance otherwise.
+        max_distance: where given, distances are held within [0, max_distance − eps]; a point outside a box has a
+            negative distance otherwise.
         eps: keeps the distance below `max_distance`, so that a bin remains to the right of it.
 
     Returns:

@@ -87,9 +87,9 @@ def decode(
     ``distance_to_box(points, integral(pred, reg_max) * stride[..., None], max_shape)``.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, the bins of a
-            side next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A logit beyond
-            a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, the bins of
+            a side next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A logit
+            beyond a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
         points: floating ``[…, 2]``, x and y in pixels; broadcasts to pred's leading dimensions.
         stride: pixels a bin, the stride of a location's level: a number, or a tensor ``[…]`` that broadcasts to pred's
             leading dimensions.

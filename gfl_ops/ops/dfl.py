@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -114,26 +115,26 @@ DFL_TWO_BIN = register(
 )
 
 
-def check_bins(op: str, pred: object) -> int:
+def check_bins(op: str, pred: Tensor) -> int:
     """`pred` is floating ``[M, R+1]``. Returns R."""
     _check.tensor(op, "pred", pred)
-    if pred.dim() != 2 or pred.shape[1] < 2:  # type: ignore[attr-defined]
+    if pred.dim() != 2 or pred.shape[1] < 2:
         rule = "must have shape [M, R+1] with R >= 1"
-        raise ValueError(_check.message(op, "pred", rule, list(pred.shape)))  # type: ignore[attr-defined]
-    reg_max = pred.shape[1] - 1  # type: ignore[attr-defined]
+        raise ValueError(_check.message(op, "pred", rule, list(pred.shape)))
+    reg_max = pred.shape[1] - 1
     check_reg_max(op, "pred.shape[1] - 1", reg_max)
     return reg_max
 
 
-def check_position(op: str, target: object, pred: Tensor, reg_max: int, out_of_range: str) -> None:
+def check_position(op: str, target: Tensor, pred: Tensor, reg_max: int, out_of_range: str) -> None:
     """`target` is floating ``[M]``; under "error" and GFL_OPS_CHECK=1 also within [0, R]."""
     _check.tensor(op, "target", target)
-    _check.shape(op, "target", target, "[M]", (pred.shape[0],))  # type: ignore[arg-type]
-    _check.same_device(op, "target", target, "pred", pred)  # type: ignore[arg-type]
+    _check.shape(op, "target", target, "[M]", (pred.shape[0],))
+    _check.same_device(op, "target", target, "pred", pred)
     _check.choice(op, "out_of_range", out_of_range, OUT_OF_RANGE)
     if out_of_range == "error" and _check.SYNCHRONISING:
-        wrong = ~((target >= 0) & (target <= reg_max))  # type: ignore[operator]
-        _raise_for_first(op, "target", f"must lie in [0, R] = [0, {reg_max}]", target, wrong)  # type: ignore[arg-type]
+        wrong = ~((target >= 0) & (target <= reg_max))
+        _raise_for_first(op, "target", f"must lie in [0, R] = [0, {reg_max}]", target, wrong)
 
 
 def _raise_for_first(op: str, argument: str, rule: str, value: Tensor, wrong: Tensor) -> None:
@@ -155,22 +156,22 @@ def distribution_focal_loss(
 
     .. math:: L(x, y) = -(l+1-y) \log p_l - (y-l) \log p_{l+1}, \qquad p = \mathrm{softmax}(x),\; l = \lfloor y \rfloor
 
-    Equation 6 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins. The form with given
-    bins is the fine-grained localisation loss of D-FINE (arXiv 2410.13842) without its IoU weight, which goes
+    Equation 6 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins. The form with
+    given bins is the fine-grained localisation loss of D-FINE (arXiv 2410.13842) without its IoU weight, which goes
     into `weight`.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a quarter
-            of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
-        target: floating ``[M]``, positions in bins, [0, R]; at R the whole weight is on the last bin. Or a tuple or list
-            ``(left, weight_left, weight_right)`` of an integer ``[M]``, the lower bin, and two floating ``[M]``, the
-            weights of the bins `left` and `left` + 1.
+        pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a
+            quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        target: floating ``[M]``, positions in bins, [0, R]; at R the whole weight is on the last bin. Or a tuple or
+            list ``(left, weight_left, weight_right)`` of an integer ``[M]``, the lower bin, and two floating ``[M]``,
+            the weights of the bins `left` and `left` + 1.
         weight: ``[M]``, multiplies the loss of each row.
         reduction: "none", "mean" or "sum".
         avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by M. A number, or a tensor
             of one element, which is not read by the host.
-        out_of_range: what a target below 0, above R or NaN means. "clamp": the nearest of 0 and R, without gradient to the
-            target; NaN has zero loss and gradient. "ignore": zero loss and gradient, still counted in the mean.
+        out_of_range: what a target below 0, above R or NaN means. "clamp": the nearest of 0 and R, without gradient to
+            the target; NaN has zero loss and gradient. "ignore": zero loss and gradient, still counted in the mean.
             "error": ValueError, checked only under the environment variable ``GFL_OPS_CHECK=1``, since the host has to
             wait for it; else as "clamp". With given bins, a row is out of range if a bin whose weight is not 0 does not
             exist; "clamp" takes the nearest bin in its place.
@@ -186,17 +187,18 @@ def distribution_focal_loss(
         NotImplementedError: more than 129 bins.
 
     Note:
-        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. M = 0 gives 0 for "sum" and with
-        an `avg_factor`, still attached to the graph, and NaN for a plain mean, as torch's own losses. mmdet's loss fails
-        at a target of exactly R or above, and extrapolates between −1 and 0.
+        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. M = 0 gives 0 for "sum" and
+        with an `avg_factor`, still attached to the graph, and NaN for a plain mean, as torch's own losses. mmdet's loss
+        fails at a target of exactly R or above, and extrapolates between −1 and 0.
     """
     op = "distribution_focal_loss"
     reg_max = check_bins(op, pred)
     acc = accumulator(pred.dtype)
     if not isinstance(target, (tuple, list)):
-        check_position(op, target, pred, reg_max, out_of_range)
+        position = cast(Tensor, target)
+        check_position(op, position, pred, reg_max, out_of_range)
         check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-        loss = DFL(pred.device.type, pred, target.to(acc), out_of_range == "ignore")
+        loss = DFL(pred.device.type, pred, position.to(acc), out_of_range == "ignore")
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if len(target) != 3:

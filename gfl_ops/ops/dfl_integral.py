@@ -59,8 +59,8 @@ def dfl_integral(
     Equations 6 and 5 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a quarter
-            of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a
+            quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
         target: floating ``[M]``, positions in bins, [0, R].
         weight: ``[M]``, multiplies the loss of each row, not the distance.
         reduction: "none", "mean" or "sum", of the loss.
@@ -68,8 +68,8 @@ def dfl_integral(
         out_of_range: as in :func:`distribution_focal_loss`; the distance does not depend on the target.
 
     Returns:
-        (loss, distance): the loss ``[M]`` for "none", else a scalar; the distance ``[M]`` in bins. Both fp32, or fp64 for
-        fp64 `pred`.
+        (loss, distance): the loss ``[M]`` for "none", else a scalar; the distance ``[M]`` in bins. Both fp32, or fp64
+        for fp64 `pred`.
 
     The gradient reaches `pred` from both, `target` and `weight` from the loss.
 

@@ -8,8 +8,8 @@
 
 namespace gfl {
 
-// Tensors of one dtype, f32 or f64 (`A` below), laid over count_outer · count_inner locations by their strides; the last
-// dimension of each is dense.
+// Tensors of one dtype, f32 or f64 (`A` below), laid over count_outer · count_inner locations by their strides; the
+// last dimension of each is dense.
 struct DistanceToBoxInput {
   DType dtype;
   int64_t count_outer, count_inner;
@@ -30,14 +30,14 @@ struct BoxToDistanceInput {
 };
 
 namespace cpu {
-// Locations [begin, end). Results and gradients are contiguous [locations, 4] or [locations, 2] of A; a gradient that is
-// not wanted is null.
+// Locations [begin, end). Results and gradients are contiguous [locations, 4] or [locations, 2] of A; a gradient that
+// is not wanted is null.
 void distance_to_box_forward(const DistanceToBoxInput& in, void* boxes, int64_t begin, int64_t end);
 void distance_to_box_backward(const DistanceToBoxInput& in, const void* grad_boxes, void* grad_points,
                               void* grad_distance, int64_t begin, int64_t end);
 void box_to_distance_forward(const BoxToDistanceInput& in, void* distance, int64_t begin, int64_t end);
-void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_distance, void* grad_points, void* grad_boxes,
-                              int64_t begin, int64_t end);
+void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_distance, void* grad_points,
+                              void* grad_boxes, int64_t begin, int64_t end);
 }  // namespace cpu
 
 }  // namespace gfl

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Boxes from distributions: at each location, the expected distance in bins to each side, in pixels from the point there,
-// clipped to the image:
+// Boxes from distributions: at each location, the expected distance in bins to each side, in pixels from the point
+// there, clipped to the image:
 //
-//   d[side] = scale · Σ_j softmax(pred[side])[j] · j        box = (x − d₀, y − d₁, x + d₂, y + d₃)   (arXiv 2006.04388, eq. 5)
+//   d[side] = scale · Σ_j softmax(pred[side])[j] · j        box = (x − d₀, y − d₁, x + d₂, y + d₃)
+//
+// (arXiv 2006.04388, eq. 5).
 #pragma once
 #include "gfl/rows.h"
 
 namespace gfl {
 
-// What every launcher of this operator reads. `A` below is double where the dtype of `pred` is f64, else float. Tensors are
-// laid over the locations of `pred` by their strides; the last dimension of points and limit is dense.
+// What every launcher of this operator reads. `A` below is double where the dtype of `pred` is f64, else float. Tensors
+// are laid over the locations of `pred` by their strides; the last dimension of points and limit is dense.
 struct DecodeInput {
   BinRows pred;      // sides = 4: left, top, right, bottom
   const void* points;  // [locations, 2] of A: x, y in pixels

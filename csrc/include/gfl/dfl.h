@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Distribution focal loss, optionally with the expected distance from the same softmax:
 //
-//   loss[m] = −wₗ log p[l] − wᵣ log p[r],  distance[m] = Σ_j p[j]·j,  p = softmax(pred[m])   (arXiv 2006.04388, eq. 6, 5)
+//   loss[m] = −wₗ log p[l] − wᵣ log p[r],  distance[m] = Σ_j p[j]·j,  p = softmax(pred[m])
+//
+// (arXiv 2006.04388, eq. 6 and 5).
 //
 // Either `target` gives a position y in bins: l = trunc(y), r = l+1, wₗ = r−y, wᵣ = y−l; y is clamped to [0, R] first,
-// and a NaN (with `ignore_out_of_range`, anything outside [0, R]) has no loss and no gradient. Or `left` and the two weights
-// are given: r = left+1, and a bin that does not exist is replaced by the nearest.
+// and a NaN (with `ignore_out_of_range`, anything outside [0, R]) has no loss and no gradient. Or `left` and the two
+// weights are given: r = left+1, and a bin that does not exist is replaced by the nearest.
 #pragma once
 #include "gfl/rows.h"
 

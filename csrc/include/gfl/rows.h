@@ -8,8 +8,8 @@ namespace gfl {
 // The most bins a row can have; R is at most 128.
 constexpr int64_t kMaxBins = 129;
 
-// Distance in elements between neighbours along two leading dimensions. Location i = outer · count_inner + inner lies at
-// outer · stride.outer + inner · stride.inner; one dimension alone is `inner`, and a broadcast one has stride 0.
+// Distance in elements between neighbours along two leading dimensions. Location i = outer · count_inner + inner lies
+// at outer · stride.outer + inner · stride.inner; one dimension alone is `inner`, and a broadcast one has stride 0.
 struct LocationStride { int64_t outer, inner; };
 
 // Logits: at each of count_outer · count_inner locations `sides` rows of `bins`. Row r = location · sides + side.
