@@ -77,9 +77,7 @@ def test_any_shape_and_memory_format(backend: str, device: torch.device, generat
     torch.testing.assert_close(sigmoid_focal_loss(pred, target, reduction="mean"), want.mean())
 
 
-def test_more_elements_than_one_pass_of_a_grid(
-    backend: str, device: torch.device, generator: torch.Generator
-) -> None:
+def test_more_elements_than_one_pass_of_a_grid(backend: str, device: torch.device, generator: torch.Generator) -> None:
     if backend == "triton" and device.type == "cpu":
         pytest.skip("Triton's interpreter would take minutes")
     pred = torch.randn(1024, generator=generator).to(device)

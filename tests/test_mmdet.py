@@ -189,9 +189,7 @@ def test_no_rows(name: str, mmdet: SimpleNamespace, generator: torch.Generator) 
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_quality_focal_loss_of_probabilities(
-    dense: bool, mmdet: SimpleNamespace, generator: torch.Generator
-) -> None:
+def test_quality_focal_loss_of_probabilities(dense: bool, mmdet: SimpleNamespace, generator: torch.Generator) -> None:
     p = uniform(21, 5, generator=generator) * 0.96 + 0.02
     label, score = torch.randint(0, 6, (21,), generator=generator), uniform(21, generator=generator)
     if dense:
@@ -218,9 +216,7 @@ def test_quality_focal_loss_of_a_dense_target(
 
 
 @pytest.mark.parametrize("activated", [False, True])
-def test_focal_loss_of_a_dense_target(
-    activated: bool, mmdet: SimpleNamespace, generator: torch.Generator
-) -> None:
+def test_focal_loss_of_a_dense_target(activated: bool, mmdet: SimpleNamespace, generator: torch.Generator) -> None:
     pred = normal(21, 5, generator=generator)
     pred = pred.sigmoid() if activated else pred
     target = torch.randint(0, 2, (21, 5), generator=generator)

@@ -20,9 +20,9 @@ from gfl_ops._spec import SPECS, OpSpec, Sample
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-# Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the terms
-# that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their terms are of
-# one sign.
+# Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the
+# terms that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their terms
+# are of one sign.
 ULPS = 32
 
 
@@ -215,7 +215,7 @@ def test_gradcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     checked = 0
     for sample in drawn(spec, device, torch.float64, seed):
         args, leaves = leaves_of(spec, sample.args)
-        # Numerical differences need small cases, smooth ones, and losses without parts that the gradient takes as constant.
+        # Numerical differences need small, smooth cases, and losses without parts that the gradient takes as constant.
         unfit = any(word in sample.id for word in ("extreme", "tie", "detached"))
         if unfit or not 0 < sum(leaf.numel() for leaf in leaves) <= 600:
             continue

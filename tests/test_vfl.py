@@ -15,9 +15,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize("iou_weighted", [True, False])
-def test_it_is_the_formula(
-    iou_weighted: bool, backend: str, device: torch.device, generator: torch.Generator
-) -> None:
+def test_it_is_the_formula(iou_weighted: bool, backend: str, device: torch.device, generator: torch.Generator) -> None:
     pred = (torch.randn(7, 3, generator=generator, dtype=torch.float64) * 3).to(device).requires_grad_()
     quality = torch.rand(7, 3, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     target = (quality * (torch.rand(7, 3, generator=generator) < 0.3)).to(device).requires_grad_()
@@ -28,8 +26,9 @@ def test_it_is_the_formula(
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     weight = torch.randn(7, 3, generator=generator, dtype=torch.float64).to(device)
     inputs = (pred, target)
-    for g, w in zip(torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((want * weight).sum(),
-    inputs)):
+    for g, w in zip(
+        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((want * weight).sum(), inputs)
+    ):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 

@@ -54,18 +54,14 @@ def _shapes(
     yield "broadcast-points", points, uniform((5, 4, 40), device, dtype, generator, -16.0, 200.0).transpose(1, 2)
 
 
-def samples_distance_to_box(
-    device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[Sample]:
+def samples_distance_to_box(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     for name, points, distance in _shapes(device, dtype, generator):
         yield Sample(name, (points, distance, None))
         limit = uniform((2,), device, dtype, generator, 300.0, 500.0).expand(points.shape)
         yield Sample(f"{name}-clipped", (points, distance, limit))
 
 
-def samples_box_to_distance(
-    device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[Sample]:
+def samples_box_to_distance(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     for name, points, fours in _shapes(device, dtype, generator):
         boxes = draw_boxes(fours[..., 0].numel(), device, dtype, generator).reshape(fours.shape)
         yield Sample(name, (points, boxes, None, 0.1))
@@ -164,9 +160,7 @@ def _aligned(op: str, points: Tensor, argument: str, fours: Tensor) -> tuple[Ten
     return points.to(dtype).expand(*leading, 2), fours.to(dtype).expand(*leading, 4)
 
 
-def distance_to_box(
-    points: Tensor, distance: Tensor, max_shape: Tensor | Sequence[float] | None = None
-) -> Tensor:
+def distance_to_box(points: Tensor, distance: Tensor, max_shape: Tensor | Sequence[float] | None = None) -> Tensor:
     r"""Boxes around points from the distances to their four sides.
 
     .. math:: (x_1, y_1, x_2, y_2) = (x - l,\; y - t,\; x + r,\; y + b)
@@ -199,9 +193,7 @@ def distance_to_box(
     return DISTANCE_TO_BOX(points.device.type, points, distance, limit)
 
 
-def box_to_distance(
-    points: Tensor, boxes: Tensor, max_distance: float | None = None, eps: float = 0.1
-) -> Tensor:
+def box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | None = None, eps: float = 0.1) -> Tensor:
     r"""Distances from points to the four sides of boxes, the targets of a distance head.
 
     .. math:: (l, t, r, b) = (x - x_1,\; y - y_1,\; x_2 - x,\; y_2 - y)

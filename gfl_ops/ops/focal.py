@@ -85,8 +85,9 @@ def focal_elements(
     _check.tensor(op, names[0], pred)
     _check.tensor(op, names[1], target, TARGETS)
     if target.shape != pred.shape:
-        raise ValueError(_check.message(op, names[1], f"must have the shape of `{names[0]}`, {list(pred.shape)}",
-                                        list(target.shape)))
+        raise ValueError(
+            _check.message(op, names[1], f"must have the shape of `{names[0]}`, {list(pred.shape)}", list(target.shape))
+        )
     _check.same_device(op, names[1], target, names[0], pred)
     _check.number(op, "gamma", gamma, 0)
     if alpha != -1:

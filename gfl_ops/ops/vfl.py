@@ -16,9 +16,7 @@ from .focal import TARGETS, element_samples
 from .qfl import absolute_power, binary_cross_entropy
 
 
-def reference(
-    pred: Tensor, target: Tensor, alpha: float, gamma: float, iou_weighted: bool, activated: bool
-) -> Tensor:
+def reference(pred: Tensor, target: Tensor, alpha: float, gamma: float, iou_weighted: bool, activated: bool) -> Tensor:
     """The formula in fp32, or in fp64 for fp64 input."""
     p, loss = binary_cross_entropy(pred.to(accumulator(pred.dtype)), target, activated)
     positive = target if iou_weighted else torch.ones_like(target)
