@@ -21,8 +21,8 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 # Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the
-# terms that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their terms
-# are of one sign.
+# terms that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their
+# terms are of one sign.
 ULPS = 32
 
 
