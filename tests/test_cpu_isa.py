@@ -1,55 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels' run-time choice of the instruction set: each is the same operator."""
+"""The CPU kernels' run-time choice of the instruction set: each is held to the contract of the operators."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gfl_ops import _extension
 
+ROOT = Path(__file__).resolve().parent.parent
 MODULE = _extension.EXTENSION.module
 ISAS = ("portable", "avx2", "avx512")
+# What is compiled once for each instruction set.
+STEMS = sorted(path.stem for path in (ROOT / "csrc" / "cpu" / "simd").glob("*.cpp"))
 
-CODE = """
-import sys, torch, gfl_ops
-from gfl_ops import _C
-from gfl_ops._spec import SPECS
-for spec in SPECS.values():
-    if not gfl_ops._extension.serves(spec.forward_name, "cpu"):
-        continue
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype not in spec.dtypes:
-            continue
-        for sample in spec.samples(torch.device("cpu"), dtype, torch.Generator().manual_seed(int(sys.argv[1]))):
-            got, want = getattr(torch.ops.gfl, spec.forward_name)(*sample.args), spec.reference(*sample.args)
-            for g, w in zip((got,) if torch.is_tensor(got) else got, (want,) if torch.is_tensor(want) else want):
-                # Sums of up to 129 fp32 terms, each good to a few ulps.
-                torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, equal_nan=True)
-print(_C.cpu_isa())
-"""
+pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled extension is not there")
 
 
-@pytest.mark.skipif(MODULE is None, reason="the compiled extension is not there")
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_agrees_with_the_reference(isa: str, seed: int) -> None:
+def used(isa: str) -> str:
+    code = "from gfl_ops import _extension; print(_extension.EXTENSION.module.cpu_isa())"
     result = subprocess.run(
-        [sys.executable, "-c", CODE, str(seed)],
-        capture_output=True, text=True, timeout=600, env=dict(os.environ, GFL_OPS_CPU_ISA=isa),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    used = result.stdout.split()[-1]
-    widest = MODULE.cpu_isa() if "GFL_OPS_CPU_ISA" not in os.environ else ISAS[-1]
-    assert used == isa or (used == widest and ISAS.index(widest) < ISAS.index(isa))
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment(isa)
+    )
+    return result.stdout.strip()
 
 
-@pytest.mark.skipif(MODULE is None, reason="the compiled extension is not there")
-def test_an_unknown_instruction_set_changes_nothing() -> None:
+def environment(isa: str) -> dict[str, str]:
+    return dict(os.environ, GFL_OPS_CPU_ISA=isa)
+
+
+def test_a_narrower_instruction_set_can_be_asked_for() -> None:
+    widest = ISAS.index(used("the widest"))
+    for i, isa in enumerate(ISAS):
+        assert used(isa) == ISAS[min(i, widest)]
+
+
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_it_keeps_the_contract(isa: str, seed: int) -> None:
+    """The widest one is what every other test runs on."""
+    chosen = f"native-cpu and agrees and ({' or '.join(STEMS)})"
     result = subprocess.run(
-        [sys.executable, "-c", "from gfl_ops import _C; print(_C.cpu_isa())"],
-        capture_output=True, text=True, timeout=300, env=dict(os.environ, GFL_OPS_CPU_ISA="fast"),
+        [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_op_contract.py"), "-k", chosen],
+        capture_output=True, text=True, timeout=900, cwd=ROOT / "tests",
+        env=environment(isa) | {"GFL_TEST_SEED": str(seed)},
     )  # fmt: skip
-    assert result.stdout.strip() in ISAS
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
