@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled extension i
 def used(isa: str) -> str:
     code = "from gfl_ops import _extension; print(_extension.EXTENSION.module.cpu_isa())"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment(isa)
-    )
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=300, cwd=ROOT / "tests", env=environment(isa),
+    )  # fmt: skip
     return result.stdout.strip()
 
 

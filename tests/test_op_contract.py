@@ -195,6 +195,8 @@ def test_a_wrong_kernel_is_caught(seed: int) -> None:
 @pytest.mark.parametrize(("spec", "backend", "device"), cases())
 def test_opcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     samples = drawn(spec, device, spec.dtypes[0], seed)
+    # opcheck takes a NaN for a difference.
+    samples = [s for s in samples if all(t.isfinite().all() for t in tensors(outputs(spec.reference(*s.args))))]
     # The smallest, and two others picked by the seed: opcheck traces each several times.
     picked = {s.id: s for s in (samples[0], samples[seed % len(samples)], samples[seed // 7 % len(samples)])}
     for sample in picked.values():

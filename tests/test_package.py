@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from gfl_ops._spec import SPECS
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("GFL_OPS_")} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    return run([sys.executable, "-c", code], env)
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a folder without gfl_ops, where the source tree does not hide the installed package."""
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=Path(__file__).parent)
 
 
 def test_gfl_ops_imports_torch_alone() -> None:
@@ -103,7 +109,7 @@ def test_the_doctor_names_every_operator_in_80_columns() -> None:
 
 
 def test_the_command() -> None:
-    doctor = subprocess.run([sys.executable, "-m", "gfl.cli", "doctor"], capture_output=True, text=True, timeout=300)
+    doctor = run([sys.executable, "-m", "gfl.cli", "doctor"])
     assert doctor.returncode == 0 and "operator" in doctor.stdout, doctor.stderr
-    usage = subprocess.run([sys.executable, "-m", "gfl.cli"], capture_output=True, text=True, timeout=300)
+    usage = run([sys.executable, "-m", "gfl.cli"])
     assert usage.returncode == 2 and "COMMAND" in usage.stderr
