@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -24,7 +25,16 @@ class _Kernels:
 
 _KERNELS: dict[str, _Kernels] = {}
 _AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)  # the oldest that the kernels were run with
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+_TRITON = _triton_version()
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
@@ -53,8 +63,10 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
     if backend == "triton":
         if not kernels.triton:
             return f"there is no Triton kernel for {stem}"
-        if not _HAS_TRITON:
+        if _TRITON is None:
             return "the package triton is not installed"
+        if _TRITON < OLDEST_TRITON:
+            return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later"
         if device_type == "cuda" or TRITON_INTERPRETS:
             return None
         return f"Triton runs on {device_type} only in its interpreter; set TRITON_INTERPRET=1 before Python starts"

@@ -22,8 +22,8 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 # Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the
 # terms that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their
-# terms are of one sign.
-ULPS = 32
+# terms are of one sign. In fp64 the oracle is no better than what it judges, and eager's own error can't be seen.
+ULPS = {torch.float32: 64, torch.float64: 512}
 
 
 def cases(backends: tuple[str, ...] = ("native", "triton")) -> list[Any]:
@@ -79,9 +79,9 @@ def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str, magnitud
     special = ~torch.isfinite(oracle) | ~torch.isfinite(eager64)
     torch.testing.assert_close(got64[special], eager64[special], equal_nan=True, rtol=0, atol=0, msg=f"{what}: special")
     got64, eager64, oracle = got64[~special], eager64[~special], oracle[~special]
-    eps = torch.finfo(torch.float32 if got.dtype not in (torch.float64,) else torch.float64).eps
+    arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
     scale = oracle.abs().clamp(min=magnitude)
-    allowed = torch.maximum(2 * (eager64 - oracle).abs(), ULPS * eps * scale)
+    allowed = torch.maximum(2 * (eager64 - oracle).abs(), ULPS[arithmetic] * torch.finfo(arithmetic).eps * scale)
     if got.dtype in (torch.float16, torch.bfloat16):
         # The result itself is rounded once to its dtype; subnormal halves have an absolute step instead.
         info = torch.finfo(got.dtype)
