@@ -125,8 +125,6 @@ def test_a_wrong_provider_is_named_and_not_timed(parts: Any, scene: Any, machine
 
 
 def test_wrong_decisions_are_seen(parts: Any, scene: Any, machine: Any) -> None:
-    if "nms" not in SPECS:
-        pytest.skip("there is no nms yet")
     case = parts.cases.make("nms", scene, torch.float32, "cpu")[0]
     case = replace(case, peers={"all": lambda boxes, scores, iou_threshold: torch.arange(len(boxes))})
     assert bench(parts, machine).run(case, "fp32", 2, only=["all"])[0].status == "wrong"
