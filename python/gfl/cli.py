@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status: 0, 1 after an error that is the input's, 2 for a wrong command line."""
+    """Run a subcommand; returns the exit status: 0, 1 after an error of the input, 2 for a wrong command line."""
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
