@@ -16,3 +16,10 @@ def clamp_infinite(x: Tensor) -> Tensor:
     """Infinities become the largest finite numbers, without gradient; NaN stays."""
     # Not clamp: its derivative is 0 at NaN, which then would not show in the gradient.
     return torch.where(x.isinf(), x.detach().sign() * torch.finfo(x.dtype).max, x)
+
+
+def hold(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
+    """`x` within bounds, with its gradient at them and none beyond; NaN stays, an upper bound below `lower` wins."""
+    # Not clamp, whose gradient at a bound is 1 up to torch 2.13 and 0 or a half in 2.15.
+    x = torch.where(x < lower, lower, x)
+    return torch.where(x > upper, upper, x)

@@ -171,3 +171,12 @@ def test_bad_input_is_said(change: dict[str, Any], error: type[Exception], text:
         box_iou_loss(**{"pred": BOXES, "target": BOXES, **change})
     assert str(raised.value).startswith("gfl_ops.box_iou_loss: ")
     assert text in str(raised.value)
+
+
+def test_boxes_that_touch_are_drawn_together(backend: str, device: torch.device) -> None:
+    """The gradient at the bound of an overlap, which torch's own clamp has had in some versions and not in others."""
+    pred = torch.tensor([[0.0, 0.0, 2.0, 2.0]], device=device, requires_grad=True)
+    target = torch.tensor([[2.0, 0.0, 4.0, 2.0]], device=device)
+    (gradient,) = torch.autograd.grad(box_iou_loss(pred, target, kind="iou", reduction="sum"), pred)
+    # d(overlap)/d(right side) is the height of 2, over a union of 8.
+    torch.testing.assert_close(gradient.cpu(), torch.tensor([[0.0, 0.0, -0.25, 0.0]]))

@@ -12,12 +12,7 @@ from .. import _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
-
-
-def hold(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
-    """`x` within bounds, with its gradient at them and none beyond; NaN stays, an upper bound below `lower` wins."""
-    x = torch.where(x < lower, lower, x)
-    return torch.where(x > upper, upper, x)
+from .._types import hold
 
 
 def box_of(points: Tensor, distance: Tensor, limit: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, hold
 from .integral import bounded_logits, check_reg_max
 
 OUT_OF_RANGE = ("clamp", "ignore", "error")
@@ -34,7 +34,7 @@ def reference(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Tensor
     counted = (target >= 0) & (target <= reg_max) if ignore_out_of_range else ~target.isnan()
     # Masked before the softmax, not after it: a row that doesn't count has no gradient whatever its logits are.
     logits = torch.where(counted[:, None], bounded_logits(pred), 0.0)
-    position = torch.where(counted, target, 0.0).clamp(0, reg_max)
+    position = hold(torch.where(counted, target, 0.0), 0.0, reg_max)
     left = position.detach().long().clamp(max=reg_max - 1)
     loss = two_bin_cross_entropy(logits, left, left + 1, left + 1 - position, position - left)
     return torch.where(counted, loss, 0.0)

@@ -13,7 +13,7 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import boxes, normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, hold
 
 KINDS = ("iou", "giou", "diou", "ciou")
 # Beside the losses of KINDS: the IoU itself, for losses of it other than 1 − IoU, which a subtraction would round.
@@ -21,10 +21,10 @@ OVERLAP = len(KINDS)
 
 
 def reference(pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
-    """The formulas with torch's own derivatives of max, min and clamp, in fp32, or in fp64 for fp64 input."""
+    """In fp32, or in fp64 for fp64 input; half a gradient where a max or min ties, a whole one at a bound."""
     p, t = pred.to(accumulator(pred.dtype)), target
-    side = (torch.minimum(p[:, 2:], t[:, 2:]) - torch.maximum(p[:, :2], t[:, :2])).clamp(min=0)
-    outer = (torch.maximum(p[:, 2:], t[:, 2:]) - torch.minimum(p[:, :2], t[:, :2])).clamp(min=0)
+    side = hold(torch.minimum(p[:, 2:], t[:, 2:]) - torch.maximum(p[:, :2], t[:, :2]), 0.0, math.inf)
+    outer = hold(torch.maximum(p[:, 2:], t[:, 2:]) - torch.minimum(p[:, :2], t[:, :2]), 0.0, math.inf)
     p_size, t_size = p[:, 2:] - p[:, :2], t[:, 2:] - t[:, :2]
     overlap = side[:, 0] * side[:, 1]
     union = p_size[:, 0] * p_size[:, 1] + t_size[:, 0] * t_size[:, 1] - overlap
@@ -50,7 +50,7 @@ def reference(pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
     rest = (1 - iou + v).detach()
     # Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
     alpha = torch.where((iou > 0.5) & (rest != 0), v / torch.where(rest == 0, 1.0, rest), 0.0).detach()
-    return 1 - (iou - (penalty + alpha * v)).clamp(-1, 1)
+    return 1 - hold(iou - (penalty + alpha * v), -1.0, 1.0)
 
 
 def fake(pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
