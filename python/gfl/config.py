@@ -91,7 +91,7 @@ class TrainConfig:
     amp: Literal["none", "bf16", "fp16"] = _option("none", "type of automatic mixed precision")
     seed: int = _option(0, "of initial weights, order and augmentation")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
-    checkpoint_steps: int = _option(0, "steps between checkpoints inside an epoch; 0: only after each epoch")
+    checkpoint_steps: int = _option(1000, "steps between checkpoints inside an epoch; 0: only after each epoch")
     log_steps: int = _option(50, "steps between two rows of the log")
 
 

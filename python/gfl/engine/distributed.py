@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a training started by ``torchrun``; one process is the special case of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the training.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        device: where its share of the batch is computed.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all the others are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Process]:
+    """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
+
+    Args:
+        device: as for `torch.device`; None is the GPU of this process's local rank, or the CPU where there is none.
+
+    Raises:
+        ValueError: a device that torch does not know or this machine does not have.
+    """
+    rank, world, local = (int(os.environ.get(name, given)) for name, given in _SINGLE.items())
+    where = choose_device(device, local)
+    joined = world > 1 and not dist.is_initialized()
+    if joined:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world, where)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+_SINGLE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """The device of that name; for None the GPU numbered `local_rank`, or the CPU where torch has no GPU.
+
+    Raises:
+        ValueError: a device that torch does not know or this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"`device` must be one of torch's, as cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"`device` is {name!r}, but torch {torch.__version__} sees no GPU here")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"`device` is {device}, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training writes down: lines of text, a row of figures every few steps (CSV and TensorBoard), evaluations."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+TEXT = "train.log"
+STEPS = "steps.csv"
+EVALUATIONS = "evaluations.csv"
+
+
+class RunLog:
+    """The log of one training in its folder; a process that is not the main one writes nothing.
+
+    Rows are bound to steps: going on from step n drops what was written after n, so that the tables of a training that was
+    killed and resumed read as those of one that was not.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, active: bool = True) -> None:
+        self.folder = folder
+        self.active = active
+        self._tensorboard: Any = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (STEPS, EVALUATIONS):
+            cut_after(folder / name, step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard log: the package tensorboard is not installed")
+        else:
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def say(self, text: str) -> None:
+        """A line on the screen and in the folder."""
+        if not self.active:
+            return
+        tqdm.write(text, file=sys.stderr)
+        with (self.folder / TEXT).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of the steps up to and with `step`."""
+        self._write(STEPS, "train", step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of an evaluation after `step`."""
+        self._write(EVALUATIONS, "val", step, values)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write(self, name: str, group: str, step: int, values: Mapping[str, float]) -> None:
+        if not self.active:
+            return
+        path = self.folder / name
+        fresh = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            if fresh:
+                table.writerow(["step", *values])
+            table.writerow([step, *(f"{value:.6g}" for value in values.values())])
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"{group}/{key}", value, step)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops the rows of a table that lie after `step`, and a last row that a kill left unfinished."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+    kept = lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8", newline="")
+    os.replace(part, path)
