@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors by name, and from a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import config as configuration
+from ..config import ModelConfig, TestConfig
+from .backbone import STRIDES, Backbone
+from .gfl import GFL
+from .resnet import ARCHITECTURES, ResNet
+from .timm_backbone import TimmBackbone
+
+__all__ = ["GFL", "Backbone", "build", "create_model"]
+
+TIMM = "timm:"
+# What `gfl_ops` takes.
+MAX_LEVELS, MAX_REG_MAX = 8, 128
+
+
+def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
+    """A detector with random weights, by the name of a preset.
+
+    Args:
+        name: gfl_r50_1x, gfl_r50_2x, gfl_r101_2x, gfl_r101_dcnv2_2x, gfl_x101_32x4d_2x or gfl_x101_32x4d_dcnv2_2x of
+            the paper, gfl_r18_1x or gfl_tiny for small work, or a JSON file with a configuration.
+        num_classes: C, without a background.
+        fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, in place of the preset's.
+
+    Raises:
+        ValueError: no such preset or field, or a value that a field does not take.
+        RuntimeError: a timm backbone where timm is not installed.
+    """
+    found = configuration.preset(name)
+    return build(configuration.replace(found.model, num_classes=num_classes, **fields), found.test)
+
+
+def build(config: ModelConfig, test: TestConfig | None = None) -> GFL:
+    """A detector with random weights.
+
+    Args:
+        config: of the network.
+        test: how boxes are read off its maps; the paper's way by default.
+
+    Raises:
+        ValueError: a field with a value that makes no network, named.
+        RuntimeError: a timm backbone where timm is not installed.
+    """
+    _check(config)
+    if config.backbone.startswith(TIMM):
+        backbone: Backbone = TimmBackbone(config.backbone[len(TIMM) :], config.frozen_stages, config.norm_eval)
+    else:
+        architecture = ARCHITECTURES[config.backbone]
+        backbone = ResNet(
+            architecture, config.width, config.dcn, config.dcn_stages, config.frozen_stages, config.norm_eval
+        )
+    return GFL(backbone, config, test)
+
+
+def _check(config: ModelConfig) -> None:
+    for name in ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk"):
+        _require(config, name, getattr(config, name) >= 1, "must be >= 1")
+    _require(config, "head_convs", config.head_convs >= 0, "must be >= 0")
+    _require(config, "anchor_scale", config.anchor_scale > 0, "must be > 0")
+    _require(config, "beta", config.beta >= 0, "must be >= 0")
+    _require(config, "reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]")
+    _require(config, "frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]")
+    divides = config.head_channels % config.head_groups == 0
+    _require(config, "head_groups", divides, f"must divide `head_channels`, {config.head_channels}")
+    levels = len(config.strides)
+    doubling = tuple(STRIDES[0] * 2**i for i in range(levels))
+    rule = f"must be 8, 16, 32 and so on, each twice the last, 3 to {MAX_LEVELS} of them"
+    _require(config, "strides", 3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling, rule)
+    _require(config, "dcn_stages", set(config.dcn_stages) <= {2, 3, 4, 5}, "must be among 2, 3, 4, 5")
+    if config.backbone.startswith(TIMM):
+        _require(config, "dcn", config.dcn is None, "is for resnet50, resnet101 and resnext101_32x4d")
+        _require(config, "width", config.width == ModelConfig.width, "is for ResNets; a timm model has its own")
+        return
+    known = ", ".join(ARCHITECTURES)
+    _require(config, "backbone", config.backbone in ARCHITECTURES, f"must be one of {known}, or timm:NAME")
+    architecture = ARCHITECTURES[config.backbone]
+    _require(
+        config, "dcn", config.dcn is None or architecture.bottleneck, "is for resnet50, resnet101 and resnext101_32x4d"
+    )
+    # 32 groups of 4·width/64 channels.
+    _require(
+        config, "width", architecture.groups == 1 or config.width % 16 == 0, f"must be in 16s for {config.backbone}"
+    )
+
+
+def _require(config: ModelConfig, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"gfl.ModelConfig: `{name}` {rule}, got {getattr(config, name)!r}")

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backbone has in common: three feature maps, and which of its parameters are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Pixels a cell of the maps that a backbone gives: c3, c4, c5.
+STRIDES = (8, 16, 32)
+
+
+class Backbone(nn.Module):
+    """A network from images to the maps c3, c4 and c5; subclasses say what its stages are.
+
+    Attributes:
+        channels: of the three maps.
+        frozen_stages: the stem and this many stages are not trained; −1: everything is. Set by `freeze`.
+        norm_eval: batch norms keep their statistics also in training; their weights and biases are trained. Set by
+            `freeze`.
+    """
+
+    channels: tuple[int, int, int]
+    frozen_stages: int = -1
+    norm_eval: bool = False
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps of strides 8, 16 and 32 of images ``[B, 3, H, W]``."""
+        raise NotImplementedError
+
+    def stage_parameters(self, stages: int) -> Iterable[nn.Parameter]:
+        """The parameters of the stem and of the first `stages` stages."""
+        raise NotImplementedError
+
+    def freeze(self, stages: int, norm_eval: bool) -> None:
+        """Train neither the stem nor the first `stages` stages (−1: train all); `norm_eval` as in the attributes."""
+        self.frozen_stages, self.norm_eval = stages, norm_eval
+        self.requires_grad_(True)
+        if stages >= 0:
+            for parameter in self.stage_parameters(stages):
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and (self.norm_eval or _frozen(module)):
+                    module.eval()
+        return self
+
+
+def _frozen(norm: nn.Module) -> bool:
+    weight = getattr(norm, "weight", None)
+    return isinstance(weight, torch.nn.Parameter) and not weight.requires_grad

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head of Generalized Focal Loss (arXiv 2006.04388): class and distribution logits at every location."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+import gfl_ops
+
+from .layers import Conv, Scale
+
+# Of an object, at every location, before training: keeps the first losses of the many background locations small.
+PRIOR_PROBABILITY = 0.01
+
+
+class GFLHead(nn.Module):
+    """Two towers of convolutions, shared by all levels.
+
+    Args:
+        inputs: channels of the maps.
+        num_classes: C, class logits of a location.
+        channels: of the towers' convolutions.
+        convs: convolutions of each tower.
+        groups: of their group norms.
+        reg_max: R, last bin of a side's distribution.
+        levels: how many maps there are; each has a factor of its own for the distributions' logits.
+
+    Weights start normal with deviation 0.01, biases at 0, but the class logits' so that a class has probability 0.01.
+    """
+
+    def __init__(
+        self, inputs: int, num_classes: int, channels: int, convs: int, groups: int, reg_max: int, levels: int
+    ) -> None:
+        super().__init__()
+        widths = [inputs] + [channels] * convs
+        self.cls_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
+        self.reg_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
+        self.gfl_cls = nn.Conv2d(widths[-1], num_classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(widths[-1], 4 * (reg_max + 1), 3, padding=1)
+        self.scales = nn.ModuleList([Scale() for _ in range(levels)])
+        # Holds no weights: a part of the published state dicts, and of use to who reads single distributions.
+        self.integral = gfl_ops.Integral(reg_max)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.gfl_cls.bias, -math.log(1 / PRIOR_PROBABILITY - 1))  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """One ``[B, inputs, H, W]`` a level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
+        right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
+        cls_scores, reg_preds = [], []
+        for x, scale in zip(maps, self.scales, strict=True):
+            cls_features = reg_features = x
+            for conv in self.cls_convs:
+                cls_features = conv(cls_features)
+            for conv in self.reg_convs:
+                reg_features = conv(reg_features)
+            cls_scores.append(self.gfl_cls(cls_features))
+            reg_preds.append(scale(self.gfl_reg(reg_features)))
+        return cls_scores, reg_preds
