@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Textured scenes of cut-out shapes, with their boxes, as a data set in COCO's format.
+
+A scene is a collage: patterned objects of five classes lie on a textured ground among scraps that belong to no class,
+and cover one another. Colour, pattern, turn and proportion are drawn without regard to the class, so only the outline
+tells it. A box is the extent of the *whole* outline, clipped to the image, covered parts included: where an edge is
+hidden its place can only be guessed, which is what a learned distribution is for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from .patterns import color, ground, pattern
+
+CLASSES = ("ring", "star", "cross", "moon", "heart")
+# Longest side of an object's box: from this many pixels to this share of the image.
+SMALLEST, LARGEST = 12, 0.5
+# What must stay uncovered, and inside the image, of every object.
+VISIBLE = 0.4
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn image and what is on it, n objects from the bottom to the top of the pile.
+
+    Attributes:
+        image: uint8 ``[size, size, 3]``, RGB.
+        boxes: float32 ``[n, 4]``, xyxy in pixels: the exact extent of each mask.
+        labels: int64 ``[n]``, indices into `CLASSES`.
+        masks: bool ``[n, size, size]``: the whole objects, also where others cover them.
+        visible: float32 ``[n]``: share of each object's whole area that can be seen.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+    visible: np.ndarray
+
+
+def draw_scene(size: int, rng: np.random.Generator) -> Scene:
+    """One scene of `size` × `size` pixels (at least 64), determined by the generator's state.
+
+    Raises:
+        ValueError: `size` is below 64.
+    """
+    if size < 64:
+        raise ValueError(f"gfl.demo.draw_scene: `size` must be at least 64 pixels, got {size}")
+    pile = _Pile(size, rng)
+    kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(2, 6)))
+    for is_object in kinds:
+        if is_object:
+            pile.add(int(rng.integers(len(CLASSES))))
+        else:
+            pile.add(None)
+    return pile.finish()
+
+
+def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, seed: int = 0) -> None:
+    """Draw scenes into `folder`: ``train/``, ``val/`` (PNG), ``annotations/train.json`` and ``annotations/val.json``.
+
+    A scene depends on the seed, its split and its number alone, so fewer scenes are the first ones of more.
+
+    Args:
+        folder: made if it is not there; files of the same names are replaced.
+        train: scenes to train on.
+        val: held-out scenes.
+        size: side of the scenes, pixels.
+        seed: of everything that is drawn.
+    """
+    folder = Path(folder)
+    for split, (name, count) in enumerate((("train", train), ("val", val))):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in range(count):
+            scene = draw_scene(size, np.random.default_rng([seed, split, index]))
+            file_name = f"{index:05d}.png"
+            # Compressing harder would take longer than drawing.
+            Image.fromarray(scene.image).save(folder / name / file_name, compress_level=1)
+            images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
+            annotations += _annotations(scene, index + 1, len(annotations) + 1)
+        categories = [{"id": label + 1, "name": title} for label, title in enumerate(CLASSES)]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"{name}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        )
+
+
+def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    found = []
+    for offset, (box, label, mask) in enumerate(zip(scene.boxes, scene.labels, scene.masks, strict=True)):
+        x1, y1, x2, y2 = (float(side) for side in box)
+        found.append(
+            {
+                "id": first_id + offset,
+                "image_id": image_id,
+                "category_id": int(label) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+            }
+        )
+    return found
+
+
+class _Pile:
+    """A scene in the making."""
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self.size, self.rng = size, rng
+        self.image = ground(size, rng)
+        # Which object is seen at a pixel: its index plus one, 0 for the ground and scraps.
+        self.top = np.zeros((size, size), dtype=np.int64)
+        self.masks: list[np.ndarray] = []
+        self.labels: list[int] = []
+        # Pixels of each object: all, and those that can be seen.
+        self.areas: list[int] = []
+        self.seen = np.zeros(0, dtype=np.int64)
+
+    def add(self, label: int | None) -> None:
+        """Lay an object, or a scrap for None, where it hides no other too much; leave it out if there is no place."""
+        for _ in range(8):
+            alpha, inside = self._outline(label)
+            x = int(self.rng.integers(-alpha.shape[1] // 4, self.size - alpha.shape[1] * 3 // 4))
+            y = int(self.rng.integers(-alpha.shape[0] // 4, self.size - alpha.shape[0] * 3 // 4))
+            if self._place(alpha, inside, x, y, label):
+                return
+
+    def _outline(self, label: int | None) -> tuple[np.ndarray, int]:
+        """Coverage ``[h, w]`` in [0, 1] of a shape turned, squeezed and scaled by chance, and its area in pixels."""
+        rng = self.rng
+        shapes = _OBJECTS[CLASSES[label]] if label is not None else _SCRAPS[int(rng.integers(len(_SCRAPS)))]
+        turn, axis = rng.uniform(0, 2 * np.pi, 2)
+        squeeze = rng.uniform(0.7, 1.0)
+        matrix = _rotation(axis) @ np.diag([1.0, squeeze]) @ _rotation(turn - axis)
+        longest = SMALLEST * (self.size * LARGEST / SMALLEST) ** rng.random()
+        outlines = [points @ matrix.T for points in shapes]
+        low, high = outlines[0].min(0), outlines[0].max(0)
+        scale = longest / (high - low).max()
+        extent = np.ceil((high - low) * scale).astype(int)
+        canvas = Image.new("L", tuple(int(side) * _SUPERSAMPLING for side in extent))
+        pen = ImageDraw.Draw(canvas)
+        for fill, points in zip((255, 0), outlines, strict=False):
+            corners = (points - low) * scale * _SUPERSAMPLING
+            pen.polygon([(float(x), float(y)) for x, y in corners], fill=fill)
+        alpha = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+        return alpha, int((alpha >= 0.5).sum())
+
+    def _place(self, alpha: np.ndarray, whole: int, x: int, y: int, label: int | None) -> bool:
+        size = self.size
+        left, above = max(0, -x), max(0, -y)
+        right, below = min(alpha.shape[1], size - x), min(alpha.shape[0], size - y)
+        window = (slice(y + above, y + below), slice(x + left, x + right))
+        part = alpha[above:below, left:right]
+        mask = part >= 0.5
+        if label is not None and mask.sum() < VISIBLE * whole:
+            return False
+        hidden = np.bincount(self.top[window][mask], minlength=len(self.areas) + 1)[1:]
+        if np.any(self.seen - hidden < VISIBLE * np.array(self.areas)):
+            return False
+        self.seen = self.seen - hidden
+        self._paint(alpha, x, y)
+        if label is None:
+            self.top[window][mask] = 0
+            return True
+        self.areas.append(whole)
+        self.seen = np.append(self.seen, mask.sum())
+        self.labels.append(label)
+        full = np.zeros((size, size), dtype=bool)
+        full[window] = mask
+        self.masks.append(full)
+        self.top[full] = len(self.areas)
+        return True
+
+    def _paint(self, alpha: np.ndarray, x: int, y: int) -> None:
+        """A soft shadow, then the patterned shape itself."""
+        rng = self.rng
+        depth = max(1.5, 0.05 * max(alpha.shape))
+        margin = int(np.ceil(3 * depth))
+        coat = np.pad(alpha, margin)
+        shadow = Image.fromarray((coat * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(depth))
+        shade = 1 - 0.45 * np.asarray(shadow, dtype=np.float32) / 255
+        drop = int(np.ceil(depth * 0.7))
+        self._blend(shade[..., None], None, x - margin + drop, y - margin + drop)
+        skin = pattern(alpha.shape, color(rng), color(rng), rng)
+        self._blend(alpha[..., None], skin, x, y)
+
+    def _blend(self, weight: np.ndarray, skin: np.ndarray | None, x: int, y: int) -> None:
+        left, above = max(0, -x), max(0, -y)
+        right, below = min(weight.shape[1], self.size - x), min(weight.shape[0], self.size - y)
+        if right <= left or below <= above:
+            return
+        target = self.image[y + above : y + below, x + left : x + right]
+        weight = weight[above:below, left:right]
+        if skin is None:
+            target *= weight
+        else:
+            target += weight * (skin[above:below, left:right] - target)
+
+    def finish(self) -> Scene:
+        size, count = self.size, len(self.masks)
+        grain = self.rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(self.rng.uniform(1, 6))
+        masks = np.array(self.masks, dtype=bool).reshape(count, size, size)
+        return Scene(
+            image=np.clip(self.image + grain, 0, 255).astype(np.uint8),
+            boxes=np.array([_extent(mask) for mask in masks], dtype=np.float32).reshape(count, 4),
+            labels=np.array(self.labels, dtype=np.int64),
+            masks=masks,
+            visible=(self.seen / np.array(self.areas)).astype(np.float32),
+        )
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def _arc(x: float, y: float, radius: float, start: float, end: float, count: int = 40) -> np.ndarray:
+    """Points on a circle, angles in degrees."""
+    angle = np.radians(np.linspace(start, end, count))
+    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1)
+
+
+def _spikes(count: int, inner: float) -> np.ndarray:
+    angle = np.arange(2 * count) * np.pi / count
+    radius = np.where(np.arange(2 * count) % 2 == 0, 1.0, inner)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+
+def _cross(arm: float) -> np.ndarray:
+    a = arm
+    corners = [
+        (a, a),
+        (1, a),
+        (1, -a),
+        (a, -a),
+        (a, -1),
+        (-a, -1),
+        (-a, -a),
+        (-1, -a),
+        (-1, a),
+        (-a, a),
+        (-a, 1),
+        (a, 1),
+    ]
+    return np.array(corners, dtype=float)
+
+
+# Outlines around the origin; a second one is cut out of the first.
+_OBJECTS = {
+    "ring": [_arc(0, 0, 1, 0, 360, 64), _arc(0, 0, 0.5, 0, 360, 48)],
+    "star": [_spikes(5, 0.45)],
+    "cross": [_cross(0.32)],
+    # Between a circle and a smaller one that meets it at ±60°.
+    "moon": [np.concatenate([_arc(0, 0, 1, 60, 300), _arc(0.5, 0, np.sqrt(0.75), 270, 90)])],
+    # A square's corner is the tip, half circles on its two far sides are the lobes.
+    "heart": [np.concatenate([[[-0.5, -0.5], [0.5, -0.5]], _arc(0.5, 0, 0.5, -90, 90), _arc(0, 0.5, 0.5, 0, 180)])],
+}
+_SCRAPS = [
+    [_arc(0, 0, 1, 0, 360, 64)],
+    [_spikes(3, 0.5)],
+    [np.array([(-1, -0.7), (1, -0.7), (1, 0.7), (-1, 0.7)], dtype=float)],
+    [np.array([(-1, -0.12), (1, -0.12), (1, 0.12), (-1, 0.12)], dtype=float)],
+    [_arc(0, 0, 1, 0, 180)],
+]
