@@ -147,7 +147,7 @@ class _Pile:
         low, high = outlines[0].min(0), outlines[0].max(0)
         scale = longest / (high - low).max()
         extent = np.ceil((high - low) * scale).astype(int)
-        canvas = Image.new("L", tuple(int(side) * _SUPERSAMPLING for side in extent))
+        canvas = Image.new("L", (int(extent[0]) * _SUPERSAMPLING, int(extent[1]) * _SUPERSAMPLING))
         pen = ImageDraw.Draw(canvas)
         for fill, points in zip((255, 0), outlines, strict=False):
             corners = (points - low) * scale * _SUPERSAMPLING

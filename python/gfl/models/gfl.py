@@ -92,23 +92,32 @@ class GFL(nn.Module):
             factors = (
                 None if scale_factors is None else _inputs.pairs("forward", "scale_factors", scale_factors, images)
             )
-            cls_scores, reg_preds = self.predict_maps(images)
-            config, test = self._config, self.test
-            return gfl_ops.postprocess(
-                cls_scores,
-                reg_preds,
-                config.strides,
-                sizes,
-                reg_max=config.reg_max,
-                score_threshold=test.score_threshold,
-                nms_pre=test.nms_pre,
-                iou_threshold=test.iou_threshold,
-                max_detections=test.max_detections,
-                center_offset=config.center_offset,
-                topk_mode=config.topk_mode,
-                scale_factors=factors,
-                legacy=config.legacy,
-            )
+            return self.read_maps(*self.predict_maps(images), sizes, factors)
+
+    def read_maps(
+        self,
+        cls_scores: Sequence[Tensor],
+        reg_preds: Sequence[Tensor],
+        image_sizes: Tensor,
+        scale_factors: Tensor | None = None,
+    ) -> gfl_ops.Detections:
+        """Detections of what `predict_maps` gave, by the settings in `test`; sizes and factors as `forward`'s, tensors."""
+        config, test = self._config, self.test
+        return gfl_ops.postprocess(
+            cls_scores,
+            reg_preds,
+            config.strides,
+            image_sizes,
+            reg_max=config.reg_max,
+            score_threshold=test.score_threshold,
+            nms_pre=test.nms_pre,
+            iou_threshold=test.iou_threshold,
+            max_detections=test.max_detections,
+            center_offset=config.center_offset,
+            topk_mode=config.topk_mode,
+            scale_factors=scale_factors,
+            legacy=config.legacy,
+        )
 
     def loss(
         self,
