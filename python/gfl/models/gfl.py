@@ -101,7 +101,7 @@ class GFL(nn.Module):
         image_sizes: Tensor,
         scale_factors: Tensor | None = None,
     ) -> gfl_ops.Detections:
-        """Detections of what `predict_maps` gave, by the settings in `test`; sizes and factors as `forward`'s, tensors."""
+        """Detections of what `predict_maps` gave, as `test` says; sizes and factors are `forward`'s, as tensors."""
         config, test = self._config, self.test
         return gfl_ops.postprocess(
             cls_scores,
