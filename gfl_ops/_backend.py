@@ -53,6 +53,15 @@ def kernels(stem: str) -> _Kernels:
     return _KERNELS[stem]
 
 
+def why_no_triton() -> str | None:
+    """Why no Triton kernel can be compiled or interpreted here; None if they can."""
+    if _TRITON is None:
+        return "the package triton is not installed"
+    if _TRITON < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later"
+    return None
+
+
 def unavailable(backend: str, stem: str, device_type: str) -> str | None:
     """Why `backend` can't run the operator there; None if it can. Serves "auto", the doctor and the errors alike."""
     kernels = _KERNELS[stem]
@@ -63,10 +72,8 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
     if backend == "triton":
         if not kernels.triton:
             return f"there is no Triton kernel for {stem}"
-        if _TRITON is None:
-            return "the package triton is not installed"
-        if _TRITON < OLDEST_TRITON:
-            return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later"
+        if reason := why_no_triton():
+            return reason
         if device_type == "cuda" or TRITON_INTERPRETS:
             return None
         return f"Triton runs on {device_type} only in its interpreter; set TRITON_INTERPRET=1 before Python starts"

@@ -404,8 +404,10 @@ def main(arguments: list[str] | None = None) -> int:
                     except RuntimeError as error:
                         failures.append(str(error))
         if options.only != "cuda":
-            if importlib.util.find_spec("triton") is None:
-                raise MissingCompilerError("the package triton is not installed; --only cuda leaves it out")
+            from gfl_ops import _backend
+
+            if reason := _backend.why_no_triton():
+                raise MissingCompilerError(f"{reason}; --only cuda leaves Triton out")
             kernels += triton_kernels(options.arch, options.dtype, options.kernels, options.sass)
     except MissingCompilerError as error:
         print(f"aot_report: {error}", file=sys.stderr)

@@ -24,6 +24,13 @@ def pytest_report_header() -> str:
     return f"seed: {SEED} (repeat with GFL_TEST_SEED={SEED})"
 
 
+if torch.__version__.startswith("2.6."):
+    # Asked for by name there, as the README says; later versions capture such operators by themselves.
+    import torch._dynamo
+
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Differs from test to test and from run to run; the run's own seed, in the header, brings it back."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from gfl_ops import _backend
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "aot_report.py"
 
@@ -101,8 +104,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_triton_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="the package triton is not installed")
+@pytest.fixture
+def triton() -> ModuleType:
+    reason = _backend.why_no_triton()
+    if reason is not None:
+        pytest.skip(reason)
+    return importlib.import_module("triton")
+
+
+def test_triton_kernels_compile_without_a_gpu(triton: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     done = run(
         "--only", "triton", "--arch", "90", "--dtype", "bfloat16", "--kernels", "^qfl_forward", "--sass",
@@ -117,8 +127,7 @@ def test_triton_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
         assert kernel["loads_16"] >= 5
 
 
-def test_an_interpreting_process_is_refused() -> None:
-    pytest.importorskip("triton", reason="the package triton is not installed")
+def test_an_interpreting_process_is_refused(triton: ModuleType) -> None:
     done = run("--only", "triton", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
 
@@ -135,9 +144,10 @@ def test_cuda_kernels_compile_without_a_gpu(report: ModuleType, tmp_path: Path) 
 
 @pytest.mark.parametrize("stem", ["nms", "decode"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_decisions_are_made_without_fused_arithmetic(report: ModuleType, stem: str, dtype: str) -> None:
+def test_decisions_are_made_without_fused_arithmetic(
+    report: ModuleType, triton: ModuleType, stem: str, dtype: str
+) -> None:
     """Equal indices on all backends need every product and quotient rounded once."""
-    triton = pytest.importorskip("triton", reason="the package triton is not installed")
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -381,25 +381,23 @@ def gfl_loss(
     if accumulator(first.dtype) != accumulator(reg_maps[0].dtype):
         cls_maps, reg_maps = [m.double() for m in cls_maps], [m.double() for m in reg_maps]
     acc = accumulator(cls_maps[0].dtype)
-    losses = HeadLoss(
-        *GFL_LOSS(
-            first.device.type,
-            cls_maps,
-            reg_maps,
-            stride_list,
-            labels,
-            matched,
-            gt_boxes.detach().to(acc),
-            _norm(op, "cls_norm", cls_norm, first, acc),
-            _norm(op, "box_norm", box_norm, first, acc),
-            reg_max,
-            [float(w) for w in loss_weights],
-            float(beta),
-            offsets,
-            legacy,
-        )
+    cls, box, dfl, num_pos, box_weight = GFL_LOSS(
+        first.device.type,
+        cls_maps,
+        reg_maps,
+        stride_list,
+        labels,
+        matched,
+        gt_boxes.detach().to(acc),
+        _norm(op, "cls_norm", cls_norm, first, acc),
+        _norm(op, "box_norm", box_norm, first, acc),
+        reg_max,
+        [float(w) for w in loss_weights],
+        float(beta),
+        offsets,
+        legacy,
     )
-    return losses._replace(num_pos=losses.num_pos.detach(), box_weight=losses.box_weight.detach())
+    return HeadLoss(cls, box, dfl, num_pos.detach(), box_weight.detach())
 
 
 def head_loss_norms(cls_scores: Sequence[Tensor], assignment: Assignment) -> Tensor:
