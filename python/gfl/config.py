@@ -60,6 +60,7 @@ class DataConfig:
     train_images: str = _option("train2017", "folder of the images to train on")
     val_annotations: str = _option("annotations/instances_val2017.json", "annotation file to evaluate on; '' for none")
     val_images: str = _option("val2017", "folder of the images to evaluate on")
+    keep_empty: bool = _option(False, "train on images without objects too; they are background as a whole")
     workers: int = _option(4, "processes that read and augment images, for each training process; 0: none")
 
 

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Annotation files in COCO's format, checked, and the images that they are of.
+
+What breaks the file as a whole (not JSON, a missing key, an id twice, an image that is not there) is an error that
+names the file and the place. What is wrong with a single box costs this box: it is left out and counted in `problems`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transforms import read_image
+
+
+@dataclass
+class Annotations:
+    """What a COCO annotation file says, N boxes on n images, boxes that mean nothing left out.
+
+    Attributes:
+        path: the file.
+        category_ids: ascending; label `c` stands for ``category_ids[c]``.
+        classes: their names.
+        image_ids: one an image, in the file's order.
+        file_names: of the images, from their folder.
+        sizes: int64 ``[n, 2]``, (height, width) in pixels.
+        boxes: fp64 ``[N, 4]``, (x, y, width, height) in pixels as in the file, of any sign and size but finite.
+        labels: int64 ``[N]``.
+        rows: int64 ``[N]``, the image of each box as an index into `image_ids`.
+        areas: fp64 ``[N]``, of the object (of its mask where there is one), square pixels.
+        crowd: bool ``[N]``, one box around many objects.
+        ignored: bool ``[N]``, marked by the key ``ignore`` as no target of a training.
+        problems: what was left out, in words, and how often.
+    """
+
+    path: Path
+    category_ids: list[int]
+    classes: list[str]
+    image_ids: list[int]
+    file_names: list[str]
+    sizes: Tensor
+    boxes: Tensor
+    labels: Tensor
+    rows: Tensor
+    areas: Tensor
+    crowd: Tensor
+    ignored: Tensor
+    problems: Counter[str]
+
+    def to_coco(self) -> dict[str, list[dict[str, Any]]]:
+        """The same as pycocotools takes it.
+
+        Boxes are numbered anew from 1: pycocotools takes an object of id 0 for none and loses repeated ids.
+        """
+        images = [
+            {"id": image, "file_name": name, "height": h, "width": w}
+            for image, name, (h, w) in zip(self.image_ids, self.file_names, self.sizes.tolist(), strict=True)
+        ]
+        categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
+        columns = (self.rows, self.labels, self.boxes, self.areas, self.crowd.int())
+        annotations = [
+            {
+                "id": number,
+                "image_id": self.image_ids[row],
+                "category_id": self.category_ids[label],
+                "bbox": box,
+                "area": area,
+                "iscrowd": crowd,
+            }
+            for number, (row, label, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns)), 1)
+        ]
+        return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """Reads and checks a COCO annotation file.
+
+    Optional in an annotation: ``id``, ``area`` (width · height), ``iscrowd`` and ``ignore`` (no). Left out and counted:
+    boxes of a category or an image that the file does not list, boxes that are not four finite numbers.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not JSON, not an annotation file, a key is missing or of a wrong type, or an id of an image or
+            category comes twice. The text names the file and the place.
+    """
+    path = Path(path)
+    content = _json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"gfl: {path} is not a COCO annotation file: a JSON object is needed")
+    categories: dict[int, str] = {}
+    for where, entry in _entries(path, content, "categories"):
+        _add(where, categories, _get(where, entry, "id", int), _get(where, entry, "name", str))
+    images: dict[int, int] = {}
+    file_names, sizes = [], []
+    for row, (where, entry) in enumerate(_entries(path, content, "images")):
+        _add(where, images, _get(where, entry, "id", int), row)
+        file_names.append(_get(where, entry, "file_name", str))
+        sizes.append((_get(where, entry, "height", int), _get(where, entry, "width", int)))
+        if min(sizes[-1]) < 1:
+            raise ValueError(f"{where}: `height` and `width` must be positive, got {sizes[-1]}")
+
+    category_ids = sorted(categories)
+    labels = {category: label for label, category in enumerate(category_ids)}
+    problems: Counter[str] = Counter()
+    kept: list[tuple[int, int, list[float], float, bool, bool]] = []
+    for where, entry in _entries(path, content, "annotations"):
+        of_image = images.get(_get(where, entry, "image_id", int))
+        label = labels.get(_get(where, entry, "category_id", int))
+        box = _numbers(_get(where, entry, "bbox", list))
+        if label is None:
+            problems["boxes of unknown categories, left out"] += 1
+        elif of_image is None:
+            problems["boxes of unknown images, left out"] += 1
+        elif box is None:
+            problems["boxes that are not four finite numbers, left out"] += 1
+        else:
+            area = _numbers([entry.get("area", box[2] * box[3])], 1)
+            if area is None:
+                raise ValueError(f"{where}: `area` must be a finite number, got {entry['area']!r}")
+            kept.append((of_image, label, box, area[0], bool(entry.get("iscrowd")), bool(entry.get("ignore"))))
+    columns = list(zip(*kept)) if kept else [()] * 6
+    return Annotations(
+        path,
+        category_ids,
+        [categories[c] for c in category_ids],
+        list(images),
+        file_names,
+        torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+        torch.tensor(columns[2], dtype=torch.float64).reshape(-1, 4),
+        torch.tensor(columns[1], dtype=torch.int64),
+        torch.tensor(columns[0], dtype=torch.int64),
+        torch.tensor(columns[3], dtype=torch.float64),
+        torch.tensor(columns[4], dtype=torch.bool),
+        torch.tensor(columns[5], dtype=torch.bool),
+        problems,
+    )
+
+
+class Sample(NamedTuple):
+    """An image with its objects.
+
+    Attributes:
+        image: uint8 ``[3, H, W]``, RGB.
+        boxes: fp32 ``[n, 4]``, xyxy in pixels, inside the image, at least a pixel wide and high.
+        labels: int64 ``[n]``.
+        image_id: of the annotation file.
+        size: (height, width).
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+    size: tuple[int, int]
+
+
+class CocoDataset(torch.utils.data.Dataset[Sample]):
+    """Images and their objects, from an annotation file in COCO's format and a folder.
+
+    Of the boxes that `read_annotations` keeps, these are no targets, each kind counted in `problems`: crowd boxes (an
+    evaluation still knows them), boxes marked ``ignore``, boxes without width or height, boxes outside their image,
+    boxes less than a pixel wide or high. The rest is clipped to the image.
+
+    Args:
+        annotations: the file, or what was read of it.
+        images: the folder that the file names start from.
+        keep_empty: keep images without a target; they are background as a whole.
+
+    Attributes:
+        annotations: the whole file's `Annotations`, images without objects among them.
+        classes: names of the labels, by ascending category id.
+        category_ids: the id of each label.
+        image_ids: of the images in this data set.
+        sizes: int64 ``[n, 2]``, their (height, width).
+        problems: what was left out or changed, in words, and how often.
+        unreadable: files that a loader found can't be decoded.
+
+    Raises:
+        OSError: the annotation file or the folder can't be read, or images are missing in it.
+        ValueError: the annotation file is broken, or no image is left.
+    """
+
+    def __init__(self, annotations: str | Path | Annotations, images: str | Path, keep_empty: bool = True):
+        if not isinstance(annotations, Annotations):
+            annotations = read_annotations(annotations)
+        self.annotations = annotations
+        self.images = Path(images)
+        self.classes = annotations.classes
+        self.category_ids = annotations.category_ids
+        self.problems = Counter(annotations.problems)
+        self.unreadable: set[Path] = set()
+        if not annotations.image_ids:
+            raise ValueError(f"gfl: {annotations.path} lists no image")
+
+        boxes, rows, labels = self._targets()
+        count = torch.bincount(rows, minlength=len(annotations.image_ids))
+        empty = int((count == 0).sum())
+        if empty:
+            self.problems[f"images without objects, {'kept' if keep_empty else 'left out'}"] = empty
+        chosen = torch.arange(len(count)) if keep_empty else count.nonzero().squeeze(1)
+        if not len(chosen):
+            found = "; ".join(f"{n} {what}" for what, n in self.problems.items())
+            raise ValueError(f"gfl: {annotations.path} has no image with an object to train on: {found}")
+        order = rows.argsort(stable=True)
+        # One tensor for all boxes, cut where it is read: a process that reads images then copies none of it.
+        self._boxes, self._labels = boxes[order], labels[order]
+        ends = count.cumsum(0)
+        self._first, self._last = (ends - count)[chosen].tolist(), ends[chosen].tolist()
+        self.sizes = annotations.sizes[chosen]
+        self.image_ids = [annotations.image_ids[i] for i in chosen.tolist()]
+        self._names = [annotations.file_names[i] for i in chosen.tolist()]
+        self._require_images()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.images / self._names[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads an image.
+
+        Raises:
+            OSError: the file can't be read.
+            gfl.data.transforms.UnreadableImage: it can't be decoded.
+            ValueError: its size is not the annotation file's.
+        """
+        height, width = self.sizes[index].tolist()
+        image = read_image(self.path(index), (height, width))
+        part = slice(self._first[index], self._last[index])
+        return Sample(
+            image, self._boxes[part].clone(), self._labels[part].clone(), self.image_ids[index], (height, width)
+        )
+
+    def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """xyxy boxes to train on, their images' rows in the file and their labels; the rest is counted."""
+        a = self.annotations
+        corners = torch.cat([a.boxes[:, :2], a.boxes[:, :2] + a.boxes[:, 2:]], 1)
+        limits = a.sizes[a.rows].flip(1).repeat(1, 2).double()
+        clipped = torch.minimum(corners.clamp(min=0), limits)
+        reasons = {
+            "crowd boxes, no targets": a.crowd,
+            "boxes marked `ignore`, no targets": a.ignored,
+            "boxes without width or height, left out": (a.boxes[:, 2:] <= 0).any(1),
+            "boxes outside their image, left out": (clipped[:, 2:] <= clipped[:, :2]).any(1),
+            "boxes less than a pixel wide or high, left out": (clipped[:, 2:] - clipped[:, :2] < 1).any(1),
+        }
+        left = torch.ones_like(a.crowd)
+        for what, there in reasons.items():
+            number = int((left & there).sum())
+            if number:
+                self.problems[what] = number
+            left &= ~there
+        # COCO's own boxes end fractions of a pixel outside, which is nothing to report.
+        over = int((left & ((corners - clipped).abs() > 1).any(1)).sum())
+        if over:
+            self.problems["boxes more than a pixel over their image's edge, clipped"] = over
+        return clipped[left].float(), a.rows[left], a.labels[left]
+
+    def _require_images(self) -> None:
+        # One listing a folder instead of one question a file, which takes minutes on a network's file system.
+        folders = {os.path.dirname(name) for name in self._names}
+        there = {folder: set(os.listdir(self.images / folder)) for folder in folders if (self.images / folder).is_dir()}
+        missing = [n for n in self._names if os.path.basename(n) not in there.get(os.path.dirname(n), ())]
+        if missing:
+            raise FileNotFoundError(
+                f"gfl: {len(missing)} of {len(self)} images of {self.annotations.path} are not in {self.images}, "
+                f"{missing[0]} for one"
+            )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"gfl: {path} is not JSON, or only its beginning: {error}") from None
+
+
+class _Place(NamedTuple):
+    """Of an entry in a file; in words only when an error needs them."""
+
+    path: Path
+    key: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"gfl: {self.path}: {self.key}[{self.number}]"
+
+
+def _entries(path: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        raise ValueError(f"gfl: {path} is not a COCO annotation file: a list `{key}` is needed")
+    return ((_Place(path, key, number), entry) for number, entry in enumerate(entries))
+
+
+def _get(where: _Place, entry: Mapping[str, Any], key: str, kind: type) -> Any:
+    try:
+        value = entry[key]
+    except (KeyError, TypeError):
+        raise ValueError(f"{where} has no `{key}`") from None
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: `{key}` must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _add(where: _Place, known: dict[int, Any], key: int, value: Any) -> None:
+    if key in known:
+        raise ValueError(f"{where}: `id` {key} comes twice")
+    known[key] = value
+
+
+def _numbers(values: list[Any], count: int = 4) -> list[float] | None:
+    """The values as floats if they are that many finite numbers."""
+    if len(values) != count or not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
+        return None
+    return [float(v) for v in values]

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an image file to a normalised batch, in the steps that the published weights were trained with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+# Of red, green and blue over ImageNet, in levels of 0 to 255.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class UnreadableImage(ValueError):
+    """A file that is there but can't be decoded; the text names it and says why."""
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """An image file as RGB.
+
+    A photo is turned upright as its EXIF orientation says, as OpenCV and viewers do, unless `size` tells that its
+    annotations were made on the stored pixels.
+
+    Args:
+        path: any format that pillow reads; of an animation the first picture.
+        size: (height, width) in pixels that the annotations refer to; None: not known.
+
+    Returns:
+        uint8 ``[3, H, W]``, in channels-last order in memory; see `to_tensor` for other modes than RGB.
+
+    Raises:
+        OSError: the file can't be read (it is missing, for example).
+        UnreadableImage: it can't be decoded.
+        ValueError: the image is not of `size`.
+    """
+    content = Path(path).read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as stored:
+            stored.load()
+            upright = _upright(stored)
+            if size is not None and (upright.height, upright.width) != size and (stored.height, stored.width) == size:
+                upright = stored
+            image = to_tensor(upright)
+    # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
+    except Exception as error:
+        raise UnreadableImage(f"gfl: {path} can't be decoded: {error}") from error
+    if size is not None and tuple(image.shape[1:]) != size:
+        raise ValueError(
+            f"gfl: {path} is {image.shape[2]}×{image.shape[1]} pixels, its annotation file says {size[1]}×{size[0]}"
+        )
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data says nothing about the pixels
+        return image
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A pillow image of any mode as RGB.
+
+    Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
+    their upper 8 (as OpenCV does all but CMYK).
+
+    Returns:
+        uint8 ``[3, H, W]``, in channels-last order in memory.
+
+    Raises:
+        ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
+    """
+    if image.mode.startswith("I"):  # I;16, I;16B, and I for what some formats give
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min(initial=0) < 0 or levels.max(initial=0) > 0xFFFF:
+            raise ValueError(f"pixels of mode {image.mode} reach from {levels.min()} to {levels.max()}, not 0 to 65535")
+        pixels = (levels >> 8).astype(np.uint8)[:, :, None].repeat(3, 2)
+    elif image.mode == "F":
+        raise ValueError("pixels of mode F (32-bit floats) have no defined range")
+    else:
+        # A palette's transparency only converts quietly by way of RGBA.
+        rgb = image if image.mode == "RGB" else (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+        pixels = np.array(rgb)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) after scaling as far as neither the short side nor the long side grows over its limit.
+
+    Rounded half up, as mmdet's ``Resize(keep_ratio=True)``; at least one pixel.
+    """
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``.
+
+    Args:
+        image: uint8 ``[3, H, W]``.
+        height, width: of the result, pixels.
+
+    Returns:
+        uint8 ``[3, height, width]``, the same at any number of threads.
+    """
+    if tuple(image.shape[1:]) == (height, width):
+        return image
+    return functional.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """fp32 xyxy `boxes` ``[n, 4]`` of an image of `old_size` (height, width) in one of `new_size`, clipped to it."""
+    height, width = new_size
+    scale = boxes.new_tensor([width / old_size[1], height / old_size[0]]).repeat(2)
+    return torch.minimum((boxes * scale).clamp(min=0), boxes.new_tensor([width, height, width, height]))
+
+
+def flip(image: Tensor) -> Tensor:
+    """The image ``[3, H, W]`` mirrored left to right."""
+    return image.flip(2)
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """xyxy `boxes` ``[n, 4]`` of an image of that width, mirrored left to right."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([width - x2, y1, width - x1, y2], 1)
+
+
+def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
+    """Images of several sizes in one tensor, padded right and below.
+
+    Args:
+        images: uint8 ``[3, H, W]`` each.
+        divisor: of the padded height and width, pixels.
+
+    Returns:
+        uint8 ``[B, 3, H, W]`` in channels-last order in memory, zero in the padding, and fp32 ``[B, 2]``, each image's
+        (height, width) without it.
+    """
+    sizes = [tuple(image.shape[1:]) for image in images]
+    height, width = (-(-max((s[i] for s in sizes), default=1) // divisor) * divisor for i in (0, 1))
+    shape = (len(images), 3, height, width)
+    batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last).zero_()
+    for row, image, (h, w) in zip(batch, images, sizes, strict=True):
+        row[:, :h, :w] = image
+    return batch, torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
+
+
+def normalise(images: Tensor, image_sizes: Tensor) -> Tensor:
+    """What the network takes: mean and deviation of ImageNet removed, zero in the padding.
+
+    Args:
+        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``, on the network's device.
+        image_sizes: ``[B, 2]``, (height, width) without padding, on the same device. Nothing is synchronised.
+
+    Returns:
+        fp32 ``[B, 3, H, W]``, contiguous.
+    """
+    result = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(mean).div_(std)
+    rows = torch.arange(images.shape[2], device=images.device)[None] < image_sizes[:, :1]
+    columns = torch.arange(images.shape[3], device=images.device)[None] < image_sizes[:, 1:]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return result.masked_fill_(~inside, 0)
