@@ -48,6 +48,7 @@ class ModelConfig:
     topk_mode: Literal["pair", "anchor"] = _option(
         "pair", "what a level's nms_pre counts: (location, class) pairs as mmdet 3, or locations as GFocal v1"
     )
+    quality_branch: bool = _option(False, "GFocal V2's: the distributions' peaks say how far the class scores hold")
     legacy: bool = _option(False, "GFocal v1's geometry: centre (s-1)/2 pixels, boxes one pixel wider")
 
 

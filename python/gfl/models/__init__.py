@@ -9,6 +9,7 @@ from .. import config as configuration
 from ..config import ModelConfig, TestConfig
 from .backbone import STRIDES, Backbone
 from .gfl import GFL
+from .head import PEAKS
 from .resnet import ARCHITECTURES, ResNet
 from .timm_backbone import TimmBackbone
 
@@ -65,6 +66,8 @@ def _check(config: ModelConfig) -> None:
     _require(config, "anchor_scale", config.anchor_scale > 0, "must be > 0")
     _require(config, "beta", config.beta >= 0, "must be >= 0")
     _require(config, "reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]")
+    enough = config.reg_max + 1 >= PEAKS or not config.quality_branch
+    _require(config, "quality_branch", enough, f"needs a `reg_max` of {PEAKS - 1} or more")
     _require(config, "frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]")
     divides = config.head_channels % config.head_groups == 0
     _require(config, "head_groups", divides, f"must divide `head_channels`, {config.head_channels}")

@@ -48,6 +48,7 @@ class GFL(nn.Module):
             config.head_groups,
             config.reg_max,
             len(config.strides),
+            config.quality_branch,
         )
 
     @property

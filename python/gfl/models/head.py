@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import gfl_ops
 
@@ -15,6 +17,17 @@ from .layers import Conv, Scale
 
 # Of an object, at every location, before training: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
+# Of a side's bins, the most probable ones that the quality is read from; hidden channels of that network.
+PEAKS, QUALITY_CHANNELS = 4, 64
+
+
+def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
+    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits, in fp32.
+
+    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the logit's negative.
+    """
+    x, q = class_logit.float(), quality_logit.float()
+    return -torch.logaddexp(-x, functional.softplus(-x) - q)
 
 
 class GFLHead(nn.Module):
@@ -28,14 +41,26 @@ class GFLHead(nn.Module):
         groups: of their group norms.
         reg_max: R, last bin of a side's distribution.
         levels: how many maps there are; each has a factor of its own for the distributions' logits.
+        quality_branch: the class probabilities are multiplied by a quality, which a small network reads off the four
+            greatest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
+            2011.12885).
 
     Weights start normal with deviation 0.01, biases at 0, but the class logits' so that a class has probability 0.01.
     """
 
     def __init__(
-        self, inputs: int, num_classes: int, channels: int, convs: int, groups: int, reg_max: int, levels: int
+        self,
+        inputs: int,
+        num_classes: int,
+        channels: int,
+        convs: int,
+        groups: int,
+        reg_max: int,
+        levels: int,
+        quality_branch: bool = False,
     ) -> None:
         super().__init__()
+        self.reg_max = reg_max
         widths = [inputs] + [channels] * convs
         self.cls_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
         self.reg_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
@@ -44,6 +69,10 @@ class GFLHead(nn.Module):
         self.scales = nn.ModuleList([Scale() for _ in range(levels)])
         # Holds no weights: a part of the published state dicts, and of use to who reads single distributions.
         self.integral = gfl_ops.Integral(reg_max)
+        self.reg_conf: nn.Module | None = None
+        if quality_branch:
+            statistics = nn.Conv2d(4 * (PEAKS + 1), QUALITY_CHANNELS, 1)
+            self.reg_conf = nn.Sequential(statistics, nn.ReLU(inplace=True), nn.Conv2d(QUALITY_CHANNELS, 1, 1))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -64,6 +93,15 @@ class GFLHead(nn.Module):
                 cls_features = conv(cls_features)
             for conv in self.reg_convs:
                 reg_features = conv(reg_features)
-            cls_scores.append(self.gfl_cls(cls_features))
-            reg_preds.append(scale(self.gfl_reg(reg_features)))
+            cls_score, reg_pred = self.gfl_cls(cls_features), scale(self.gfl_reg(reg_features))
+            if self.reg_conf is not None:
+                cls_score = joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
+            cls_scores.append(cls_score)
+            reg_preds.append(reg_pred)
         return cls_scores, reg_preds
+
+    def _peaks(self, reg_pred: Tensor) -> Tensor:
+        """Of each side's distribution the greatest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
+        probability = reg_pred.float().unflatten(1, (4, self.reg_max + 1)).softmax(2)
+        peaks = probability.topk(PEAKS, dim=2).values
+        return torch.cat([peaks, peaks.mean(2, keepdim=True)], 2).flatten(1, 2).to(reg_pred.dtype)
