@@ -65,7 +65,7 @@ def draw_scene(size: int, rng: np.random.Generator) -> Scene:
 
 
 def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, seed: int = 0) -> None:
-    """Draw scenes into `folder`: ``train/``, ``val/`` (PNG), ``annotations/train.json`` and ``annotations/val.json``.
+    """Draw scenes into `folder`: ``train/``, ``val/`` (JPEG), ``annotations/train.json`` and ``annotations/val.json``.
 
     A scene depends on the seed, its split and its number alone, so fewer scenes are the first ones of more.
 
@@ -83,9 +83,8 @@ def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, 
         annotations: list[dict[str, Any]] = []
         for index in range(count):
             scene = draw_scene(size, np.random.default_rng([seed, split, index]))
-            file_name = f"{index:05d}.png"
-            # Compressing harder would take longer than drawing.
-            Image.fromarray(scene.image).save(folder / name / file_name, compress_level=1)
+            file_name = f"{index:05d}.jpg"
+            Image.fromarray(scene.image).save(folder / name / file_name, quality=92)
             images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
             annotations += _annotations(scene, index + 1, len(annotations) + 1)
         categories = [{"id": label + 1, "name": title} for label, title in enumerate(CLASSES)]

@@ -53,12 +53,12 @@ def test_a_data_set_is_fixed_by_its_seed_and_fewer_scenes_are_the_first_of_more(
     write_dataset(tmp_path / "a", train=3, val=2, size=96, seed=seed)
     write_dataset(tmp_path / "b", train=5, val=1, size=96, seed=seed)
     write_dataset(tmp_path / "c", train=1, val=1, size=96, seed=seed + 1)
-    for name in ("train/00000.png", "train/00002.png", "val/00000.png"):
+    for name in ("train/00000.jpg", "train/00002.jpg", "val/00000.jpg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    first = np.asarray(Image.open(tmp_path / "a/train/00000.png"))
+    first = np.asarray(Image.open(tmp_path / "a/train/00000.jpg"))
     assert first.shape == (96, 96, 3)
-    assert not np.array_equal(first, np.asarray(Image.open(tmp_path / "a/val/00000.png")))
-    assert not np.array_equal(first, np.asarray(Image.open(tmp_path / "c/train/00000.png")))
+    assert not np.array_equal(first, np.asarray(Image.open(tmp_path / "a/val/00000.jpg")))
+    assert not np.array_equal(first, np.asarray(Image.open(tmp_path / "c/train/00000.jpg")))
 
 
 def test_annotations_are_cocos(tmp_path, seed):

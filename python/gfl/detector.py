@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model as a person uses it: photos in, boxes in the photos' own pixels out."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import checkpoint, draw
+from .data import transforms
+from .edges import Edges, find_edges
+from .models.gfl import GFL
+
+# One image; a list of them, a folder or a glob is several.
+Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
+# What is looked at in a folder; a file given by its name or by a glob may have any.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found in one image, n objects, the best first.
+
+    Attributes:
+        boxes: fp32 ``[n, 4]`` xyxy in pixels of the image as a viewer shows it (EXIF orientation applied), on the CPU.
+        scores: fp32 ``[n]`` in (0, 1).
+        labels: int64 ``[n]`` in [0, C).
+        names: the class's name of each.
+        category_ids: the data set's own id of each.
+        size: (height, width) of the image.
+        path: of the file; None for an image that came without one.
+        edges: the distributions that the boxes were read from, in the image's pixels, if they were asked for.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: list[str]
+    category_ids: list[int]
+    size: tuple[int, int]
+    path: Path | None
+    edges: Edges | None
+    # Kept for images without a file only, so that a folder's results stay small.
+    _pixels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self) -> Image.Image:
+        """The image itself, upright; read again from its file if it has one."""
+        if self._pixels is None:
+            assert self.path is not None  # one of both is there by construction
+            return _picture(transforms.read_image(self.path))
+        return _picture(self._pixels)
+
+    def draw(self, score_threshold: float = 0.3, *, scale: float = 1.0) -> Image.Image:
+        """The image with boxes, names and scores of what scores at least the threshold, `scale` times as large."""
+        shown = [i for i, score in enumerate(self.scores.tolist()) if score >= score_threshold]
+        boxes, scores, labels = self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()
+        return draw.draw_detections(
+            self.image(),
+            [boxes[i] for i in shown],
+            [labels[i] for i in shown],
+            [self.names[i] for i in shown],
+            [scores[i] for i in shown],
+            scale=scale,
+        )
+
+    def draw_edges(self, index: int, *, truth: Sequence[float] | None = None, size: int = 300) -> Image.Image:
+        """Detection `index` with the four distributions beside its edges; see `gfl.draw.draw_edges`.
+
+        Raises:
+            ValueError: the image was not looked at with ``edges=True``.
+        """
+        if self.edges is None:
+            raise ValueError("gfl.Result.draw_edges: no distributions were kept; call the detector with `edges=True`")
+        return draw.draw_edges(
+            self.image(),
+            self.boxes[index].tolist(),
+            self.edges.probabilities[index].tolist(),
+            self.edges.locations[index].tolist(),
+            self.edges.bins[index].tolist(),
+            title=f"{self.names[index]} {float(self.scores[index]):.2f}",
+            color=draw.class_color(int(self.labels[index])),
+            truth=truth,
+            size=size,
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO's list of results: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score`` each."""
+        return [
+            {"image_id": image_id, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            for (x1, y1, x2, y2), score, category in zip(self.boxes.tolist(), self.scores.tolist(), self.category_ids)
+        ]
+
+
+class Detector:
+    """Finds objects in photos.
+
+    Args:
+        model: a `gfl.models.GFL`, or the file of a checkpoint (this package's own, mmdet's, …).
+        device: to compute on; by default a given model's own, for a file the GPU if there is one.
+        dtype: fp32, or bf16 or fp16 for mixed precision.
+        classes: names, one a class; by default the checkpoint's, else "class 0", ….
+        score_threshold: detections at or below it are dropped; by default the model's test setting.
+        batch_size: images at a time, all of the same padded size; by default 1 on the CPU, 8 on a GPU.
+
+    The model's test settings decide the size that images are scaled to. An image's result does not depend on the
+    others in the call.
+
+    Raises:
+        ValueError: a file that is not a checkpoint; another number of names than of classes; no positive batch size.
+        TypeError: `dtype` is not one of the three.
+    """
+
+    def __init__(
+        self,
+        model: GFL | str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        score_threshold: float | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if isinstance(model, GFL):
+            self.model = model
+            device = next(model.parameters()).device if device is None else device
+        else:
+            self.model, _, named = checkpoint.model_from(model)
+            classes = named if classes is None else classes
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"gfl.Detector: `dtype` must be torch.float32, bfloat16 or float16, got {dtype}")
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if dtype is None else dtype
+        self.model.to(self.device)
+        count = self.model.config.num_classes
+        self.classes = [f"class {i}" for i in range(count)] if classes is None else list(classes)
+        if len(self.classes) != count:
+            raise ValueError(
+                f"gfl.Detector: `classes` must be {count} names, as many as the model's, got {len(self.classes)}"
+            )
+        self.category_ids = list(range(1, count + 1))
+        self.score_threshold = score_threshold
+        self.batch_size = (8 if self.device.type == "cuda" else 1) if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise ValueError(f"gfl.Detector: `batch_size` must be at least 1, got {batch_size}")
+
+    def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
+        """Find the objects of one image, or of each of several.
+
+        Args:
+            source: one image: the path of a file, a pillow image, a uint8 array ``[H, W, 3]`` in RGB or ``[H, W]``, a
+                uint8 tensor ``[3, H, W]``; or several: a sequence of such, a folder (its image files by name), a glob.
+                Files and pillow images are turned upright as their EXIF orientation says.
+            edges: keep the distributions that the boxes were read from, too.
+
+        Returns:
+            A `Result`, or for several a list of them in the given order. Of a folder or glob the files that can't be
+            decoded are left out with a warning.
+
+        Raises:
+            ValueError: no such file, or one that can't be decoded (it is named), not one in a folder or glob, an array
+                or tensor of another shape.
+            TypeError: neither of these kinds, or another dtype than uint8.
+        """
+        if isinstance(source, (str, os.PathLike)) and _is_one(source):
+            return next(self.stream([source], edges=edges))
+        if isinstance(source, (str, os.PathLike)):
+
+            def warn(_: Source, why: str) -> None:
+                warnings.warn(why, stacklevel=4)
+
+            return list(self.stream(find_images(source), edges=edges, on_error=warn))
+        if isinstance(source, Sequence):
+            return list(self.stream(source, edges=edges))
+        return next(self.stream([source], edges=edges))
+
+    def stream(
+        self,
+        sources: Sequence[Source],
+        *,
+        edges: bool = False,
+        on_error: Callable[[Source, str], object] | None = None,
+    ) -> Iterator[Result]:
+        """The results of single images, in their order, one after another, so that few images are held at a time.
+
+        Args:
+            sources: single images, as `__call__` takes them.
+            edges: keep the distributions, too.
+            on_error: called with each source that can't be read and why, which is then left out; by default a
+                ValueError is raised.
+        """
+        waiting: list[_Loaded] = []
+        for source in sources:
+            try:
+                waiting.append(self._load(source))
+            except ValueError as error:
+                if on_error is None:
+                    raise
+                on_error(source, str(error))
+            # Some more than a batch, so that those of one size can be taken together.
+            if len(waiting) == (1 if self.batch_size == 1 else 4 * self.batch_size):
+                yield from self._detect(waiting, edges)
+                waiting = []
+        yield from self._detect(waiting, edges)
+
+    def _load(self, source: Source) -> _Loaded:
+        path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        pixels = _read(path) if path is not None else _pixels(source)
+        test = self.model.test
+        height, width = int(pixels.shape[1]), int(pixels.shape[2])
+        new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
+        return _Loaded(path, (height, width), transforms.resize(pixels, *new), pixels if path is None else None)
+
+    def _detect(self, loaded: Sequence[_Loaded], edges: bool) -> list[Result]:
+        divisor = self.model.test.size_divisor
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, one in enumerate(loaded):
+            height, width = one.input.shape[1:]
+            groups.setdefault((-(-height // divisor), -(-width // divisor)), []).append(i)
+        found: dict[int, Result] = {}
+        for members in groups.values():
+            for start in range(0, len(members), self.batch_size):
+                batch = members[start : start + self.batch_size]
+                for i, result in zip(batch, self._detect_batch([loaded[i] for i in batch], edges)):
+                    found[i] = result
+        return [found[i] for i in range(len(loaded))]
+
+    @torch.no_grad()
+    def _detect_batch(self, batch: Sequence[_Loaded], edges: bool) -> list[Result]:
+        images, sizes = transforms.pad([one.input for one in batch], self.model.test.size_divisor)
+        factors = torch.tensor([[s[1] / one.size[1], s[0] / one.size[0]] for s, one in zip(sizes.tolist(), batch)])
+        images, sizes, factors = images.to(self.device), sizes.to(self.device), factors.to(self.device)
+        with self._as_asked():
+            cls_scores, reg_preds = self.model.predict_maps(transforms.normalise(images, sizes))
+            detections = self.model.read_maps(cls_scores, reg_preds, sizes)
+        results = []
+        for i, (one, count) in enumerate(zip(batch, detections[3].tolist())):
+            boxes, scores, labels = (part[i, :count] for part in detections[:3])
+            found = None
+            if edges:
+                found = find_edges(
+                    [level[i] for level in cls_scores],
+                    [level[i] for level in reg_preds],
+                    self.model.config,
+                    sizes[i],
+                    boxes,
+                    scores,
+                    labels,
+                )
+                found = Edges(
+                    found.probabilities.cpu(), (found.locations / factors[i]).cpu(), (found.bins / factors[i]).cpu()
+                )
+            classes = labels.tolist()
+            # Dividing what was clipped to the scaled image may end an ulp outside the image itself.
+            limit = boxes.new_tensor([one.size[1], one.size[0]]).repeat(2)
+            results.append(
+                Result(
+                    boxes=torch.minimum(boxes / factors[i].repeat(2), limit).cpu(),
+                    scores=scores.cpu(),
+                    labels=labels.cpu(),
+                    names=[self.classes[c] for c in classes],
+                    category_ids=[self.category_ids[c] for c in classes],
+                    size=one.size,
+                    path=one.path,
+                    edges=found,
+                    _pixels=one.pixels,
+                )
+            )
+        return results
+
+    @contextmanager
+    def _as_asked(self) -> Iterator[None]:
+        """The model in evaluation, with the threshold and the precision of this detector."""
+        training, test = self.model.training, self.model.test
+        self.model.eval()
+        if self.score_threshold is not None:
+            self.model.test = dataclasses.replace(test, score_threshold=self.score_threshold)
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                yield
+        finally:
+            self.model.test = test
+            self.model.train(training)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An image scaled for the network, and what it was."""
+
+    path: Path | None
+    size: tuple[int, int]
+    input: Tensor
+    pixels: Tensor | None
+
+
+def find_images(source: str | os.PathLike[str]) -> list[Path]:
+    """The image files of a folder (by their suffix, not of folders within it), or the files of a glob, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not paths:
+            raise ValueError(f"gfl: no image files ({', '.join(SUFFIXES)}) in the folder {folder}")
+        return paths
+    paths = sorted(path for path in map(Path, glob.glob(str(source), recursive=True)) if path.is_file())
+    if not paths:
+        raise ValueError(f"gfl: no file, no folder and no file by the pattern {source}")
+    return paths
+
+
+def _is_one(path: str | os.PathLike[str]) -> bool:
+    """Whether a path means one file: all that is no folder and no glob, be it there or not."""
+    return not Path(path).is_dir() and (Path(path).is_file() or not glob.has_magic(str(path)))
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return transforms.read_image(path)
+    except OSError as error:
+        raise ValueError(f"gfl: {path} can't be read: {error.strerror or error}") from error
+
+
+def _pixels(source: Any) -> Tensor:
+    """uint8 ``[3, H, W]`` of an image that is in memory already."""
+    if isinstance(source, Image.Image):
+        return transforms.to_tensor(ImageOps.exif_transpose(source))
+    if isinstance(source, np.ndarray):
+        _check_dtype("array", source.dtype == np.uint8, source.dtype)
+        if source.ndim == 2:
+            source = source[..., None].repeat(3, 2)
+        if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ValueError(f"gfl.Detector: an array must have shape [H, W, 3] or [H, W], got {list(source.shape)}")
+        return torch.from_numpy(source.copy()).permute(2, 0, 1)
+    if isinstance(source, Tensor):
+        _check_dtype("tensor", source.dtype == torch.uint8, source.dtype)
+        if source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
+            raise ValueError(f"gfl.Detector: a tensor must have shape [3, H, W], got {list(source.shape)}")
+        return source.cpu()
+    raise TypeError(
+        "gfl.Detector: `source` must be a path, a pillow image, an array, a tensor or a sequence of these, "
+        f"got {type(source).__name__}"
+    )
+
+
+def _check_dtype(kind: str, right: bool, dtype: object) -> None:
+    if not right:
+        raise TypeError(f"gfl.Detector: the {kind} of an image must be uint8 (levels of 0 to 255), got {dtype}")
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
