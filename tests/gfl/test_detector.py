@@ -37,7 +37,7 @@ def model(generator):
 @pytest.fixture
 def photo(seed) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((SIZE[1], SIZE[0]), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(coarse).resize((SIZE[1], SIZE[0]), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture
