@@ -95,7 +95,7 @@ def read_annotations(path: str | Path) -> Annotations:
     path = Path(path)
     content = _json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"gfl: {path} is not a COCO annotation file: a JSON object is needed")
+        raise ValueError(f"{path} is not a COCO annotation file: a JSON object is needed")
     categories: dict[int, str] = {}
     for where, entry in _entries(path, content, "categories"):
         _add(where, categories, _get(where, entry, "id", int), _get(where, entry, "name", str))
@@ -145,6 +145,41 @@ def read_annotations(path: str | Path) -> Annotations:
     )
 
 
+def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str, Any]]:
+    """Reads and checks a file of detections in COCO's result format.
+
+    Args:
+        path: a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``.
+        annotations: what the detections will be compared with.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not JSON or no such list, or an entry lacks a key, has numbers that are not finite, or an
+            image or a category that the annotations don't know. The text names the file and the entry.
+    """
+    path = Path(path)
+    content = _json(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is not a COCO result file: a list of detections is needed")
+    images, categories = set(annotations.image_ids), set(annotations.category_ids)
+    detections = []
+    for number, entry in enumerate(content):
+        where = _Place(path, "entry ", number)
+        image, category = _get(where, entry, "image_id", int), _get(where, entry, "category_id", int)
+        if image not in images:
+            raise ValueError(f"{where}: `image_id` {image} is not in {annotations.path}")
+        if category not in categories:
+            raise ValueError(f"{where}: `category_id` {category} is not in {annotations.path}")
+        box = _numbers(_get(where, entry, "bbox", list))
+        if box is None:
+            raise ValueError(f"{where}: `bbox` must be four finite numbers, got {entry['bbox']!r}")
+        score = _numbers([entry.get("score")], 1)
+        if score is None:
+            raise ValueError(f"{where}: `score` must be a finite number, got {entry.get('score')!r}")
+        detections.append({"image_id": image, "category_id": category, "bbox": box, "score": score[0]})
+    return detections
+
+
 class Sample(NamedTuple):
     """An image with its objects.
 
@@ -182,7 +217,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         image_ids: of the images in this data set.
         sizes: int64 ``[n, 2]``, their (height, width).
         problems: what was left out or changed, in words, and how often.
-        unreadable: files that a loader found can't be decoded.
+        unreadable: files that were found to be undecodable, as `pass_over` was told.
 
     Raises:
         OSError: the annotation file or the folder can't be read, or images are missing in it.
@@ -199,7 +234,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.problems = Counter(annotations.problems)
         self.unreadable: set[Path] = set()
         if not annotations.image_ids:
-            raise ValueError(f"gfl: {annotations.path} lists no image")
+            raise ValueError(f"{annotations.path} lists no image")
 
         boxes, rows, labels = self._targets()
         count = torch.bincount(rows, minlength=len(annotations.image_ids))
@@ -209,7 +244,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         chosen = torch.arange(len(count)) if keep_empty else count.nonzero().squeeze(1)
         if not len(chosen):
             found = "; ".join(f"{n} {what}" for what, n in self.problems.items())
-            raise ValueError(f"gfl: {annotations.path} has no image with an object to train on: {found}")
+            raise ValueError(f"{annotations.path} has no image with an object to train on: {found}")
         order = rows.argsort(stable=True)
         # One tensor for all boxes, cut where it is read: a process that reads images then copies none of it.
         self._boxes, self._labels = boxes[order], labels[order]
@@ -226,6 +261,14 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     def path(self, index: int) -> Path:
         """The file of an image."""
         return self.images / self._names[index]
+
+    def pass_over(self, path: Path) -> bool:
+        """Counts an image that can't be decoded; whether it is a new one."""
+        if path in self.unreadable:
+            return False
+        self.unreadable.add(path)
+        self.problems["images that can't be decoded, passed over"] += 1
+        return True
 
     def __getitem__(self, index: int) -> Sample:
         """Reads an image.
@@ -274,7 +317,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         missing = [n for n in self._names if os.path.basename(n) not in there.get(os.path.dirname(n), ())]
         if missing:
             raise FileNotFoundError(
-                f"gfl: {len(missing)} of {len(self)} images of {self.annotations.path} are not in {self.images}, "
+                f"{len(missing)} of {len(self)} images of {self.annotations.path} are not in {self.images}, "
                 f"{missing[0]} for one"
             )
 
@@ -283,7 +326,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"gfl: {path} is not JSON, or only its beginning: {error}") from None
+        raise ValueError(f"{path} is not JSON, or only its beginning: {error}") from None
 
 
 class _Place(NamedTuple):
@@ -294,13 +337,13 @@ class _Place(NamedTuple):
     number: int
 
     def __str__(self) -> str:
-        return f"gfl: {self.path}: {self.key}[{self.number}]"
+        return f"{self.path}: {self.key}[{self.number}]"
 
 
 def _entries(path: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
     entries = content.get(key)
     if not isinstance(entries, list):
-        raise ValueError(f"gfl: {path} is not a COCO annotation file: a list `{key}` is needed")
+        raise ValueError(f"{path} is not a COCO annotation file: a list `{key}` is needed")
     return ((_Place(path, key, number), entry) for number, entry in enumerate(entries))
 
 

@@ -93,7 +93,7 @@ def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: in
         ValueError: `batch_size` is not positive.
     """
     if batch_size < 1:
-        raise ValueError(f"gfl: `batch_size` must be positive, got {batch_size}")
+        raise ValueError(f"`batch_size` must be positive, got {batch_size}")
     order = list(range(len(dataset)))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     portrait = (dataset.sizes[:, 0] > dataset.sizes[:, 1]).tolist()
@@ -118,7 +118,7 @@ def test_batches(dataset: CocoDataset, batch_size: int) -> list[list[int]]:
         ValueError: `batch_size` is not positive.
     """
     if batch_size < 1:
-        raise ValueError(f"gfl: `test_batch_size` must be positive, got {batch_size}")
+        raise ValueError(f"`test_batch_size` must be positive, got {batch_size}")
     height, width = dataset.sizes.double().unbind(1)
     order = (height / width).argsort(stable=True).tolist()
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -139,15 +139,15 @@ def training_loader(
     """
     train = config.train
     if train.batch_size % world:
-        raise ValueError(f"gfl: `batch_size` must be a multiple of the {world} processes, got {train.batch_size}")
+        raise ValueError(f"`batch_size` must be a multiple of the {world} processes, got {train.batch_size}")
     low, high = train.train_short_side
     if not 0 < low <= high <= train.train_long_side:
         raise ValueError(
-            f"gfl: `train_short_side` must rise and stay within `train_long_side`, got {low},{high} and "
+            f"`train_short_side` must rise and stay within `train_long_side`, got {low},{high} and "
             f"{train.train_long_side}"
         )
     if not 0 <= train.flip <= 1:
-        raise ValueError(f"gfl: `flip` must be in 0 to 1, got {train.flip}")
+        raise ValueError(f"`flip` must be in 0 to 1, got {train.flip}")
     share = train.batch_size // world
 
     def batches(epoch: int) -> list[list[int]]:
@@ -191,7 +191,7 @@ class TrainingReader:
                 unreadable[self.dataset.path(candidate)] = str(error)
             else:
                 return sample, self._augment(sample, epoch, candidate)
-        raise ValueError(f"gfl: none of {step + 1} images can be decoded; {next(iter(unreadable.values()))}")
+        raise ValueError(f"none of {step + 1} images can be decoded; {next(iter(unreadable.values()))}")
 
     def _augment(self, sample: Sample, epoch: int, index: int) -> Sample:
         train = self.config.train
@@ -286,7 +286,7 @@ class Loader:
         """
         batches = self._of_epoch(epoch)
         if not 0 <= start_batch <= len(batches):
-            raise ValueError(f"gfl: an epoch has {len(batches)} batches, got `start_batch` = {start_batch}")
+            raise ValueError(f"an epoch has {len(batches)} batches, got `start_batch` = {start_batch}")
         self._to_come.positions = [(epoch, batch) for batch in batches[start_batch:]]
         return self
 
@@ -306,9 +306,7 @@ class Loader:
 
     def _report(self, batch: Batch) -> None:
         for path, reason in batch.unreadable.items():
-            if path not in self.dataset.unreadable:
-                self.dataset.unreadable.add(path)
-                self.dataset.problems["images that can't be decoded, passed over"] += 1
+            if self.dataset.pass_over(path):
                 warnings.warn(f"{reason}; it is passed over", stacklevel=3)
 
 

@@ -50,10 +50,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
             image = to_tensor(upright)
     # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
     except Exception as error:
-        raise UnreadableImage(f"gfl: {path} can't be decoded: {error}") from error
+        raise UnreadableImage(f"{path} can't be decoded: {error}") from error
     if size is not None and tuple(image.shape[1:]) != size:
         raise ValueError(
-            f"gfl: {path} is {image.shape[2]}×{image.shape[1]} pixels, its annotation file says {size[1]}×{size[0]}"
+            f"{path} is {image.shape[2]}×{image.shape[1]} pixels, its annotation file says {size[1]}×{size[0]}"
         )
     return image
 

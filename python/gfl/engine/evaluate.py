@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO's average precision of a detector, or of detections that were made before, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import gfl_ops
+
+from ..config import Config
+from ..data.coco import Annotations, CocoDataset, read_annotations
+from ..data.loader import Batch, test_loader
+from ..data.transforms import normalise
+
+# In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes an image find.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def evaluate(
+    model: nn.Module, dataset: CocoDataset, config: Config, device: torch.device | str, progress: bool = True
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Detects in all images of a data set and compares with its annotations.
+
+    Where `torch.distributed` is initialised the images are dealt to its processes. They are put into batches before, so
+    the result is that of one process, and every process returns it. In an image that can't be decoded nothing is found;
+    ``dataset.problems`` counts it.
+
+    Args:
+        model: a `gfl.models.gfl.GFL` or anything called alike, in any mode. It reads boxes as ``config.test`` says;
+            its mode and its own settings are afterwards as before.
+        dataset: of as many classes as the model.
+        config: sizes, batches and workers.
+        device: where the model is.
+        progress: show a bar, if the standard error is a terminal.
+
+    Returns:
+        Metrics as `coco_metrics` gives them, and the detections in COCO's format: ``bbox`` (x, y, width, height) in
+        pixels of the image file; images in the data set's order, an image's detections the best first.
+
+    Raises:
+        ValueError: the model has another number of classes; an image or annotation is broken (see `CocoDataset`).
+        RuntimeError: pycocotools is not installed.
+    """
+    classes = getattr(getattr(model, "config", None), "num_classes", None)
+    if classes not in (None, len(dataset.classes)):
+        raise ValueError(f"the model has {classes} classes, {dataset.annotations.path} lists {len(dataset.classes)}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    loader = test_loader(dataset, config, rank, world)
+    own: list[dict[str, Any]] = []
+    with _testing(model, config), torch.no_grad():
+        for batch in tqdm(
+            loader, desc="evaluate", unit="batch", leave=False, disable=None if progress and rank == 0 else True
+        ):
+            if batch.image_ids:
+                own += to_results(_detect(model, batch, device), batch.image_ids, dataset.category_ids)
+
+    everything: list[Any] = [(own, dataset.unreadable)]
+    if _distributed():
+        everything = [None] * world
+        dist.all_gather_object(everything, (own, dataset.unreadable))
+    for _, unreadable in everything:
+        for path in sorted(unreadable):
+            dataset.pass_over(path)
+    place = {image: row for row, image in enumerate(dataset.image_ids)}
+    results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
+    return _once(lambda: coco_metrics(dataset.annotations, results, dataset.image_ids), rank), results
+
+
+def coco_metrics(
+    annotations: str | Path | Annotations,
+    detections: Sequence[Mapping[str, Any]],
+    image_ids: Iterable[int] | None = None,
+) -> dict[str, float]:
+    """The twelve figures of pycocotools for boxes, by the names of `METRICS`; NaN where there is no object to find.
+
+    Args:
+        annotations: the file or what was read of it. Numbers are exactly pycocotools' for a file that it can read.
+        detections: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``; may be empty.
+        image_ids: the images that count; None: all of the annotations.
+
+    Raises:
+        OSError, ValueError: as `read_annotations`; an image that the annotations don't know.
+        RuntimeError: pycocotools is not installed.
+    """
+    return _summary(coco_evaluation(annotations, detections, image_ids))
+
+
+def class_metrics(
+    annotations: str | Path | Annotations,
+    detections: Sequence[Mapping[str, Any]],
+    image_ids: Iterable[int] | None = None,
+) -> dict[str, float]:
+    """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`."""
+    annotations = annotations if isinstance(annotations, Annotations) else read_annotations(annotations)
+    # [IoU thresholds, recalls, categories, areas, limits of detections]
+    precision = torch.from_numpy(coco_evaluation(annotations, detections, image_ids).eval["precision"])
+    of_class = precision[:, :, :, 0, -1].permute(2, 0, 1).flatten(1)
+    return {name: _figure(values.mean()) for name, values in zip(annotations.classes, of_class, strict=True)}
+
+
+def coco_evaluation(
+    annotations: str | Path | Annotations,
+    detections: Sequence[Mapping[str, Any]],
+    image_ids: Iterable[int] | None = None,
+) -> Any:
+    """pycocotools' ``COCOeval`` of boxes, evaluated and accumulated; arguments and errors as for `coco_metrics`."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise RuntimeError(f"an evaluation needs the package pycocotools: {error}") from None
+    annotations = annotations if isinstance(annotations, Annotations) else read_annotations(annotations)
+    unknown = {d["image_id"] for d in detections} - set(annotations.image_ids)
+    if unknown:
+        raise ValueError(f"`detections` have the image {min(unknown)}, which {annotations.path} does not list")
+    truth, found = COCO(), COCO()
+    truth.dataset = annotations.to_coco()
+    found.dataset = {
+        **truth.dataset,
+        "annotations": [
+            {**d, "id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
+            for number, d in enumerate(detections, 1)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.createIndex()
+        evaluation = COCOeval(truth, found, "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def to_results(
+    detections: gfl_ops.Detections, image_ids: Sequence[int], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
+    boxes, scores, labels, count = (tensor.tolist() for tensor in detections)
+    return [
+        {
+            "image_id": image_ids[row],
+            "category_id": category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for row, used in enumerate(count)
+        for (x1, y1, x2, y2), score, label in zip(boxes[row][:used], scores[row], labels[row])
+    ]
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """Metrics of `coco_metrics` in four lines of fewer than 80 columns, "–" where there is no object."""
+    lines = []
+    for names, keys in (
+        (("AP", "AP50", "AP75", "small", "medium", "large"), METRICS[:6]),
+        (("AR1", "AR10", "AR100", "small", "medium", "large"), METRICS[6:]),
+    ):
+        lines += ["".join(f"{name:>9}" for name in names), "".join(f"{shown(metrics[key]):>9}" for key in keys)]
+    return "\n".join(lines)
+
+
+def class_table(metrics: Mapping[str, float]) -> str:
+    """Metrics of `class_metrics` in two columns of 80 together."""
+    cells = [f"  {_cut(name, 28):<28} {shown(value):>6}" for name, value in metrics.items()]
+    half = -(-len(cells) // 2)
+    return "\n".join("".join(cells[row::half]).rstrip() for row in range(half))
+
+
+def shown(value: float) -> str:
+    """A metric in four digits, "–" for NaN."""
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _summary(evaluation: Any) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    return {name: _figure(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+
+
+def _figure(value: Any) -> float:
+    # pycocotools says −1 where there is nothing to find, which averages and plots would take for a value.
+    return float(value) if value >= 0 else math.nan
+
+
+def _detect(model: nn.Module, batch: Batch, device: torch.device | str) -> gfl_ops.Detections:
+    batch = batch.to(device)
+    return model(normalise(batch.images, batch.image_sizes), batch.image_sizes, batch.scale_factors)
+
+
+@contextlib.contextmanager
+def _testing(model: nn.Module, config: Config) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    settings: Any = getattr(model, "test", None)
+    model.eval()
+    if settings is not None:
+        setattr(model, "test", config.test)  # noqa: B010  # not every module has it
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if settings is not None:
+            setattr(model, "test", settings)  # noqa: B010
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _once(compute: Any, rank: int) -> Any:
+    """What the first process computes, or its error, in all processes: none waits for one that has failed."""
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [compute()]
+        except Exception as error:
+            outcome = [error]
+    if _distributed():
+        dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
