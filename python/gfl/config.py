@@ -278,7 +278,7 @@ def add_options(parser: argparse.ArgumentParser, *sections: str) -> None:
     for name, section in Config().sections():
         if name not in sections:
             continue
-        group = parser.add_argument_group(f"{name}: {type(section).__doc__}")
+        group = parser.add_argument_group(name, type(section).__doc__)
         hints = typing.get_type_hints(type(section))
         for part in fields(section):
             option = "--" + part.name.replace("_", "-")

@@ -20,19 +20,25 @@ EVALUATIONS = "evaluations.csv"
 class RunLog:
     """The log of one training in its folder; a process that is not the main one writes nothing.
 
-    Rows are bound to steps: going on from step n drops what was written after n, so that the tables of a training that was
-    killed and resumed read as those of one that was not.
+    Rows are bound to steps: going on from step n drops what was written after n, so that the tables of a training
+    that was killed and resumed read as those of one that was not.
+
+    Args:
+        folder: of the training, made where it is not there.
+        step: after which the training goes on.
+        evaluated: step of the last evaluation that it knows of.
+        active: whether this process writes.
     """
 
-    def __init__(self, folder: Path, step: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, step: int = 0, evaluated: int = 0, active: bool = True) -> None:
         self.folder = folder
         self.active = active
         self._tensorboard: Any = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (STEPS, EVALUATIONS):
-            cut_after(folder / name, step)
+        cut_after(folder / STEPS, step)
+        cut_after(folder / EVALUATIONS, evaluated)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -14,7 +14,7 @@ DROP = 0.1
 
 
 def learning_rate(step: int, steps_per_epoch: int, train: TrainConfig) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, times drops at epochs or half a cosine over the training."""
+    """Of step `step`, from 0: a linear warm-up, times drops at epochs or half a cosine over the training."""
     rate = train.lr * train.batch_size / BASE_BATCH
     if step < train.warmup_steps:
         rate *= WARMUP_START + (1 - WARMUP_START) * step / train.warmup_steps

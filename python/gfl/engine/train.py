@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training: batches through the model, steps of the optimiser, checkpoints, evaluations."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .. import checkpoint, models
+from ..config import Config
+from ..data.coco import CocoDataset
+from ..data.loader import Batch, Loader, training_dataset, training_loader, validation_dataset
+from ..data.transforms import normalise
+from .distributed import Process, processes
+from .evaluate import evaluate
+from .log import RunLog
+from .schedule import learning_rate
+
+LAST = "last.pt"
+BEST = "best.pt"
+CONFIG = "config.json"
+LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What decides which images are in which step: a training that goes on can't change it.
+FIXED = ("batch_size", "seed", "keep_empty")
+
+
+def train(
+    config: Config, out: str | Path, *, resume: bool = False, device: str | None = None, progress: bool | None = None
+) -> dict[str, float]:
+    """Trains a detector, or goes on with a training, and evaluates it.
+
+    In the folder `out`: ``last.pt``, from which `resume` goes on; ``best.pt``, the weights of the highest AP;
+    ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, where the package tensorboard is
+    installed, its files. A training that is killed at any moment and resumed ends with the weights of one that was
+    not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads that
+    torch used, which is set again.
+
+    Started by ``torchrun``, the processes share each batch, and their losses are one process's with the whole batch; but
+    batch norms that are trained see their process's part, and the box losses' normaliser is at least 1 a process.
+
+    Args:
+        config: detector, data and training; the number of classes is the data's.
+        out: folder of the training, made where it is not there.
+        resume: go on with the training in `out`; of `config` only what does not change the batches may differ.
+        device: as for `torch.device`; None: a GPU if there is one.
+        progress: show a progress bar; None: where standard error is a terminal.
+
+    Returns:
+        The last evaluation's metrics as `evaluate` names them; empty without validation data.
+
+    Raises:
+        ValueError: an argument or file that can't be used; `out` holds a training and `resume` is not given.
+        RuntimeError: the loss is no longer finite. The last checkpoint is from before.
+        OSError: a file can't be read or written. The last checkpoint that was whole stays.
+    """
+    with processes(device) as process:
+        training = Training(config, Path(out), process, resume, progress)
+        try:
+            return training.run()
+        finally:
+            training.log.close()
+
+
+class LossModule(nn.Module):
+    """A model's losses as its `forward`, which is what `DistributedDataParallel` calls.
+
+    Takes images in uint8, so that they travel in a byte a value and are normalised where the model is.
+    """
+
+    def __init__(self, model: models.GFL, amp: str) -> None:
+        super().__init__()
+        self.model = model
+        self.amp = amp
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        images = normalise(batch.images, batch.image_sizes)
+        with torch.autocast(images.device.type, PRECISION.get(self.amp), enabled=self.amp in PRECISION):
+            return self.model.loss(images, batch.targets, batch.image_sizes)
+
+
+@dataclass
+class Position:
+    """Where a training stands, between two steps.
+
+    Attributes:
+        epoch: epochs that are complete.
+        batch: batches of the next one that are done.
+        step: steps in all.
+        evaluated: epochs after which the last evaluation was.
+        best: the highest AP.
+        metrics: of the last evaluation.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    evaluated: int = 0
+    best: float = -1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Training:
+    """One training in one process; `train` says what it does."""
+
+    def __init__(self, config: Config, out: Path, process: Process, resume: bool, progress: bool | None) -> None:
+        self.out = out
+        self.process = process
+        self.progress = progress
+        saved = self._saved(resume)
+        settings = config.train
+        _check(config)
+        self.data = training_dataset(config)
+        self.validation = validation_dataset(config) if config.data.val_annotations else None
+        if self.validation is not None and self.validation.classes != self.data.classes:
+            raise ValueError(
+                f"gfl: the classes of {config.data.val_annotations} are {', '.join(self.validation.classes)}; those of "
+                f"{config.data.train_annotations} are {', '.join(self.data.classes)}"
+            )
+        notes = []
+        if config.model.num_classes != len(self.data.classes):
+            config = config.replace(num_classes=len(self.data.classes))
+            notes.append(f"{len(self.data.classes)} classes, as the data has them: {', '.join(self.data.classes)}")
+        if saved is None:
+            config, more = _start(config)
+            notes += more
+        self.config = config
+
+        torch.manual_seed(settings.seed)
+        model = models.build(config.model, config.test)
+        if saved is None:
+            notes += _initial_weights(model, config)
+        self.model = model.to(process.device, memory_format=torch.channels_last)
+        loss: nn.Module = LossModule(model, settings.amp)
+        if process.world > 1:
+            ids = [process.device.index] if process.device.type == "cuda" else None
+            loss = DistributedDataParallel(loss, device_ids=ids)
+        self.loss = loss
+        self.optimizer = _optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=settings.amp == "fp16")
+
+        self.loader = training_loader(self.data, config, 0, 0, process.rank, process.world)
+        self.steps_per_epoch = len(self.loader)
+        self.position = Position()
+        # Sums of the losses since the last row of the log, and over how many steps.
+        self.sums = torch.zeros(len(LOSSES), device=process.device)
+        self.summed = 0
+        if saved is not None:
+            notes += self._restore(saved)
+        self.log = RunLog(out, self.position.step, self.position.evaluated * self.steps_per_epoch, active=process.main)
+        for line in notes:
+            self.log.say(line)
+        if saved is None:
+            self._say_what_is_trained()
+            if process.main:
+                config.save(out / CONFIG)
+
+    def run(self) -> dict[str, float]:
+        """The rest of the training."""
+        at = self.position
+        epochs = self.config.train.epochs
+        with _stop_signals(self.process) as stopped:
+            while True:
+                if self.validation is not None and self._due():
+                    self._evaluate(self.validation)
+                if at.epoch >= epochs:
+                    return at.metrics
+                self._epoch(stopped)
+
+    def _epoch(self, stopped: threading.Event) -> None:
+        at, settings = self.position, self.config.train
+        self.loss.train()
+        self._started, self._images = time.perf_counter(), 0
+        bar = tqdm(
+            _on(self.loader.at(at.epoch, at.batch), self.process.device),
+            desc=f"epoch {at.epoch + 1}/{settings.epochs}",
+            total=self.steps_per_epoch,
+            initial=at.batch,
+            unit="step",
+            leave=False,
+            disable=not self.process.main or (None if self.progress is None else not self.progress),
+        )
+        for batch in bar:
+            self._step(batch)
+            if at.step % settings.log_steps == 0:
+                bar.set_postfix_str(self._write_row())
+            last = at.batch == self.steps_per_epoch
+            if last:
+                at.epoch, at.batch = at.epoch + 1, 0
+            if last or stopped.is_set() or (settings.checkpoint_steps and at.batch % settings.checkpoint_steps == 0):
+                self._save()
+            if stopped.is_set():
+                self.log.say(f"stopped after step {at.step}; {self.out / LAST} is of there")
+                raise KeyboardInterrupt
+
+    def _step(self, batch: Batch) -> None:
+        at, settings = self.position, self.config.train
+        rate = learning_rate(at.step, self.steps_per_epoch, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = self.loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(sum(losses.values())).backward()
+        if settings.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.sums += torch.stack([losses[name].detach() for name in LOSSES])
+        self.summed += 1
+        self._images += settings.batch_size
+        at.batch += 1
+        at.step += 1
+
+    def _write_row(self) -> str:
+        """Mean losses since the last row, into the log; returns them in short."""
+        at = self.position
+        sums = self.sums.clone()
+        if self.process.world > 1:
+            torch.distributed.all_reduce(sums)
+        means = [value / (self.summed * self.process.world) for value in sums.tolist()]
+        self._check_finite(sum(means))
+        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
+        row |= dict(zip(LOSSES, means)) | {"images_per_second": self._images / seconds}
+        row["unreadable_images"] = len(self.data.unreadable)
+        self.log.row(at.step, row)
+        self.sums.zero_()
+        self.summed = self._images = 0
+        return f"loss {sum(means):.4f}, lr {rate:.2g}"
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} by step {self.position.step}; no checkpoint was written of it. "
+                "A smaller `lr`, a longer `warmup_steps` or `clip_grad_norm` may help"
+            )
+
+    def _due(self) -> bool:
+        at, settings = self.position, self.config.train
+        if at.batch or at.evaluated == at.epoch:
+            return False
+        return at.epoch >= settings.epochs or bool(settings.eval_every and at.epoch % settings.eval_every == 0)
+
+    def _evaluate(self, validation: CocoDataset) -> None:
+        at = self.position
+        started = time.perf_counter()
+        metrics, _ = evaluate(
+            self.model, validation, self.config, self.process.device, progress=self.progress is not False
+        )
+        at.metrics, at.evaluated = metrics, at.epoch
+        seconds = time.perf_counter() - started
+        self.log.evaluation(at.step, {"epoch": at.epoch, **metrics, "seconds": seconds})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
+        self.log.say(f"epoch {at.epoch}/{self.config.train.epochs}: {shown}")
+        if metrics["AP"] > at.best:
+            at.best = metrics["AP"]
+            if self.process.main:
+                checkpoint.write(self.out / BEST, {"meta": self._meta(), "state_dict": self.model.state_dict()})
+        self._save()
+
+    def _meta(self) -> dict[str, Any]:
+        return checkpoint.meta(self.config, self.data.classes) | {"epoch": self.position.epoch}
+
+    def _save(self) -> None:
+        self._check_finite(self.sums.sum().item())
+        if self.process.main:
+            content = {
+                "meta": self._meta(),
+                "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "training": {
+                    "position": dict(vars(self.position)),
+                    "images": len(self.data),
+                    "sums": self.sums.cpu(),
+                    "summed": self.summed,
+                    "scaler": self.scaler.state_dict(),
+                    "threads": torch.get_num_threads(),
+                    "generator": torch.get_rng_state(),
+                },
+            }
+            checkpoint.write(self.out / LAST, content)
+        self.process.wait()
+
+    def _saved(self, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from; None for a fresh training."""
+        there = (self.out / LAST).exists() or (self.out / CONFIG).exists()
+        # All have looked before one writes.
+        self.process.wait()
+        if not resume:
+            if there:
+                raise ValueError(f"{self.out} holds a training: resume it, or choose another folder for this one")
+            return None
+        if not there:
+            raise ValueError(f"{self.out} holds no training to resume: neither {LAST} nor {CONFIG} is there")
+        # Killed before its first checkpoint: it starts again.
+        return checkpoint.read(self.out / LAST) if (self.out / LAST).exists() else None
+
+    def _restore(self, saved: dict[str, Any]) -> list[str]:
+        path = self.out / LAST
+        if "training" not in saved or "optimizer" not in saved:
+            raise ValueError(f"{path} has weights alone: `init` starts a training from them, `resume` can't")
+        state, before = saved["training"], Config.from_dict(saved["meta"]["config"])
+        for name in FIXED:
+            section = "data" if name == "keep_empty" else "train"
+            now, then = getattr(getattr(self.config, section), name), getattr(getattr(before, section), name)
+            if now != then:
+                raise ValueError(f"`{name}` was {then} when {path} was written; a training can't go on with {now}")
+        if state["images"] != len(self.data):
+            raise ValueError(
+                f"{path} was trained on {state['images']} images, the data has {len(self.data)}: it can't go on there"
+            )
+        checkpoint.load_weights(self.model, saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["generator"])
+        self.sums.copy_(state["sums"])
+        self.summed = state["summed"]
+        self.position = Position(**state["position"])
+        notes = [f"going on after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
+        if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
+            notes.append(
+                f"{state['threads']} threads, as before, for the same results: torch had {torch.get_num_threads()}"
+            )
+            torch.set_num_threads(state["threads"])
+        return notes
+
+    def _say_what_is_trained(self) -> None:
+        data, settings = self.data, self.config.train
+        self.log.say(
+            f"{len(data)} images, {len(data.classes)} classes; {settings.epochs} epochs of {self.steps_per_epoch} "
+            f"steps of {settings.batch_size} images on {self.process.world} × {self.process.device.type}"
+        )
+        for what, count in data.problems.items():
+            self.log.say(f"training data: {count} {what}")
+        if self.validation is not None:
+            for what, count in self.validation.problems.items():
+                self.log.say(f"validation data: {count} {what}")
+
+
+def _check(config: Config) -> None:
+    train = config.train
+    for name in ("epochs", "lr", "log_steps"):
+        if getattr(train, name) <= 0:
+            raise ValueError(f"gfl: `{name}` must be positive, got {getattr(train, name)}")
+    for name in ("warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
+        if getattr(train, name) < 0:
+            raise ValueError(f"gfl: `{name}` must not be negative, got {getattr(train, name)}")
+
+
+def _start(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with what the choice of the first weights asks for, and what to say of it."""
+    choice = config.train.backbone_weights
+    if not choice and not config.train.init:
+        raise ValueError(
+            "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "
+            "train from nothing (all of the backbone, its norms too)"
+        )
+    if choice == "none" and not config.train.init and (config.model.frozen_stages >= 0 or config.model.norm_eval):
+        note = "backbone_weights none: no stage is frozen and the batch norms are trained"
+        return config.replace(frozen_stages=-1, norm_eval=False), [note]
+    return config, []
+
+
+def _initial_weights(model: models.GFL, config: Config) -> list[str]:
+    if config.train.backbone_weights == "none" and not config.train.init:
+        return []
+    if config.train.init:
+        source = checkpoint.normalise(checkpoint.read(config.train.init))
+        return checkpoint.load_weights(model, source.state_dict, allow_new_head=True)
+    from .. import backbone_weights
+
+    return backbone_weights.load(model.backbone, config.train.backbone_weights)
+
+
+def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    settings = config.train
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), **rest)
+    return torch.optim.SGD(parameters, momentum=settings.momentum, **rest)
+
+
+def _on(loader: Loader, device: torch.device) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch.to(device)
+
+
+@contextmanager
+def _stop_signals(process: Process) -> Iterator[threading.Event]:
+    """Makes SIGINT and SIGTERM wait for the end of a step and a checkpoint there; the event is set when one came.
+
+    Several processes would stop at different steps and wait for each other for ever: there the signals end them at
+    once, and the last checkpoint is what is left.
+    """
+    stopped = threading.Event()
+    if process.world > 1 or threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
