@@ -8,6 +8,7 @@ batch and go on there.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import warnings
@@ -32,11 +33,16 @@ ATTEMPTS = 100
 class Batch:
     """B images as the network takes them but for `transforms.normalise`, which is quicker where the network is.
 
+    The objects of all images are in one tensor, since each tensor costs a file handle on its way from a worker and a
+    copy on its way to a GPU; `targets` cuts it.
+
     Attributes:
         images: uint8 ``[B, 3, H, W]``, RGB, padded right and below, in channels-last order in memory.
         image_sizes: fp32 ``[B, 2]``, (height, width) without padding, pixels.
         scale_factors: fp32 ``[B, 2]``, (width, height) over the image file's.
-        targets: one an image: ``boxes`` fp32 ``[n, 4]``, xyxy in pixels of `images`; ``labels`` int64 ``[n]``.
+        boxes: fp32 ``[N, 4]``, xyxy in pixels of `images`, one image's after another's.
+        labels: int64 ``[N]``.
+        counts: objects of each image.
         image_ids: of the annotation file.
         original_sizes: (height, width) of the image files.
         unreadable: image files of this batch that can't be decoded, and why. A training batch has another image in
@@ -46,10 +52,18 @@ class Batch:
     images: Tensor
     image_sizes: Tensor
     scale_factors: Tensor
-    targets: list[dict[str, Tensor]]
+    boxes: Tensor
+    labels: Tensor
+    counts: list[int]
     image_ids: list[int]
     original_sizes: list[tuple[int, int]]
     unreadable: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[dict[str, Tensor]]:
+        """One an image: ``boxes`` fp32 ``[n, 4]``, ``labels`` int64 ``[n]``."""
+        parts = zip(self.boxes.split(self.counts), self.labels.split(self.counts), strict=True)
+        return [{"boxes": boxes, "labels": labels} for boxes, labels in parts]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device, without waiting for the copies where `pin_memory` was called before."""
@@ -65,7 +79,8 @@ class Batch:
             images=change(self.images),
             image_sizes=change(self.image_sizes),
             scale_factors=change(self.scale_factors),
-            targets=[{key: change(value) for key, value in target.items()} for target in self.targets],
+            boxes=change(self.boxes),
+            labels=change(self.labels),
         )
 
 
@@ -244,7 +259,9 @@ def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: d
         images,
         image_sizes,
         torch.tensor(factors, dtype=torch.float32).reshape(-1, 2),
-        [{"boxes": new.boxes, "labels": new.labels} for _, new in samples],
+        torch.cat([new.boxes for _, new in samples] or [torch.zeros(0, 4)]),
+        torch.cat([new.labels for _, new in samples] or [torch.zeros(0, dtype=torch.int64)]),
+        [len(new.labels) for _, new in samples],
         [old.image_id for old, _ in samples],
         [old.size for old, _ in samples],
         unreadable,
@@ -257,13 +274,14 @@ class Loader:
     Args:
         reader: makes a batch of (epoch, indices).
         batches: an epoch's batches, as lists of indices.
-        workers: processes that read; 0: this one does.
+        workers: processes that read, at most one a core; 0: this one does.
     """
 
     def __init__(self, reader: TrainingReader | TestReader, batches: Callable[[int], list[list[int]]], workers: int):
         self.dataset = reader.dataset
         self._of_epoch = batches
         self._to_come = _ToCome()
+        workers = min(workers, _cores())
         self._loader: DataLoader[Any] = DataLoader(
             _Reading(reader),  # type: ignore[arg-type]  # any object with __getitem__ will do
             batch_size=None,
@@ -337,6 +355,11 @@ class _Reading:
             return self.reader(*position)
         except (ValueError, OSError) as error:
             return error
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_it_is(batch: Any) -> Any:
