@@ -78,7 +78,6 @@ def _check(config: ModelConfig) -> None:
     _require(config, "dcn_stages", set(config.dcn_stages) <= {2, 3, 4, 5}, "must be among 2, 3, 4, 5")
     if config.backbone.startswith(TIMM):
         _require(config, "dcn", config.dcn is None, "is for resnet50, resnet101 and resnext101_32x4d")
-        _require(config, "width", config.width == ModelConfig.width, "is for ResNets; a timm model has its own")
         return
     known = ", ".join(ARCHITECTURES)
     _require(config, "backbone", config.backbone in ARCHITECTURES, f"must be one of {known}, or timm:NAME")

@@ -120,6 +120,7 @@ class ResNet(Backbone):
         norm_eval: bool = True,
     ) -> None:
         super().__init__()
+        self.architecture = architecture
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

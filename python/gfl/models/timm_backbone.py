@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, frozen_stages: int = 1, norm_eval: bool = True) -> None:
         super().__init__()
+        self.name = name
         self.body = _create(name)
         info: Any = self.body.feature_info
         reductions = info.reduction()
@@ -35,6 +36,11 @@ class TimmBackbone(Backbone):
         self.channels = (c3, c4, c5)
         self._last_module = dict(zip(reductions, info.module_name()))
         self.freeze(frozen_stages, norm_eval)
+
+    def as_features(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the whole timm model's weights that make the maps, under the keys of `body`."""
+        by_name = {_flat(key): value for key, value in weights.items()}
+        return {key: by_name[_flat(key)] for key in self.body.state_dict() if _flat(key) in by_name}
 
     def stage_parameters(self, stages: int) -> Iterator[nn.Parameter]:
         within = [m for reduction, m in self._last_module.items() if reduction <= 2 ** (stages + 1)]
