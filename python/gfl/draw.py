@@ -129,8 +129,8 @@ def draw_edges(
     return picture
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 10, paper: Color = PAPER) -> Image.Image:
-    """Pictures in rows, each in a cell of the largest one's size.
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 10, title: str = "") -> Image.Image:
+    """Pictures in rows, each in a cell of the largest one's size, under a title if there is one.
 
     Raises:
         ValueError: no pictures, or `columns` below one.
@@ -140,9 +140,13 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), paper)
+    whole = columns * (width + gap) - gap
+    head = 36 if title else 0
+    sheet = Image.new("RGB", (whole, head + rows * (height + gap) - gap), PAPER)
+    if title:
+        ImageDraw.Draw(sheet).text((whole / 2, head / 2), title, fill=INK, font=_font(17), anchor="mm")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+        sheet.paste(picture, (i % columns * (width + gap), head + i // columns * (height + gap)))
     return sheet
 
 

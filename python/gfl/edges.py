@@ -26,6 +26,17 @@ class Edges(NamedTuple):
     locations: Tensor
     bins: Tensor
 
+    def doubt(self) -> Tensor:
+        """Standard deviation of each edge in bins, ``[n, 4]``, less what an edge that is known exactly must have.
+
+        Such an edge is spread over the two bins around it, with variance f·(1−f) at the fraction f between them, and
+        no distribution of that mean has less.
+        """
+        bins = torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)
+        mean = (self.probabilities * bins).sum(-1)
+        variance = (self.probabilities * (bins - mean[..., None]) ** 2).sum(-1)
+        return (variance - mean.frac() * (1 - mean.frac())).clamp(min=0).sqrt()
+
 
 def find_edges(
     cls_scores: Sequence[Tensor],

@@ -55,7 +55,7 @@ def draw_scene(size: int, rng: np.random.Generator) -> Scene:
     if size < 64:
         raise ValueError(f"gfl.demo.draw_scene: `size` must be at least 64 pixels, got {size}")
     pile = _Pile(size, rng)
-    kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(2, 6)))
+    kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(1, 5)))
     for is_object in kinds:
         if is_object:
             pile.add(int(rng.integers(len(CLASSES))))
@@ -141,7 +141,8 @@ class _Pile:
         turn, axis = rng.uniform(0, 2 * np.pi, 2)
         squeeze = rng.uniform(0.7, 1.0)
         matrix = _rotation(axis) @ np.diag([1.0, squeeze]) @ _rotation(turn - axis)
-        longest = SMALLEST * (self.size * LARGEST / SMALLEST) ** rng.random()
+        # Small ones are the rarer: a third of the boxes are below 32 pixels.
+        longest = SMALLEST * (self.size * LARGEST / SMALLEST) ** (rng.random() ** 0.6)
         outlines = [points @ matrix.T for points in shapes]
         low, high = outlines[0].min(0), outlines[0].max(0)
         scale = longest / (high - low).max()
