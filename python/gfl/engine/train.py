@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import checkpoint, models
+from .. import backbone_weights, checkpoint, models
 from ..config import Config
 from ..data.coco import CocoDataset
 from ..data.loader import Batch, Loader, training_dataset, training_loader, validation_dataset
@@ -48,13 +49,14 @@ def train(
     not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads that
     torch used, which is set again.
 
-    Started by ``torchrun``, the processes share each batch, and their losses are one process's with the whole batch; but
-    batch norms that are trained see their process's part, and the box losses' normaliser is at least 1 a process.
+    Started by ``torchrun``, the processes share each batch, and their losses are one process's with the whole batch;
+    but batch norms that are trained see their process's part, and the box losses' normaliser is at least 1 a process.
 
     Args:
-        config: detector, data and training; the number of classes is the data's.
+        config: detector, data and training; the number of classes is the data's. With `resume` the network is the
+            checkpoint's.
         out: folder of the training, made where it is not there.
-        resume: go on with the training in `out`; of `config` only what does not change the batches may differ.
+        resume: go on with the training in `out`; what decides the batches may not have changed.
         device: as for `torch.device`; None: a GPU if there is one.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -133,16 +135,21 @@ class Training:
         if config.model.num_classes != len(self.data.classes):
             config = config.replace(num_classes=len(self.data.classes))
             notes.append(f"{len(self.data.classes)} classes, as the data has them: {', '.join(self.data.classes)}")
-        if saved is None:
-            config, more = _start(config)
-            notes += more
-        self.config = config
-
         torch.manual_seed(settings.seed)
-        model = models.build(config.model, config.test)
         if saved is None:
+            model = models.build(config.model, config.test)
             notes += _initial_weights(model, config)
-        self.model = model.to(process.device, memory_format=torch.channels_last)
+        else:
+            before = Config.from_dict(saved["meta"]["config"])
+            if saved["meta"]["classes"] != self.data.classes:
+                raise ValueError(
+                    f"{out / LAST} was trained on the classes {', '.join(saved['meta']['classes'])}; "
+                    f"{config.data.train_annotations} has {', '.join(self.data.classes)}"
+                )
+            model = models.build(before.model, config.test)
+        self.config = config = dataclasses.replace(config, model=model.config)
+        self.model = model.to(process.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         loss: nn.Module = LossModule(model, settings.amp)
         if process.world > 1:
             ids = [process.device.index] if process.device.type == "cuda" else None
@@ -158,7 +165,7 @@ class Training:
         self.sums = torch.zeros(len(LOSSES), device=process.device)
         self.summed = 0
         if saved is not None:
-            notes += self._restore(saved)
+            notes += self._restore(saved, before)
         self.log = RunLog(out, self.position.step, self.position.evaluated * self.steps_per_epoch, active=process.main)
         for line in notes:
             self.log.say(line)
@@ -307,13 +314,17 @@ class Training:
         if not there:
             raise ValueError(f"{self.out} holds no training to resume: neither {LAST} nor {CONFIG} is there")
         # Killed before its first checkpoint: it starts again.
-        return checkpoint.read(self.out / LAST) if (self.out / LAST).exists() else None
-
-    def _restore(self, saved: dict[str, Any]) -> list[str]:
         path = self.out / LAST
+        if not path.exists():
+            return None
+        saved = checkpoint.read(path)
         if "training" not in saved or "optimizer" not in saved:
             raise ValueError(f"{path} has weights alone: `init` starts a training from them, `resume` can't")
-        state, before = saved["training"], Config.from_dict(saved["meta"]["config"])
+        return saved
+
+    def _restore(self, saved: dict[str, Any], before: Config) -> list[str]:
+        path = self.out / LAST
+        state = saved["training"]
         for name in FIXED:
             section = "data" if name == "keep_empty" else "train"
             now, then = getattr(getattr(self.config, section), name), getattr(getattr(before, section), name)
@@ -361,29 +372,17 @@ def _check(config: Config) -> None:
             raise ValueError(f"gfl: `{name}` must not be negative, got {getattr(train, name)}")
 
 
-def _start(config: Config) -> tuple[Config, list[str]]:
-    """The configuration with what the choice of the first weights asks for, and what to say of it."""
-    choice = config.train.backbone_weights
-    if not choice and not config.train.init:
+def _initial_weights(model: models.GFL, config: Config) -> list[str]:
+    settings = config.train
+    if settings.init:
+        weights = checkpoint.normalise(checkpoint.read(settings.init)).state_dict
+        return checkpoint.load_weights(model, weights, allow_new_head=True)
+    if not settings.backbone_weights:
         raise ValueError(
             "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "
             "train from nothing (all of the backbone, its norms too)"
         )
-    if choice == "none" and not config.train.init and (config.model.frozen_stages >= 0 or config.model.norm_eval):
-        note = "backbone_weights none: no stage is frozen and the batch norms are trained"
-        return config.replace(frozen_stages=-1, norm_eval=False), [note]
-    return config, []
-
-
-def _initial_weights(model: models.GFL, config: Config) -> list[str]:
-    if config.train.backbone_weights == "none" and not config.train.init:
-        return []
-    if config.train.init:
-        source = checkpoint.normalise(checkpoint.read(config.train.init))
-        return checkpoint.load_weights(model, source.state_dict, allow_new_head=True)
-    from .. import backbone_weights
-
-    return backbone_weights.load(model.backbone, config.train.backbone_weights)
+    return backbone_weights.load(model.backbone, settings.backbone_weights)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
