@@ -92,7 +92,13 @@ def training_dataset(config: Config) -> CocoDataset:
 
 
 def validation_dataset(config: Config) -> CocoDataset:
-    """The images to evaluate on, all of the annotation file."""
+    """The images to evaluate on, all of the annotation file.
+
+    Raises:
+        ValueError: `val_annotations` is empty; beside what `CocoDataset` raises.
+    """
+    if not config.data.val_annotations:
+        raise ValueError("`val_annotations` is empty: there is nothing to evaluate on")
     root = Path(config.data.data)
     return CocoDataset(root / config.data.val_annotations, root / config.data.val_images)
 

@@ -296,6 +296,8 @@ def test_data_sets_of_a_configuration(dataset: Make, tmp_path: Path) -> None:
     config = settings(data=str(tmp_path), train_images="images", val_images="images", **names)
     for data in (loader.training_dataset(config), loader.validation_dataset(config)):
         assert len(data) == 4 and data.path(0) == tmp_path / "images" / "0.png"
+    with pytest.raises(ValueError, match="`val_annotations` is empty"):
+        loader.validation_dataset(config.replace(val_annotations=""))
     batch = next(iter(loader.training_loader(data, settings()))).to("cpu")
     assert isinstance(batch, loader.Batch) and len(batch.targets) == 4
     assert sum(isinstance(value, torch.Tensor) for value in vars(batch).values()) == 5
