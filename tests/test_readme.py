@@ -4,19 +4,31 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from gfl import cli, config
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TEN_LINES, DETECTOR, DROP_IN = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+# The subcommands with their options, without what starts several processes.
+COMMANDS = re.findall(
+    r"^(?:torchrun .*? -m gfl\.cli|gfl) (.+)$",
+    "".join(re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", " "),
+    flags=re.MULTILINE,
+)
 
 
 def test_the_first_lines_run(seed: int) -> None:
     names: dict[str, object] = {}
-    exec(f"import torch\ntorch.manual_seed({seed})\n" + BLOCKS[0], names)
+    exec(f"import torch\ntorch.manual_seed({seed})\n" + TEN_LINES, names)
     assert names["pred"].grad.isfinite().all()  # type: ignore[attr-defined]
     assert 0 < len(names["keep"]) <= 30  # type: ignore[arg-type]
 
@@ -28,8 +40,24 @@ cls_score, labels, scores = torch.randn(7, 80), torch.full((7,), 80), torch.zero
 label_weights, num_total_samples = torch.ones(7), 1
 """
     names: dict[str, object] = {}
-    exec(given + BLOCKS[1], names)
+    exec(given + DROP_IN, names)
     assert float(names["loss"]) > 0  # type: ignore[arg-type]
+
+
+def test_the_detector_s_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first.jpg", "second.jpg"):
+        pixels = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(tmp_path / name)
+    exec(DETECTOR, {})
+    assert Image.open(tmp_path / "found.png").size == (80, 60)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_are_understood(line: str) -> None:
+    options = cli.parser().parse_args(shlex.split(line))
+    if line.startswith("train") and not options.resume:
+        config.overrides(config.preset(options.config), options)
 
 
 def test_the_table_of_operators_is_the_registry() -> None:
