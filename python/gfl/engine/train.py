@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -76,23 +76,6 @@ def train(
             training.log.close()
 
 
-class LossModule(nn.Module):
-    """A model's losses as its `forward`, which is what `DistributedDataParallel` calls.
-
-    Takes images in uint8, so that they travel in a byte a value and are normalised where the model is.
-    """
-
-    def __init__(self, model: models.GFL, amp: str) -> None:
-        super().__init__()
-        self.model = model
-        self.amp = amp
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        images = normalise(batch.images, batch.image_sizes)
-        with torch.autocast(images.device.type, PRECISION.get(self.amp), enabled=self.amp in PRECISION):
-            return self.model.loss(images, batch.targets, batch.image_sizes)
-
-
 @dataclass
 class Position:
     """Where a training stands, between two steps.
@@ -150,11 +133,11 @@ class Training:
         self.config = config = dataclasses.replace(config, model=model.config)
         self.model = model.to(process.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        loss: nn.Module = LossModule(model, settings.amp)
+        # What computes the losses: the model, or what wraps it for several processes.
+        self.network: nn.Module = self.model
         if process.world > 1:
             ids = [process.device.index] if process.device.type == "cuda" else None
-            loss = DistributedDataParallel(loss, device_ids=ids)
-        self.loss = loss
+            self.network = DistributedDataParallel(self.model, device_ids=ids)
         self.optimizer = _optimizer(model, config)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=settings.amp == "fp16")
 
@@ -188,7 +171,7 @@ class Training:
 
     def _epoch(self, stopped: threading.Event) -> None:
         at, settings = self.position, self.config.train
-        self.loss.train()
+        self.network.train()
         self._started, self._images = time.perf_counter(), 0
         bar = tqdm(
             _on(self.loader.at(at.epoch, at.batch), self.process.device),
@@ -217,7 +200,10 @@ class Training:
         rate = learning_rate(at.step, self.steps_per_epoch, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self.loss(batch)
+        # In uint8 until here: the images travel in a byte a value.
+        images = normalise(batch.images, batch.image_sizes)
+        with torch.autocast(images.device.type, PRECISION.get(settings.amp), enabled=settings.amp in PRECISION):
+            losses = self.network(images, batch.image_sizes, targets=batch.targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
         if settings.clip_grad_norm:
