@@ -40,7 +40,7 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
         batch_size=BATCH,
         epochs=EPOCHS,
         optimizer="adamw",
-        lr=4e-3,
+        lr=0.01,
         weight_decay=0.05,
         schedule="cosine",
         warmup_steps=100,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 
-def color(rng: np.random.Generator, saturation: tuple[float, float] = (0.35, 0.9)) -> np.ndarray:
+def color(rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.95)) -> np.ndarray:
     """An RGB colour of any hue, float32 ``[3]`` in [0, 255]."""
     rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(0.45, 1.0))
     return np.array(rgb, dtype=np.float32) * 255
@@ -17,15 +17,24 @@ def color(rng: np.random.Generator, saturation: tuple[float, float] = (0.35, 0.9
 
 def ground(size: int, rng: np.random.Generator) -> np.ndarray:
     """What a scene lies on, float32 ``[size, size, 3]``: two dull colours, cloudy or in a pattern, lit from a side."""
-    first, second = color(rng, (0.05, 0.45)), color(rng, (0.05, 0.45))
-    contrast = rng.uniform(0.3, 1.0)
-    return pattern((size, size), first, first + contrast * (second - first), rng, clouds=0.5)
+    dull = (0.05, 0.4)
+    return pattern((size, size), color(rng, dull), color(rng, dull), rng, contrast=(0.3, 1.0), clouds=0.5)
 
 
 def pattern(
-    shape: tuple[int, ...], first: np.ndarray, second: np.ndarray, rng: np.random.Generator, clouds: float = 0.2
+    shape: tuple[int, ...],
+    first: np.ndarray,
+    second: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    contrast: tuple[float, float],
+    clouds: float = 0.2,
 ) -> np.ndarray:
-    """Two colours in a pattern, float32 ``[h, w, 3]``: clouds with probability `clouds`, else stripes, dots, …."""
+    """Two colours in a pattern, float32 ``[h, w, 3]``: clouds with probability `clouds`, else stripes, dots, ….
+
+    The second is drawn towards the first one as far as `contrast` says, a range of shares of their difference.
+    """
+    second = first + np.float32(rng.uniform(*contrast)) * (second - first)
     height, width = shape
     x = np.arange(width, dtype=np.float32)[None, :] - width / 2
     y = np.arange(height, dtype=np.float32)[:, None] - height / 2

@@ -23,7 +23,7 @@ CLASSES = ("ring", "star", "cross", "moon", "heart")
 # Longest side of an object's box: from this many pixels to this share of the image.
 SMALLEST, LARGEST = 12, 0.5
 # What must stay uncovered, and inside the image, of every object.
-VISIBLE = 0.4
+VISIBLE = 0.5
 _SUPERSAMPLING = 4
 
 
@@ -55,7 +55,7 @@ def draw_scene(size: int, rng: np.random.Generator) -> Scene:
     if size < 64:
         raise ValueError(f"gfl.demo.draw_scene: `size` must be at least 64 pixels, got {size}")
     pile = _Pile(size, rng)
-    kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(1, 5)))
+    kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(1, 4)))
     for is_object in kinds:
         if is_object:
             pile.add(int(rng.integers(len(CLASSES))))
@@ -191,7 +191,7 @@ class _Pile:
         shade = 1 - 0.45 * np.asarray(shadow, dtype=np.float32) / 255
         drop = int(np.ceil(depth * 0.7))
         self._blend(shade[..., None], None, x - margin + drop, y - margin + drop)
-        skin = pattern(alpha.shape, color(rng), color(rng), rng)
+        skin = pattern(alpha.shape, color(rng), color(rng), rng, contrast=(0.2, 0.9))
         self._blend(alpha[..., None], skin, x, y)
 
     def _blend(self, weight: np.ndarray, skin: np.ndarray | None, x: int, y: int) -> None:
