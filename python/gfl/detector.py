@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checkpoint, draw
 from .data import transforms
 from .edges import Edges, find_edges
+from .engine.distributed import choose_device
 from .models.gfl import GFL
 
 # One image; a list of them, a folder or a glob is several.
@@ -38,7 +39,7 @@ class Result:
         scores: fp32 ``[n]`` in (0, 1).
         labels: int64 ``[n]`` in [0, C).
         names: the class's name of each.
-        category_ids: the data set's own id of each.
+        category_ids: label + 1 of each, as data sets without gaps number their classes.
         size: (height, width) of the image.
         path: of the file; None for an image that came without one.
         edges: the distributions that the boxes were read from, in the image's pixels, if they were asked for.
@@ -121,7 +122,8 @@ class Detector:
     others in the call.
 
     Raises:
-        ValueError: a file that is not a checkpoint; another number of names than of classes; no positive batch size.
+        ValueError: a file that is not a checkpoint; a device that is not there; another number of names than of
+            classes; no positive batch size.
         TypeError: `dtype` is not one of the three.
     """
 
@@ -137,14 +139,13 @@ class Detector:
     ) -> None:
         if isinstance(model, GFL):
             self.model = model
-            device = next(model.parameters()).device if device is None else device
+            self.device = next(model.parameters()).device if device is None else choose_device(str(device))
         else:
             self.model, _, named = checkpoint.model_from(model)
             classes = named if classes is None else classes
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+            self.device = choose_device(None if device is None else str(device))
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"gfl.Detector: `dtype` must be torch.float32, bfloat16 or float16, got {dtype}")
-        self.device = torch.device(device)
         self.dtype = torch.float32 if dtype is None else dtype
         self.model.to(self.device)
         count = self.model.config.num_classes

@@ -182,6 +182,8 @@ def test_arguments_are_checked(model):
         Detector(model, classes=["one"])
     with pytest.raises(ValueError, match="`batch_size`"):
         Detector(model, batch_size=0)
+    with pytest.raises(ValueError, match="`device`"):
+        Detector(model, "abacus")
 
 
 def saved(model, path, classes=("cup", "cat", "car")):
