@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding on the CPU: softmax, expectation, stride, box and clipping in one walk over the logits, locations [begin,
-// end) of the caller's chunk.
+// Decoding on the CPU: the means of simd/integral.cpp, then stride, box and clipping in place, locations [begin, end)
+// of the caller's chunk.
 //
 //   pred      [locations, 4, bins] dtype read, any strides      boxes       [locations, 4] A write
 //   points    [locations, 2]       A     read                   limit       [locations, 2] A read
@@ -8,18 +8,25 @@
 //   grad_pred [locations, 4, bins] dtype write, contiguous
 #include "gfl/decode.h"
 
+#include <algorithm>
+
+#include "bin_means.h"
 #include "bins.h"
 #include "distance.h"
-#include "scalar.h"
+#include "gfl/integral.h"
 
 namespace gfl::cpu {
 namespace {
+
+constexpr int64_t kBlock = 64;  // locations whose gradients are held at a time
 
 // What belongs to one location.
 template <class A> struct Place {
   const A* point;
   A scale;
   const A* limit;
+
+  Held<A> side(int side, A mean) const { return clipped_side_at(point[side & 1], mul_rn(mean, scale), side, limit); }
 };
 
 template <class A> Place<A> place_at(const DecodeInput& in, int64_t i) {
@@ -33,59 +40,84 @@ template <class A> Place<A> place_at(const DecodeInput& in, int64_t i) {
   return p;
 }
 
-template <class T> void forward(const DecodeInput& in, void* boxes, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
+template <class A> void boxes_of_means(const DecodeInput& in, A* boxes, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Place<A> place = place_at<A>(in, i);
-    for (int side = 0; side < 4; ++side) {
-      const T* x = static_cast<const T*>(in.pred.data) + row_offset(in.pred, i * 4 + side);
-      const auto logit = [&](int j) { return bounded_logit<A>(load(x + j * in.pred.stride_bin)); };
-      const A distance = mul_rn(bin_softmax<A>(static_cast<int>(in.pred.bins), logit).mean(), place.scale);
-      static_cast<A*>(boxes)[i * 4 + side] = clipped_side_at(place.point[side & 1], distance, side, place.limit).value;
+    for (int side = 0; side < 4; ++side) boxes[i * 4 + side] = place.side(side, boxes[i * 4 + side]).value;
+  }
+}
+
+// The gradient of each side of up to kBlock locations, 0 where it was clipped.
+template <class A> struct Through {
+  const DecodeInput& in;
+  const A* grad_boxes;
+  int64_t begin;
+  A at[kBlock * 4];
+
+  // Notes the gradient of a row whose mean is known; returns that of the mean.
+  A pass(int64_t row, A mean) {
+    const int side = static_cast<int>(row & 3);
+    const Place<A> place = place_at<A>(in, row >> 2);
+    const A passed = place.side(side, mean).inside ? grad_boxes[row] : A(0);
+    at[row - begin * 4] = passed;
+    return passed * side_sign<A>(side) * place.scale;
+  }
+};
+
+void backward(const DecodeInput& in, Through<float>& through, void* grad_pred, int64_t begin, int64_t end) {
+  const auto of_rows = [](void* context, const int64_t* row, int count, const float* mean, float* scales) {
+    for (int k = 0; k < count; ++k) scales[k] = static_cast<Through<float>*>(context)->pass(row[k], mean[k]);
+  };
+  const SlopeOfMean slope{nullptr, of_rows, &through};
+  GFL_BY_ISA(integral_backward, in.pred, slope, grad_pred, begin, end);
+}
+
+void backward(const DecodeInput& in, Through<double>& through, void* grad_pred, int64_t begin, int64_t end) {
+  const int bins = static_cast<int>(in.pred.bins);
+  double e[kMaxBins];
+  for (int64_t row = begin; row < end; ++row) {
+    const double* x = static_cast<const double*>(in.pred.data) + row_offset(in.pred, row);
+    const auto logit = [&](int j) { return bounded_logit(x[j * in.pred.stride_bin]); };
+    const BinSoftmax<double> s = bin_softmax<double>(bins, logit, [&](int j, double value) { e[j] = value; });
+    const double scale = through.pass(row, s.mean());
+    if (grad_pred == nullptr) continue;
+    for (int j = 0; j < bins; ++j) {
+      const double gradient = scale * s.mean_gradient(j, e[j] / s.total);
+      static_cast<double*>(grad_pred)[row * bins + j] = is_beyond(x[j * in.pred.stride_bin]) ? 0.0 : gradient;
     }
   }
 }
 
-template <class T>
-void backward(const DecodeInput& in, const void* grad_boxes, void* grad_pred, void* grad_points, int64_t begin,
-              int64_t end) {
-  using A = acc_t<T>;
-  const int bins = static_cast<int>(in.pred.bins);
-  A x[kMaxBins], e[kMaxBins];
-  const auto logit = [&](int j) { return bounded_logit(x[j]); };
-  for (int64_t i = begin; i < end; ++i) {
-    const Place<A> place = place_at<A>(in, i);
-    A through[4];  // the gradient of each side, 0 where it was clipped
-    for (int side = 0; side < 4; ++side) {
-      const int64_t row = i * 4 + side;
-      const T* from = static_cast<const T*>(in.pred.data) + row_offset(in.pred, row);
-      for (int j = 0; j < bins; ++j) x[j] = load(from + j * in.pred.stride_bin);
-      const BinSoftmax<A> s = bin_softmax<A>(bins, logit, [&](int j, A value) { e[j] = value; });
-      const A distance = mul_rn(s.mean(), place.scale);
-      const bool inside = clipped_side_at(place.point[side & 1], distance, side, place.limit).inside;
-      through[side] = inside ? static_cast<const A*>(grad_boxes)[row] : A(0);
-      if (grad_pred == nullptr) continue;
-      const A scale = through[side] * side_sign<A>(side) * place.scale;
-      T* grad = static_cast<T*>(grad_pred) + row * bins;
-      for (int j = 0; j < bins; ++j) {
-        store(grad + j, is_beyond(x[j]) ? A(0) : scale * s.mean_gradient(j, e[j] / s.total));
-      }
-    }
+template <class A>
+void walk_back(const DecodeInput& in, const void* grad_boxes, void* grad_pred, A* grad_points, int64_t begin,
+               int64_t end) {
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t last = std::min(end, first + kBlock);
+    Through<A> through{in, static_cast<const A*>(grad_boxes), first, {}};
+    backward(in, through, grad_pred, first * 4, last * 4);
     if (grad_points == nullptr) continue;
-    for (int axis = 0; axis < 2; ++axis) static_cast<A*>(grad_points)[i * 2 + axis] = through[axis] + through[axis + 2];
+    for (int64_t i = first; i < last; ++i) {
+      const A* side = through.at + (i - first) * 4;
+      for (int axis = 0; axis < 2; ++axis) grad_points[i * 2 + axis] = side[axis] + side[axis + 2];
+    }
   }
 }
 
 }  // namespace
 
 void decode_forward(const DecodeInput& in, void* boxes, int64_t begin, int64_t end) {
-  dispatch(in.pred.dtype, [&](auto t) { forward<decltype(t)>(in, boxes, begin, end); });
+  integral_forward(in.pred, boxes, begin * 4, end * 4);
+  if (in.pred.dtype == DType::f64) boxes_of_means(in, static_cast<double*>(boxes), begin, end);
+  else boxes_of_means(in, static_cast<float*>(boxes), begin, end);
 }
 
 void decode_backward(const DecodeInput& in, const void* grad_boxes, void* grad_pred, void* grad_points, int64_t begin,
                      int64_t end) {
-  dispatch(in.pred.dtype,
-           [&](auto t) { backward<decltype(t)>(in, grad_boxes, grad_pred, grad_points, begin, end); });
+  if (in.pred.dtype == DType::f64) {
+    walk_back(in, grad_boxes, grad_pred, static_cast<double*>(grad_points), begin, end);
+  } else {
+    walk_back(in, grad_boxes, grad_pred, static_cast<float*>(grad_points), begin, end);
+  }
 }
 
 }  // namespace gfl::cpu

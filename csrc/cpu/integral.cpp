@@ -3,37 +3,34 @@
 //
 //   pred     [rows, bins] dtype read, any strides     grad_pred [rows, bins] dtype write, contiguous
 //   distance [rows]       A     write
+// fp64 is served here, every other dtype by the vector code of simd/integral.cpp.
 #include "gfl/integral.h"
 
+#include "bin_means.h"
 #include "bins.h"
-#include "scalar.h"
 
 namespace gfl::cpu {
 namespace {
 
-template <class T> void forward(const BinRows& pred, void* distance, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
+void forward(const BinRows& pred, double* distance, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(pred.data) + row_offset(pred, row);
-    const auto logit = [&](int j) { return bounded_logit<A>(load(x + j * pred.stride_bin)); };
-    static_cast<A*>(distance)[row] = bin_softmax<A>(static_cast<int>(pred.bins), logit).mean();
+    const double* x = static_cast<const double*>(pred.data) + row_offset(pred, row);
+    const auto logit = [&](int j) { return bounded_logit(x[j * pred.stride_bin]); };
+    distance[row] = bin_softmax<double>(static_cast<int>(pred.bins), logit).mean();
   }
 }
 
-template <class T>
-void backward(const BinRows& pred, const void* grad_distance, void* grad_pred, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
+void backward(const BinRows& pred, const double* grad_distance, double* grad_pred, int64_t begin, int64_t end) {
   const int bins = static_cast<int>(pred.bins);
-  A x[kMaxBins], e[kMaxBins];
-  const auto logit = [&](int j) { return bounded_logit(x[j]); };
+  double e[kMaxBins];
   for (int64_t row = begin; row < end; ++row) {
-    const T* from = static_cast<const T*>(pred.data) + row_offset(pred, row);
-    for (int j = 0; j < bins; ++j) x[j] = load(from + j * pred.stride_bin);
-    const BinSoftmax<A> s = bin_softmax<A>(bins, logit, [&](int j, A value) { e[j] = value; });
-    const A scale = static_cast<const A*>(grad_distance)[row];
-    T* grad = static_cast<T*>(grad_pred) + row * bins;
+    const double* x = static_cast<const double*>(pred.data) + row_offset(pred, row);
+    const auto logit = [&](int j) { return bounded_logit(x[j * pred.stride_bin]); };
+    const BinSoftmax<double> s = bin_softmax<double>(bins, logit, [&](int j, double value) { e[j] = value; });
+    double* grad = grad_pred + row * bins;
     for (int j = 0; j < bins; ++j) {
-      store(grad + j, is_beyond(x[j]) ? A(0) : scale * s.mean_gradient(j, e[j] / s.total));
+      const double gradient = grad_distance[row] * s.mean_gradient(j, e[j] / s.total);
+      grad[j] = is_beyond(x[j * pred.stride_bin]) ? 0.0 : gradient;
     }
   }
 }
@@ -41,11 +38,16 @@ void backward(const BinRows& pred, const void* grad_distance, void* grad_pred, i
 }  // namespace
 
 void integral_forward(const BinRows& pred, void* distance, int64_t begin, int64_t end) {
-  dispatch(pred.dtype, [&](auto t) { forward<decltype(t)>(pred, distance, begin, end); });
+  if (pred.dtype == DType::f64) return forward(pred, static_cast<double*>(distance), begin, end);
+  GFL_BY_ISA(integral_forward, pred, static_cast<float*>(distance), begin, end);
 }
 
 void integral_backward(const BinRows& pred, const void* grad_distance, void* grad_pred, int64_t begin, int64_t end) {
-  dispatch(pred.dtype, [&](auto t) { backward<decltype(t)>(pred, grad_distance, grad_pred, begin, end); });
+  if (pred.dtype == DType::f64) {
+    return backward(pred, static_cast<const double*>(grad_distance), static_cast<double*>(grad_pred), begin, end);
+  }
+  const SlopeOfMean slope{static_cast<const float*>(grad_distance), nullptr, nullptr};
+  GFL_BY_ISA(integral_backward, pred, slope, grad_pred, begin, end);
 }
 
 }  // namespace gfl::cpu

@@ -55,6 +55,41 @@ void special_values() {
   for (size_t i = 9; i < 12; ++i) CHECK(std::isnan(slopes[i]), "gradient %zu beside a NaN is %g", i, slopes[i]);
 }
 
+#if !defined(GFL_TEST_CUDA)
+// A row has the same bits alone, in the middle of others and in another layout.
+void same_bits_anywhere(Generator& generator, DType dtype, int64_t bins) {
+  constexpr int64_t kLocations = 45;
+  const Layout dense = dense_layout(kLocations, 4, bins), planar = planar_layout(1, kLocations, 4, bins);
+  const std::vector<double> values = normals(generator, static_cast<size_t>(dense.elements), 3);
+  std::vector<double> turned(values.size());
+  for (int64_t i = 0; i < kLocations; ++i) {
+    for (int64_t c = 0; c < 4 * bins; ++c) {
+      turned[static_cast<size_t>(c * kLocations + i)] = values[static_cast<size_t>(i * 4 * bins + c)];
+    }
+  }
+  FloatBuffer rows(dtype, values), columns(dtype, turned);
+  const int64_t count = 4 * kLocations;
+  const size_t n = static_cast<size_t>(count);
+  FloatBuffer slopes(accumulator_of(dtype), normals(generator, n));
+  const DType acc = accumulator_of(dtype);
+  FloatBuffer at_once(acc, n), one_by_one(acc, n), by_column(acc, n);
+  FloatBuffer grad(dtype, values.size()), grad_one_by_one(dtype, values.size()), grad_by_column(dtype, values.size());
+  const BinRows in = rows_in(dense, rows, dtype), turned_in = rows_in(planar, columns, dtype);
+  cpu::integral_forward(in, at_once.data(), 0, count);
+  cpu::integral_backward(in, slopes.data(), grad.data(), 0, count);
+  for (int64_t row = 0; row < count; ++row) {
+    cpu::integral_forward(in, one_by_one.data(), row, row + 1);
+    cpu::integral_backward(in, slopes.data(), grad_one_by_one.data(), row, row + 1);
+  }
+  GFL_RUN(count, integral_forward, turned_in, by_column.data());
+  GFL_RUN(count, integral_backward, turned_in, slopes.data(), grad_by_column.data());
+  CHECK(at_once.read() == one_by_one.read(), "%s: a row alone differs", name_of(dtype));
+  CHECK(at_once.read() == by_column.read(), "%s: a row in the other layout differs", name_of(dtype));
+  CHECK(grad.read() == grad_one_by_one.read(), "%s: the gradient of a row alone differs", name_of(dtype));
+  CHECK(grad.read() == grad_by_column.read(), "%s: the gradient in the other layout differs", name_of(dtype));
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -67,6 +102,9 @@ int main() {
     compare(generator, dense_layout(5, 4, 2), dtype);
     compare(generator, dense_layout(9, 4, 129), dtype);
     compare(generator, planar_layout(2, 5, 4, 129), dtype);
+#if !defined(GFL_TEST_CUDA)
+    for (const int64_t bins : {2, 17, 18, 129}) same_bits_anywhere(generator, dtype, bins);
+#endif
   }
   special_values();
   return result("integral");

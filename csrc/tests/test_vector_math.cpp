@@ -29,10 +29,10 @@ double ulps(float got, double want) {
   return std::fabs(got - want) / std::ldexp(1.0, exponent - 24);
 }
 
-// Every 16th float of (0, upto], as x and its function's argument sign · x.
-template <class F, class Exact> double worst(float upto, float sign, F&& f, Exact&& exact) {
+// Every 16th float of [from, upto], as x and its function's argument sign · x.
+template <class F, class Exact> double worst(float from, float upto, float sign, F&& f, Exact&& exact) {
   double found = 0;
-  for (uint32_t bits = 0x00800000u; bits <= bits_of(upto); bits += 16) {
+  for (uint32_t bits = bits_of(from); bits <= bits_of(upto); bits += 16) {
     const float x = sign * float_of(bits);
     const double error = ulps(f(x), exact(static_cast<double>(x)));
     if (error > found) found = error;
@@ -44,11 +44,15 @@ template <class F, class Exact> double worst(float upto, float sign, F&& f, Exac
 
 int main() {
   using namespace gfl::portable;
-  const double exp_error = worst(87.0f, -1.0f, exp_of_negative, [](double x) { return std::exp(x); });
-  const double log_error = worst(1.0f, 1.0f, log1p_of_unit, [](double x) { return std::log1p(x); });
-  std::printf("exp_of_negative on [-87, 0]: %.2f ulp; log1p_of_unit on [0, 1]: %.2f ulp\n", exp_error, log_error);
-  int failures = !(exp_error <= 1.1) + !(log_error <= 2.0);
-  failures += exp_of_negative(0.0f) != 1.0f || log1p_of_unit(0.0f) != 0.0f;
-  failures += !(exp_of_negative(-1e30f) < 1.7e-38f) || !std::isnan(exp_of_negative(NAN)) || !std::isnan(log1p_of_unit(NAN));
+  const float least = std::numeric_limits<float>::min();
+  const double exp_error = worst(least, 87.0f, -1.0f, exp_of_negative, [](double x) { return std::exp(x); });
+  const double unit_error = worst(least, 1.0f, 1.0f, log1p_of_unit, [](double x) { return std::log1p(x); });
+  const double log_error = worst(1.0f, 1e38f, 1.0f, log_of_sum, [](double x) { return std::log(x); });
+  std::printf("worst ulp: exp_of_negative %.2f on [-87, 0], log1p_of_unit %.2f on [0, 1], log_of_sum %.2f on [1, 1e38]\n",
+              exp_error, unit_error, log_error);
+  int failures = !(exp_error <= 1.1) + !(unit_error <= 2.0) + !(log_error <= 2.0);
+  failures += exp_of_negative(0.0f) != 1.0f || log1p_of_unit(0.0f) != 0.0f || log_of_sum(1.0f) != 0.0f;
+  failures += !(exp_of_negative(-1e30f) < 1.7e-38f) || !std::isnan(exp_of_negative(NAN));
+  failures += !std::isnan(log1p_of_unit(NAN)) || !std::isnan(log_of_sum(NAN)) || !std::isnan(log_of_sum(-NAN));
   return failures == 0 ? 0 : 1;
 }

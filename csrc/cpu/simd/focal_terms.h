@@ -91,13 +91,4 @@ void element_backward(const T* pred, const float* target, const F& term, const f
   }
 }
 
-// Calls f with a value of the C++ type that `dtype` names; fp64 does not come here.
-template <class F> void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f16: return f(half_t{});
-    case DType::bf16: return f(bfloat16_t{});
-    default: return f(float{});
-  }
-}
-
 }  // namespace gfl::GFL_ISA

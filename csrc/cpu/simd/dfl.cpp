@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Distribution focal loss of fp32 and 16-bit logits, kLanes rows at a time; formulas in common/bins.h.
+#include "gfl/dfl.h"
+
+#include "bin_rows.h"
+
+namespace gfl::GFL_ISA {
+namespace {
+
+// What TwoBins of common/bins.h holds, of kLanes rows; bins and truth values as floats.
+struct BinPairs {
+  Lanes left, right, weight_left, weight_right, counted, clamped;
+};
+
+inline void bins_at_positions(const Lanes& y, int bins, bool ignore_out_of_range, BinPairs& pairs) {
+  const float last = static_cast<float>(bins - 1), ignore = ignore_out_of_range ? 1.0f : 0.0f;
+  GFL_LANES(k) {
+    const float at = y[k];
+    const float outside = (at < 0.0f ? 1.0f : 0.0f) + (at > last ? 1.0f : 0.0f);
+    const float number = at == at ? 1.0f : 0.0f;
+    float held = at > 0.0f ? at : 0.0f;  // a NaN too
+    held = held > last ? last : held;
+    float left = static_cast<float>(static_cast<int32_t>(held));
+    left = left > last - 1.0f ? last - 1.0f : left;
+    pairs.left[k] = left;
+    pairs.right[k] = left + 1.0f;
+    pairs.weight_left[k] = pairs.right[k] - held;
+    pairs.weight_right[k] = held - left;
+    pairs.counted[k] = number * (1.0f - ignore * outside);
+    pairs.clamped[k] = outside;
+  }
+}
+
+inline void bins_given(const DflInput& in, const int64_t (&row)[kLanes], BinPairs& pairs) {
+  const int64_t last = in.pred.bins - 1;
+  for (int k = 0; k < kLanes; ++k) {
+    const int64_t left = in.left[row[k]];
+    const int64_t near = left < -1 ? -1 : (left > last ? last : left);  // keeps left + 1 from running over
+    pairs.left[k] = static_cast<float>(near < 0 ? 0 : near);
+    pairs.right[k] = static_cast<float>(near + 1 > last ? last : near + 1);
+    pairs.counted[k] = 1.0f;
+    pairs.clamped[k] = 0.0f;
+  }
+  load_rows(static_cast<const float*>(in.weight_left), row, pairs.weight_left);
+  load_rows(static_cast<const float*>(in.weight_right), row, pairs.weight_right);
+}
+
+inline void pairs_of(const DflInput& in, const int64_t (&row)[kLanes], BinPairs& pairs) {
+  if (in.target == nullptr) return bins_given(in, row, pairs);
+  Lanes y;
+  load_rows(static_cast<const float*>(in.target), row, y);
+  bins_at_positions(y, static_cast<int>(in.pred.bins), in.ignore_out_of_range, pairs);
+}
+
+// −log p of both bins.
+inline void entropies(const Lanes* tile, const BinSums& s, const BinPairs& pairs, Lanes& left, Lanes& right) {
+  for (int k = 0; k < kLanes; ++k) {
+    left[k] = tile[static_cast<int>(pairs.left[k])][k];
+    right[k] = tile[static_cast<int>(pairs.right[k])][k];
+  }
+  GFL_LANES(k) {
+    const float log_total = log_of_sum(s.total[k]);
+    left[k] = log_total - (bounded(left[k]) - s.max[k]);
+    right[k] = log_total - (bounded(right[k]) - s.max[k]);
+  }
+}
+
+template <class T> void forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end) {
+  const int bins = static_cast<int>(in.pred.bins);
+  Lanes tile[kMaxBins];
+  for_row_groups<T>(in.pred, begin, end, [&](const RowGroup<T>& group) {
+    load_tile(group, in.pred.stride_bin, bins, tile);
+    BinSums s;
+    bin_softmax<false>(tile, bins, s, nullptr);
+    BinPairs pairs;
+    pairs_of(in, group.row, pairs);
+    Lanes left, right;
+    entropies(tile, s, pairs, left, right);
+    GFL_LANES(k) {
+      const float value = left[k] * pairs.weight_left[k] + right[k] * pairs.weight_right[k];
+      left[k] = pairs.counted[k] > 0.0f ? value : 0.0f;
+    }
+    store_rows(left, group.row, group.count, loss);
+    if (distance == nullptr) return;
+    s.mean(right);
+    store_rows(right, group.row, group.count, distance);
+  });
+}
+
+// d(loss) / d(logits) · scale + d(distance) / d(logits) · scale_distance, over the exponentials in place.
+template <bool kDistance>
+inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const BinPairs& pairs,
+                      const Lanes& scale, const Lanes& scale_distance) {
+  Lanes both, left, right, slope, from_peak;
+  GFL_LANES(k) {
+    const float of_row = pairs.counted[k] > 0.0f ? scale[k] : 0.0f;
+    both[k] = of_row * (pairs.weight_left[k] + pairs.weight_right[k]) / s.total[k];
+    left[k] = of_row * pairs.weight_left[k];
+    right[k] = of_row * pairs.weight_right[k];
+    slope[k] = scale_distance[k] / s.total[k];
+    from_peak[k] = s.moment[k] / s.total[k];
+  }
+  for (int j = 0; j < bins; ++j) {
+    const float bin = static_cast<float>(j);
+    GFL_LANES(k) {
+      const float at_left = bin == pairs.left[k] ? left[k] : 0.0f, at_right = bin == pairs.right[k] ? right[k] : 0.0f;
+      float gradient = e[j][k] * both[k] - at_left - at_right;
+      gradient = pairs.counted[k] > 0.0f ? gradient : 0.0f;
+      if (kDistance) gradient += slope[k] * (e[j][k] * ((bin - s.peak[k]) - from_peak[k]));
+      e[j][k] = absolute_of(tile[j][k]) > kLargestLogit ? 0.0f : gradient;
+    }
+  }
+}
+
+template <class T>
+void backward(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflGradients& out,
+              int64_t begin, int64_t end) {
+  const int bins = static_cast<int>(in.pred.bins);
+  Lanes tile[kMaxBins], e[kMaxBins];
+  for_row_groups<T>(in.pred, begin, end, [&](const RowGroup<T>& group) {
+    load_tile(group, in.pred.stride_bin, bins, tile);
+    BinSums s;
+    bin_softmax<true>(tile, bins, s, e);
+    BinPairs pairs;
+    pairs_of(in, group.row, pairs);
+    Lanes scale, scale_distance{};
+    load_rows(grad_loss, group.row, scale);
+    if (out.target != nullptr || out.weight_left != nullptr || out.weight_right != nullptr) {
+      Lanes left, right, by_target;
+      entropies(tile, s, pairs, left, right);
+      GFL_LANES(k) {
+        const float through = pairs.counted[k] * (1.0f - pairs.clamped[k]);
+        by_target[k] = through > 0.0f ? scale[k] * (right[k] - left[k]) : 0.0f;
+        left[k] *= scale[k];
+        right[k] *= scale[k];
+      }
+      if (out.target != nullptr) store_rows(by_target, group.row, group.count, static_cast<float*>(out.target));
+      if (out.weight_left != nullptr) store_rows(left, group.row, group.count, static_cast<float*>(out.weight_left));
+      if (out.weight_right != nullptr) store_rows(right, group.row, group.count, static_cast<float*>(out.weight_right));
+    }
+    if (out.pred == nullptr) return;
+    if (grad_distance == nullptr) {
+      gradients<false>(tile, e, bins, s, pairs, scale, scale_distance);
+    } else {
+      load_rows(grad_distance, group.row, scale_distance);
+      gradients<true>(tile, e, bins, s, pairs, scale, scale_distance);
+    }
+    store_tile(e, group, bins, static_cast<T*>(out.pred));
+  });
+}
+
+}  // namespace
+
+void dfl_forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end) {
+  dispatch_float(in.pred.dtype, [&](auto t) { forward<decltype(t)>(in, loss, distance, begin, end); });
+}
+
+void dfl_backward(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflGradients& out,
+                  int64_t begin, int64_t end) {
+  dispatch_float(in.pred.dtype,
+                 [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_distance, out, begin, end); });
+}
+
+}  // namespace gfl::GFL_ISA
