@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import real_data
 import torch
 from torch import Tensor
 
@@ -131,24 +132,67 @@ def test_a_training_that_stopped_after_any_step_ends_the_same(
     assert metrics == pytest.approx(train(config, tmp_path / "whole", resume=True, device="cpu"), nan_ok=True)
 
 
+def train_killed(config: Config, out: Path, kills: int, duration: float, seed: int) -> None:
+    """A training that takes `duration` seconds, by the command, with SIGKILL at random moments of it."""
+    more: list[str] = []
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = subprocess.Popen(command(config, out, *more), env=environment(), stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(0.1, 0.6) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        more = ["--resume"] if (out / CONFIG).exists() else []
+    subprocess.run(command(config, out, *more), check=True, env=environment(), capture_output=True)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(small: Small, tmp_path: Path, seed: int) -> None:
     """SIGKILL to a real process, wherever it is: starting, reading, in a step, in the middle of a checkpoint."""
     config = small(epochs=6, eval_every=2, checkpoint_steps=1, workers=1)
     started = time.perf_counter()
     subprocess.run(command(config, tmp_path / "whole"), check=True, env=environment(), capture_output=True)
+    train_killed(config, tmp_path / "killed", 5, time.perf_counter() - started, seed)
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
+def test_real_photos_are_learned_by_heart_however_often_it_is_killed(tmp_path: Path, seed: int) -> None:
+    config = preset("gfl_tiny").replace(
+        data=str(real_data.COCO),
+        train_annotations=real_data.annotations().name,
+        val_annotations=real_data.annotations().name,
+        train_images="images",
+        val_images="images",
+        short_side=320,
+        long_side=320,
+        train_short_side=(320, 320),
+        train_long_side=320,
+        strides=(8, 16, 32, 64),
+        anchor_scale=6.0,
+        batch_size=8,
+        epochs=100,
+        eval_every=0,
+        checkpoint_steps=2,
+        optimizer="adamw",
+        lr=5e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_steps=100,
+        flip=0.0,
+        amp="bf16",
+        workers=1,
+    )
+    started = time.perf_counter()
+    subprocess.run(command(config, tmp_path / "whole"), check=True, env=environment(), capture_output=True)
     duration = time.perf_counter() - started
-    out, more, moments = tmp_path / "killed", [], random.Random(seed)
-    for _ in range(5):
-        process = subprocess.Popen(command(config, out, *more), env=environment(), stderr=subprocess.DEVNULL)
-        try:
-            process.wait(moments.uniform(0.2, 0.9) * duration)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        more = ["--resume"] if (out / CONFIG).exists() else []
-    subprocess.run(command(config, out, *more), check=True, env=environment(), capture_output=True)
-    assert_same_training(tmp_path / "whole", out)
+    train_killed(config, tmp_path / "killed", 4, duration, seed)
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+    (figures,) = rows(tmp_path / "whole", EVALUATIONS)
+    print(f"{duration:.0f} s, AP {figures['AP']}, AP50 {figures['AP50']}")
+    assert float(figures["AP50"]) > 0.7
 
 
 def test_a_signal_waits_for_the_step_and_a_checkpoint(small: Small, tmp_path: Path) -> None:
