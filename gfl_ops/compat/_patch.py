@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replacing parts of another package, so that all of it can be taken back."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+_ABSENT = object()
+
+
+class Change(NamedTuple):
+    """`attribute` of `owner`, a class or a module, becomes `new`; `label` is what a user calls it.
+
+    With `everywhere`, modules that have imported the old value by this name get the new one too. It has to be in no
+    other place then, see `stand_in`, since every module that has it by this name gets the old one at the end.
+    """
+
+    label: str
+    owner: Any
+    attribute: str
+    new: Any
+    everywhere: bool = False
+
+
+def graft(theirs: type, ours: type, attributes: Sequence[str] = ("forward",)) -> Iterator[Change]:
+    """Changes that give a class of theirs some of ours, so that objects, subclasses and configs stay theirs."""
+    for name in attributes:
+        yield Change(f"{theirs.__module__}.{theirs.__qualname__}", theirs, name, getattr(ours, name))
+
+
+def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `function` and is another object."""
+
+    @functools.wraps(function)
+    def calls(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    return calls
+
+
+def holders(name: str, value: object) -> list[Any]:
+    """The modules imported so far in which `name` is `value`."""
+    return [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name, _ABSENT) is value]
+
+
+class Replaced(list[str]):
+    """What a call of ``patch()`` finds replaced, by name. As a context manager, takes back at its end what it did."""
+
+    def __init__(self, names: Iterable[str], undo: Callable[[], object]) -> None:
+        super().__init__(names)
+        self._undo = undo
+
+    def __enter__(self) -> Replaced:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo()
+
+
+class Patch:
+    """A set of changes that is made and taken back as a whole.
+
+    Args:
+        plan: gives the changes; called by `apply`, so that the other package is imported only then.
+    """
+
+    def __init__(self, plan: Callable[[], Iterable[Change]]) -> None:
+        self._plan = plan
+        self._names: list[str] = []
+        self._done: list[tuple[Change, object]] = []
+
+    def apply(self) -> Replaced:
+        """Make the changes, unless they are made already. An error leaves none of them."""
+        if self._done:
+            return Replaced(self._names, lambda: None)
+        try:
+            for change in self._plan():
+                self._make(change)
+        except BaseException:
+            self.remove()
+            raise
+        self._names = list(dict.fromkeys(change.label for change, _ in self._done))
+        return Replaced(self._names, self.remove)
+
+    def _make(self, change: Change) -> None:
+        old = vars(change.owner).get(change.attribute, _ABSENT)
+        if change.everywhere:
+            for module in holders(change.attribute, old):
+                setattr(module, change.attribute, change.new)
+        setattr(change.owner, change.attribute, change.new)
+        self._done.append((change, old))
+
+    def remove(self) -> list[str]:
+        """Take the changes back, those of modules imported since too. Returns their names; none, if there were none."""
+        names, self._names = self._names, []
+        while self._done:
+            change, old = self._done.pop()
+            owners = holders(change.attribute, change.new) if change.everywhere else []
+            for owner in [change.owner, *(o for o in owners if o is not change.owner)]:
+                if old is _ABSENT:
+                    delattr(owner, change.attribute)
+                else:
+                    setattr(owner, change.attribute, old)
+        return names

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-missing-imports
+"""torchvision's functions of these names, by ours; and torchvision's detectors with ours inside.
+
+`sigmoid_focal_loss`, `generalized_box_iou_loss`, `nms` and `batched_nms` take and give what those of `torchvision.ops`
+do, and need no torchvision. ``patch()`` puts them in their place there, and wherever they were imported to by name, so
+that RetinaNet, FCOS, Faster R-CNN and others call them; ``unpatch()`` takes them out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .. import _check
+from ..functional import batched_nms, nms, sigmoid_focal_loss
+from ..ops.iou import KINDS, pairs
+from ._patch import Change, Patch, Replaced, stand_in
+
+__all__ = ["batched_nms", "generalized_box_iou_loss", "nms", "patch", "sigmoid_focal_loss", "unpatch"]
+
+
+def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
+    r"""Generalized IoU loss of aligned boxes, :math:`1 - I/U + (E - U)/E`; torchvision's signature.
+
+    Rezatofighi et al., CVPR 2019 (arXiv 1902.09630); see `gfl_ops.box_iou_loss`.
+
+    Args:
+        boxes1: fp32, fp16, bf16 or fp64 ``[..., 4]``, boxes xyxy.
+        boxes2: floating, of the same shape.
+        reduction: "none", "mean" or "sum".
+        eps: least area of union and enclosing box, >= 0.
+
+    Returns:
+        ``[...]`` for "none", else a scalar; fp32, or fp64 for fp64 `boxes1`. The mean of no boxes is 0 and attached to
+        the graph, as there.
+
+    The gradient reaches both.
+
+    Raises:
+        TypeError: a dtype or a type that is not taken.
+        ValueError: a shape, device, reduction or number outside the above.
+
+    Note:
+        torchvision adds `eps` to the areas, which makes a difference of at most ``2·eps / area of the union``: 1e-5 of
+        a box of 0.02 square pixels, but seen in boxes whose image is of side 1.
+    """
+    op = "generalized_box_iou_loss"
+    _check.choice(op, "reduction", reduction, _check.REDUCTIONS)
+    _check.tensor(op, "boxes1", boxes1)
+    _check.tensor(op, "boxes2", boxes2)
+    if boxes1.dim() < 1 or boxes1.shape[-1] != 4 or boxes2.shape != boxes1.shape:
+        rule = f"must have the shape of `boxes1`, [..., 4] = {list(boxes1.shape)}"
+        raise ValueError(_check.message(op, "boxes2", rule, list(boxes2.shape)))
+    loss = pairs(op, boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), KINDS.index("giou"), eps)
+    if reduction == "none":
+        return loss.reshape(boxes1.shape[:-1])
+    return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()
+
+
+def _plan() -> Iterator[Change]:
+    import torchvision
+
+    for name in ("sigmoid_focal_loss", "generalized_box_iou_loss", "nms", "batched_nms"):
+        yield Change(f"torchvision.ops.{name}", torchvision.ops, name, stand_in(globals()[name]), everywhere=True)
+
+
+_PATCH = Patch(_plan)
+
+
+def patch() -> Replaced:
+    """Let torchvision's detectors call ours, from now on and for models built before.
+
+    Returns:
+        The names of what is replaced, a list. As a context manager (``with patch():``) it is undone at the end of the
+        block. A call while all is replaced changes nothing, at the end of its block neither. What torch.jit has
+        scripted keeps torchvision's.
+
+    Raises:
+        ImportError: torchvision is not installed; nothing is replaced then.
+    """
+    return _PATCH.apply()
+
+
+def unpatch() -> list[str]:
+    """Give torchvision its own back. Returns the names of what was replaced; an empty list if nothing was."""
+    return _PATCH.remove()
