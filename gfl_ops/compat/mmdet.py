@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: ignore-missing-imports
+# mypy: disable-error-code="import-not-found,import-untyped"
 """mmdet 3 with our losses, decoding, assignment and suppression inside; configs and checkpoints stay as they are.
 
 ``patch()`` exchanges the methods of mmdet's own classes, so that objects built before it, subclasses of other packages

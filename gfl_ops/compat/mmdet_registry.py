@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: ignore-missing-imports
+# mypy: disable-error-code="import-not-found,import-untyped"
 """Ours under names of their own in mmdet's registries, for configs that choose part by part.
 
 ``custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])``, then for instance

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: ignore-missing-imports
 """torchvision's functions of these names, by ours; and torchvision's detectors with ours inside.
 
 `sigmoid_focal_loss`, `generalized_box_iou_loss`, `nms` and `batched_nms` take and give what those of `torchvision.ops`
