@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ try:
     import timm
 except ImportError:
     timm = None
-needs_timm = pytest.mark.skipif(timm is None, reason="timm is not installed")
+
+
+def needs_timm(test: Callable) -> Callable:
+    return pytest.mark.peers(pytest.mark.skipif(timm is None, reason="timm is not installed")(test))
 
 
 def model(**fields: object) -> GFL:
