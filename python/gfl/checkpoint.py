@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,24 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from None
 
 
+class _Recorder:
+    """A file that remembers why writing failed: torch tells of a position that it didn't expect instead."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a checkpoint so that at every moment the file is the whole old one or the whole new one.
 
@@ -116,19 +134,22 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     path = Path(path)
     # Always the same name: what a killed process left is overwritten by the next.
     temporary = path.with_name(f".{path.name}.part")
+    recorder = None
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(content), file)
+            recorder = _Recorder(file)
+            torch.save(dict(content), cast("BinaryIO", recorder))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        cause = recorder.error if recorder is not None and recorder.error is not None else error
+        if not isinstance(cause, OSError):
+            raise  # Not the disk's fault.
         kept = "; the one written before it is kept" if path.exists() else ""
-        code = error.errno if isinstance(error, OSError) else None
-        reason = error.strerror if isinstance(error, OSError) else str(error).split("\n")[0]
-        raise OSError(code, f"checkpoint not written ({reason}){kept}", str(path)) from error
+        raise OSError(cause.errno, f"checkpoint not written ({cause.strerror}){kept}", str(path)) from None
     with suppress(OSError):  # The renaming itself; not every file system can.
         folder = os.open(path.parent, os.O_RDONLY)
         try:

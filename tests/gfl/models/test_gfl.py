@@ -109,6 +109,17 @@ def test_detections_are_gfl_ops_of_its_maps(model: GFL, images: Tensor) -> None:
     assert (got.boxes[1].amax(0) <= torch.tensor([45.0, 70 / 1.5, 45, 70 / 1.5])).all()
 
 
+def test_gfocal_v1s_geometry_reaches_the_operators(model: GFL, images: Tensor, targets: list) -> None:
+    legacy = create_model("gfl_tiny", num_classes=CLASSES, width=16, legacy=True, topk_mode="anchor").eval()
+    legacy.load_state_dict(model.state_dict())
+    legacy.test.nms_pre = 20
+    got, maps = legacy(images), legacy.predict_maps(images)
+    want = gfl_ops.postprocess(*maps, STRIDES, [(96, 160)] * 2, nms_pre=20, topk_mode="anchor", legacy=True)
+    assert got.count.min() > 0 and all(torch.equal(g, w) for g, w in zip(got, want))
+    plain, moved = model.loss(images, targets), legacy.loss(images, targets)
+    assert all(plain[name] != moved[name] for name in plain)
+
+
 def test_forward_with_targets_is_the_loss(model: GFL, images: Tensor, targets: list) -> None:
     assert model(images, targets=targets) == model.loss(images, targets)
     with pytest.raises(RuntimeError, match=r"eval\(\)"):
