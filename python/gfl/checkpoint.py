@@ -24,6 +24,8 @@ __all__ = ["FORMAT", "Weights", "infer_model", "load_weights", "meta", "model_fr
 # What training frameworks leave beside the weights and nobody here reads: log histories, numpy's numbers. Replaced by
 # something inert, never imported; whatever else a file asks for is refused.
 INERT_PACKAGES = {"mmengine", "mmcv", "mmdet", "numpy", "_codecs"}
+# mmengine's log histories name their methods by it.
+INERT_BUILTINS = {"builtins.getattr"}
 # Do not have to be in a file: they hold no weights.
 CONSTANT = ("num_batches_tracked", "bbox_head.integral.project")
 # The only weights whose shape depends on the number of classes.
@@ -89,8 +91,8 @@ def _inert(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # Not a file of this kind: loading it says what it is.
         return []
-    parts = [name.rpartition(".") for name in names if name.split(".")[0] in INERT_PACKAGES]
-    return [type(name, (_Inert,), {"__module__": module, "__qualname__": name}) for module, _, name in parts]
+    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES or name in INERT_BUILTINS]
+    return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in inert]
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
