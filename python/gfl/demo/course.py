@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,7 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
         raise ValueError(f"{out} holds a demo: choose another folder for this one")
     clock = _Clock()
     amp = "bf16" if device != "cpu" or _computes_bf16() else "none"
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(_cores(), MOST_THREADS))
+    torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     held_out = max(8, min(300, iterations // 8))
     _say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
     write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
@@ -92,7 +90,7 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
         ("distributions.jpg", pictures.distributions(detector, scenes)),
     ]
     _say()
-    _say(f"  {held_out} held-out scenes  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in _SHOWN))
+    _say(f"  {held_out} held-out scenes  " + "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items()))
     _say(f"  {'time':<20}drawing {drawn:.0f} s, training and evaluation {trained:.0f} s")
     for name, picture in made:
         if picture is None:
@@ -107,7 +105,8 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     return metrics
 
 
-_SHOWN = ("AP", "AP50", "AP75", "APs", "APm")
+# Below 32 pixels square is small in COCO's terms.
+_SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "small", "APm": "medium"}
 
 
 def _say(line: str = "") -> None:
@@ -123,10 +122,6 @@ class _Clock:
         """Seconds since the last lap."""
         before, self._last = self._last, time.perf_counter()
         return self._last - before
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _computes_bf16() -> bool:
