@@ -17,7 +17,7 @@ from . import pictures
 from .scenes import write_dataset
 
 # For AP above 0.5 in under six minutes on two cores.
-ITERATIONS = 2400
+ITERATIONS = 2000
 BATCH, EPOCHS, SIZE = 8, 8, 192
 # More have too little to do each on a batch of small images.
 MOST_THREADS = 8
@@ -96,7 +96,7 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
         if picture is None:
             _say(f"  {name:<20}none: nothing was found surely enough; train for longer")
         else:
-            picture.save(out / name, quality=85)
+            picture.save(out / name, quality=80)
             _say(f"  {name:<20}{out / name}")
     _say(f"  {'detector':<20}{out / 'training' / BEST}")
     _say()

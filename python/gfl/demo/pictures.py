@@ -15,8 +15,8 @@ from ..detector import Detector, Result
 from ..draw import contact_sheet
 
 # Detections that are shown; distributions are shown of sure ones that match a true box.
-SHOWN, SURE, MATCH = 0.35, 0.5, 0.5
-_DETECTIONS = "held-out scenes: class and score of what the network finds"
+SHOWN, SURE, MATCH = 0.5, 0.5, 0.7
+_DETECTIONS = "what the network finds in scenes it has never seen: class and score"
 _EDGES = "what each edge was read from: sharp where it is seen, spread where it must be guessed; dashed: the true box"
 
 
