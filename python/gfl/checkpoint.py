@@ -65,7 +65,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: refused, since it asks for {asked[1]}, which is not data: to load it would run code"
                 ) from None
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            # Of an unpickler's text, nothing: it advises to load the file unsafely.
+            text = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0].split(". ")[0]
+            reason = text or "its bytes are not a pickle of tensors"
             raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dictionary")

@@ -126,6 +126,25 @@ def test_forward_with_targets_is_the_loss(model: GFL, images: Tensor, targets: l
         model.train()(images)
 
 
+def test_over_ranks_the_mean_of_the_losses_is_the_whole_batchs(
+    model: GFL, images: Tensor, targets: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model.loss(images, targets)
+    halves = [(images[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    local: list[Tensor] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda norms: local.append(norms.clone()))
+    for half in halves:
+        model.loss(*half)
+    assert len(local) == 2 and local[0].shape == (2,)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda norms: norms.copy_(local[0] + local[1]))
+    ranks = [model.loss(*half) for half in halves]
+    for name, value in whole.items():
+        # Sums over half as many locations, in another order.
+        torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, value, rtol=1e-5, atol=1e-7)
+
+
 def test_channels_last_gives_the_same(model: GFL, images: Tensor, targets: list) -> None:
     want = model.loss(images, targets)
     last = model.to(memory_format=torch.channels_last)
