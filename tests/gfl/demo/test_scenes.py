@@ -27,7 +27,7 @@ def test_boxes_are_the_exact_extent_of_the_masks(seed):
 
 
 def test_a_mask_is_where_an_object_covers_at_least_half_of_a_pixel(monkeypatch, seed):
-    monkeypatch.setattr(module, "pattern", lambda shape, *_: np.full((*shape, 3), 255.0))
+    monkeypatch.setattr(module, "pattern", lambda shape, *_, **__: np.full((*shape, 3), 255.0))
     found = 0
     for i in range(30):
         pile = module._Pile(128, np.random.default_rng([seed, i]))
@@ -44,7 +44,7 @@ def test_hard_cases_are_there_and_none_is_hopeless(seed):
     longest = np.concatenate([(s.boxes[:, 2:] - s.boxes[:, :2]).max(1) for s in drawn])
     visible = np.concatenate([s.visible for s in drawn])
     labels = np.concatenate([s.labels for s in drawn])
-    assert longest.min() < SMALLEST + 3 and longest.max() > 80 and longest.max() <= 192 / 2 + 1
+    assert longest.min() < SMALLEST + 5 and longest.max() > 80 and longest.max() <= 192 / 2 + 1
     assert visible.min() < 0.6 and visible.min() >= VISIBLE - 1e-6 and np.median(visible) > 0.9
     assert set(labels.tolist()) == set(range(len(CLASSES)))
 
