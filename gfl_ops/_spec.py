@@ -153,6 +153,11 @@ def _define(
         library.impl(name, kernel, key)
 
 
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """An operator ``gfl::<name>`` of the compiled extension that stands beside an operator of the registry."""
+    _define("gfl", name, schema, fake, (), fake)
+
+
 def _lazy(spec: OpSpec, direction: str) -> Callable[..., Any]:
     """Triton is imported at the first call of one of its kernels, not with the package."""
 

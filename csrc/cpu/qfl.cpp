@@ -15,6 +15,8 @@ namespace gfl {
 GFL_DECLARE_PER_ISA(void qfl_forward(const QflInput& in, float* loss, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void qfl_backward(const QflInput& in, const float* grad_loss, void* grad_pred, float* grad_target,
                                       int64_t begin, int64_t end))
+GFL_DECLARE_PER_ISA(void qfl_forward_and_gradient(const QflInput& in, const float* scales, float* loss, void* grad_pred,
+                                                  int64_t begin, int64_t end))
 }  // namespace gfl
 
 namespace gfl::cpu {
@@ -79,6 +81,16 @@ void qfl_backward(const QflInput& in, const void* grad_loss, void* grad_pred, vo
                end);
   }
   dispatch(in.dtype, [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_pred, grad_target, begin, end); });
+}
+
+void qfl_forward_and_gradient(const QflInput& in, const void* scales, void* loss, void* grad_pred, int64_t begin,
+                              int64_t end) {
+  if (vectorised(in)) {
+    GFL_BY_ISA(qfl_forward_and_gradient, in, static_cast<const float*>(scales), static_cast<float*>(loss), grad_pred,
+               begin, end);
+  }
+  qfl_forward(in, loss, begin, end);
+  qfl_backward(in, scales, grad_pred, nullptr, begin, end);
 }
 
 }  // namespace gfl::cpu

@@ -114,6 +114,13 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   Buffer<A> target_alone(t.size());
   backward(in, grad.data(), nullptr, target_alone.data());
   CHECK(widened(target_alone.read()) == got_target, "%s: grad_target depends on grad_pred", c.name.c_str());
+#if !defined(GFL_TEST_CUDA)
+  Buffer<A> loss_beside(c.rows);
+  Buffer<T> grad_beside(count);
+  cpu::qfl_forward_and_gradient(in, grad.data(), loss_beside.data(), grad_beside.data(), 0, c.rows);
+  CHECK(widened(loss_beside.read()) == got, "%s: the loss depends on the gradient beside it", c.name.c_str());
+  CHECK(widened(grad_beside.read()) == got_pred, "%s: the gradient depends on the loss beside it", c.name.c_str());
+#endif
 }
 
 // ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._one_pass import quality_focal_loss_rows
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
@@ -155,7 +156,9 @@ def quality_focal_loss(
             _check.shape(op, name, value, "[N]", (pred.shape[0],))
             _check.same_device(op, name, value, "pred", pred)
         check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
-        loss = QFL(pred.device.type, pred, label.long(), score.to(acc), float(beta), activated)
+        loss = quality_focal_loss_rows(
+            pred, label.long(), score.to(acc), float(beta), activated, weight, reduction, avg_factor
+        )
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if pred.dim() < 2:

@@ -277,8 +277,7 @@ template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSu
   for (int j = 0; j < bins; ++j) {
     const float bin = static_cast<float>(j);
     GFL_LANES(k) {
-      const float below = bounded(tile[j][k]) - max[k], power = exp_of_negative(below);
-      const float value = below < -87.0f ? 0.0f : power;
+      const float value = exp_of_negative(bounded(tile[j][k]) - max[k]);
       total[k] += value;
       moment[k] += value * (bin - peak[k]);
       if (kKeep) e[j][k] = value;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Focal loss with γ = 2 on logits, kLanes elements at a time.
+// Focal loss with γ = 2 on logits, a register of elements at a time.
 #include "gfl/focal.h"
 
 #include "focal_terms.h"
@@ -8,7 +8,7 @@ namespace gfl::GFL_ISA {
 namespace {
 
 auto term_of(const FocalInput& in) {
-  return [alpha = static_cast<float>(in.alpha), unbalanced = in.alpha < 0.0](float logit, float t) {
+  return [alpha = static_cast<float>(in.alpha), unbalanced = in.alpha < 0.0](Floats logit, Floats t) {
     return focal_term(logit, t, alpha, unbalanced);
   };
 }

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
 #include "scalar.h"
 
 #if !defined(GFL_ISA)
@@ -25,6 +29,19 @@ constexpr int kLanes = 16;
 // A loop over the lanes. The pragma keeps the compiler from unrolling it into scalar code before it vectorises.
 #define GFL_LANES(j) _Pragma("omp simd") for (int j = 0; j < kLanes; ++j)
 
+// One register of floats. What is written over `F` serves it and a single float, with the same bits.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Ints = int32_t __attribute__((vector_size(4 * kWidth)));
+
+template <class F> inline F splat(float x) { return F{} + x; }
+
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -32,39 +49,59 @@ inline float multiply_add(float a, float b, float c) {
   return a * b + c;
 #endif
 }
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__FMA__) && defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+template <class F> inline F multiply_add(F a, F b, float c) { return multiply_add(a, b, splat<F>(c)); }
 
 inline float absolute_of(float x) { return __builtin_fabsf(x); }
+inline Floats absolute_of(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+// `x` times the power of two whose exponent lies in the lowest bits of `shifted`; both are normal numbers.
+inline float times_power(float x, float shifted) {
+  uint32_t bits, exponent;
+  std::memcpy(&bits, &x, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += exponent << 23;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline Floats times_power(Floats x, Floats shifted) { return (Floats)((Ints)x + ((Ints)shifted << 23)); }
 
 // Infinities become the largest finite floats; NaN stays.
-inline float clamp_infinite(float x) {
-  constexpr float largest = std::numeric_limits<float>::max();
-  x = x > largest ? largest : x;
+template <class F> inline F clamp_infinite(F x) {
+  const F largest = splat<F>(std::numeric_limits<float>::max());
+  x = largest < x ? largest : x;
   return x < -largest ? -largest : x;
 }
 
-// e^x for x <= 0. Below −87 the result stays at e^−87 = 1.6e-38, which vanishes in every sum that it appears in.
-inline float exp_of_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  // Adding 1.5·2^23 rounds to the nearest integer.
-  const float n = multiply_add(x, 1.44269504f, 12582912.0f) - 12582912.0f;
-  float r = multiply_add(n, -0.693359375f, x);  // ln 2 in two parts; the first has so few bits that n times it is exact
-  r = multiply_add(n, 2.12194440e-4f, r);
+// e^x for x <= 0; 0 below −87, where the result would vanish in every sum that it appears in.
+template <class F> inline F exp_of_negative(F x) {
+  // Adding 1.5·2^23 rounds to the nearest integer, and leaves it in the lowest bits.
+  const F shifted = multiply_add(x, splat<F>(1.44269504f), 12582912.0f);
+  const F n = shifted - 12582912.0f;
+  // ln 2 in two parts; the first has so few bits that n times it is exact.
+  F r = multiply_add(n, splat<F>(-0.693359375f), x);
+  r = multiply_add(n, splat<F>(2.12194440e-4f), r);
   // (e^r − 1 − r) / r² by a minimax polynomial on [−ln2/2, ln2/2], relative error of e^r 3.2e-9.
-  float p = 0.0013950600f;
+  F p = splat<F>(0.0013950600f);
   p = multiply_add(p, r, 0.0083689541f);
   p = multiply_add(p, r, 0.041666206f);
   p = multiply_add(p, r, 0.16666518f);
   p = multiply_add(p, r, 0.5f);
-  const float e = multiply_add(p, r * r, r) + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return e * power;
+  const F e = times_power(multiply_add(p, r * r, r) + 1.0f, shifted);
+  return x < -87.0f ? splat<F>(0.0f) : e;
 }
 
 // log(1 + e) for e in [0, 1]: e times a minimax polynomial, relative error 4.8e-9.
-inline float log1p_of_unit(float e) {
-  float p = -0.0032439810f;
+template <class F> inline F log1p_of_unit(F e) {
+  F p = splat<F>(-0.0032439810f);
   p = multiply_add(p, e, 0.019851264f);
   p = multiply_add(p, e, -0.056959159f);
   p = multiply_add(p, e, 0.10603617f);
@@ -89,12 +126,19 @@ inline float log_of_sum(float x) {
   return multiply_add(exponent, 0.693359375f, multiply_add(exponent, -2.12194440e-4f, log1p_of_unit(m - 1.0f)));
 }
 
-// The sum of kLanes partial sums, in a fixed tree. Overwrites them.
-inline float sum_of_lanes(float* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+// The sum of a register's floats: in a tree, halves first, which goes on with the order of the tree that adds up the
+// registers of kLanes partial sums.
+inline float sum_of(Floats x) {
+#if defined(__clang__)
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) x[j] += x[j + width];
   }
-  return lanes[0];
+#else
+  Ints lane;
+  for (int j = 0; j < kWidth; ++j) lane[j] = j;
+  for (int width = kWidth / 2; width > 0; width /= 2) x += __builtin_shuffle(x, lane + width);
+#endif
+  return x[0];
 }
 
 // kLanes elements as floats, and back. `count` of them are there; the others are read as `fill` and not written.
@@ -111,6 +155,43 @@ template <class T> inline void store_lanes(const float* lanes, int64_t count, T*
     GFL_LANES(j) store(to + j, lanes[j]);
     return;
   }
+  for (int j = 0; j < count; ++j) store(to + j, lanes[j]);
+}
+
+// kWidth elements as floats, and back.
+inline Floats load_floats(const float* from) {
+  Floats v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Floats load_floats(const bfloat16_t* from) {
+  uint16_t __attribute__((vector_size(2 * kWidth))) bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Ints) << 16);
+}
+inline Floats load_floats(const half_t* from) {
+  Floats v;
+  for (int j = 0; j < kWidth; ++j) v[j] = load(from + j);
+  return v;
+}
+inline void store_floats(Floats v, float* to) { std::memcpy(to, &v, sizeof v); }
+template <class T> inline void store_floats(Floats v, T* to) {
+  float lanes[kWidth];
+  std::memcpy(lanes, &v, sizeof v);
+  _Pragma("omp simd") for (int j = 0; j < kWidth; ++j) store(to + j, lanes[j]);
+}
+
+// The same where only `count` of them are there; the others are read as `fill` and not written.
+template <class T> inline Floats load_floats(const T* from, int64_t count, float fill) {
+  if (count >= kWidth) return load_floats(from);
+  float lanes[kWidth];
+  for (int j = 0; j < kWidth; ++j) lanes[j] = j < count ? load(from + j) : fill;
+  return load_floats(lanes);
+}
+template <class T> inline void store_floats(Floats v, int64_t count, T* to) {
+  if (count >= kWidth) return store_floats(v, to);
+  float lanes[kWidth];
+  std::memcpy(lanes, &v, sizeof v);
   for (int j = 0; j < count; ++j) store(to + j, lanes[j]);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Varifocal loss with γ = 2 on logits, kLanes elements at a time.
+// Varifocal loss with γ = 2 on logits, a register of elements at a time.
 #include "gfl/vfl.h"
 
 #include "focal_terms.h"
@@ -8,7 +8,7 @@ namespace gfl::GFL_ISA {
 namespace {
 
 auto term_of(const VflInput& in) {
-  return [alpha = static_cast<float>(in.alpha), iou_weighted = in.iou_weighted ? 1.0f : 0.0f](float logit, float t) {
+  return [alpha = static_cast<float>(in.alpha), iou_weighted = in.iou_weighted ? 1.0f : 0.0f](Floats logit, Floats t) {
     return vfl_term(logit, t, alpha, iou_weighted);
   };
 }

@@ -23,6 +23,9 @@ void qfl_forward(const QflInput& in, void* loss, int64_t begin, int64_t end);
 // grad_loss: [rows] of A. grad_pred: [rows, classes] dtype, contiguous, or null. grad_target: shaped as `target`, or null.
 void qfl_backward(const QflInput& in, const void* grad_loss, void* grad_pred, void* grad_target, int64_t begin,
                   int64_t end);
+// Both in one walk: loss, and the gradient of Σ scales · loss. scales: [rows] of A.
+void qfl_forward_and_gradient(const QflInput& in, const void* scales, void* loss, void* grad_pred, int64_t begin,
+                              int64_t end);
 }  // namespace cpu
 
 #if defined(GFL_WITH_CUDA)
