@@ -2,7 +2,7 @@
 # mypy: disable-error-code="import-not-found,import-untyped"
 """ultralytics' `DFLoss`, `BboxLoss`, `DFL` and `non_max_suppression`, by ours; and ultralytics with ours inside.
 
-All of it can be used without ultralytics. ``patch()`` lets an installed ultralytics (8.1 on) call it, models and
+All of it can be used without ultralytics. ``patch()`` lets an installed ultralytics (8.3 and 8.4) call it, models and
 checkpoints stay as they are; ``unpatch()`` takes it out again.
 
 Here `reg_max` counts *bins* (16 in YOLOv8: distances 0 to 15), where it is the last bin in mmdet and in `gfl_ops`.
@@ -272,7 +272,7 @@ def _suppression_by(original: Any) -> Any:
         """ultralytics' call; `max_time_img` and `max_wh` are of no account."""
         # In some versions a seventh argument is `labels`, so what stands there is not for us to tell.
         maps = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
-        special = named.get("rotated") or named.get("end2end") or named.get("labels") or named.get("in_place") is False
+        special = named.get("rotated") or named.get("end2end") or named.get("labels")
         if others or special or _exporting() or maps.dim() != 3 or maps.shape[-1] == 6:
             if not others:
                 named["max_time_img"] = math.inf
@@ -300,6 +300,8 @@ def _plan() -> Iterator[Change]:
     from ultralytics.nn.modules import block
     from ultralytics.utils import loss
 
+    if not hasattr(loss, "DFLoss"):
+        raise ImportError("gfl_ops.compat.ultralytics.patch: this ultralytics has no DFLoss; 8.3 is the oldest served")
     yield from graft(loss.DFLoss, DFLoss, ["__call__"])
     yield from graft(loss.BboxLoss, BboxLoss)
     yield Change("ultralytics.nn.modules.block.DFL", block.DFL, "forward", _decode_by(block.DFL.forward))
@@ -326,7 +328,7 @@ def patch() -> Replaced:
         go on to ultralytics' own code, without its time limit.
 
     Raises:
-        ImportError: ultralytics is not installed; nothing is replaced then.
+        ImportError: ultralytics is not installed, or before 8.3; nothing is replaced then.
     """
     return _PATCH.apply()
 
