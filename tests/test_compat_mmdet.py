@@ -272,7 +272,7 @@ def test_assigner(options: dict[str, Any], generator: torch.Generator) -> None:
             torch.testing.assert_close(ours.max_overlaps[same], theirs.max_overlaps[same], rtol=0, atol=1e-6)
             assert ours.gt_inds.dtype == theirs.gt_inds.dtype and ours.labels.dtype == theirs.labels.dtype
     print(f"{different} locations of {positives} positives differ: equal distances after mmdet's square root")
-    assert positives > 100 and different <= 0.02 * positives
+    assert positives > 30 and different <= 1 + 0.02 * positives
 
 
 def test_assigner_of_what_is_no_grid(generator: torch.Generator) -> None:
