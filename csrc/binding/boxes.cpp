@@ -77,6 +77,14 @@ at::Tensor distance_to_box_forward(const at::Tensor& points, const at::Tensor& d
                                    const OptionalTensor& max_shape) {
   const ToBox p = prepare_to_box(points, distance, max_shape);
   const at::Tensor boxes = at::empty(distance.sizes(), distance.options());
+#if defined(GFL_WITH_CUDA)
+  if (distance.is_cuda()) {
+    on_stream_of(distance, [&](cudaStream_t stream) {
+      return cuda::distance_to_box_forward(p.in, boxes.mutable_data_ptr(), stream);
+    });
+    return boxes;
+  }
+#endif
   for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
     cpu::distance_to_box_forward(p.in, boxes.mutable_data_ptr(), begin, end);
   });
@@ -89,6 +97,14 @@ std::tuple<at::Tensor, at::Tensor> distance_to_box_backward(const at::Tensor& gr
   const ToBox p = prepare_to_box(points, distance, max_shape);
   const at::Tensor grad = prepare_gradient(grad_boxes, distance);
   const at::Tensor grad_points = wanted(needs[0], points), grad_distance = wanted(needs[1], distance);
+#if defined(GFL_WITH_CUDA)
+  if (distance.is_cuda()) {
+    on_stream_of(distance, [&](cudaStream_t stream) {
+      return cuda::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]), pointer(grad_distance, needs[1]), stream);
+    });
+    return {grad_points, grad_distance};
+  }
+#endif
   for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
     cpu::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
                                   pointer(grad_distance, needs[1]), begin, end);
@@ -100,6 +116,14 @@ at::Tensor box_to_distance_forward(const at::Tensor& points, const at::Tensor& b
                                    std::optional<double> max_distance, double eps) {
   const ToDistance p = prepare_to_distance(points, boxes, max_distance, eps);
   const at::Tensor distance = at::empty(boxes.sizes(), boxes.options());
+#if defined(GFL_WITH_CUDA)
+  if (boxes.is_cuda()) {
+    on_stream_of(boxes, [&](cudaStream_t stream) {
+      return cuda::box_to_distance_forward(p.in, distance.mutable_data_ptr(), stream);
+    });
+    return distance;
+  }
+#endif
   for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
     cpu::box_to_distance_forward(p.in, distance.mutable_data_ptr(), begin, end);
   });
@@ -112,6 +136,14 @@ std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& gr
   const ToDistance p = prepare_to_distance(points, boxes, max_distance, eps);
   const at::Tensor grad = prepare_gradient(grad_distance, boxes);
   const at::Tensor grad_points = wanted(needs[0], points), grad_boxes = wanted(needs[1], boxes);
+#if defined(GFL_WITH_CUDA)
+  if (boxes.is_cuda()) {
+    on_stream_of(boxes, [&](cudaStream_t stream) {
+      return cuda::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]), pointer(grad_boxes, needs[1]), stream);
+    });
+    return {grad_points, grad_boxes};
+  }
+#endif
   for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
     cpu::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
                                   pointer(grad_boxes, needs[1]), begin, end);
@@ -123,5 +155,9 @@ GFL_IMPL_CPU("box_to_distance_fwd", box_to_distance_forward)
 GFL_IMPL_CPU("box_to_distance_bwd", box_to_distance_backward)
 GFL_IMPL_CPU("distance_to_box_fwd", distance_to_box_forward)
 GFL_IMPL_CPU("distance_to_box_bwd", distance_to_box_backward)
+GFL_IMPL_CUDA("box_to_distance_fwd", box_to_distance_forward)
+GFL_IMPL_CUDA("box_to_distance_bwd", box_to_distance_backward)
+GFL_IMPL_CUDA("distance_to_box_fwd", distance_to_box_forward)
+GFL_IMPL_CUDA("distance_to_box_bwd", distance_to_box_backward)
 
 }  // namespace gfl::binding

@@ -34,8 +34,13 @@ Prepared prepare(const at::Tensor& pred, const at::Tensor& target, int64_t kind,
 
 at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t kind, double eps) {
   const Prepared p = prepare(pred, target, kind, eps);
-  TORCH_CHECK_NOT_IMPLEMENTED(pred.is_cpu(), "gfl::iou_fwd has no compiled kernel for ", pred.device());
   const at::Tensor loss = at::empty({pred.size(0)}, pred.options().dtype(accumulator_of(pred)));
+#if defined(GFL_WITH_CUDA)
+  if (pred.is_cuda()) {
+    on_stream_of(pred, [&](cudaStream_t stream) { return cuda::iou_forward(p.in, loss.mutable_data_ptr(), stream); });
+    return loss;
+  }
+#endif
   for_chunks(p.in.rows, kPairsPerChunk,
              [&](int64_t begin, int64_t end) { cpu::iou_forward(p.in, loss.mutable_data_ptr(), begin, end); });
   return loss;
@@ -44,7 +49,6 @@ at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const at::Tensor& target, int64_t kind, double eps, Needs2 needs) {
   const Prepared p = prepare(pred, target, kind, eps);
-  TORCH_CHECK_NOT_IMPLEMENTED(pred.is_cpu(), "gfl::iou_bwd has no compiled kernel for ", pred.device());
   check_shape(grad_loss, {pred.size(0)}, "grad_loss");
   check_dtype(grad_loss, accumulator_of(pred), "grad_loss");
   check_device(grad_loss, pred, "grad_loss");
@@ -53,6 +57,14 @@ std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, con
   const at::Tensor grad_target = needs[1] ? at::empty(target.sizes(), target.options()) : at::empty({0}, target.options());
   void* out = needs[0] ? grad_pred.mutable_data_ptr() : nullptr;
   void* out_target = needs[1] ? grad_target.mutable_data_ptr() : nullptr;
+#if defined(GFL_WITH_CUDA)
+  if (pred.is_cuda()) {
+    on_stream_of(pred, [&](cudaStream_t stream) {
+      return cuda::iou_backward(p.in, grad.const_data_ptr(), out, out_target, stream);
+    });
+    return {grad_pred, grad_target};
+  }
+#endif
   for_chunks(p.in.rows, kPairsPerChunk, [&](int64_t begin, int64_t end) {
     cpu::iou_backward(p.in, grad.const_data_ptr(), out, out_target, begin, end);
   });
@@ -61,5 +73,7 @@ std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, con
 
 GFL_IMPL_CPU("iou_fwd", iou_forward)
 GFL_IMPL_CPU("iou_bwd", iou_backward)
+GFL_IMPL_CUDA("iou_fwd", iou_forward)
+GFL_IMPL_CUDA("iou_bwd", iou_backward)
 
 }  // namespace gfl::binding

@@ -27,11 +27,8 @@ void boxes(Generator& generator, DType dtype, int64_t outer, int64_t inner, bool
   FloatBuffer result(dtype, 4 * count), grad_points(dtype, 2 * count), grad_distance(dtype, 4 * count);
   const DistanceToBoxInput in{dtype, outer, inner, points.data(), distance.data(), clipped ? limit.data() : nullptr,
                               {0, 2}, {4 * inner, 4}, {2, 0}};
-  for (int64_t begin = 0; begin < n; begin += 5) {
-    const int64_t end = begin + 5 < n ? begin + 5 : n;
-    cpu::distance_to_box_forward(in, result.data(), begin, end);
-    cpu::distance_to_box_backward(in, grad.data(), grad_points.data(), grad_distance.data(), begin, end);
-  }
+  GFL_RUN(n, distance_to_box_forward, in, result.data());
+  GFL_RUN(n, distance_to_box_backward, in, grad.data(), grad_points.data(), grad_distance.data());
   const std::vector<double> p = points.read(), d = distance.read(), l = limit.read(), g = grad.read();
   std::vector<double> want(4 * count), want_points(2 * count, 0.0), want_distance(4 * count);
   for (int64_t i = 0; i < n; ++i) {
@@ -58,11 +55,8 @@ void distances(Generator& generator, DType dtype, int64_t n, bool clamped) {
   FloatBuffer result(dtype, 4 * count), grad_points(dtype, 2 * count), grad_boxes(dtype, 4 * count);
   const double upper = 29.9;
   const BoxToDistanceInput in{dtype, 1, n, points.data(), box.data(), {0, 2}, {0, 4}, clamped, upper};
-  for (int64_t begin = 0; begin < n; begin += 5) {
-    const int64_t end = begin + 5 < n ? begin + 5 : n;
-    cpu::box_to_distance_forward(in, result.data(), begin, end);
-    cpu::box_to_distance_backward(in, grad.data(), grad_points.data(), grad_boxes.data(), begin, end);
-  }
+  GFL_RUN(n, box_to_distance_forward, in, result.data());
+  GFL_RUN(n, box_to_distance_backward, in, grad.data(), grad_points.data(), grad_boxes.data());
   const std::vector<double> p = points.read(), b = box.read(), g = grad.read();
   std::vector<double> want(4 * count), want_points(2 * count, 0.0), want_boxes(4 * count);
   for (int64_t i = 0; i < n; ++i) {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "testing.h"
+#include "float_buffer.h"
 
 using namespace gfl;
 using namespace gfl::testing;
@@ -39,8 +39,7 @@ Real formula(const Real* p, const Real* t, int kind, Real eps, Real alpha, Real*
 }
 
 void backward(const IouInput& in, const void* grad, void* grad_pred, void* grad_target) {
-  cpu::iou_backward(in, grad, grad_pred, grad_target, in.rows / 2, in.rows);
-  cpu::iou_backward(in, grad, grad_pred, grad_target, 0, in.rows / 2);
+  GFL_RUN(in.rows, iou_backward, in, grad, grad_pred, grad_target);
 }
 
 template <class T> void check(int kind, int64_t rows, DType dtype, double epsilon, Generator& draw) {
@@ -64,8 +63,7 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
   Buffer<A> loss(rows), grad_target(rows * 4);
   Buffer<T> grad_pred(rows * 4), alone(rows * 4);
   const IouInput in{pred.data(), dtype, 4, 1, target.data(), rows, kind, 1e-6};
-  cpu::iou_forward(in, loss.data(), rows / 2, rows);
-  cpu::iou_forward(in, loss.data(), 0, rows / 2);
+  GFL_RUN(rows, iou_forward, in, loss.data());
   backward(in, grad.data(), grad_pred.data(), grad_target.data());
   backward(in, grad.data(), alone.data(), nullptr);
   const std::vector<double> got = widened(loss.read()), got_pred = widened(grad_pred.read());
@@ -106,7 +104,7 @@ void check_degenerate() {
   for (int kind = kIou; kind <= kOverlap; ++kind) {
     const IouInput in{pred.data(), DType::f32, 4, 1, target.data(), 3, kind, 1e-7};
     Buffer<float> loss(3), grad_pred(12), grad_target(12);
-    cpu::iou_forward(in, loss.data(), 0, 3);
+    GFL_RUN(3, iou_forward, in, loss.data());
     backward(in, grad.data(), grad_pred.data(), grad_target.data());
     for (const auto& values : {loss.read(), grad_pred.read(), grad_target.read()}) {
       for (const float v : values) CHECK(std::isfinite(v), "kind %d gives %g for a degenerate box", kind, v);

@@ -40,4 +40,15 @@ void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_dis
                               void* grad_boxes, int64_t begin, int64_t end);
 }  // namespace cpu
 
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+cudaError_t distance_to_box_forward(const DistanceToBoxInput& in, void* boxes, cudaStream_t stream);
+cudaError_t distance_to_box_backward(const DistanceToBoxInput& in, const void* grad_boxes, void* grad_points,
+                                     void* grad_distance, cudaStream_t stream);
+cudaError_t box_to_distance_forward(const BoxToDistanceInput& in, void* distance, cudaStream_t stream);
+cudaError_t box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_distance, void* grad_points,
+                                     void* grad_boxes, cudaStream_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace gfl

@@ -24,4 +24,12 @@ void iou_backward(const IouInput& in, const void* grad_loss, void* grad_pred, vo
                   int64_t end);
 }  // namespace cpu
 
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+cudaError_t iou_forward(const IouInput& in, void* loss, cudaStream_t stream);
+cudaError_t iou_backward(const IouInput& in, const void* grad_loss, void* grad_pred, void* grad_target,
+                         cudaStream_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace gfl
