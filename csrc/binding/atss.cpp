@@ -69,6 +69,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
   at::Tensor labels = at::empty({images, locations}, gt_labels.options());
   at::Tensor matched = at::empty({images, locations}, gt_labels.options());
   at::Tensor iou = at::empty({images, locations}, gt_boxes.options());
+#if defined(GFL_WITH_CUDA)
+  if (gt_boxes.is_cuda()) {
+    TORCH_CHECK_NOT_IMPLEMENTED(cuda::atss_fits(in), "gfl::atss on CUDA takes up to ", cuda::kAtssMaxLevels,
+                                " levels, 6143 candidates a box (`topk` times levels) and 2^31 locations, got ",
+                                levels.size(), " levels, a `topk` of ", topk, " and ", locations, " locations");
+    on_stream_of(gt_boxes, [&](cudaStream_t stream) {
+      return cuda::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
+                        iou.mutable_data_ptr<float>(), stream);
+    });
+    return {labels, matched, iou};
+  }
+#endif
   for_chunks(images, 1, [&](int64_t begin, int64_t end) {
     cpu::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
               iou.mutable_data_ptr<float>(), begin, end);
@@ -77,5 +89,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
 }
 
 GFL_IMPL_CPU("atss", atss_forward)
+GFL_IMPL_CUDA("atss", atss_forward)
 
 }  // namespace gfl::binding

@@ -100,7 +100,8 @@ std::tuple<at::Tensor, at::Tensor> distance_to_box_backward(const at::Tensor& gr
 #if defined(GFL_WITH_CUDA)
   if (distance.is_cuda()) {
     on_stream_of(distance, [&](cudaStream_t stream) {
-      return cuda::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]), pointer(grad_distance, needs[1]), stream);
+      return cuda::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
+                                            pointer(grad_distance, needs[1]), stream);
     });
     return {grad_points, grad_distance};
   }
@@ -139,7 +140,8 @@ std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& gr
 #if defined(GFL_WITH_CUDA)
   if (boxes.is_cuda()) {
     on_stream_of(boxes, [&](cudaStream_t stream) {
-      return cuda::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]), pointer(grad_boxes, needs[1]), stream);
+      return cuda::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
+                                            pointer(grad_boxes, needs[1]), stream);
     });
     return {grad_points, grad_boxes};
   }

@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(kFoursThreads)
     const A* limit = at<A>(in, in.limit, in.stride_limit, i);
     A distance[4], box[4];
     load_four(at<A>(in, in.distance, in.stride_distance, i), 1, dense.input, distance);
-    for (int side = 0; side < 4; ++side) box[side] = clipped_side_at(point[side & 1], distance[side], side, limit).value;
+    for (int side = 0; side < 4; ++side) {
+      box[side] = clipped_side_at(point[side & 1], distance[side], side, limit).value;
+    }
     store_four(boxes + i * 4, dense.result, box);
   });
 }

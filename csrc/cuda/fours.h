@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of four coordinates, a thread each: by one or two vector accesses where the row is dense and aligned, else one by
-// one. Which of the two is decided once a launch.
+// Rows of four coordinates, a thread each: by one or two vector accesses where the row is dense and aligned, else one
+// by one. Which of the two is decided once a launch.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -83,20 +83,39 @@ Result by_sorting(const AtssInput& in) {
 
 int64_t positives = 0;
 
+void run(AtssInput in, int64_t* labels, int64_t* matched, float* iou) {
+#if defined(GFL_TEST_CUDA)
+  const int64_t boxes = in.images * in.gts;
+  const Buffer<float> gt_boxes(std::vector<float>(in.gt_boxes, in.gt_boxes + boxes * 4));
+  const Buffer<int64_t> gt_labels(std::vector<int64_t>(in.gt_labels, in.gt_labels + boxes));
+  const bool whole = in.valid_sizes == nullptr;
+  const Buffer<float> valid(std::vector<float>(in.valid_sizes, in.valid_sizes + (whole ? 0 : in.images * 2)));
+  in.gt_boxes = gt_boxes.data();
+  in.gt_labels = gt_labels.data();
+  if (!whole) in.valid_sizes = valid.data();
+  CHECK_CUDA(cuda::atss(in, labels, matched, iou, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+#else
+  // Image by image, as chunks may come.
+  for (int64_t b = 0; b < in.images; ++b) cpu::atss(in, labels, matched, iou, b, b + 1);
+#endif
+}
+
 void compare(const AtssInput& in, const char* name) {
   const size_t size = static_cast<size_t>(in.images * in.locations);
   Buffer<int64_t> labels(size), matched(size);
   Buffer<float> iou(size);
-  // Image by image, as chunks may come.
-  for (int64_t b = 0; b < in.images; ++b) cpu::atss(in, labels.data(), matched.data(), iou.data(), b, b + 1);
+  run(in, labels.data(), matched.data(), iou.data());
+  const std::vector<int64_t> got_labels = labels.read(), got_matched = matched.read();
+  const std::vector<float> got_iou = iou.read();
   const Result want = by_sorting(in);
   for (size_t i = 0; i < size; ++i) {
     positives += want.matched[i] >= 0;
-    CHECK(labels.data()[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(labels.data()[i]), static_cast<long long>(want.labels[i]));
-    CHECK(matched.data()[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(matched.data()[i]), static_cast<long long>(want.matched[i]));
-    CHECK(iou.data()[i] == want.iou[i], "%s: IoU of %zu", name, i);
+    CHECK(got_labels[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
+          static_cast<long long>(got_labels[i]), static_cast<long long>(want.labels[i]));
+    CHECK(got_matched[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
+          static_cast<long long>(got_matched[i]), static_cast<long long>(want.matched[i]));
+    CHECK(got_iou[i] == want.iou[i], "%s: IoU of %zu", name, i);
   }
 }
 
@@ -153,6 +172,19 @@ int main() {
         }
       }
     }
+  }
+  // No object, one, a thousand in one place.
+  for (const int64_t gts : {0, 1, 1000}) {
+    const std::vector<AtssLevel> levels = pyramid({{12, 17}, {6, 9}, {3, 5}}, 0, false);
+    std::vector<float> boxes;
+    for (int64_t i = 0; i < 2 * gts; ++i) {
+      // Multiples of 8: many are equal, and so are many overlaps.
+      const float x = 8.0f * static_cast<float>(draw.integer(0, 12)), y = 8.0f * static_cast<float>(draw.integer(0, 9));
+      const float w = 8.0f * static_cast<float>(draw.integer(1, 9)), h = 8.0f * static_cast<float>(draw.integer(1, 9));
+      for (const float v : {x, y, x + w, y + h}) boxes.push_back(v);
+    }
+    const std::vector<int64_t> labels(static_cast<size_t>(2 * gts), 1);
+    compare({levels.data(), 3, 12 * 17 + 6 * 9 + 3 * 5, boxes.data(), labels.data(), nullptr, 2, gts, 9, false}, "crowd");
   }
   CHECK(positives > 1000, "only %lld positives in all", static_cast<long long>(positives));
   return gfl::testing::result("atss");

@@ -31,4 +31,14 @@ namespace cpu {
 void atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* iou, int64_t begin, int64_t end);
 }  // namespace cpu
 
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+constexpr int kAtssMaxLevels = 16;
+// Whether the kernels can: up to kAtssMaxLevels levels, 6143 candidates a box, 2^31 locations an image.
+bool atss_fits(const AtssInput& in);
+// The whole batch in three graph nodes. cudaErrorInvalidValue where `atss_fits` says no.
+cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* iou, cudaStream_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace gfl
