@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 
 #include "common.h"
 #include "gfl/rows.h"
@@ -45,10 +46,9 @@ double norm_of(const OptionalTensor& norm, at::ScalarType dtype, double otherwis
   return dtype == at::kDouble ? *norm->const_data_ptr<double>() : double(*norm->const_data_ptr<float>());
 }
 
-// Checks, and everything that both directions need: positives, their terms, the norms.
+// Checks, and what both devices read.
 void prepare(Prepared& p, at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
-             const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
-             const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+             const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes, int64_t reg_max,
              at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy) {
   const size_t count = cls_scores.size();
   TORCH_CHECK_VALUE(count > 0, "gfl: `cls_scores` must hold at least one level");
@@ -104,14 +104,17 @@ void prepare(Prepared& p, at::TensorList cls_scores, at::TensorList reg_preds, a
                       gt_boxes.size(1),
                       beta,
                       legacy};
+}
 
+// What both directions need on the CPU: positives, their terms, the norms.
+void count_on_cpu(Prepared& p, at::ScalarType acc, const OptionalTensor& cls_norm, const OptionalTensor& box_norm) {
   p.positives = cpu::gfl_loss_positives(p.in);
   p.blocks = cpu::gfl_loss_blocks(p.in);
   p.terms.resize(p.positives.size());
   for_chunks(static_cast<int64_t>(p.terms.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
     cpu::gfl_loss_terms(p.in, p.positives.data(), p.terms.data(), begin, end);
   });
-  std::vector<int64_t> per_image(images, 0);
+  std::vector<int64_t> per_image(p.in.images, 0);
   p.weight_sum = 0;
   for (size_t i = 0; i < p.terms.size(); ++i) {
     ++per_image[p.positives[i].image];
@@ -135,6 +138,57 @@ std::vector<at::Tensor> like(at::TensorList maps, bool needed) {
   return result;
 }
 
+#if defined(GFL_WITH_CUDA)
+// A single number on the device of the maps, which the host does not read.
+const void* number_on(const at::Tensor& like, const at::Tensor& number, const char* argument) {
+  check_shape(number, {}, argument);
+  check_dtype(number, accumulator_of(like), argument);
+  check_device(number, like, argument);
+  return number.const_data_ptr();
+}
+
+GflLossScalars scalars_of(const at::Tensor& like, const OptionalTensor& cls_norm, const OptionalTensor& box_norm,
+                          at::ArrayRef<double> loss_weights) {
+  return {{loss_weights[0], loss_weights[1], loss_weights[2]},
+          cls_norm.has_value() ? number_on(like, *cls_norm, "cls_norm") : nullptr,
+          box_norm.has_value() ? number_on(like, *box_norm, "box_norm") : nullptr};
+}
+
+at::Tensor workspace_for(const Prepared& p, const at::Tensor& like) {
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::gfl_loss_fits(p.in), "gfl::gfl_loss on CUDA takes up to ", cuda::kGflLossMaxLevels,
+                              " levels and 2^31 locations, got ", p.in.level_count, " levels and ", p.in.locations,
+                              " locations");
+  return at::empty({static_cast<int64_t>(cuda::gfl_loss_workspace_bytes(p.in))}, like.options().dtype(at::kByte));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_on_cuda(
+    const Prepared& p, const at::Tensor& like, const OptionalTensor& cls_norm, const OptionalTensor& box_norm,
+    at::ArrayRef<double> loss_weights) {
+  const GflLossScalars scalars = scalars_of(like, cls_norm, box_norm, loss_weights);
+  const at::Tensor workspace = workspace_for(p, like);
+  const auto number = [&] { return at::empty({}, like.options().dtype(accumulator_of(like))); };
+  const at::Tensor cls = number(), box = number(), dfl = number(), num_pos = number(), box_weight = number();
+  const GflLossOutput out{cls.mutable_data_ptr(), box.mutable_data_ptr(), dfl.mutable_data_ptr(),
+                          num_pos.mutable_data_ptr(), box_weight.mutable_data_ptr()};
+  on_stream_of(like, [&](cudaStream_t stream) {
+    return cuda::gfl_loss_forward(p.in, scalars, workspace.mutable_data_ptr(), out, stream);
+  });
+  return {cls, box, dfl, num_pos, box_weight};
+}
+
+void backward_on_cuda(const Prepared& p, const std::array<at::Tensor, 3>& grads, const at::Tensor& like,
+                      const OptionalTensor& cls_norm, const OptionalTensor& box_norm,
+                      at::ArrayRef<double> loss_weights, const std::vector<HeadGradients>& gradients) {
+  const GflLossScalars scalars = scalars_of(like, cls_norm, box_norm, loss_weights);
+  const GflLossGrads of_losses{number_on(like, grads[0], "grad_cls"), number_on(like, grads[1], "grad_box"),
+                               number_on(like, grads[2], "grad_dfl")};
+  const at::Tensor workspace = workspace_for(p, like);
+  on_stream_of(like, [&](cudaStream_t stream) {
+    return cuda::gfl_loss_backward(p.in, scalars, of_losses, workspace.mutable_data_ptr(), gradients.data(), stream);
+  });
+}
+#endif
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_forward(
@@ -143,8 +197,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_
     const OptionalTensor& box_norm, int64_t reg_max, at::ArrayRef<double> loss_weights, double beta,
     at::ArrayRef<double> center_offset, bool legacy) {
   Prepared p;
-  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta,
-          center_offset, legacy);
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
+          legacy);
+  const at::ScalarType acc = accumulator_of(cls_scores[0]);
+#if defined(GFL_WITH_CUDA)
+  if (cls_scores[0].is_cuda()) return forward_on_cuda(p, cls_scores[0], cls_norm, box_norm, loss_weights);
+#endif
+  count_on_cpu(p, acc, cls_norm, box_norm);
   std::vector<double> sums(p.blocks.size());
   for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
     cpu::gfl_loss_scores(p.in, p.positives, p.terms.data(), p.blocks.data(), sums.data(), begin, end);
@@ -156,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_
     dfl += t.weight * t.dfl;
   }
   const auto scalar = [&](double value) {
-    return at::scalar_tensor(value, cls_scores[0].options().dtype(accumulator_of(cls_scores[0])));
+    return at::scalar_tensor(value, cls_scores[0].options().dtype(acc));
   };
   return {scalar(loss_weights[0] * cls / p.cls_norm), scalar(loss_weights[1] * box / p.box_norm),
           scalar(loss_weights[2] * dfl / p.box_norm), scalar(static_cast<double>(p.positives.size())),
@@ -169,12 +228,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
     const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
     at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy, Needs2 needs) {
   Prepared p;
-  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta,
-          center_offset, legacy);
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
+          legacy);
   const at::ScalarType acc = accumulator_of(cls_scores[0]);
-  const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * loss_weights[0] / p.cls_norm,
-                          number_of(grad_box, acc, "grad_box") * loss_weights[1] / p.box_norm,
-                          number_of(grad_dfl, acc, "grad_dfl") * loss_weights[2] / p.box_norm};
   std::vector<at::Tensor> grad_scores = like(cls_scores, needs[0]), grad_preds = like(reg_preds, needs[1]);
   std::vector<HeadGradients> gradients(p.levels.size());
   for (size_t l = 0; l < gradients.size(); ++l) {
@@ -183,10 +239,21 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
       copy_strides(grad_scores[l], gradients[l].cls_stride);
     }
     if (needs[1]) {
-      gradients[l].reg = grad_preds[l].zero_().mutable_data_ptr();
+      gradients[l].reg = grad_preds[l].mutable_data_ptr();
       copy_strides(grad_preds[l], gradients[l].reg_stride);
     }
   }
+#if defined(GFL_WITH_CUDA)
+  if (cls_scores[0].is_cuda()) {
+    backward_on_cuda(p, {grad_cls, grad_box, grad_dfl}, cls_scores[0], cls_norm, box_norm, loss_weights, gradients);
+    return {std::move(grad_scores), std::move(grad_preds)};
+  }
+#endif
+  count_on_cpu(p, acc, cls_norm, box_norm);
+  const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * loss_weights[0] / p.cls_norm,
+                          number_of(grad_box, acc, "grad_box") * loss_weights[1] / p.box_norm,
+                          number_of(grad_dfl, acc, "grad_dfl") * loss_weights[2] / p.box_norm};
+  for (at::Tensor& grad : grad_preds) grad.zero_();
   if (needs[0]) {
     for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
       cpu::gfl_loss_scores_backward(p.in, p.positives, p.terms.data(), p.blocks.data(), scales.cls, gradients.data(),
@@ -203,5 +270,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
 
 GFL_IMPL_CPU("gfl_loss_fwd", gfl_loss_forward)
 GFL_IMPL_CPU("gfl_loss_bwd", gfl_loss_backward)
+GFL_IMPL_CUDA("gfl_loss_fwd", gfl_loss_forward)
+GFL_IMPL_CUDA("gfl_loss_bwd", gfl_loss_backward)
 
 }  // namespace gfl::binding

@@ -3,6 +3,7 @@
 #include "gfl/gfl_loss.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "gfl/parallel.h"
 #include "testing.h"
@@ -12,6 +13,7 @@ namespace {
 using namespace gfl;
 using gfl::testing::Generator;
 using gfl::testing::close;
+using gfl::testing::rounded;
 
 struct Losses { double cls, box, dfl; };
 
@@ -137,7 +139,115 @@ template <class T> struct Map {
   }
 };
 
-template <class T> void check(Case c, DType dtype, double tolerance, const char* name) {
+// What a launcher gave: the losses before any norm, and through the maps that `gradients` names their gradient.
+struct Got { Losses losses; int64_t positives; double weight; };
+
+#if defined(GFL_TEST_CUDA)
+using gfl::testing::Buffer;
+
+template <class T> struct DeviceMaps {
+  std::vector<std::unique_ptr<Buffer<T>>> maps;
+  T* add(const std::vector<T>& values) {
+    maps.push_back(std::make_unique<Buffer<T>>(values));
+    return maps.back()->data();
+  }
+};
+
+template <class T>
+Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& scales, std::vector<HeadLevel> levels,
+        std::vector<HeadGradients> gradients, const std::vector<Map<T>>& cls, const std::vector<Map<T>>& reg,
+        std::vector<Map<T>>& grad_cls, std::vector<Map<T>>& grad_reg, const char* name) {
+  using A = acc_t<T>;
+  DeviceMaps<T> inputs, cls_out, reg_out;
+  for (size_t l = 0; l < levels.size(); ++l) {
+    levels[l].cls = inputs.add(cls[l].data);
+    levels[l].reg = inputs.add(reg[l].data);
+    // Not even zeros are there before.
+    gradients[l].cls = cls_out.add(std::vector<T>(grad_cls[l].data.size(), rounded<T>({NAN})[0]));
+    gradients[l].reg = reg_out.add(std::vector<T>(grad_reg[l].data.size(), rounded<T>({NAN})[0]));
+  }
+  const size_t locations = static_cast<size_t>(in.images * in.locations);
+  const Buffer<int64_t> labels(std::vector<int64_t>(in.labels, in.labels + locations));
+  const Buffer<int64_t> matched(std::vector<int64_t>(in.matched, in.matched + locations));
+  const Buffer<A> device_boxes(boxes), one(std::vector<A>{1});
+  const Buffer<A> grads(std::vector<A>{static_cast<A>(scales.cls), static_cast<A>(scales.box), static_cast<A>(scales.dfl)});
+  in.levels = levels.data();
+  in.labels = labels.data();
+  in.matched = matched.data();
+  in.gt_boxes = device_boxes.data();
+  Buffer<unsigned char> workspace(cuda::gfl_loss_workspace_bytes(in));
+  Buffer<A> out(5), again(5);
+  const auto output = [](Buffer<A>& to) {
+    return GflLossOutput{to.data(), to.data() + 1, to.data() + 2, to.data() + 3, to.data() + 4};
+  };
+  const GflLossScalars plain{{1, 1, 1}, one.data(), one.data()}, normed{{0.5, 2, 0.25}, nullptr, nullptr};
+  CHECK_CUDA(cuda::gfl_loss_forward(in, plain, workspace.data(), output(out), nullptr));
+  CHECK_CUDA(cuda::gfl_loss_forward(in, normed, workspace.data(), output(again), nullptr));
+  const GflLossGrads grad_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+  CHECK_CUDA(cuda::gfl_loss_backward(in, plain, grad_losses, workspace.data(), gradients.data(), nullptr));
+  for (size_t l = 0; l < levels.size(); ++l) {
+    grad_cls[l].data = cls_out.maps[l]->read();
+    grad_reg[l].data = reg_out.maps[l]->read();
+  }
+  // With the default norms the same, scaled: forward by the norms' quotient, backward by it too.
+  const std::vector<A> sums = out.read(), losses = again.read();
+  double norm = 0;
+  for (int64_t b = 0; b < in.images; ++b) {
+    int64_t positives = 0;
+    const std::vector<int64_t> all = labels.read();
+    for (int64_t i = b * in.locations; i < (b + 1) * in.locations; ++i) {
+      positives += all[static_cast<size_t>(i)] >= 0 && all[static_cast<size_t>(i)] < in.classes;
+    }
+    norm += static_cast<double>(std::max<int64_t>(positives, 1));
+  }
+  const double weight = std::max(static_cast<double>(sums[4]), 1.0);
+  CHECK(close(losses[0], 0.5 * sums[0] / norm, 1e-6, 0), "%s: cls %g of %g", name, double(losses[0]), double(sums[0]));
+  CHECK(close(losses[1], 2 * sums[1] / weight, 1e-6, 0), "%s: box %g of %g", name, double(losses[1]), double(sums[1]));
+  CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]), double(sums[2]));
+  CHECK(losses[3] == sums[3] && losses[4] == sums[4], "%s: the norms depend on the norms", name);
+  std::vector<HeadGradients> alone = gradients;
+  for (HeadGradients& g : alone) g.cls = nullptr;
+  const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
+  CHECK_CUDA(cuda::gfl_loss_backward(in, scaled, grad_losses, workspace.data(), alone.data(), nullptr));
+  for (size_t l = 0; l < levels.size(); ++l) {
+    const std::vector<T> repeated = reg_out.maps[l]->read();
+    for (size_t i = 0; i < repeated.size(); ++i) {
+      const double first = static_cast<double>(load(&grad_reg[l].data[i])), second = static_cast<double>(load(&repeated[i]));
+      CHECK(close(second, first, 1e-2, 1e-6), "%s: gradient %g, alone %g", name, first, second);
+    }
+  }
+  return {{double(sums[0]), double(sums[1]), double(sums[2])}, static_cast<int64_t>(sums[3]), double(sums[4])};
+}
+#else
+template <class T>
+Got run(const GflLossInput& in, const std::vector<acc_t<T>>&, const HeadScales& scales, const std::vector<HeadLevel>&,
+        const std::vector<HeadGradients>& gradients, const std::vector<Map<T>>&, const std::vector<Map<T>>&,
+        std::vector<Map<T>>&, std::vector<Map<T>>&, const char*) {
+  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
+  const std::vector<HeadBlock> blocks = cpu::gfl_loss_blocks(in);
+  std::vector<HeadTerms> terms(positives.size());
+  std::vector<double> sums(blocks.size());
+  const int64_t count = static_cast<int64_t>(positives.size());
+  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) {
+    cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e);
+  });
+  gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
+    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), b, e);
+  });
+  Got got{{0, 0, 0}, count, 0};
+  for (const double s : sums) got.losses.cls += s;
+  for (const HeadTerms& t : terms) {
+    got.losses.box += t.weight * t.box, got.losses.dfl += t.weight * t.dfl, got.weight += t.weight;
+  }
+  cpu::gfl_loss_scores_backward(in, positives, terms.data(), blocks.data(), scales.cls, gradients.data(), 0,
+                                static_cast<int64_t>(blocks.size()));
+  cpu::gfl_loss_terms_backward(in, positives.data(), terms.data(), scales, gradients.data(), 0, count);
+  return got;
+}
+#endif
+
+// The gradients' maps have the layout of the others, or the other one if `turned`.
+template <class T> void check(Case c, DType dtype, double tolerance, const char* name, bool turned = true) {
   using A = acc_t<T>;
   std::vector<Map<T>> cls, reg, grad_cls, grad_reg;
   std::vector<HeadLevel> levels;
@@ -147,7 +257,7 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     const auto [h, w] = c.sizes[l];
     cls.emplace_back(c.cls[l], c.images, c.classes, h, w, c.channels_last);
     reg.emplace_back(c.reg[l], c.images, sides, h, w, c.channels_last);
-    grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w, !c.channels_last);
+    grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w, c.channels_last != turned);
     grad_reg.emplace_back(std::vector<double>(c.reg[l].size(), 0), c.images, sides, h, w, c.channels_last);
     c.cls[l] = cls[l].held(c.images, c.classes, h, w);
     c.reg[l] = reg[l].held(c.images, sides, h, w);
@@ -171,33 +281,25 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
                         boxes.data(),  c.gts,
                         c.beta,        c.legacy};
 
-  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
-  const std::vector<HeadBlock> blocks = cpu::gfl_loss_blocks(in);
-  std::vector<HeadTerms> terms(positives.size()), frozen;
-  std::vector<double> sums(blocks.size());
-  const int64_t count = static_cast<int64_t>(positives.size());
-  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) {
-    cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e);
-  });
-  gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
-    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), b, e);
-  });
-  Losses got{0, 0, 0};
-  for (const double s : sums) got.cls += s;
-  for (const HeadTerms& t : terms) got.box += t.weight * t.box, got.dfl += t.weight * t.dfl;
-  const Losses want = by_loops(c, frozen);
-  CHECK(frozen.size() == terms.size(), "%s: %zu positives, not %zu", name, terms.size(), frozen.size());
-  CHECK(close(got.cls, want.cls, tolerance, 0), "%s: cls %.9g, not %.9g", name, got.cls, want.cls);
-  CHECK(close(got.box, want.box, tolerance, 0), "%s: box %.9g, not %.9g", name, got.box, want.box);
-  CHECK(close(got.dfl, want.dfl, tolerance, 0), "%s: dfl %.9g, not %.9g", name, got.dfl, want.dfl);
-
   const HeadScales scales{0.7, -1.3, 2.1};
-  cpu::gfl_loss_scores_backward(in, positives, terms.data(), blocks.data(), scales.cls, gradients.data(), 0,
-                                static_cast<int64_t>(blocks.size()));
-  cpu::gfl_loss_terms_backward(in, positives.data(), terms.data(), scales, gradients.data(), 0, count);
+  const Got got = run<T>(in, boxes, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
+  std::vector<HeadTerms> frozen;
+  const Losses want = by_loops(c, frozen);
+  double weight = 0;
+  for (const HeadTerms& t : frozen) weight += t.weight;
+  CHECK(static_cast<int64_t>(frozen.size()) == got.positives, "%s: %lld positives, not %zu", name,
+        static_cast<long long>(got.positives), frozen.size());
+  CHECK(close(got.losses.cls, want.cls, tolerance, 0), "%s: cls %.9g, not %.9g", name, got.losses.cls, want.cls);
+  CHECK(close(got.losses.box, want.box, tolerance, 0), "%s: box %.9g, not %.9g", name, got.losses.box, want.box);
+  CHECK(close(got.losses.dfl, want.dfl, tolerance, 0), "%s: dfl %.9g, not %.9g", name, got.losses.dfl, want.dfl);
+  CHECK(close(got.weight, weight, tolerance, 0), "%s: weights of %.9g, not %.9g", name, got.weight, weight);
+  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
+
   // Every element has been written, and those that are looked at are right.
-  for (const Map<T>& map : grad_cls) {
-    for (const T& v : map.data) CHECK(load(&v) == load(&v), "%s: an element of the gradient was not written", name);
+  for (const auto* maps : {&grad_cls, &grad_reg}) {
+    for (const Map<T>& map : *maps) {
+      for (const T& v : map.data) CHECK(load(&v) == load(&v), "%s: an element of the gradient was not written", name);
+    }
   }
   Generator pick(7);
   const auto difference = [&](double& value) {
@@ -276,5 +378,10 @@ int main() {
   }
   check<float>(draw_case(draw, {{1, 70}}, 1, 1, 2.0, false, true), DType::f32, 1e-5, "one class");
   check<float>(draw_case(draw, {{13, 21}, {1, 1}, {0, 4}}, 3, 7, 2.0, false, false), DType::f32, 1e-5, "over a block");
+  for (const bool channels_last : {false, true}) {  // what vector accesses suit
+    const Case c = draw_case(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 7, 2.0, false, channels_last);
+    check<float>(c, DType::f32, 1e-5, "aligned f32", false);
+    check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);
+  }
   return gfl::testing::result("gfl_loss");
 }

@@ -83,4 +83,30 @@ void gfl_loss_terms_backward(const GflLossInput& in, const HeadPositive* positiv
                              const HeadScales& scales, const HeadGradients* gradients, int64_t begin, int64_t end);
 
 }  // namespace cpu
+
+#if defined(GFL_WITH_CUDA)
+// Single numbers of A on the device, but for the weights of the losses.
+struct GflLossScalars {
+  double loss_weights[3];
+  const void* cls_norm;  // null: Σ max(positives of an image, 1)
+  const void* box_norm;  // null: max(Σ w, 1)
+};
+struct GflLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };
+struct GflLossGrads { const void *cls, *box, *dfl; };
+
+namespace cuda {
+constexpr int kGflLossMaxLevels = 16;
+// Whether the kernels can: up to kGflLossMaxLevels levels, and sizes whose tiles and locations 32 bits count.
+bool gfl_loss_fits(const GflLossInput& in);
+// Memory that both directions need for the time of the call; what is in it does not matter.
+size_t gfl_loss_workspace_bytes(const GflLossInput& in);
+// Two launches. cudaErrorInvalidValue where `gfl_loss_fits` says no.
+cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
+                             const GflLossOutput& out, cudaStream_t stream);
+// Three launches, two with both norms given. Every element of the gradients that are wanted is written.
+cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+                              void* workspace, const HeadGradients* gradients, cudaStream_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace gfl

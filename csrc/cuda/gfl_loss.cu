@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: Apache-2.0
+// The head's loss on the GPU: two launches forward, three backward, whatever the batch, the levels and the objects; the
+// host is told nothing on the way.                                                          (arXiv 2006.04388, eq. 8)
+//
+//   cls, reg maps of up to 16 levels  dtype read       labels, matched [images, locations]    int64 read
+//   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
+//   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
+// A block takes a tile of 128 locations with all their channels, coarse levels first: there the positives crowd. Its
+// threads walk the class logits along memory, 16 bytes an access; its warps then take the tile's positives, one each
+// (gfl_loss_positive.h). One block adds up the tiles' partial sums. Backward, a tile's gradients are written as those of
+// background, zeros for the distributions, and the positives' put over them in the same launch.
+// Bytes an element of a class map: forward sizeof(dtype), backward 2·sizeof(dtype); of a distribution map: sizeof(dtype)
+// written backward, and at positives read three times. Accumulator: A within a thread, double beyond. Repeatable bit for
+// bit: every sum has a fixed order.
+#include "gfl/gfl_loss.h"
+
+#include "focal.h"
+#include "gfl_loss_positive.h"
+#include "launch.h"
+#include "map_tile.h"
+
+namespace gfl::cuda {
+namespace {
+
+constexpr int kWarps = kMapThreads / kWarp;
+constexpr int kSumThreads = 1024;
+constexpr int kBackground = -1, kNotCounted = -2;  // codes of locations without a class
+
+// The levels by value, and where each begins.
+struct Head {
+  HeadLevel level[kGflLossMaxLevels];
+  HeadGradients grad[kGflLossMaxLevels];
+  int64_t start[kGflLossMaxLevels];     // first location
+  int first_tile[kGflLossMaxLevels];    // counted from the last level
+  int levels, tiles;
+};
+
+struct Partial { double cls, box, dfl, weight; int64_t count; };
+
+// What a block shares.
+struct Tile {
+  double sums[kWarps][4];
+  int code[kMapTile];  // the class of a positive, or one of the codes
+  int slot[kMapTile];
+  int positive[kMapTile];
+  int count[kMapTile / kWarp];
+};
+
+// Which tile a block has.
+struct Place { int level; int64_t image, begin; };
+
+__device__ __forceinline__ Place place_of(const Head& head, int64_t images) {
+  const int tile = static_cast<int>(int64_t(blockIdx.x) / images);
+  int level = head.levels - 1;
+  while (level > 0 && tile >= head.first_tile[level - 1]) --level;
+  return {level, int64_t(blockIdx.x) % images, int64_t(tile - head.first_tile[level]) * kMapTile};
+}
+
+// Reads the tile's labels and lists its positives in order. Returns how many there are.
+__device__ __forceinline__ int read_labels(const GflLossInput& in, const Head& head, const Place& at, Tile& tile,
+                                           bool& special) {
+  const HeadLevel& level = head.level[at.level];
+  const int i = static_cast<int>(threadIdx.x), lane = i % kWarp, warp = i / kWarp;
+  int code = kBackground;
+  unsigned positives = 0;
+  if (i < kMapTile) {
+    if (at.begin + i < level.height * level.width) {
+      const int64_t location = at.image * in.locations + head.start[at.level] + at.begin + i;
+      const int64_t label = in.labels[location], slot = in.matched[location];
+      const bool positive = label >= 0 && label < in.classes && slot >= 0 && slot < in.gts;
+      code = positive ? static_cast<int>(label) : (label == kNotCounted ? kNotCounted : kBackground);
+      tile.slot[i] = positive ? static_cast<int>(slot) : -1;
+    }
+    tile.code[i] = code;
+    positives = __ballot_sync(kFullMask, code >= 0);
+    if (lane == 0) tile.count[warp] = __popc(positives);
+  }
+  special = __syncthreads_or(code != kBackground) != 0;
+  int before = 0, all = 0;
+  for (int w = 0; w < kMapTile / kWarp; ++w) {
+    if (w < warp) before += tile.count[w];
+    all += tile.count[w];
+  }
+  if (code >= 0) tile.positive[before + __popc(positives & ((1u << lane) - 1u))] = i;
+  __syncthreads();
+  return all;
+}
+
+__device__ __forceinline__ HeadPositive positive_in(const Head& head, const Place& at, const Tile& tile, int item) {
+  const int i = tile.positive[item];
+  const unsigned index = static_cast<unsigned>(at.begin) + static_cast<unsigned>(i);
+  const unsigned width = static_cast<unsigned>(head.level[at.level].width);
+  return {at.image, at.level, index / width, index % width, 0, tile.code[i], tile.slot[i]};
+}
+
+template <class T> __device__ __forceinline__ const T* class_logits(const HeadLevel& level, const HeadPositive& p) {
+  const int64_t* stride = level.cls_stride;
+  return static_cast<const T*>(level.cls) + p.image * stride[0] + p.row * stride[2] + p.column * stride[3];
+}
+
+// log(1 + e) for e in [0, 1], relative error 4.8e-9: the polynomial of the CPU's vector code.
+__device__ __forceinline__ float log1p_of_unit(float e) {
+  float p = -0.0032439810f;
+  p = std::fma(p, e, 0.019851264f);
+  p = std::fma(p, e, -0.056959159f);
+  p = std::fma(p, e, 0.10603617f);
+  p = std::fma(p, e, -0.15305570f);
+  p = std::fma(p, e, 0.19675931f);
+  p = std::fma(p, e, -0.24954133f);
+  p = std::fma(p, e, 0.33329964f);
+  p = std::fma(p, e, -0.49999902f);
+  return std::fma(p * e, e, e);
+}
+
+// Quality focal loss against background, and its derivative. β = 2 has a form of its own: p²·BCE, p²·(2(1 − p)·BCE + p).
+template <class A> struct Background {
+  A beta;
+  __device__ __forceinline__ A loss(A x) const { return qfl_term(x, A(0), beta, false).value; }
+  __device__ __forceinline__ A gradient(A x) const { return qfl_term(x, A(0), beta, false).grad_pred; }
+};
+struct Square {
+  float p, q, entropy;
+  __device__ __forceinline__ explicit Square(float x) {
+    const float largest = std::numeric_limits<float>::max();
+    if (x > largest) x = largest;
+    const float e = std::exp(-absolute(x));
+    const float r = __fdividef(1.0f, 1.0f + e);  // 2 ulp, for divisors up to 2^126
+    p = x >= 0.0f ? r : e * r;
+    q = x >= 0.0f ? e * r : r;
+    entropy = (x > 0.0f ? x : 0.0f) + log1p_of_unit(e);
+  }
+};
+template <> struct Background<float> {
+  float beta;
+  __device__ __forceinline__ float loss(float x) const {
+    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).value;
+    const Square s(x);
+    return s.p * s.p * s.entropy;
+  }
+  __device__ __forceinline__ float gradient(float x) const {
+    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).grad_pred;
+    if (absolute(x) > std::numeric_limits<float>::max()) return 0.0f;
+    const Square s(x);
+    return s.p * s.p * (2.0f * s.q * s.entropy + s.p);
+  }
+};
+
+// Partial sums of a tile; without `losses` those that norms are made of alone.
+template <class T, bool losses>
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
+    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Partial* partials) {
+  using A = acc_t<T>;
+  Tile& tile = *shared<Tile>();
+  const Place at = place_of(head, in.images);
+  const HeadLevel& level = head.level[at.level];
+  bool special;
+  const int positives = read_labels(in, head, at, tile, special);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  double sums[4] = {0, 0, 0, 0};
+  if (losses) {
+    const T* map = static_cast<const T*>(level.cls);
+    const MapTile shape =
+        map_tile<T>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    const Background<A> background{static_cast<A>(in.beta)};
+    A sum = 0;
+    for_runs<T>(
+        shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
+        [&](Run<T>& run) {
+          for_elements(shape, run, [&](const T& element, int location, int channel) {
+            const int code = special ? tile.code[location] : kBackground;
+            if (code == kNotCounted || code == channel) return;  // a positive's own class comes below
+            sum += background.loss(load(&element));
+          });
+        });
+    sums[0] = warp_sum(static_cast<double>(sum));
+  }
+  for (int item = warp; item < positives; item += kWarps) {
+    const HeadPositive p = positive_in(head, at, tile, item);
+    const T* logits = class_logits<T>(level, p);
+    const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
+    sums[3] += weight;
+    if (!losses) continue;
+    const Positive<A> w = positive_at<A>(in, level, p);
+    const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
+    const A own = load(logits + p.label * level.cls_stride[1]);
+    sums[0] += static_cast<double>(qfl_term(own, score, static_cast<A>(in.beta), false).value);
+    sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, IouKind::giou, in.legacy).value);
+    sums[2] += weight * static_cast<double>(positive_dfl(in, w));
+  }
+  if (lane == 0) {
+    for (int i = 0; i < 4; ++i) tile.sums[warp][i] = sums[i];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Partial partial{0, 0, 0, 0, positives};
+  for (int w = 0; w < kWarps; ++w) {
+    partial.cls += tile.sums[w][0];
+    partial.box += tile.sums[w][1];
+    partial.dfl += tile.sums[w][2];
+    partial.weight += tile.sums[w][3];
+  }
+  partials[at.image * head.tiles + int64_t(blockIdx.x) / in.images] = partial;
+}
+
+struct Sums { double cls, box, dfl, weight; int64_t positives, norm; };
+
+// Adds up all tiles; the result is thread 0's. `norm` is Σ max(positives, 1) over the images.
+__device__ __forceinline__ Sums sum_partials(const Partial* partials, int64_t images, int tiles) {
+  constexpr int warps = kSumThreads / kWarp;
+  Sums* of_warp = shared<Sums>();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  Sums s{0, 0, 0, 0, 0, 0};
+  for (int64_t image = warp; image < images; image += warps) {
+    int64_t count = 0;
+    for (int tile = lane; tile < tiles; tile += kWarp) {
+      const Partial p = partials[image * tiles + tile];
+      s.cls += p.cls;
+      s.box += p.box;
+      s.dfl += p.dfl;
+      s.weight += p.weight;
+      count += p.count;
+    }
+    count = warp_sum(count);
+    s.positives += count;
+    s.norm += count > 1 ? count : 1;
+  }
+  s.cls = warp_sum(s.cls);
+  s.box = warp_sum(s.box);
+  s.dfl = warp_sum(s.dfl);
+  s.weight = warp_sum(s.weight);
+  if (lane == 0) of_warp[warp] = s;
+  __syncthreads();
+  if (threadIdx.x != 0) return s;
+  for (int w = 1; w < warps; ++w) {
+    s.cls += of_warp[w].cls;
+    s.box += of_warp[w].box;
+    s.dfl += of_warp[w].dfl;
+    s.weight += of_warp[w].weight;
+    s.positives += of_warp[w].positives;
+    s.norm += of_warp[w].norm;
+  }
+  return s;
+}
+
+struct Norms { double cls, box; };
+
+template <class A> __device__ __forceinline__ Norms norms_of(const GflLossScalars& scalars, const Sums& s) {
+  const A* cls = static_cast<const A*>(scalars.cls_norm);
+  const A* box = static_cast<const A*>(scalars.box_norm);
+  const double count = static_cast<double>(s.norm > 1 ? s.norm : 1), weight = s.weight < 1 ? 1 : s.weight;
+  return {cls != nullptr ? static_cast<double>(*cls) : count, box != nullptr ? static_cast<double>(*box) : weight};
+}
+
+template <class A>
+__global__ void __launch_bounds__(kSumThreads)
+    gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars, GflLossOutput out) {
+  const Sums s = sum_partials(partials, images, tiles);
+  if (threadIdx.x != 0) return;
+  const Norms norms = norms_of<A>(scalars, s);
+  *static_cast<A*>(out.cls) = static_cast<A>(scalars.loss_weights[0] * s.cls / norms.cls);
+  *static_cast<A*>(out.box) = static_cast<A>(scalars.loss_weights[1] * s.box / norms.box);
+  *static_cast<A*>(out.dfl) = static_cast<A>(scalars.loss_weights[2] * s.dfl / norms.box);
+  *static_cast<A*>(out.num_pos) = static_cast<A>(s.positives);
+  *static_cast<A*>(out.box_weight) = static_cast<A>(s.weight);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kSumThreads)
+    gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars,
+                          GflLossGrads grads, HeadScales* scales) {
+  const Sums s = sum_partials(partials, images, tiles);
+  if (threadIdx.x != 0) return;
+  const Norms norms = norms_of<A>(scalars, s);
+  scales->cls = static_cast<double>(*static_cast<const A*>(grads.cls)) * scalars.loss_weights[0] / norms.cls;
+  scales->box = static_cast<double>(*static_cast<const A*>(grads.box)) * scalars.loss_weights[1] / norms.box;
+  scales->dfl = static_cast<double>(*static_cast<const A*>(grads.dfl)) * scalars.loss_weights[2] / norms.box;
+}
+
+// Zeros a tile of a map of T.
+template <class T>
+__device__ __forceinline__ void clear_tile(void* data, const int64_t (&stride)[4], const Place& at,
+                                           const HeadLevel& level, int64_t channels) {
+  T* map = static_cast<T*>(data);
+  const MapTile shape = map_tile<T>(data, stride, at.image, level.height, level.width, at.begin, channels);
+  for_runs<T>(
+      shape, [](Run<T>&) {},
+      [&](Run<T>& run) {
+        if (shape.vectors) *reinterpret_cast<uint4*>(map + run.offset) = uint4{0, 0, 0, 0};
+        else store(map + run.offset, acc_t<T>(0));
+      });
+}
+
+// Gradients of a tile.
+template <class T>
+__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
+    gfl_loss_backward_kernel(GflLossInput in, const __grid_constant__ Head head, const HeadScales* scales) {
+  using A = acc_t<T>;
+  Tile& tile = *shared<Tile>();
+  const Place at = place_of(head, in.images);
+  const HeadLevel& level = head.level[at.level];
+  const HeadGradients& out = head.grad[at.level];
+  bool special;
+  const int positives = read_labels(in, head, at, tile, special);
+  const HeadScales by = *scales;
+  T* grad = static_cast<T*>(out.cls);
+  if (grad != nullptr) {
+    const T* map = static_cast<const T*>(level.cls);
+    const MapTile shape =
+        map_tile<T>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    const MapTile target = map_tile<T>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    const bool alike = shape.vectors && target.vectors && shape.planar == target.planar;
+    const Background<A> background{static_cast<A>(in.beta)};
+    const A factor = static_cast<A>(by.cls);
+    for_runs<T>(
+        shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
+        [&](Run<T>& run) {
+          for_elements(shape, run, [&](T& element, int location, int channel) {
+            const bool counted = !special || tile.code[location] != kNotCounted;
+            store(&element, counted ? factor * background.gradient(load(&element)) : A(0));
+            if (!alike) grad[target.location(location) + channel * target.channel] = element;
+          });
+          if (alike) store_run(grad, target.location(run.location) + run.channel * target.channel, run.element);
+        });
+  }
+  if (out.reg != nullptr) {
+    const int64_t channels = 4 * (in.reg_max + 1);
+    if (in.reg_dtype == DType::f64) clear_tile<double>(out.reg, out.reg_stride, at, level, channels);
+    else if (in.reg_dtype == DType::f32) clear_tile<float>(out.reg, out.reg_stride, at, level, channels);
+    else clear_tile<half_t>(out.reg, out.reg_stride, at, level, channels);
+  }
+  __syncthreads();  // what follows is written over what the block has written before
+  for (int item = static_cast<int>(threadIdx.x) / kWarp; item < positives; item += kWarps) {
+    const HeadPositive p = positive_in(head, at, tile, item);
+    const T* logits = class_logits<T>(level, p);
+    const Positive<A> w = positive_at<A>(in, level, p);
+    if (grad != nullptr && threadIdx.x % kWarp == 0) {
+      const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
+      const A own = load(logits + p.label * level.cls_stride[1]);
+      const int64_t* stride = out.cls_stride;
+      store(grad + p.image * stride[0] + p.label * stride[1] + p.row * stride[2] + p.column * stride[3],
+            static_cast<A>(by.cls) * qfl_term(own, score, static_cast<A>(in.beta), false).grad_pred);
+    }
+    if (out.reg == nullptr) continue;
+    const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
+    positive_backward(in, out, p, w, static_cast<A>(by.box * weight), static_cast<A>(by.dfl * weight / 4));
+  }
+}
+
+int64_t tiles_of(const HeadLevel& level) { return (level.height * level.width + kMapTile - 1) / kMapTile; }
+
+int64_t tiles_in(const GflLossInput& in) {
+  int64_t tiles = 0;
+  for (int64_t l = 0; l < in.level_count; ++l) tiles += tiles_of(in.levels[l]);
+  return tiles;
+}
+
+Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
+  Head head{};
+  head.levels = static_cast<int>(in.level_count);
+  int64_t start = 0;
+  for (int64_t l = 0; l < in.level_count; ++l) {
+    head.level[l] = in.levels[l];
+    if (gradients != nullptr) head.grad[l] = gradients[l];
+    head.start[l] = start;
+    start += in.levels[l].height * in.levels[l].width;
+  }
+  for (int64_t l = in.level_count - 1; l >= 0; --l) {
+    head.first_tile[l] = head.tiles;
+    head.tiles += static_cast<int>(tiles_of(in.levels[l]));
+  }
+  return head;
+}
+
+dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
+
+Partial* partials_in(void* workspace) {
+  return reinterpret_cast<Partial*>(static_cast<char*>(workspace) + sizeof(HeadScales));
+}
+
+}  // namespace
+
+bool gfl_loss_fits(const GflLossInput& in) {
+  return in.level_count <= kGflLossMaxLevels && in.locations < int64_t{1} << 31 && in.classes < int64_t{1} << 24 &&
+         in.gts < int64_t{1} << 31 && tiles_in(in) * in.images < int64_t{1} << 31;
+}
+
+size_t gfl_loss_workspace_bytes(const GflLossInput& in) {
+  return sizeof(HeadScales) + sizeof(Partial) * static_cast<size_t>(tiles_in(in) * in.images);
+}
+
+cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
+                             const GflLossOutput& out, cudaStream_t stream) {
+  if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
+  const Head head = head_of(in, nullptr);
+  Partial* partials = partials_in(workspace);
+  dispatch(in.cls_dtype, [&](auto t) {
+    using T = decltype(t);
+    if (head.tiles * in.images > 0) {
+      GFL_LAUNCH((gfl_loss_tile_kernel<T, true>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
+                 partials);
+    }
+    GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), sizeof(Sums) * (kSumThreads / kWarp), stream,
+               partials, in.images, head.tiles, scalars, out);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+                              void* workspace, const HeadGradients* gradients, cudaStream_t stream) {
+  if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
+  const Head head = head_of(in, gradients);
+  if (head.tiles * in.images == 0) return cudaSuccess;
+  HeadScales* scales = static_cast<HeadScales*>(workspace);
+  Partial* partials = partials_in(workspace);
+  const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
+  dispatch(in.cls_dtype, [&](auto t) {
+    using T = decltype(t);
+    if (counted) {
+      GFL_LAUNCH((gfl_loss_tile_kernel<T, false>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
+                 partials);
+    }
+    GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), sizeof(Sums) * (kSumThreads / kWarp),
+               stream, partials, counted ? in.images : 0, head.tiles, scalars, grads, scales);
+    GFL_LAUNCH(gfl_loss_backward_kernel<T>, grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
+               scales);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace gfl::cuda

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// One positive of the head's loss by a warp, eight lanes a side of its box; the arithmetic is that of common/gfl_loss.h.
+#pragma once
+#include "bins.h"
+#include "gfl_loss.h"
+#include "scalar.h"
+#include "warp.h"
+
+namespace gfl::cuda {
+
+constexpr int kSideLanes = kWarp / 4;
+
+// An element of a map whose dtype is known at run time; of double maps alone where A is double.
+template <class A> __device__ __forceinline__ A load_as(const void* data, DType dtype, int64_t i) {
+  if constexpr (sizeof(A) == 8) {
+    return static_cast<const double*>(data)[i];
+  } else {
+    if (dtype == DType::f16) return load(static_cast<const half_t*>(data) + i);
+    if (dtype == DType::bf16) return load(static_cast<const bfloat16_t*>(data) + i);
+    return static_cast<const float*>(data)[i];
+  }
+}
+template <class A> __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, A value) {
+  if constexpr (sizeof(A) == 8) {
+    static_cast<double*>(data)[i] = value;
+  } else {
+    if (dtype == DType::f16) store(static_cast<half_t*>(data) + i, value);
+    else if (dtype == DType::bf16) store(static_cast<bfloat16_t*>(data) + i, value);
+    else static_cast<float*>(data)[i] = value;
+  }
+}
+
+// Reduces over the lanes of a side; the same result in each of them, from the same tree in every run.
+template <class A, class Join> __device__ __forceinline__ A over_side(A x, const Join& join) {
+  for (int offset = kSideLanes / 2; offset > 0; offset /= 2) x = join(x, __shfl_xor_sync(kFullMask, x, offset));
+  return x;
+}
+
+// The distribution of this lane's side.
+template <class A> struct SideLogits {
+  const void* data;
+  DType dtype;
+  int64_t first, stride;  // offset of bin 0, and from bin to bin
+  int bins;
+
+  __device__ __forceinline__ A raw(int j) const { return load_as<A>(data, dtype, first + j * stride); }
+  __device__ __forceinline__ A operator()(int j) const { return bounded_logit(raw(j)); }
+};
+
+template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const SideLogits<A>& logit) {
+  const int lane = static_cast<int>(threadIdx.x) % kSideLanes;
+  const auto add = [](A a, A b) { return a + b; };
+  BinSoftmax<A> s{logit(0), A(0), A(0), 0};
+  for (int j = lane; j < logit.bins; j += kSideLanes) {
+    const A x = logit(j);
+    if (x > s.max) {
+      s.max = x;
+      s.peak = j;
+    }
+  }
+  // The lowest bin of the greatest logit; bin 0 where one is not a number, which the sums below then carry on.
+  const A greatest = over_side(s.max, [](A a, A b) { return a > b ? a : b; });
+  const int lowest = s.max == greatest ? s.peak : logit.bins;
+  const int peak = over_side(lowest, [](int a, int b) { return a < b ? a : b; });
+  s.max = greatest;
+  s.peak = peak < logit.bins ? peak : 0;
+  for (int j = lane; j < logit.bins; j += kSideLanes) {
+    const A e = std::exp(logit(j) - s.max);
+    s.total += e;
+    s.moment += e * A(j - s.peak);
+  }
+  s.total = over_side(s.total, add);
+  s.moment = over_side(s.moment, add);
+  return s;
+}
+
+// What a warp knows of its positive.
+template <class A> struct Positive {
+  HeadGeometry<A> geometry;
+  SideLogits<A> logit;    // of this lane's side
+  BinSoftmax<A> softmax;
+  A distance[4];
+  int side;
+};
+
+template <class A>
+__device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const HeadLevel& level,
+                                                   const HeadPositive& p) {
+  Positive<A> w;
+  w.geometry = head_geometry<A>(in, level, p);
+  w.side = static_cast<int>(threadIdx.x) % kWarp / kSideLanes;
+  const int bins = static_cast<int>(in.reg_max + 1);
+  const int64_t* stride = level.reg_stride;
+  w.logit = {level.reg, in.reg_dtype,
+             p.image * stride[0] + int64_t(w.side) * bins * stride[1] + p.row * stride[2] + p.column * stride[3],
+             stride[1], bins};
+  w.softmax = side_softmax(w.logit);
+  const A mean = w.softmax.mean();
+#pragma unroll
+  for (int side = 0; side < 4; ++side) w.distance[side] = __shfl_sync(kFullMask, mean, side * kSideLanes);
+  return w;
+}
+
+template <class A>
+__device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
+  // Seen as a left or a right side, so that no array is indexed by a number known at run time only.
+  HeadGeometry<A> g = w.geometry;
+  A target = g.target[0];
+#pragma unroll
+  for (int side = 1; side < 4; ++side) target = w.side == side ? g.target[side] : target;
+  g.target[0] = g.target[2] = target;
+  if (w.side % 2 != 0) g.centre_x = g.centre_y;
+  const int reg_max = static_cast<int>(in.reg_max);
+  return w.side < 2 ? head_bins(g, 0, reg_max) : head_bins(g, 2, reg_max);
+}
+
+// A quarter of the four distribution losses, in every lane.
+template <class A> __device__ __forceinline__ A positive_dfl(const GflLossInput& in, const Positive<A>& w) {
+  const TwoBins<A> b = bins_of_side(in, w);
+  const A mine = b.counted ? two_bin_loss(b, two_bin_entropy(w.softmax, b, w.logit)) : A(0);
+  A sum = 0;
+#pragma unroll
+  for (int side = 0; side < 4; ++side) sum += __shfl_sync(kFullMask, mine, side * kSideLanes);
+  return sum / A(4);
+}
+
+// The largest class probability of a location, in every lane; a NaN where one is.
+template <class T>
+__device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t stride, int64_t classes) {
+  using A = acc_t<T>;
+  const auto greater = [](A a, A b) { return b > a || b != b ? b : a; };
+  A largest = load(logits);
+  for (int64_t c = threadIdx.x % kWarp; c < classes; c += kWarp) largest = greater(largest, load(logits + c * stride));
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    largest = greater(largest, __shfl_xor_sync(kFullMask, largest, offset));
+  }
+  return bernoulli_from_logit<A>(largest, A(0)).p;
+}
+
+// Writes the gradient of the positive's distributions.
+template <class A>
+__device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadGradients& out,
+                                                  const HeadPositive& p, const Positive<A>& w, A by_box, A by_dfl) {
+  const IouTerm<A> giou = head_iou(w.geometry, w.distance, IouKind::giou, in.legacy);
+  A mine = giou.grad_pred[0];
+#pragma unroll
+  for (int side = 1; side < 4; ++side) mine = w.side == side ? giou.grad_pred[side] : mine;
+  const A by_distance = by_box * (w.side < 2 ? -mine : mine);
+  const TwoBins<A> b = bins_of_side(in, w);
+  const int64_t* stride = out.reg_stride;
+  const int64_t first = p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] +
+                        p.column * stride[3];
+  for (int j = static_cast<int>(threadIdx.x) % kSideLanes; j < w.logit.bins; j += kSideLanes) {
+    const A raw = w.logit.raw(j), probability = std::exp(bounded_logit(raw) - w.softmax.max) / w.softmax.total;
+    A value = by_distance * w.softmax.mean_gradient(j, probability);
+    if (b.counted) value += by_dfl * two_bin_gradient(b, j, probability);
+    store_as<A>(out.reg, in.reg_dtype, first + j * stride[1], is_beyond(raw) ? A(0) : value);
+  }
+}
+
+}  // namespace gfl::cuda
