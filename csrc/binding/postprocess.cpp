@@ -87,10 +87,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
   at::Tensor count = at::empty({in.batch}, options.dtype(at::kInt));
   const PostprocessOutput out{boxes.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>(),
                               labels.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int32_t>()};
+#if defined(GFL_WITH_CUDA)
+  if (first.is_cuda()) {
+    TORCH_CHECK_NOT_IMPLEMENTED(cuda::postprocess_fits(in),
+                                "gfl::postprocess on CUDA takes up to 2^32 pairs of location and class in an image");
+    const at::Tensor workspace =
+        at::empty({static_cast<int64_t>(cuda::postprocess_workspace_bytes(in))}, options.dtype(at::kByte));
+    on_stream_of(first, [&](cudaStream_t stream) {
+      return cuda::postprocess(in, out, workspace.mutable_data_ptr(), stream);
+    });
+    return {boxes, scores, labels, count};
+  }
+#endif
   for_chunks(in.batch, 1, [&](int64_t begin, int64_t end) { cpu::postprocess(in, out, begin, end); });
   return {boxes, scores, labels, count};
 }
 
 GFL_IMPL_CPU("postprocess", postprocess_forward)
+GFL_IMPL_CUDA("postprocess", postprocess_forward)
 
 }  // namespace gfl::binding

@@ -162,7 +162,13 @@ template <class T> struct Case {
     Buffer<int64_t> labels(slots);
     Buffer<int32_t> count(static_cast<size_t>(in.batch));
     const gfl::PostprocessOutput out{boxes.data(), scores.data(), labels.data(), count.data()};
+#if defined(GFL_TEST_CUDA)
+    Buffer<unsigned char> workspace(gfl::cuda::postprocess_workspace_bytes(in));
+    CHECK_CUDA(gfl::cuda::postprocess(in, out, workspace.data(), nullptr));
+    CHECK_CUDA(cudaDeviceSynchronize());
+#else
     gfl::for_chunks(in.batch, 1, [&](int64_t begin, int64_t end) { gfl::cpu::postprocess(in, out, begin, end); });
+#endif
     for (Buffer<T>* buffer : buffers) delete buffer;
 
     const auto got_boxes = boxes.read(), got_scores = scores.read();
@@ -199,11 +205,11 @@ template <class T> DType dtype_of() {
 template <class T> void random_case(Generator& draw, const char* name) {
   Case<T> c;
   gfl::PostprocessInput& in = c.in;
-  in.levels = static_cast<int>(draw.integer(1, 4));
+  in.levels = static_cast<int>(draw.integer(0, 8) == 0 ? 8 : draw.integer(1, 4));
   in.cls_dtype = in.reg_dtype = dtype_of<T>();
   in.batch = draw.integer(1, 4);
   in.classes = draw.integer(1, 2) == 1 ? draw.integer(1, 90) : 1;
-  in.reg_max = static_cast<int>(draw.integer(1, 17));
+  in.reg_max = static_cast<int>(draw.integer(0, 16) == 0 ? 128 : draw.integer(1, 17));
   in.activated = draw.integer(0, 4) == 0;
   in.legacy = draw.integer(0, 3) == 0;
   in.anchor_topk = draw.integer(0, 2) == 0;
@@ -274,6 +280,39 @@ template <class T> void every_pattern(double score_threshold, const char* name) 
   c.check(name);
 }
 
+// More candidates in a level than any kernel sets room aside for, and more than it sorts at a time.
+void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, Layout layout, const char* name) {
+  Case<float> c;
+  gfl::PostprocessInput& in = c.in;
+  in.levels = 2;
+  in.batch = 2;
+  in.classes = classes;
+  in.reg_max = 3;
+  in.nms_pre = nms_pre;
+  in.anchor_topk = anchor_topk;
+  in.iou_threshold = 0.3;
+  in.max_detections = 300;
+  c.sizes = {90, 120, 100, 80};
+  for (int l = 0; l < in.levels; ++l) {
+    in.level[l].height = l == 0 ? 8 : 2;
+    in.level[l].width = l == 0 ? 10 : 3;
+    in.level[l].stride = 8 << l;
+    c.cls.emplace_back(in.batch, classes, in.level[l].height, in.level[l].width, layout);
+    c.reg.emplace_back(in.batch, 16, in.level[l].height, in.level[l].width, layout);
+    for (double& v : c.cls[l].values) v = std::round(draw.normal(3) * 64) / 64;
+    // One bin holds everything: the softmax is exact.
+    for (int64_t b = 0; b < in.batch; ++b) {
+      for (int64_t y = 0; y < in.level[l].height; ++y) {
+        for (int64_t x = 0; x < in.level[l].width; ++x) {
+          for (int64_t k = 0; k < 16; ++k) c.reg[l].at(b, k, y, x) = -200;
+          for (int side = 0; side < 4; ++side) c.reg[l].at(b, side * 4 + draw.integer(0, 4), y, x) = 0;
+        }
+      }
+    }
+  }
+  c.check(name);
+}
+
 void ranks() {
   const float infinity = std::numeric_limits<float>::infinity();
   const std::vector<float> rising = {-infinity, -3e38f, -1.5f, -1e-40f, 0.0f, 1e-45f, 0.5f, 1.0f, 3e38f, infinity};
@@ -290,18 +329,33 @@ void ranks() {
   CHECK(logit == -2.94443898f, "logit of 0.05: %.9g", logit);
 }
 
+#if defined(GFL_TEST_CUDA)
+// On the host layer a barrier takes long.
+constexpr int kRandomCases = 24;
+const std::vector<double> kThresholds = {0.0, 0.5, 1.0};
+#else
+constexpr int kRandomCases = 60;
+const std::vector<double> kThresholds = {0.0, 1e-9, 0.05, 0.5, 0.9, 1.0};
+#endif
+
 }  // namespace
 
 int main() {
   ranks();
   Generator draw(20260);
-  for (int i = 0; i < 60; ++i) {
+  for (int i = 0; i < kRandomCases; ++i) {
     random_case<float>(draw, "fp32");
     random_case<gfl::half_t>(draw, "fp16");
     random_case<gfl::bfloat16_t>(draw, "bf16");
     random_case<double>(draw, "fp64");
   }
-  for (const double threshold : {0.0, 1e-9, 0.05, 0.5, 0.9, 1.0}) {
+  for (const int64_t nms_pre : {-1, 300, 17000}) {
+    crowd(draw, 250, nms_pre, false, kNchw, "crowd");
+    crowd(draw, 256, nms_pre, false, kNhwc, "crowd, channels last");
+    crowd(draw, 256, nms_pre / 300, true, kNchw, "crowd, by location");
+  }
+  crowd(draw, 1203, 1000, false, kNchw, "1203 classes");
+  for (const double threshold : kThresholds) {
     every_pattern<gfl::half_t>(threshold, "every fp16");
     every_pattern<gfl::bfloat16_t>(threshold, "every bf16");
   }

@@ -47,4 +47,16 @@ namespace cpu {
 void postprocess(const PostprocessInput& in, const PostprocessOutput& out, int64_t begin, int64_t end);
 }  // namespace cpu
 
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+// Whether the kernels can: up to 2^32 pairs of location and class in an image, 2^31 locations in a level.
+bool postprocess_fits(const PostprocessInput& in);
+// Memory that is needed for the time of the call; bounded by the shapes, whatever is above the threshold.
+size_t postprocess_workspace_bytes(const PostprocessInput& in);
+// Four graph nodes. cudaErrorInvalidValue where `postprocess_fits` says no.
+cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out, void* workspace,
+                        cudaStream_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace gfl
