@@ -74,6 +74,12 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
   return s;
 }
 
+// One of four numbers that stay in registers.
+template <class A> __device__ __forceinline__ A of_side(const A (&values)[4], int side) {
+  const A near = (side & 1) != 0 ? values[1] : values[0], far = (side & 1) != 0 ? values[3] : values[2];
+  return (side & 2) != 0 ? far : near;
+}
+
 // What a warp knows of its positive.
 template <class A> struct Positive {
   HeadGeometry<A> geometry;
@@ -103,15 +109,14 @@ __device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const
 
 template <class A>
 __device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
-  // Seen as a left or a right side, so that no array is indexed by a number known at run time only.
-  HeadGeometry<A> g = w.geometry;
-  A target = g.target[0];
-#pragma unroll
-  for (int side = 1; side < 4; ++side) target = w.side == side ? g.target[side] : target;
-  g.target[0] = g.target[2] = target;
-  if (w.side % 2 != 0) g.centre_x = g.centre_y;
-  const int reg_max = static_cast<int>(in.reg_max);
-  return w.side < 2 ? head_bins(g, 0, reg_max) : head_bins(g, 2, reg_max);
+  // Seen as a left side, mirrored where it is a right one, so that no array is indexed by a number known at run time.
+  const A target = of_side(w.geometry.target, w.side);
+  const A centre = (w.side & 1) != 0 ? w.geometry.centre_y : w.geometry.centre_x;
+  const bool mirrored = w.side >= 2;
+  HeadGeometry<A> g{};
+  g.centre_x = mirrored ? -centre : centre;
+  g.target[0] = mirrored ? -target : target;
+  return head_bins(g, 0, static_cast<int>(in.reg_max));
 }
 
 // A quarter of the four distribution losses, in every lane.
@@ -142,9 +147,7 @@ template <class A>
 __device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadGradients& out,
                                                   const HeadPositive& p, const Positive<A>& w, A by_box, A by_dfl) {
   const IouTerm<A> giou = head_iou(w.geometry, w.distance, IouKind::giou, in.legacy);
-  A mine = giou.grad_pred[0];
-#pragma unroll
-  for (int side = 1; side < 4; ++side) mine = w.side == side ? giou.grad_pred[side] : mine;
+  const A mine = of_side(giou.grad_pred, w.side);
   const A by_distance = by_box * (w.side < 2 ? -mine : mine);
   const TwoBins<A> b = bins_of_side(in, w);
   const int64_t* stride = out.reg_stride;
