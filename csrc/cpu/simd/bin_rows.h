@@ -19,10 +19,10 @@ struct alignas(64) Lanes {
 
 constexpr float kLargestLogit = std::numeric_limits<float>::max() / 4.0f;
 
-inline float bounded(float x) {
-  x = x > kLargestLogit ? kLargestLogit : x;
-  return x < -kLargestLogit ? -kLargestLogit : x;
-}
+template <class F> inline F bounded(F x) { return at_least(-kLargestLogit, at_most(kLargestLogit, x)); }
+
+// The kWidth lanes from k on.
+inline Floats lanes_at(const Lanes& lanes, int k) { return load_floats(lanes.at + k); }
 
 // ---- rows in memory ----
 
@@ -259,31 +259,39 @@ struct BinSums {
   void mean(Lanes& to) const { GFL_LANES(k) to[k] = peak[k] + moment[k] / total[k]; }
 };
 
-// Of the logits in a tile; the exponentials go to `e`, which may be the tile itself or null.
+// Of the logits in a tile; the exponentials go to `e`, if they are to be kept.
 template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSums& s, Lanes* e) {
-  Lanes max, peak, total, moment;
-  GFL_LANES(k) {
-    max[k] = bounded(tile[0][k]);
-    peak[k] = total[k] = moment[k] = 0.0f;
+  for (int k = 0; k < kLanes; k += kWidth) {
+    Floats max = bounded(lanes_at(tile[0], k)), peak{}, total{}, moment{};
+    for (int j = 1; j < bins; ++j) {
+      const Floats x = bounded(lanes_at(tile[j], k));
+      peak = x > max ? splat<Floats>(static_cast<float>(j)) : peak;
+      max = x > max ? x : max;
+    }
+    for (int j = 0; j < bins; ++j) {
+      const Floats value = exp_of_negative(bounded(lanes_at(tile[j], k)) - max);
+      total += value;
+      moment += value * (static_cast<float>(j) - peak);
+      if (kKeep) store_floats(value, e[j].at + k);
+    }
+    store_floats(max, s.max.at + k);
+    store_floats(peak, s.peak.at + k);
+    store_floats(total, s.total.at + k);
+    store_floats(moment, s.moment.at + k);
   }
-  for (int j = 1; j < bins; ++j) {
-    const float bin = static_cast<float>(j);
-    GFL_LANES(k) {
-      const float x = bounded(tile[j][k]);
-      peak[k] = x > max[k] ? bin : peak[k];
-      max[k] = x > max[k] ? x : max[k];
+}
+
+// The gradient by the logits, over the exponentials in place: what `gradient(k)` makes of the bin and its exponential
+// for the lanes from k on, and 0 where a logit is beyond what counts.
+template <class Gradient> inline void bin_gradients(const Lanes* tile, Lanes* e, int bins, const Gradient& gradient) {
+  for (int k = 0; k < kLanes; k += kWidth) {
+    const auto of_bin = gradient(k);
+    for (int j = 0; j < bins; ++j) {
+      const Floats value = of_bin(static_cast<float>(j), lanes_at(e[j], k));
+      const Ints beyond = absolute_of(lanes_at(tile[j], k)) > kLargestLogit;
+      store_floats((Floats)(~beyond & (Ints)value), e[j].at + k);
     }
   }
-  for (int j = 0; j < bins; ++j) {
-    const float bin = static_cast<float>(j);
-    GFL_LANES(k) {
-      const float value = exp_of_negative(bounded(tile[j][k]) - max[k]);
-      total[k] += value;
-      moment[k] += value * (bin - peak[k]);
-      if (kKeep) e[j][k] = value;
-    }
-  }
-  s = {max, peak, total, moment};
 }
 
 }  // namespace gfl::GFL_ISA

@@ -91,25 +91,23 @@ template <class T> void forward(const DflInput& in, float* loss, float* distance
 template <bool kDistance>
 inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const BinPairs& pairs,
                       const Lanes& scale, const Lanes& scale_distance) {
-  Lanes both, left, right, slope, from_peak;
-  GFL_LANES(k) {
-    const float of_row = pairs.counted[k] > 0.0f ? scale[k] : 0.0f;
-    both[k] = of_row * (pairs.weight_left[k] + pairs.weight_right[k]) / s.total[k];
-    left[k] = of_row * pairs.weight_left[k];
-    right[k] = of_row * pairs.weight_right[k];
-    slope[k] = scale_distance[k] / s.total[k];
-    from_peak[k] = s.moment[k] / s.total[k];
-  }
-  for (int j = 0; j < bins; ++j) {
-    const float bin = static_cast<float>(j);
-    GFL_LANES(k) {
-      const float at_left = bin == pairs.left[k] ? left[k] : 0.0f, at_right = bin == pairs.right[k] ? right[k] : 0.0f;
-      float gradient = e[j][k] * both[k] - at_left - at_right;
-      gradient = pairs.counted[k] > 0.0f ? gradient : 0.0f;
-      if (kDistance) gradient += slope[k] * (e[j][k] * ((bin - s.peak[k]) - from_peak[k]));
-      e[j][k] = absolute_of(tile[j][k]) > kLargestLogit ? 0.0f : gradient;
-    }
-  }
+  bin_gradients(tile, e, bins, [&](int k) {
+    const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k), zero{};
+    const Ints counted = lanes_at(pairs.counted, k) > 0.0f;
+    const Floats of_row = counted ? lanes_at(scale, k) : zero;
+    const Floats bin_left = lanes_at(pairs.left, k), bin_right = lanes_at(pairs.right, k);
+    const Floats left = of_row * lanes_at(pairs.weight_left, k), right = of_row * lanes_at(pairs.weight_right, k);
+    const Floats both = (left + right) / total;
+    const Floats slope = lanes_at(scale_distance, k) / total, from_peak = lanes_at(s.moment, k) / total;
+    return [=](float bin, Floats value) {
+      Floats gradient = value * both;
+      gradient -= (Floats)((bin_left == bin) & (Ints)left);
+      gradient -= (Floats)((bin_right == bin) & (Ints)right);
+      gradient = (Floats)(counted & (Ints)gradient);
+      if (kDistance) gradient += slope * (value * ((bin - peak) - from_peak));
+      return gradient;
+    };
+  });
 }
 
 template <class T>

@@ -41,12 +41,12 @@ inline Term qfl_term(Floats logit, Floats t) {
 
 // The same against a target of 0: p²·BCE, and p²·(2(1 − p)·BCE + p).
 inline Term background_term(Floats x) {
-  const Floats largest = splat<Floats>(std::numeric_limits<float>::max()), zero{};
+  const Floats zero{};
   const Floats e = exp_of_negative(-absolute_of(x));
   const Floats r = 1.0f / (1.0f + e), er = e * r;
   const Floats p = x >= 0.0f ? r : er, q = x >= 0.0f ? er : r;
-  const Floats linear = x > 0.0f ? x : zero, held = largest < linear ? largest : linear;
-  const Floats bce = held + log1p_of_unit(e), factor = p * p;
+  const Floats linear = at_most(std::numeric_limits<float>::max(), at_least(0.0f, x));
+  const Floats bce = linear + log1p_of_unit(e), factor = p * p;
   return {factor * bce, zero_where(is_infinite(x), factor * multiply_add(q + q, bce, p)), zero};
 }
 

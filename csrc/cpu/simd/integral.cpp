@@ -22,33 +22,27 @@ template <class T> void forward(const BinRows& pred, float* distance, int64_t be
 }
 
 template <class T>
-void backward(const BinRows& pred, const SlopeOfMean& slope, T* grad_pred, int64_t begin, int64_t end) {
+void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64_t begin, int64_t end) {
   const int bins = static_cast<int>(pred.bins);
   Lanes tile[kMaxBins], e[kMaxBins];
   for_row_groups<T>(pred, begin, end, [&](const RowGroup<T>& group) {
     load_tile(group, pred.stride_bin, bins, tile);
     BinSums s;
     bin_softmax<true>(tile, bins, s, e);
-    Lanes scale, from_peak;
-    if (slope.of_rows == nullptr) {
-      load_rows(slope.scales, group.row, scale);
+    Lanes scale;
+    if (given.of_rows == nullptr) {
+      load_rows(given.scales, group.row, scale);
     } else {
       Lanes mean;
       s.mean(mean);
-      slope.of_rows(slope.context, group.row, group.count, mean.at, scale.at);
+      given.of_rows(given.context, group.row, group.count, mean.at, scale.at);
       for (int k = group.count; k < kLanes; ++k) scale[k] = 0.0f;
     }
-    GFL_LANES(k) {
-      from_peak[k] = s.moment[k] / s.total[k];
-      scale[k] /= s.total[k];
-    }
-    for (int j = 0; j < bins; ++j) {
-      const float bin = static_cast<float>(j);
-      GFL_LANES(k) {
-        const float gradient = scale[k] * (e[j][k] * ((bin - s.peak[k]) - from_peak[k]));
-        e[j][k] = absolute_of(tile[j][k]) > kLargestLogit ? 0.0f : gradient;
-      }
-    }
+    bin_gradients(tile, e, bins, [&](int k) {
+      const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k);
+      const Floats from_peak = lanes_at(s.moment, k) / total, slope = lanes_at(scale, k) / total;
+      return [=](float bin, Floats value) { return slope * (value * ((bin - peak) - from_peak)); };
+    });
     if (grad_pred != nullptr) store_tile(e, group, bins, grad_pred);
   });
 }

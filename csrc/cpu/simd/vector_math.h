@@ -39,6 +39,7 @@ constexpr int kWidth = 4;
 #endif
 using Floats = float __attribute__((vector_size(4 * kWidth)));
 using Ints = int32_t __attribute__((vector_size(4 * kWidth)));
+using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
 
 template <class F> inline F splat(float x) { return F{} + x; }
 
@@ -63,7 +64,7 @@ template <class F> inline F multiply_add(F a, F b, float c) { return multiply_ad
 inline float absolute_of(float x) { return __builtin_fabsf(x); }
 inline Floats absolute_of(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-// `x` times the power of two whose exponent lies in the lowest bits of `shifted`; both are normal numbers.
+// `x` times the power of two whose exponent lies in the lowest bits of `shifted`, where both are normal numbers.
 inline float times_power(float x, float shifted) {
   uint32_t bits, exponent;
   std::memcpy(&bits, &x, sizeof bits);
@@ -72,13 +73,27 @@ inline float times_power(float x, float shifted) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline Floats times_power(Floats x, Floats shifted) { return (Floats)((Ints)x + ((Ints)shifted << 23)); }
+inline Floats times_power(Floats x, Floats shifted) { return (Floats)((Bits)x + ((Bits)shifted << 23)); }
+
+// A bound that NaN passes: the instructions return their second operand then.
+inline float at_most(float limit, float x) { return limit < x ? limit : x; }
+inline float at_least(float limit, float x) { return limit > x ? limit : x; }
+#if defined(__FMA__) && defined(__AVX512F__)
+// With all lanes masked in: the plain form makes GCC 12 warn of the register that it never reads.
+inline Floats at_most(float limit, Floats x) { return _mm512_maskz_min_ps(0xffff, splat<Floats>(limit), x); }
+inline Floats at_least(float limit, Floats x) { return _mm512_maskz_max_ps(0xffff, splat<Floats>(limit), x); }
+#elif defined(__FMA__)
+inline Floats at_most(float limit, Floats x) { return _mm256_min_ps(splat<Floats>(limit), x); }
+inline Floats at_least(float limit, Floats x) { return _mm256_max_ps(splat<Floats>(limit), x); }
+#else
+inline Floats at_most(float limit, Floats x) { return x > limit ? splat<Floats>(limit) : x; }
+inline Floats at_least(float limit, Floats x) { return x < limit ? splat<Floats>(limit) : x; }
+#endif
 
 // Infinities become the largest finite floats; NaN stays.
 template <class F> inline F clamp_infinite(F x) {
-  const F largest = splat<F>(std::numeric_limits<float>::max());
-  x = largest < x ? largest : x;
-  return x < -largest ? -largest : x;
+  constexpr float largest = std::numeric_limits<float>::max();
+  return at_least(-largest, at_most(largest, x));
 }
 
 // e^x for x <= 0; 0 below −87, where the result would vanish in every sum that it appears in.
@@ -167,7 +182,7 @@ inline Floats load_floats(const float* from) {
 inline Floats load_floats(const bfloat16_t* from) {
   uint16_t __attribute__((vector_size(2 * kWidth))) bits;
   std::memcpy(&bits, from, sizeof bits);
-  return (Floats)(__builtin_convertvector(bits, Ints) << 16);
+  return (Floats)(__builtin_convertvector(bits, Bits) << 16);
 }
 inline Floats load_floats(const half_t* from) {
   Floats v;
