@@ -101,7 +101,12 @@ class OpSpec:
         """Run the operator by the backend that is set."""
         backend = _backend.serving(self.stem, device_type)
         if backend == "native":
-            return getattr(torch.ops.gfl, self.forward_name)(*args)
+            operator = getattr(torch.ops.gfl, self.forward_name)
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return operator(*args)
+            # Without gradients there is no need to pass through the formula for them, which is Python.
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         if backend == "triton":
             return getattr(torch.ops.gfl_triton, self.forward_name)(*args)
         if self.differentiable:

@@ -12,6 +12,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, whose call costs two microseconds even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def clamp_infinite(x: Tensor) -> Tensor:
     """Infinities become the largest finite numbers, without gradient; NaN stays."""
     # Not clamp: its derivative is 0 at NaN, which then would not show in the gradient.

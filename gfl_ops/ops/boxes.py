@@ -12,7 +12,7 @@ from .. import _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
-from .._types import hold
+from .._types import as_dtype, hold
 
 
 def box_of(points: Tensor, distance: Tensor, limit: Tensor | None) -> Tensor:
@@ -99,6 +99,8 @@ def expand_to(op: str, argument: str, value: Tensor, leading: torch.Size, *trail
     """`value` broadcast to ``[*leading, *trailing]``, without a copy."""
     shape = (*leading, *trailing)
     own = value.shape
+    if own == shape:
+        return value
     fits = len(own) >= len(trailing) and own[len(own) - len(trailing) :] == trailing and len(own) <= len(shape)
     if not fits or any(a not in (1, b) for a, b in zip(reversed(own), reversed(shape))):
         names = "[…, " + ", ".join(map(str, trailing)) + "]" if trailing else "[…]"
@@ -147,12 +149,15 @@ def _aligned(op: str, points: Tensor, argument: str, fours: Tensor) -> tuple[Ten
     check_coordinates(op, argument, fours, 4)
     _check.same_device(op, argument, fours, "points", points)
     dtype = torch.float64 if torch.float64 in (points.dtype, fours.dtype) else torch.float32
+    points, fours = as_dtype(points, dtype), as_dtype(fours, dtype)
+    if points.shape[:-1] == fours.shape[:-1]:
+        return points, fours
     try:
         leading = torch.broadcast_shapes(points.shape[:-1], fours.shape[:-1])
     except RuntimeError:
         rule = f"must have leading dimensions that broadcast with `points`, {list(points.shape)}"
         raise ValueError(_check.message(op, argument, rule, list(fours.shape))) from None
-    return points.to(dtype).expand(*leading, 2), fours.to(dtype).expand(*leading, 4)
+    return points.expand(*leading, 2), fours.expand(*leading, 4)
 
 
 def distance_to_box(points: Tensor, distance: Tensor, max_shape: Tensor | Sequence[float] | None = None) -> Tensor:

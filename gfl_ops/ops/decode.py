@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, as_dtype
 from .boxes import box_of, check_coordinates, expand_to, limit_of
 from .integral import bounded_logits, check_distributions, expectation, spread
 
@@ -116,7 +116,7 @@ def decode(
     check_coordinates(op, "points", points, 2)
     _check.same_device(op, "points", points, "pred", pred)
     acc, leading = accumulator(pred.dtype), pred.shape[:-1]
-    points = expand_to(op, "points", points.to(acc), leading, 2)
+    points = expand_to(op, "points", as_dtype(points, acc), leading, 2)
     if isinstance(stride, Tensor):
         _check.tensor(op, "stride", stride, _check.FLOATING + _check.INTEGER)
         _check.same_device(op, "stride", stride, "pred", pred)

@@ -13,7 +13,7 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, hold
+from .._types import accumulator, as_dtype, hold
 from .integral import bounded_logits, check_reg_max
 
 OUT_OF_RANGE = ("clamp", "ignore", "error")
@@ -198,7 +198,7 @@ def distribution_focal_loss(
         position = cast(Tensor, target)
         check_position(op, position, pred, reg_max, out_of_range)
         check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-        loss = DFL(pred.device.type, pred, position.to(acc), out_of_range == "ignore")
+        loss = DFL(pred.device.type, pred, as_dtype(position, acc), out_of_range == "ignore")
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if len(target) != 3:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._reduce import check_reduction, reduce_loss
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, as_dtype
 from . import dfl
 from .integral import bounded_logits, expectation, spread
 
@@ -84,5 +84,5 @@ def dfl_integral(
     dfl.check_position(op, target, pred, reg_max, out_of_range)
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
     ignore = out_of_range == "ignore"
-    loss, distance = DFL_INTEGRAL(pred.device.type, pred, target.to(accumulator(pred.dtype)), ignore)
+    loss, distance = DFL_INTEGRAL(pred.device.type, pred, as_dtype(target, accumulator(pred.dtype)), ignore)
     return reduce_loss(loss, weight, reduction, avg_factor), distance

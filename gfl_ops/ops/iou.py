@@ -13,7 +13,7 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import boxes, normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, hold
+from .._types import accumulator, as_dtype, hold
 
 KINDS = ("iou", "giou", "diou", "ciou")
 # Beside the losses of KINDS: the IoU itself, for losses of it other than 1 − IoU, which a subtraction would round.
@@ -108,7 +108,7 @@ def pairs(op: str, pred: Tensor, target: Tensor, kind: int, eps: float) -> Tenso
         _check.shape(op, name, value, "[N, 4]", (None if name == "pred" else pred.shape[0], 4))
     _check.same_device(op, "target", target, "pred", pred)
     _check.number(op, "eps", eps, 0)
-    return IOU(pred.device.type, pred, target.to(accumulator(pred.dtype)), kind, float(eps))
+    return IOU(pred.device.type, pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps))
 
 
 def box_iou_loss(

@@ -14,7 +14,7 @@ from .._one_pass import quality_focal_loss_rows
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, clamp_infinite
+from .._types import accumulator, as_dtype, clamp_infinite
 
 
 def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def quality_focal_loss(
             _check.same_device(op, name, value, "pred", pred)
         check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
         loss = quality_focal_loss_rows(
-            pred, label.long(), score.to(acc), float(beta), activated, weight, reduction, avg_factor
+            pred, label.long(), as_dtype(score, acc), float(beta), activated, weight, reduction, avg_factor
         )
         return reduce_loss(loss, weight, reduction, avg_factor)
 
