@@ -27,7 +27,7 @@ NOWHERE = Path("/nowhere/at/all")
 @pytest.fixture(scope="module")
 def parts() -> Any:
     """The benchmarks' modules, which import each other by their bare names."""
-    names = ("cases", "formulas", "formulas_head", "harness", "inputs", "report", "stamp", "bench_losses")
+    names = ("cases", "formulas", "formulas_head", "harness", "inputs", "report", "stamp", "bench_losses", "bench_cpu")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         yield type("Parts", (), {name: importlib.import_module(name) for name in names})
@@ -229,3 +229,35 @@ def test_the_stamp_says_where_it_was_made(parts: Any) -> None:
     record = parts.stamp.stamp("a GPU")
     assert record["gpu"] == "a GPU" and record["cores"] >= 1
     assert any("torch" in line for line in parts.stamp.lines(record))
+
+
+def test_the_cpu_goals_are_measured_and_told(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_cpu.py"), "--goals", "qfl", "head", "atss 60", "one"]
+    command += ["--size", "96x160", "--rounds", "1", "--seconds", "0.01", "--threads", "1", "--no-compile"]
+    command += ["--out", str(tmp_path), "--data", str(NOWHERE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    goals = json.loads((tmp_path / "bench_cpu.json").read_text())["goals"]
+    found = {(g["goal"], g["provider"]): g for g in goals}
+    assert found["qfl", "compiled"]["verdict"] == "not measured"
+    for key in (("qfl", "eager"), ("head loss", "eager"), ("atss 60", "eager"), ("one call: integral", "")):
+        assert found[key]["got"] > 0 and found[key]["verdict"] in ("reached", "MISSED")
+
+
+def test_a_missed_goal_is_said(parts: Any) -> None:
+    reached = parts.bench_cpu.Reached
+    lines = [reached("a", "eager", 4.0, 4.0, 1.0, 4.0), reached("b", "eager", 4.0, 3.9, 1.0, 3.9)]
+    lines += [reached("c", "", 15.0, 16.0), reached("d", "torchvision", 5.0, None, why="not installed")]
+    assert [r.verdict for r in lines] == ["reached", "MISSED", "MISSED", "not measured"]
+    text = parts.bench_cpu.table(lines)
+    assert "1 of 4 reached" in text and "not installed" in text
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_boxes_for_nms_are_of_many_classes(parts: Any, clustered: bool) -> None:
+    drawn = parts.bench_cpu.boxes_for_nms(1000, clustered, (800, 1344), 0)
+    assert drawn["boxes"].shape == (1000, 4) and (drawn["boxes"][:, 2:] > drawn["boxes"][:, :2]).all()
+    assert len(drawn["idxs"].unique()) > 20
+    kept = parts.cases.gfl_ops.batched_nms(**drawn)
+    assert (len(kept) < 700) == clustered
