@@ -23,7 +23,7 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kWarps = kMapThreads / kWarp;
-constexpr int kSumThreads = 1024;
+constexpr int kSumThreads = 512;
 constexpr int kBackground = -1, kNotCounted = -2;  // codes of locations without a class
 
 // The levels by value, and where each begins.

@@ -87,7 +87,7 @@ struct LevelScratch {
   unsigned count;
 };
 
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 1)
     postprocess_select_kernel(const __grid_constant__ PostprocessInput in,
                               const __grid_constant__ PostprocessPlan plan) {
   LevelScratch& scratch = *shared<LevelScratch>();
@@ -256,7 +256,7 @@ __device__ __forceinline__ int64_t one_round(const PostprocessInput& in, const P
   return used;
 }
 
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 2)
     postprocess_finish_kernel(const __grid_constant__ PostprocessInput in, const __grid_constant__ PostprocessPlan plan,
                               PostprocessOutput out) {
   FinishScratch& s = *shared<FinishScratch>();

@@ -69,6 +69,18 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
   const std::vector<double> got = widened(loss.read()), got_pred = widened(grad_pred.read());
   const std::vector<double> got_target = widened(grad_target.read());
 
+  // The same boxes with gaps between rows and sides, which no vector access suits.
+  std::vector<T> spread(static_cast<size_t>(rows * 9 + 1));
+  for (int64_t i = 0; i < rows * 4; ++i) spread[static_cast<size_t>(i / 4 * 9 + i % 4 * 2 + 1)] = pred_rounded[i];
+  const Buffer<T> strided(spread);
+  Buffer<A> loss_again(rows);
+  Buffer<T> grad_again(rows * 4);
+  const IouInput gaps{strided.data() + 1, dtype, 9, 2, target.data(), rows, kind, 1e-6};
+  GFL_RUN(rows, iou_forward, gaps, loss_again.data());
+  backward(gaps, grad.data(), grad_again.data(), nullptr);
+  CHECK(widened(loss_again.read()) == got, "kind %d: the loss depends on the strides", kind);
+  CHECK(widened(grad_again.read()) == got_pred, "kind %d: the gradient depends on the strides", kind);
+
   const double chain = sizeof(A) == 8 ? 1e-8 : 3e-5;
   for (int64_t row = 0; row < rows; ++row) {
     Real sides[8], alpha = 0, ignored;
