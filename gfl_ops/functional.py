@@ -10,6 +10,7 @@ from .ops.focal import sigmoid_focal_loss
 from .ops.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
 from .ops.integral import integral
 from .ops.iou import box_iou_loss, giou_loss
+from .ops.ld import distillation_loss
 from .ops.multiclass_nms import multiclass_nms
 from .ops.nms import batched_nms, nms
 from .ops.postprocess import Detections, postprocess
@@ -28,6 +29,7 @@ __all__ = [
     "decode",
     "dfl_integral",
     "distance_to_box",
+    "distillation_loss",
     "distribution_focal_loss",
     "gfl_loss",
     "giou_loss",

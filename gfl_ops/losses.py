@@ -21,6 +21,7 @@ from .ops.dfl import distribution_focal_loss
 from .ops.focal import focal_elements
 from .ops.integral import integral
 from .ops.iou import OVERLAP, box_iou_loss, pairs
+from .ops.ld import distillation_loss
 from .ops.qfl import quality_focal_loss
 from .ops.vfl import varifocal_loss
 
@@ -32,6 +33,7 @@ __all__ = [
     "GIoULoss",
     "Integral",
     "IoULoss",
+    "KnowledgeDistillationKLDivLoss",
     "QualityFocalLoss",
     "VarifocalLoss",
 ]
@@ -386,6 +388,36 @@ class FocalLoss(_Loss):
         reduction = self._reduction(reduction_override)
         weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
         return self.loss_weight * reduce_loss(loss, weight, reduction, avg_factor)
+
+
+class KnowledgeDistillationKLDivLoss(_Loss):
+    """Distillation with a temperature (of a box's sides: arXiv 2102.12252); see `gfl_ops.distillation_loss`.
+
+    Args:
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+        T: temperature, above 0 (mmdet: 1 or more).
+    """
+
+    _shown = ("reduction", "loss_weight", "T")
+
+    def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, T: float = 10) -> None:
+        super().__init__(reduction, loss_weight)
+        _check.number("KnowledgeDistillationKLDivLoss", "T", T, 0, exclusive=True)
+        self.T = T
+
+    def forward(
+        self,
+        pred: Tensor,
+        soft_label: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of the logits `pred` ``[M, n]`` against the teacher's, `soft_label` ``[M, n]``; weight ``[M]``."""
+        return self.loss_weight * distillation_loss(
+            pred, soft_label, weight, self.T, self._reduction(reduction_override), avg_factor
+        )
 
 
 class Integral(nn.Module):

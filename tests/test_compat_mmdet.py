@@ -64,8 +64,9 @@ def test_it_says_what_it_replaces_and_puts_it_back() -> None:
     theirs = base_dense_head.batched_nms
     names = compat.patch()
     print(names)
-    ends = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss", "GIoULoss", "DIoULoss",
-            "CIoULoss", "IoULoss", "Integral", "batched_nms", "ATSSAssigner", "predict_by_feat")  # fmt: skip
+    ends = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss", "KnowledgeDistillationKLDivLoss",
+            "GIoULoss", "DIoULoss", "CIoULoss", "IoULoss", "Integral", "batched_nms", "ATSSAssigner",
+            "predict_by_feat")  # fmt: skip
     assert [n.rsplit(".")[-1] for n in names] == list(ends)
     assert compat.patch() == names
     assert base_dense_head.batched_nms is sys.modules["mmcv.ops.nms"].batched_nms is mmcv.ops.batched_nms is not theirs
@@ -119,6 +120,7 @@ LOSSES = {
     "IoULoss": [{}, {"mode": "linear"}],
     "FocalLoss": [{}, {"activated": True, "gamma": 1.5}],
     "VarifocalLoss": [{}, {"iou_weighted": False}],
+    "KnowledgeDistillationKLDivLoss": [{}, {"T": 3}],
 }
 CASES = ("mixed", "negative", "empty")
 
@@ -136,6 +138,8 @@ def drawn(name: str, case: str, options: dict[str, Any], g: torch.Generator) -> 
         return [pred, target, weight], lambda p, t, w: (p, t, w)
     if name == "DistributionFocalLoss":
         return [torch.randn(n, 17, generator=g) * 3, torch.rand(n, generator=g) * 15.9, weight], lambda *x: x
+    if name == "KnowledgeDistillationKLDivLoss":
+        return [*(torch.randn(n, 17, generator=g) * 3 for _ in range(2)), weight], lambda *x: x
     pred = torch.randn(n, CLASSES, generator=g) * 2
     pred = pred.sigmoid() * 0.96 + 0.02 if options.get("activated") else pred
     label = torch.randint(0, CLASSES + 1, (n,), generator=g)

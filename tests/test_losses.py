@@ -25,6 +25,7 @@ SIGNATURES = {
     "IoULoss": "(linear=False, eps=1e-06, reduction='mean', loss_weight=1.0, mode='log')",
     "VarifocalLoss": "(use_sigmoid=True, alpha=0.75, gamma=2.0, iou_weighted=True, reduction='mean', loss_weight=1.0)",
     "FocalLoss": "(use_sigmoid=True, gamma=2.0, alpha=0.25, reduction='mean', loss_weight=1.0, activated=False)",
+    "KnowledgeDistillationKLDivLoss": "(reduction='mean', loss_weight=1.0, T=10)",
     "Integral": "(reg_max=16)",
 }
 LOSSES = [name for name in SIGNATURES if name != "Integral"]
@@ -41,6 +42,8 @@ def arguments(name: str, generator: torch.Generator, n: int = 7) -> tuple[Tensor
         pred = torch.randn(n, 17, generator=generator, dtype=torch.float64)
         return pred, torch.rand(n, generator=generator, dtype=torch.float64) * 16
     pred = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    if name == "KnowledgeDistillationKLDivLoss":
+        return pred, torch.randn(n, 3, generator=generator, dtype=torch.float64)
     if name == "VarifocalLoss":
         return pred, (torch.rand(n, 3, generator=generator, dtype=torch.float64) - 0.5).clamp(min=0)
     label = torch.randint(0, 4, (n,), generator=generator)
@@ -67,7 +70,7 @@ def test_signatures_and_attributes(name: str) -> None:
         assert f"{parameter}={value.default!r}" in repr(module) or parameter == "linear"
     if name != "Integral":
         call = "(pred, target, weight=None, avg_factor=None, reduction_override=None)"
-        assert without_annotations(module.forward) == call
+        assert without_annotations(module.forward).replace("soft_label", "target") == call
         assert not module.state_dict()
     assert repr(pickle.loads(pickle.dumps(module))) == repr(module)
 

@@ -31,7 +31,13 @@ from ._patch import Change, Patch, Replaced, graft
 
 __all__ = ["patch", "unpatch"]
 
-_LOSSES = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss")
+_LOSSES = (
+    "QualityFocalLoss",
+    "DistributionFocalLoss",
+    "FocalLoss",
+    "VarifocalLoss",
+    "KnowledgeDistillationKLDivLoss",
+)
 _BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss")
 # What mmdet's assigner gives as the overlap of a prior without a box.
 _NO_OVERLAP = -100000000.0
@@ -268,9 +274,10 @@ def patch() -> Replaced:
 
     Returns:
         The names of what is replaced, a list: the losses `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`,
-        `VarifocalLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss` and `IoULoss`, `Integral`, mmcv's `batched_nms` wherever it
-        was imported to, `ATSSAssigner` and GFLHead's prediction. As a context manager (``with patch():``) it is undone
-        at the end of the block. A call while all is replaced changes nothing, at the end of its block neither.
+        `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss` and `IoULoss`, `Integral`,
+        mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner` and GFLHead's prediction. As a context manager
+        (``with patch():``) it is undone at the end of the block. A call while all is replaced
+        changes nothing, at the end of its block neither.
 
     Raises:
         ImportError: mmdet or mmcv is not installed; nothing is replaced then.
