@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,18 @@ from . import models
 from .config import Config
 from .foreign import FORMAT, Weights, infer_model, normalise
 
-__all__ = ["FORMAT", "Weights", "infer_model", "load_weights", "meta", "model_from", "normalise", "read", "write"]
+__all__ = [
+    "FORMAT",
+    "Loaded",
+    "Weights",
+    "infer_model",
+    "load_weights",
+    "meta",
+    "model_from",
+    "normalise",
+    "read",
+    "write",
+]
 
 # What training frameworks leave beside the weights and nobody here reads: log histories, numpy's numbers. Replaced by
 # something inert, never imported; whatever else a file asks for is refused.
@@ -32,9 +43,27 @@ CONSTANT = ("num_batches_tracked", "bbox_head.integral.project")
 CLASS_KEYS = ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias")
 
 
-def meta(config: Config, classes: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint says of itself: its format, the whole configuration, and the names of the classes."""
-    return {"format": FORMAT, "config": config.to_dict(), "classes": list(classes)}
+class Loaded(NamedTuple):
+    """A detector out of a file.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        config: the whole configuration, with defaults where the file doesn't say.
+        classes: names in the order of the labels, if the file has them.
+        category_ids: of the annotation file that it was trained on, in that order, if the file has them.
+    """
+
+    model: models.GFL
+    config: Config
+    classes: list[str] | None
+    category_ids: list[int] | None
+
+
+def meta(config: Config, classes: Sequence[str], category_ids: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of itself: its format, the whole configuration, and its classes; ids are 1 to C if not
+    given."""
+    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
+    return {"format": FORMAT, "config": config.to_dict(), "classes": list(classes), "category_ids": list(ids)}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -203,16 +232,12 @@ def _shape(value: object) -> list[int] | str:
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-def model_from(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[models.GFL, Config, list[str] | None]:
-    """The detector that a checkpoint holds, in evaluation mode, on the CPU.
+def model_from(source: str | os.PathLike[str] | Mapping[str, Any]) -> Loaded:
+    """The detector that a checkpoint holds.
 
     Args:
         source: a file, or its contents. One of our own says what model it is; of another system's (`normalise` lists
             them) that is read off its keys and shapes.
-
-    Returns:
-        The model, its whole configuration (defaults where the file doesn't say), and the names of its classes if the
-        file has them.
 
     Raises:
         OSError: the file can't be read.
@@ -228,11 +253,11 @@ def model_from(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[mode
         raise ValueError(f"{os.fspath(source)}: {error}") from None
 
 
-def _model_from(content: Mapping[str, Any]) -> tuple[models.GFL, Config, list[str] | None]:
+def _model_from(content: Mapping[str, Any]) -> Loaded:
     weights = normalise(content)
     config = weights.config
     if config is None:
         config = Config(model=infer_model(weights))
     model = models.build(config.model, config.test)
     load_weights(model, weights.state_dict)
-    return model.eval(), config, weights.classes
+    return Loaded(model.eval(), config, weights.classes, weights.category_ids)

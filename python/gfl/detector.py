@@ -39,7 +39,7 @@ class Result:
         scores: fp32 ``[n]`` in (0, 1).
         labels: int64 ``[n]`` in [0, C).
         names: the class's name of each.
-        category_ids: label + 1 of each, as data sets without gaps number their classes.
+        category_ids: of the annotation file that the model was trained on; label + 1 where its file doesn't say.
         size: (height, width) of the image.
         path: of the file; None for an image that came without one.
         edges: the distributions that the boxes were read from, in the image's pixels, if they were asked for.
@@ -61,9 +61,10 @@ class Result:
 
     def image(self) -> Image.Image:
         """The image itself, upright; read again from its file if it has one."""
-        if self._pixels is None:
-            assert self.path is not None  # one of both is there by construction
+        if self.path is not None:
             return _picture(transforms.read_image(self.path))
+        if self._pixels is None:
+            raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
         return _picture(self._pixels)
 
     def draw(self, score_threshold: float = 0.3, *, scale: float = 1.0) -> Image.Image:
@@ -137,11 +138,12 @@ class Detector:
         score_threshold: float | None = None,
         batch_size: int | None = None,
     ) -> None:
+        ids: Sequence[int] | None = None
         if isinstance(model, GFL):
             self.model = model
             self.device = next(model.parameters()).device if device is None else choose_device(str(device))
         else:
-            self.model, _, named = checkpoint.model_from(model)
+            self.model, _, named, ids = checkpoint.model_from(model)
             classes = named if classes is None else classes
             self.device = choose_device(None if device is None else str(device))
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -154,7 +156,7 @@ class Detector:
             raise ValueError(
                 f"gfl.Detector: `classes` must be {count} names, as many as the model's, got {len(self.classes)}"
             )
-        self.category_ids = list(range(1, count + 1))
+        self.category_ids = list(range(1, count + 1)) if ids is None else list(ids)
         self.score_threshold = score_threshold
         self.batch_size = (8 if self.device.type == "cuda" else 1) if batch_size is None else batch_size
         if self.batch_size < 1:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Weights:
         source: who wrote it.
         config: of our own files, the whole of it.
         classes: names in the order of the labels, if the file has them.
+        category_ids: of the annotation file, in that order, if the file has them.
         legacy: it goes with GFocal v1's geometry.
         notes: what was renamed or left out, in lines.
     """
@@ -39,6 +40,7 @@ class Weights:
     source: str
     config: Config | None = None
     classes: list[str] | None = None
+    category_ids: list[int] | None = None
     legacy: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -60,7 +62,7 @@ def normalise(content: Mapping[str, Any]) -> Weights:
     if not weights:
         keys = ", ".join(map(str, list(content)[:8])) or "none"
         raise ValueError(f"no weights in it; its keys are {keys}")
-    result = Weights(weights, "a dictionary of weights", classes=_classes(meta))
+    result = Weights(weights, "a dictionary of weights", classes=_classes(meta), category_ids=_category_ids(meta))
     _note_left_out(result, found)
     stated = meta.get("format")
     if isinstance(stated, str) and stated.startswith("gfl-ops"):
@@ -83,6 +85,11 @@ def _note_left_out(result: Weights, found: Mapping[str, Any]) -> None:
     left_out = [str(key) for key, value in found.items() if not isinstance(value, Tensor)]
     if left_out:
         result.notes.append(f"left out, not being weights: {', '.join(left_out)}")
+
+
+def _category_ids(meta: Mapping[str, Any]) -> list[int] | None:
+    ids = meta.get("category_ids")
+    return [int(i) for i in ids] if isinstance(ids, Sequence) else None
 
 
 def _classes(meta: Mapping[str, Any]) -> list[str] | None:

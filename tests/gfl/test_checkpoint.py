@@ -56,7 +56,7 @@ def published(file: str, data: Path) -> dict[str, Tensor]:
 def test_what_is_written_is_read(model: GFL, config: Config, tmp_path: Path) -> None:
     path = tmp_path / "last.pth"
     checkpoint.write(path, own(model, config) | {"training": {"step": 7, "names": ["x"]}})
-    again, its_config, classes = checkpoint.model_from(path)
+    again, its_config, classes, _ = checkpoint.model_from(path)
     assert same(model, again) and not again.training
     assert its_config == config and classes == ["a", "b", "c", "d"]
     assert again.test.short_side == 192
@@ -269,7 +269,7 @@ def test_mmdets_tell_what_they_are(file: str, fields: dict, data: Path, tmp_path
     path = tmp_path / "epoch_12.pth"
     meta = {"mmdet_version": "2.28", "CLASSES": names, "config": "model = …"}
     torch.save({"meta": meta, "state_dict": collections.OrderedDict(published(file, data)), "optimizer": {}}, path)
-    model, config, classes = checkpoint.model_from(path)
+    model, config, classes, _ = checkpoint.model_from(path)
     assert classes == list(names)
     for name, value in fields.items():
         assert getattr(config.model, name) == value
@@ -280,7 +280,7 @@ def test_mmdets_tell_what_they_are(file: str, fields: dict, data: Path, tmp_path
 def test_another_size_of_detector_is_inferred(data: Path) -> None:
     want = create_model("gfl_r18_1x", 7, width=32, neck_channels=96, head_channels=64, head_convs=2, reg_max=8,
                         strides=(8, 16, 32, 64))  # fmt: skip
-    model, config, classes = checkpoint.model_from({"module." + k: v for k, v in want.state_dict().items()})
+    model, config, classes, _ = checkpoint.model_from({"module." + k: v for k, v in want.state_dict().items()})
     assert same(want, model) and config.model == want.config and classes is None
 
 
@@ -341,7 +341,7 @@ def test_gfocal_v2_has_a_class_channel_too_many(classes: int | None) -> None:
     weights = gfocal("v2", want) if classes != 81 else want.state_dict()
     meta = {} if classes is None else {"CLASSES": [str(i) for i in range(classes)]}
     found = checkpoint.normalise({"meta": meta, "state_dict": weights})
-    model, config, _ = checkpoint.model_from({"meta": meta, "state_dict": weights})
+    model, config, _, _ = checkpoint.model_from({"meta": meta, "state_dict": weights})
     assert found.source == "GFocal V2" and same(model, want)
     assert (config.model.quality_branch, config.model.topk_mode, config.model.legacy) == (True, "anchor", False)
     assert len(found.notes) == (classes != 81)

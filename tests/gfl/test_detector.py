@@ -305,5 +305,5 @@ def test_the_command_does_not_write_among_the_photos(model, folder, capsys):
 
 
 def test_configuration_of_a_checkpoint_is_its_own(model, tmp_path):
-    own, config, classes = checkpoint.model_from(saved(model, tmp_path / "x.pt"))
+    own, config, classes, _ = checkpoint.model_from(saved(model, tmp_path / "x.pt"))
     assert isinstance(config, Config) and classes == ["cup", "cat", "car"] and own.test.short_side == 192

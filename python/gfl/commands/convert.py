@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     content = checkpoint.read(options.source)
     try:
         weights = checkpoint.normalise(content)
-        model, config, classes = checkpoint.model_from(content)
+        model, config, classes, ids = checkpoint.model_from(content)
     except ValueError as error:
         raise ValueError(f"{options.source}: {error}") from None
     print(f"{options.source}: {weights.source}")
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     state_dict = model.state_dict()
     written: dict[str, Any]
     if options.to == "own":
-        written = {"meta": checkpoint.meta(config, names), "state_dict": state_dict}
+        written = {"meta": checkpoint.meta(config, names, ids), "state_dict": state_dict}
     else:
         _check_mmdet(config)
         written = {"meta": {"dataset_meta": {"classes": tuple(names)}}, "state_dict": state_dict}

@@ -56,8 +56,7 @@ def run(options: argparse.Namespace) -> int:
     annotations: list[dict[str, Any]] = []
     used: set[str] = set()
     for result in detector.stream(photos, edges=options.edges, on_error=report):
-        assert result.path is not None  # these are files
-        name = _unused(result.path.stem, used)
+        name = _unused(result.path.stem if result.path else "image", used)
         result.draw(options.score).save(out / f"{name}.jpg", quality=92)
         if options.edges and len(result):
             result.draw_edges(0).save(out / f"{name}.edges.png")

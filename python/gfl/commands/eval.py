@@ -71,7 +71,7 @@ def _of_checkpoint(options: argparse.Namespace) -> int:
     from ..engine import evaluate
     from ..engine.distributed import processes
 
-    model, stored, classes = model_from(options.checkpoint)
+    model, stored, classes, _ = model_from(options.checkpoint)
     config = configuration.overrides(stored, options)
     dataset = validation_dataset(config)
     _check_classes(options.checkpoint, classes, dataset)

@@ -63,9 +63,14 @@ def _candidates(scene: int, result: Result, boxes: Tensor, labels: Tensor) -> li
     for index in range(len(result)):
         box, label = result.boxes[index], result.labels[index]
         overlap = torch.where(labels == label, _iou(box, boxes), 0.0)
-        if result.scores[index] < SURE or not len(boxes) or overlap.max() < MATCH or (box[2:] - box[:2]).max() < 24:
+        if (
+            result.edges is None
+            or result.scores[index] < SURE
+            or not len(boxes)
+            or overlap.max() < MATCH
+            or (box[2:] - box[:2]).max() < 24
+        ):
             continue
-        assert result.edges is not None  # asked for
         doubt = result.edges.doubt()[index].sort().values.tolist()
         found.append(_Candidate(scene, result, index, doubt, boxes[overlap.argmax()].tolist()))
     return found

@@ -266,7 +266,7 @@ class Training:
         self._save()
 
     def _meta(self) -> dict[str, Any]:
-        return checkpoint.meta(self.config, self.data.classes) | {"epoch": self.position.epoch}
+        return checkpoint.meta(self.config, self.data.classes, self.data.category_ids) | {"epoch": self.position.epoch}
 
     def _save(self) -> None:
         self._check_finite(self.sums.sum().item())

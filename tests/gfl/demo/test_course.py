@@ -28,7 +28,7 @@ def test_a_few_steps(tmp_path, capsys):
     assert len(list((out / "data/train").iterdir())) == 8
     assert len(json.loads((out / "data/annotations/val.json").read_text())["images"]) == 8
     assert Image.open(out / "detections.jpg").width > 1000
-    model, config, classes = checkpoint.model_from(out / "training/best.pt")
+    model, config, classes, _ = checkpoint.model_from(out / "training/best.pt")
     assert classes == ["ring", "star", "cross", "moon", "heart"] and config.train.seed == 3
     assert model.config.strides == (8, 16, 32)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gfl import checkpoint
 from gfl.config import Config, preset
+from gfl.detector import Detector
 from gfl.engine import train as training
 from gfl.engine.log import EVALUATIONS, STEPS, TEXT
 from gfl.engine.train import BEST, CONFIG, LAST, LOSSES, train
@@ -84,7 +85,9 @@ def test_a_training_leaves_its_weights_its_figures_and_its_configuration(small: 
     assert preset(str(out / CONFIG)).model.num_classes == 2
     saved = checkpoint.read(out / BEST)
     assert saved["meta"]["classes"] == ["disc", "box"]
-    model, read, classes = checkpoint.model_from(out / BEST)
+    model, read, classes, ids = checkpoint.model_from(out / BEST)
+    # As the annotation file numbers them.
+    assert ids == Detector(out / BEST).category_ids == [2, 5]
     assert classes == ["disc", "box"] and read.model.num_classes == 2
     assert model.state_dict().keys() == saved["state_dict"].keys()
 

@@ -65,7 +65,7 @@ def test_a_checkpoint_brings_it_back() -> None:
     config = preset("gfl_tiny").replace(backbone="timm:mobilenetv3_small_050", num_classes=2)
     model = build(config.model)
     content = {"meta": checkpoint.meta(config, ["a", "b"]), "state_dict": model.state_dict()}
-    again, _, _ = checkpoint.model_from(content)
+    again, _, _, _ = checkpoint.model_from(content)
     first, second = model.state_dict(), again.state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
 
