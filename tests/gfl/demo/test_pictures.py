@@ -21,8 +21,11 @@ def spread(at: float, width: int) -> torch.Tensor:
     return near / near.sum()
 
 
+RIGHT = 2
+
+
 class Sure:
-    """Finds the true boxes; the right edge of the largest object of each scene is in doubt by the scene's number."""
+    """Finds the true boxes; the right edges of each scene are in doubt by its number, of one in four not at all."""
 
     def __init__(self, scenes: CocoDataset) -> None:
         self.scenes = scenes
@@ -33,12 +36,9 @@ class Sure:
             n = len(boxes)
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2
             distance = torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], 1) / 8
-            largest = int((boxes[:, 2:] - boxes[:, :2]).amin(1).argmax()) if n else -1
             rows = [
-                torch.stack(
-                    [spread(float(d), i % 4 if (row, side) == (largest, 2) else 0) for side, d in enumerate(four)]
-                )
-                for row, four in enumerate(distance)
+                torch.stack([spread(float(d), i % 4 if side == RIGHT else 0) for side, d in enumerate(four)])
+                for four in distance
             ]
             probabilities = torch.stack(rows) if n else torch.zeros(0, 4, 17)
             yield Result(
