@@ -264,6 +264,7 @@ def test_two_processes_give_the_figures_of_one(draw: Draw, stub: ModuleType, tmp
         assert (tmp_path / f"{rank}.json").read_text() == json.dumps(one)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_by_the_command(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network of random weights, in one process and in two."""
     data = draw(7)
