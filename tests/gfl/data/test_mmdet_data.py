@@ -25,8 +25,9 @@ if real_data.missing() is not None:
     pytest.skip(str(real_data.missing()), allow_module_level=True)
 
 mmdet_stub.install()
-import mmdet.datasets.transforms  # noqa: E402, F401  # puts the transforms into the registry
+from mmcv.transforms import LoadImageFromFile  # noqa: E402
 from mmdet.datasets import CocoDataset as MmdetDataset  # noqa: E402
+from mmdet.datasets import transforms  # noqa: E402
 from mmdet.models.data_preprocessors import DetDataPreprocessor  # noqa: E402
 
 SIDES = (800, 1333)
@@ -38,12 +39,13 @@ def theirs(annotations: Path, flip: float, filter_cfg: dict[str, Any] | None) ->
         data_prefix={"img": str(real_data.COCO / "images")},
         filter_cfg=filter_cfg,
         test_mode=filter_cfg is None,
+        # Objects, not names: what names mean depends on what else has been registered in this process.
         pipeline=[
-            {"type": "mmdet.LoadImageFromFile"},
-            {"type": "mmdet.LoadAnnotations", "with_bbox": True},
-            {"type": "mmdet.Resize", "scale": SIDES[::-1], "keep_ratio": True},
-            {"type": "mmdet.RandomFlip", "prob": flip},
-            {"type": "mmdet.PackDetInputs", "meta_keys": ("img_id", "scale_factor", "img_shape", "ori_shape")},
+            LoadImageFromFile(),
+            transforms.LoadAnnotations(with_bbox=True),
+            transforms.Resize(scale=SIDES[::-1], keep_ratio=True),
+            transforms.RandomFlip(prob=flip),
+            transforms.PackDetInputs(meta_keys=("img_id", "scale_factor", "img_shape", "ori_shape")),
         ],
     )
 
