@@ -60,7 +60,9 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample(name, (pred, target, 0.25, 2.0, activated))
         if name.endswith("7x3"):
             yield Sample(f"gamma1.5-{name}", (pred, target, 0.6, 1.5, activated))
-            yield Sample(f"gamma0.5-{name}", (pred, target, 0.25, 0.5, activated))
+            # The root of 1 - p_t has no bounded derivative at 0, where a last bit of p decides all of the gradient.
+            inside = 0.1 + 0.8 * target if name.startswith("soft") else target
+            yield Sample(f"gamma0.5-{name}", (pred, inside, 0.25, 0.5, activated))
             yield Sample(f"unbalanced-{name}", (pred, target, -1.0, 2.0, activated))
 
 
