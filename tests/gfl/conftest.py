@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,15 +48,6 @@ def draw_data_set(folder: Path, images: int, generator: torch.Generator) -> Path
         content["images"].append({"id": number, "file_name": f"{number}.png", "height": SIDE, "width": SIDE})
     (folder / "annotations.json").write_text(json.dumps(content))
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As torchrun gives each of its processes: torch's own results are the same at equal numbers of threads only."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

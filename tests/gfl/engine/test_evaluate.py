@@ -264,7 +264,6 @@ def test_two_processes_give_the_figures_of_one(draw: Draw, stub: ModuleType, tmp
         assert (tmp_path / f"{rank}.json").read_text() == json.dumps(one)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_by_the_command(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network of random weights, in one process and in two."""
     data = draw(7)
@@ -280,8 +279,8 @@ def test_a_checkpoint_by_the_command(draw: Draw, tmp_path: Path, capsys: pytest.
 
     found = [tmp_path / f"found{world}.json" for world in (1, 2)]
     arguments = ["eval", str(file), "--device", "cpu", "--max-detections", "7", "--save-detections"]
-    assert cli.main([*arguments, str(found[0])]) == 0
-    printed = capsys.readouterr().out
+    # Both in fresh processes of one thread: torch's own results depend on how many it started with.
+    printed = torchrun(1, "-m", "gfl.cli", *arguments, found[0])
     assert printed.startswith("49 detections, 7 images\n")
     assert torchrun(2, "-m", "gfl.cli", *arguments, found[1]) == printed
     assert found[0].read_text() == found[1].read_text()
