@@ -138,6 +138,61 @@ std::vector<at::Tensor> like(at::TensorList maps, bool needed) {
   return result;
 }
 
+// Gradients of the maps, and where the kernels write them.
+struct Gradients {
+  std::vector<at::Tensor> cls_scores, reg_preds;
+  std::vector<HeadGradients> levels;
+
+  Gradients(at::TensorList cls, at::TensorList reg, Needs2 needs)
+      : cls_scores(like(cls, needs[0])), reg_preds(like(reg, needs[1])), levels(cls.size()) {
+    for (size_t l = 0; l < levels.size(); ++l) {
+      if (needs[0]) {
+        levels[l].cls = cls_scores[l].mutable_data_ptr();
+        copy_strides(cls_scores[l], levels[l].cls_stride);
+      }
+      if (needs[1]) {
+        levels[l].reg = reg_preds[l].mutable_data_ptr();
+        copy_strides(reg_preds[l], levels[l].reg_stride);
+      }
+    }
+  }
+};
+
+// The walk over the logits: Σ QFL, if `loss`, and the gradients of the class maps, if `gradients`.
+double scores_on_cpu(const Prepared& p, bool loss, double scale, const HeadGradients* gradients) {
+  std::vector<double> sums(loss ? p.blocks.size() : 0);
+  for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    cpu::gfl_loss_scores(p.in, p.positives, p.terms.data(), p.blocks.data(), loss ? sums.data() : nullptr, scale,
+                         gradients, begin, end);
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+void distributions_on_cpu(const Prepared& p, const HeadScales& scales, Gradients& out) {
+  for (at::Tensor& grad : out.reg_preds) grad.zero_();
+  for_chunks(static_cast<int64_t>(p.positives.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
+    cpu::gfl_loss_terms_backward(p.in, p.positives.data(), p.terms.data(), scales, out.levels.data(), begin, end);
+  });
+}
+
+// The five results; `quality_focal` is Σ QFL.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> losses_on_cpu(
+    const Prepared& p, const at::Tensor& like, double quality_focal, at::ArrayRef<double> loss_weights) {
+  double box = 0, dfl = 0;
+  for (const HeadTerms& t : p.terms) {
+    box += t.weight * t.box;
+    dfl += t.weight * t.dfl;
+  }
+  const auto scalar = [&](double value) {
+    return at::scalar_tensor(value, like.options().dtype(accumulator_of(like)));
+  };
+  return {scalar(loss_weights[0] * quality_focal / p.cls_norm), scalar(loss_weights[1] * box / p.box_norm),
+          scalar(loss_weights[2] * dfl / p.box_norm), scalar(static_cast<double>(p.positives.size())),
+          scalar(p.weight_sum)};
+}
+
 #if defined(GFL_WITH_CUDA)
 // A single number on the device of the maps, which the host does not read.
 const void* number_on(const at::Tensor& like, const at::Tensor& number, const char* argument) {
@@ -204,22 +259,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_
   if (cls_scores[0].is_cuda()) return forward_on_cuda(p, cls_scores[0], cls_norm, box_norm, loss_weights);
 #endif
   count_on_cpu(p, acc, cls_norm, box_norm);
-  std::vector<double> sums(p.blocks.size());
-  for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    cpu::gfl_loss_scores(p.in, p.positives, p.terms.data(), p.blocks.data(), sums.data(), begin, end);
-  });
-  double cls = 0, box = 0, dfl = 0;
-  for (const double sum : sums) cls += sum;
-  for (const HeadTerms& t : p.terms) {
-    box += t.weight * t.box;
-    dfl += t.weight * t.dfl;
-  }
-  const auto scalar = [&](double value) {
-    return at::scalar_tensor(value, cls_scores[0].options().dtype(acc));
-  };
-  return {scalar(loss_weights[0] * cls / p.cls_norm), scalar(loss_weights[1] * box / p.box_norm),
-          scalar(loss_weights[2] * dfl / p.box_norm), scalar(static_cast<double>(p.positives.size())),
-          scalar(p.weight_sum)};
+  return losses_on_cpu(p, cls_scores[0], scores_on_cpu(p, true, 0, nullptr), loss_weights);
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
@@ -231,43 +271,43 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
   prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
           legacy);
   const at::ScalarType acc = accumulator_of(cls_scores[0]);
-  std::vector<at::Tensor> grad_scores = like(cls_scores, needs[0]), grad_preds = like(reg_preds, needs[1]);
-  std::vector<HeadGradients> gradients(p.levels.size());
-  for (size_t l = 0; l < gradients.size(); ++l) {
-    if (needs[0]) {
-      gradients[l].cls = grad_scores[l].mutable_data_ptr();
-      copy_strides(grad_scores[l], gradients[l].cls_stride);
-    }
-    if (needs[1]) {
-      gradients[l].reg = grad_preds[l].mutable_data_ptr();
-      copy_strides(grad_preds[l], gradients[l].reg_stride);
-    }
-  }
+  Gradients gradients(cls_scores, reg_preds, needs);
 #if defined(GFL_WITH_CUDA)
   if (cls_scores[0].is_cuda()) {
-    backward_on_cuda(p, {grad_cls, grad_box, grad_dfl}, cls_scores[0], cls_norm, box_norm, loss_weights, gradients);
-    return {std::move(grad_scores), std::move(grad_preds)};
+    backward_on_cuda(p, {grad_cls, grad_box, grad_dfl}, cls_scores[0], cls_norm, box_norm, loss_weights,
+                     gradients.levels);
+    return {std::move(gradients.cls_scores), std::move(gradients.reg_preds)};
   }
 #endif
   count_on_cpu(p, acc, cls_norm, box_norm);
   const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * loss_weights[0] / p.cls_norm,
                           number_of(grad_box, acc, "grad_box") * loss_weights[1] / p.box_norm,
                           number_of(grad_dfl, acc, "grad_dfl") * loss_weights[2] / p.box_norm};
-  for (at::Tensor& grad : grad_preds) grad.zero_();
-  if (needs[0]) {
-    for_chunks(static_cast<int64_t>(p.blocks.size()), 1, [&](int64_t begin, int64_t end) {
-      cpu::gfl_loss_scores_backward(p.in, p.positives, p.terms.data(), p.blocks.data(), scales.cls, gradients.data(),
-                                    begin, end);
-    });
-  }
-  if (needs[1]) {
-    for_chunks(static_cast<int64_t>(p.positives.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
-      cpu::gfl_loss_terms_backward(p.in, p.positives.data(), p.terms.data(), scales, gradients.data(), begin, end);
-    });
-  }
-  return {std::move(grad_scores), std::move(grad_preds)};
+  if (needs[0]) scores_on_cpu(p, false, scales.cls, gradients.levels.data());
+  if (needs[1]) distributions_on_cpu(p, scales, gradients);
+  return {std::move(gradients.cls_scores), std::move(gradients.reg_preds)};
 }
 
+// The losses, and the gradients of their sum, in one walk over the logits.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>
+gfl_loss_forward_and_gradient(at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
+                              const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
+                              const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+                              at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset,
+                              bool legacy, Needs2 needs) {
+  Prepared p;
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
+          legacy);
+  Gradients gradients(cls_scores, reg_preds, needs);
+  count_on_cpu(p, accumulator_of(cls_scores[0]), cls_norm, box_norm);
+  const HeadScales scales{loss_weights[0] / p.cls_norm, loss_weights[1] / p.box_norm, loss_weights[2] / p.box_norm};
+  const double quality_focal = scores_on_cpu(p, true, scales.cls, needs[0] ? gradients.levels.data() : nullptr);
+  if (needs[1]) distributions_on_cpu(p, scales, gradients);
+  return std::tuple_cat(losses_on_cpu(p, cls_scores[0], quality_focal, loss_weights),
+                        std::tuple(std::move(gradients.cls_scores), std::move(gradients.reg_preds)));
+}
+
+GFL_IMPL_CPU("gfl_loss_fwd_and_grad", gfl_loss_forward_and_gradient)
 GFL_IMPL_CPU("gfl_loss_fwd", gfl_loss_forward)
 GFL_IMPL_CPU("gfl_loss_bwd", gfl_loss_backward)
 GFL_IMPL_CUDA("gfl_loss_fwd", gfl_loss_forward)

@@ -325,18 +325,15 @@ void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadT
 }
 
 void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                     const HeadBlock* blocks, double* sums, int64_t begin, int64_t end) {
+                     const HeadBlock* blocks, double* sums, double scale, const HeadGradients* gradients, int64_t begin,
+                     int64_t end) {
   dispatch(in.cls_dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; ++i) sums[i] = block_loss<decltype(t)>(in, positives, terms, blocks[i]);
-  });
-}
-
-void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives,
-                              const HeadTerms* terms, const HeadBlock* blocks, double scale,
-                              const HeadGradients* gradients, int64_t begin, int64_t end) {
-  dispatch(in.cls_dtype, [&](auto t) {
+    using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
-      block_backward<decltype(t)>(in, positives, terms, blocks[i], scale, gradients[blocks[i].level]);
+      if (sums != nullptr) sums[i] = block_loss<T>(in, positives, terms, blocks[i]);
+      if (gradients != nullptr) {
+        block_backward<T>(in, positives, terms, blocks[i], scale, gradients[blocks[i].level]);
+      }
     }
   });
 }

@@ -232,15 +232,15 @@ Got run(const GflLossInput& in, const std::vector<acc_t<T>>&, const HeadScales& 
     cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e);
   });
   gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
-    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), b, e);
+    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), 0, nullptr, b, e);
   });
   Got got{{0, 0, 0}, count, 0};
   for (const double s : sums) got.losses.cls += s;
   for (const HeadTerms& t : terms) {
     got.losses.box += t.weight * t.box, got.losses.dfl += t.weight * t.dfl, got.weight += t.weight;
   }
-  cpu::gfl_loss_scores_backward(in, positives, terms.data(), blocks.data(), scales.cls, gradients.data(), 0,
-                                static_cast<int64_t>(blocks.size()));
+  cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), nullptr, scales.cls, gradients.data(), 0,
+                       static_cast<int64_t>(blocks.size()));
   cpu::gfl_loss_terms_backward(in, positives.data(), terms.data(), scales, gradients.data(), 0, count);
   return got;
 }

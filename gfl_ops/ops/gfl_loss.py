@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._one_pass import head_loss
 from .._samples import boxes as draw_boxes
 from .._samples import normal
 from .._spec import OpSpec, Sample, register
@@ -381,8 +382,7 @@ def gfl_loss(
     if accumulator(first.dtype) != accumulator(reg_maps[0].dtype):
         cls_maps, reg_maps = [m.double() for m in cls_maps], [m.double() for m in reg_maps]
     acc = accumulator(cls_maps[0].dtype)
-    cls, box, dfl, num_pos, box_weight = GFL_LOSS(
-        first.device.type,
+    cls, box, dfl, num_pos, box_weight = head_loss(
         cls_maps,
         reg_maps,
         stride_list,

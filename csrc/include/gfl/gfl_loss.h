@@ -69,14 +69,11 @@ std::vector<HeadBlock> gfl_loss_blocks(const GflLossInput& in);
 void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin,
                     int64_t end);
 
-// Σ QFL of each of the blocks [begin, end), to sums[block]. `positives` and `terms` are all of them, in order.
+// Of the blocks [begin, end): Σ QFL of each to sums[block], and the gradients of the class maps, of which every element
+// is written; either may be null. `positives` and `terms` are all of them, in order; `gradients` has an entry a level.
 void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                     const HeadBlock* blocks, double* sums, int64_t begin, int64_t end);
-
-// Gradients of the class maps in the blocks [begin, end); `gradients` has an entry a level. Every element is written.
-void gfl_loss_scores_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives,
-                              const HeadTerms* terms, const HeadBlock* blocks, double scale,
-                              const HeadGradients* gradients, int64_t begin, int64_t end);
+                     const HeadBlock* blocks, double* sums, double scale, const HeadGradients* gradients, int64_t begin,
+                     int64_t end);
 
 // Gradients of the distribution maps at the positives [begin, end). Elsewhere they are 0, which the caller sees to.
 void gfl_loss_terms_backward(const GflLossInput& in, const HeadPositive* positives, const HeadTerms* terms,
