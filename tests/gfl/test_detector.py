@@ -259,6 +259,28 @@ def test_no_detections(photo):
     assert result.to_coco(1) == [] and result.draw().size == (SIZE[1], SIZE[0])
 
 
+def test_optimized_it_finds_the_same_and_keeps_its_settings(model, folder):
+    plain, quick = Detector(model), Detector(model, optimize=True, score_threshold=0.1)
+    assert quick.model is model and not quick._network.training
+    for a, b in zip(plain(folder), quick(folder, edges=True)):
+        # Maps differ in their last digits: scores too, and places where they are equal but for that.
+        n = int((a.scores > 0.11).sum())
+        assert n <= len(b) and (b.scores > 0.1).all() and b.edges.probabilities.shape[0] == len(b)
+        torch.testing.assert_close(a.scores[:n], b.scores[:n], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="`compile` goes with"):
+        Detector(model, compile=True)
+
+
+def test_what_was_started_before_is_finished_first(model, folder, monkeypatch):
+    """The order of a GPU, where one group of images is computed while the next is read."""
+    detector = Detector(model)
+    want = detector.stream(find_images(folder))
+    detector.device = torch.device("cuda")  # of the stream alone: the engine has its own
+    got = detector.stream(find_images(folder))
+    monkeypatch.setattr(Detector, "_as_asked", lambda self: torch.no_grad())
+    assert [r.path for r in got] == [r.path for r in want] == find_images(folder)
+
+
 def test_streams_hold_few_images(model, folder):
     taken = []
 

@@ -94,11 +94,15 @@ class GFLHead(nn.Module):
             for conv in self.reg_convs:
                 reg_features = conv(reg_features)
             cls_score, reg_pred = self.gfl_cls(cls_features), scale(self.gfl_reg(reg_features))
-            if self.reg_conf is not None:
-                cls_score = joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
-            cls_scores.append(cls_score)
+            cls_scores.append(self.rescored(cls_score, reg_pred))
             reg_preds.append(reg_pred)
         return cls_scores, reg_preds
+
+    def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
+        """A level's class logits with the quality that its distributions' peaks tell, if there is such a branch."""
+        if self.reg_conf is None:
+            return cls_score
+        return joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
         """Of each side's distribution the greatest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
