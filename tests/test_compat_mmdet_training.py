@@ -15,7 +15,9 @@ from gfl_ops.compat import mmdet as compat
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
-    pytest.skip("mmdet is not installed; tests/peers/requirements.txt says what is needed", allow_module_level=True)
+    pytest.skip(
+        "mmdet is not installed; tests/support/peers/requirements.txt says what is needed", allow_module_level=True
+    )
 
 np = pytest.importorskip("numpy")
 mmdet_stub.install()

@@ -20,7 +20,7 @@ from gfl_ops.compat import ultralytics as compat
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("ultralytics") is None:
-    pytest.skip("ultralytics is not installed (tests/peers/requirements.txt)", allow_module_level=True)
+    pytest.skip("ultralytics is not installed (tests/support/peers/requirements.txt)", allow_module_level=True)
 
 # It asks the network at import otherwise.
 os.environ.setdefault("YOLO_OFFLINE", "true")

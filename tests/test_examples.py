@@ -56,7 +56,7 @@ def test_the_dialects(tmp_path: Path) -> None:
 def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
     """With and without ours inside it has the same losses, but for the last digits."""
     if importlib.util.find_spec(needs) is None:
-        pytest.skip(f"{needs} is not installed (tests/peers/requirements.txt)")
+        pytest.skip(f"{needs} is not installed (tests/support/peers/requirements.txt)")
     printed = run(name, tmp_path, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
     assert "served by gfl_ops:" in printed and "detections:" in printed
     ours, theirs = (

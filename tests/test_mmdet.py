@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parent / "peers"))
 MMDET_IS_THERE = all(importlib.util.find_spec(name) for name in ("mmdet", "mmcv", "mmengine"))
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(not MMDET_IS_THERE, reason="mmdet is not installed (tests/peers/requirements.txt)"),
+    pytest.mark.skipif(not MMDET_IS_THERE, reason="mmdet is not installed (tests/support/peers/requirements.txt)"),
 ]
 
 NAMES = (

@@ -22,7 +22,9 @@ from gfl_ops._samples import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
-    pytest.skip("mmdet is not installed; tests/peers/requirements.txt says what is needed", allow_module_level=True)
+    pytest.skip(
+        "mmdet is not installed; tests/support/peers/requirements.txt says what is needed", allow_module_level=True
+    )
 
 mmdet_stub.install()
 from mmdet.models.dense_heads import GFLHead  # noqa: E402

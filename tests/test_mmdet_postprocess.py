@@ -20,7 +20,7 @@ import real_data
 MMDET_IS_THERE = all(importlib.util.find_spec(name) for name in ("mmdet", "mmcv", "mmengine"))
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(not MMDET_IS_THERE, reason="mmdet is not installed (tests/peers/requirements.txt)"),
+    pytest.mark.skipif(not MMDET_IS_THERE, reason="mmdet is not installed (tests/support/peers/requirements.txt)"),
     pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing())),
 ]
 

@@ -21,8 +21,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """In a folder without gfl_ops, where the source tree does not hide the installed package."""
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=Path(__file__).parent)
+    """In a folder where neither the source tree nor tests/gfl hides the installed package."""
+    return subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=300, cwd=Path(__file__).parent / "support"
+    )
 
 
 def test_gfl_ops_imports_torch_alone() -> None:

@@ -20,7 +20,9 @@ from gfl.data.transforms import normalise
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
-    pytest.skip("mmdet is not installed; tests/peers/requirements.txt says what is needed", allow_module_level=True)
+    pytest.skip(
+        "mmdet is not installed; tests/support/peers/requirements.txt says what is needed", allow_module_level=True
+    )
 if real_data.missing() is not None:
     pytest.skip(str(real_data.missing()), allow_module_level=True)
 

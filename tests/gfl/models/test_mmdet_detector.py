@@ -21,7 +21,9 @@ from gfl.models import GFL, create_model
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
-    pytest.skip("mmdet is not installed; tests/peers/requirements.txt says what is needed", allow_module_level=True)
+    pytest.skip(
+        "mmdet is not installed; tests/support/peers/requirements.txt says what is needed", allow_module_level=True
+    )
 
 mmdet_stub.install()
 import mmdet  # noqa: E402

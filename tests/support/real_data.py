@@ -23,7 +23,7 @@ INPUT = 416
 # Far below any threshold: what stands where the sparse files leave a location out.
 ABSENT = -12.0
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("GFL_TEST_DATA", _ROOT.parent / "shared" / "data"))
 COCO = FOLDER / "coco_val2017_47"
 
