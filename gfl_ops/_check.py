@@ -52,6 +52,27 @@ def same_device(op: str, argument: str, value: Tensor, other_argument: str, othe
         )
 
 
+def maps(op: str, argument: str, value: object) -> tuple[int, int]:
+    """A list of floating ``[B, channels, H, W]``, alike but for H and W. Returns B and the channels."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(message(op, argument, "must be a list of tensors", type(value).__name__))
+    if not value:
+        raise ValueError(message(op, argument, "must hold at least one level", "none"))
+    for level in value:
+        tensor(op, argument, level)
+        same_device(op, argument, level, argument, value[0])
+        if level.dtype != value[0].dtype:
+            raise TypeError(message(op, argument, f"must be of one dtype, {value[0].dtype}", level.dtype))
+        if level.dim() != 4 or level.shape[:2] != value[0].shape[:2]:
+            expected = (
+                f"[B, channels, H, W], B and channels of every level those of the first, {list(value[0].shape[:2])}"
+            )
+            raise ValueError(message(op, argument, f"must have shape {expected}", list(level.shape)))
+    if value[0].shape[1] < 1:
+        raise ValueError(message(op, argument, "must have at least one channel", list(value[0].shape)))
+    return value[0].shape[0], value[0].shape[1]
+
+
 def choice(op: str, argument: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(message(op, argument, f"must be one of {', '.join(map(repr, options))}", repr(value)))

@@ -50,6 +50,7 @@ class OpSpec:
         public: names of the public functions that this operator serves.
         differentiable: names of the arguments that the gradient reaches.
         grad_outputs: which results have a gradient; all by default.
+        saved_outputs: which of the others the backward operator is given, to spare it the work.
         dtypes: dtypes of the main input that the operator takes.
         magnitude: (arguments) -> size of the terms that cancel within a result or gradient, 1 by default; a test's
             tolerance in ulps counts from it.
@@ -64,6 +65,7 @@ class OpSpec:
     public: tuple[str, ...]
     differentiable: tuple[str, ...] = ()
     grad_outputs: tuple[int, ...] | None = None
+    saved_outputs: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
@@ -88,14 +90,25 @@ class OpSpec:
 
     @property
     def backward_schema(self) -> str:
-        """(gradients of the results, the forward's arguments, which gradients are wanted) -> one a differentiable."""
+        """(gradients of the results, saved results, the forward's arguments, which gradients are wanted) -> one a
+        differentiable."""
         parsed = torch._C.parse_schema(f"gfl::{self.stem}{self.schema}")
-        types = {a.name: str(a.type).replace("List[Tensor]", "Tensor[]") for a in parsed.arguments}
+
+        def kind(value: Any) -> str:
+            return "Tensor[]" if str(value.type) == "List[Tensor]" else "Tensor"
+
+        types = {a.name: kind(a) for a in parsed.arguments}
         inner = self.schema[1 : self.schema.rindex(") ->")]
-        grads = ", ".join(f"Tensor grad_{i}" for i in self.grads)
-        results = ["Tensor[]" if types[name] == "Tensor[]" else "Tensor" for name in self.differentiable]
+        given = [f"{kind(parsed.returns[i])} grad_{i}" for i in self.grads]
+        given += [f"{kind(parsed.returns[i])} result_{i}" for i in self.saved_outputs]
+        results = [types[name] for name in self.differentiable]
         returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
-        return f"({grads}, {inner}, bool[{len(results)}] needs) -> {returned}"
+        return f"({', '.join(given)}, {inner}, bool[{len(results)}] needs) -> {returned}"
+
+    @property
+    def backward_leading(self) -> int:
+        """How many arguments of the backward operator come before the forward's own."""
+        return len(self.grads) + len(self.saved_outputs)
 
     def __call__(self, device_type: str, *args: Any) -> Any:
         """Run the operator by the backend that is set."""
@@ -174,7 +187,7 @@ def _lazy(spec: OpSpec, direction: str) -> Callable[..., Any]:
 
 def _reference_backward(spec: OpSpec, *args: Any) -> Any:
     """The backward operator where no kernel serves it: the reference's own vector-Jacobian product."""
-    grads, arguments, needs = args[: len(spec.grads)], list(args[len(spec.grads) : -1]), args[-1]
+    grads, arguments, needs = args[: len(spec.grads)], list(args[spec.backward_leading : -1]), args[-1]
     positions = [spec.arguments.index(n) for n, needed in zip(spec.differentiable, needs) if needed]
 
     def of_differentiable(*values: Any) -> Any:
@@ -212,7 +225,7 @@ def _fake_backward(spec: OpSpec) -> Callable[..., Any]:
         return [torch.empty_like(v) if needed else _nothing(v) for v in value]
 
     def fake(*args: Any) -> Any:
-        arguments, needs = args[len(spec.grads) : -1], args[-1]
+        arguments, needs = args[spec.backward_leading : -1], args[-1]
         results = [gradient(arguments[spec.arguments.index(n)], w) for n, w in zip(spec.differentiable, needs)]
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -228,9 +241,10 @@ def _differentiate(namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: 
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Tensors go through save_for_backward, where the engine watches them; the rest is plain Python.
+        results = output if isinstance(output, tuple) else (output,)
         tensors: list[Tensor] = []
         layout: list[Any] = []
-        for value in inputs:
+        for value in (*(results[i] for i in spec.saved_outputs), *inputs):
             if isinstance(value, Tensor):
                 layout.append(("tensor", 1))
                 tensors.append(value)
@@ -241,8 +255,8 @@ def _differentiate(namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: 
                 layout.append(("constant", value))
         ctx.save_for_backward(*tensors)
         ctx.layout = layout
-        results = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in spec.grads))
+        without = [r for i, r in enumerate(results) if i not in spec.grads]
+        ctx.mark_non_differentiable(*(t for r in without for t in (r if isinstance(r, (list, tuple)) else [r])))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
@@ -258,6 +272,7 @@ def _differentiate(namespace: str, spec: OpSpec, keys: tuple[str, ...], kernel: 
         results = backward_op(*(grads[i] for i in spec.grads), *arguments, needs)
         if len(positions) == 1:
             results = (results,)
+        arguments = arguments[len(spec.saved_outputs) :]
         gradients: list[Any] = [None] * len(arguments)
         for position, result, needed in zip(positions, results, needs):
             if needed:

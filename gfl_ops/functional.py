@@ -8,6 +8,7 @@ from .ops.dfl import distribution_focal_loss
 from .ops.dfl_integral import dfl_integral
 from .ops.focal import sigmoid_focal_loss
 from .ops.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
+from .ops.group_norm_relu import group_norm_relu
 from .ops.integral import integral
 from .ops.iou import box_iou_loss, giou_loss
 from .ops.ld import distillation_loss
@@ -33,6 +34,7 @@ __all__ = [
     "distribution_focal_loss",
     "gfl_loss",
     "giou_loss",
+    "group_norm_relu",
     "head_loss_norms",
     "integral",
     "multiclass_nms",

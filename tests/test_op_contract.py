@@ -69,6 +69,18 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors(v)] if isinstance(value, (tuple, list)) else []
 
 
+def differentiated(spec: OpSpec, result: Any) -> list[Tensor]:
+    """The results that have a gradient, those in lists too."""
+    return tensors([outputs(result)[i] for i in spec.grads])
+
+
+def backward_arguments(spec: OpSpec, args: tuple[Any, ...], fill: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """What the backward operator takes before `needs`: gradients that `fill` makes, saved results, the arguments."""
+    results = outputs(spec.reference(*args))
+    grads = [tree_map(lambda t: fill(t.detach()), results[i]) for i in spec.grads]
+    return (*grads, *(results[i] for i in spec.saved_outputs), *args)
+
+
 def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str, magnitude: float = 1.0) -> None:
     """`got` errs at most twice as much as eager torch in the same dtype, or by the roundings of its own dtype."""
     assert got.shape == oracle.shape, f"{what}: shape {list(got.shape)}, expected {list(oracle.shape)}"
@@ -113,8 +125,8 @@ def gradients(
     spec: OpSpec, function: Callable[..., Any], args: tuple[Any, ...], grads: tuple[Tensor, ...]
 ) -> list[Tensor]:
     args, leaves = leaves_of(spec, args)
-    computed = outputs(function(*args))  # once: gradients of two calls would be added up in the leaf's dtype
-    results = [computed[i] for i in spec.grads]
+    # Once: gradients of two calls would be added up in the leaf's dtype.
+    results = differentiated(spec, function(*args))
     found = torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(grads, results)], allow_unused=True)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
 
@@ -124,7 +136,7 @@ def magnitude_of(spec: OpSpec, sample: Sample) -> float:
 
 
 def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) -> None:
-    got, eager = outputs(function(*sample.args)), outputs(spec.reference(*sample.args))
+    got, eager = tensors(outputs(function(*sample.args))), tensors(outputs(spec.reference(*sample.args)))
     if not spec.differentiable:
         # Decisions on fp32 geometry: an fp64 oracle would decide otherwise. The reference itself is the oracle, and is
         # held against plain loops and peers in the operator's own tests.
@@ -139,15 +151,16 @@ def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) ->
                 msg=lambda m, i=i: f"{sample.id}, result {i}: {m}",
             )
         return
-    oracle = outputs(spec.reference(*double(sample.args)))
+    oracle = tensors(outputs(spec.reference(*double(sample.args))))
     for i, (g, e, o) in enumerate(zip(got, eager, oracle, strict=True)):
         assert_close(g, e, o, f"{sample.id}, result {i}", magnitude_of(spec, sample))
 
 
 def check_backward(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int) -> None:
-    shapes = [outputs(spec.reference(*sample.args))[i] for i in spec.grads]
+    shapes = differentiated(spec, spec.reference(*sample.args))
     draw = torch.Generator().manual_seed(seed)
-    grads = tuple((torch.randn(s.shape, generator=draw) * 2).to(s.device) for s in shapes)
+    # Rounded as the results are: the oracle is given the same.
+    grads = tuple((torch.randn(s.shape, generator=draw) * 2).to(s.device, s.dtype) for s in shapes)
     got = gradients(spec, function, sample.args, grads)
     eager = gradients(spec, spec.reference, sample.args, grads)
     oracle = gradients(spec, spec.reference, double(sample.args), grads)
@@ -204,10 +217,9 @@ def test_opcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
         torch.library.opcheck(operator(spec, backend).default, args)
         if not spec.differentiable:
             continue
-        results = outputs(spec.reference(*sample.args))
-        grads = [torch.ones_like(results[i]) for i in spec.grads]
         needs = [True] * len(spec.differentiable)
-        torch.library.opcheck(operator(spec, backend, "backward").default, (*grads, *sample.args, needs))
+        given = backward_arguments(spec, sample.args, torch.ones_like)
+        torch.library.opcheck(operator(spec, backend, "backward").default, (*given, needs))
 
 
 @pytest.mark.parametrize(("spec", "backend", "device"), [c for c in cases() if c.values[0].differentiable])
@@ -228,8 +240,7 @@ def test_gradcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
                 tree_map(lambda _: next(drawn_values), a) if n in spec.differentiable else a
                 for n, a in zip(spec.arguments, args)
             ]
-            results = outputs(operator(spec, backend)(*fresh))
-            return tuple(results[i] for i in spec.grads)
+            return tuple(differentiated(spec, operator(spec, backend)(*fresh)))
 
         # Triton's interpreter takes milliseconds a call: random projections of the Jacobian there, not entry by entry.
         options = {"nondet_tol": 0.0, "check_batched_grad": False, "fast_mode": backend == "triton" and device == "cpu"}
@@ -242,7 +253,7 @@ def test_gradcheck(spec: OpSpec, backend: str, device: str, seed: int) -> None:
 def test_a_second_derivative_is_refused(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     sample = next(s for s in drawn(spec, device, torch.float32, seed) if all(t.numel() for t in tensors(s.args)))
     args, leaves = leaves_of(spec, sample.args)
-    result = outputs(operator(spec, backend)(*args))[spec.grads[0]]
+    result = differentiated(spec, operator(spec, backend)(*args))[0]
     first = torch.autograd.grad(result.sum(), leaves[0], create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="second derivative"):
         first.sum().backward()
@@ -257,9 +268,10 @@ def test_it_repeats_itself_bit_for_bit(spec: OpSpec, backend: str, device: str, 
         for count in (1, threads, 8):
             torch.set_num_threads(count)
             try:
-                got = tensors(outputs(operator(spec, backend)(*sample.args)))
+                result = operator(spec, backend)(*sample.args)
+                got = tensors(outputs(result))
                 if spec.differentiable:
-                    grads = tuple(torch.ones_like(got[i]) for i in spec.grads)
+                    grads = tuple(torch.ones_like(t) for t in differentiated(spec, result))
                     got = got + gradients(spec, operator(spec, backend), sample.args, grads)
             finally:
                 torch.set_num_threads(threads)
@@ -278,7 +290,7 @@ def test_it_compiles_into_one_graph(spec: OpSpec, backend: str, device: str, see
     with gfl_ops.set_backend(backend):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
         for sample in samples[:2]:
-            for got, want in zip(outputs(compiled(*sample.args)), outputs(call(*sample.args)), strict=True):
+            for got, want in zip(tensors(compiled(*sample.args)), tensors(call(*sample.args)), strict=True):
                 torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -286,16 +298,16 @@ def test_it_compiles_into_one_graph(spec: OpSpec, backend: str, device: str, see
 def test_the_compiled_entry_point_is_the_operator(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     module = importlib.import_module("gfl_ops._C")
     for sample in drawn(spec, device, torch.float32, seed):
-        got = outputs(getattr(module, f"{spec.stem}_forward")(*sample.args))
-        want = outputs(operator(spec, backend)(*sample.args))
+        got = tensors(getattr(module, f"{spec.stem}_forward")(*sample.args))
+        want = tensors(operator(spec, backend)(*sample.args))
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
         if not spec.differentiable:
             continue
-        grads = [torch.full_like(want[i], 0.5) for i in spec.grads]
+        given = backward_arguments(spec, sample.args, lambda t: torch.full_like(t, 0.5))
         needs = [True] * len(spec.differentiable)
-        got = tensors(outputs(getattr(module, f"{spec.stem}_backward")(*grads, *sample.args, needs)))
-        want = tensors(outputs(operator(spec, backend, "backward")(*grads, *sample.args, needs)))
+        got = tensors(outputs(getattr(module, f"{spec.stem}_backward")(*given, needs)))
+        want = tensors(outputs(operator(spec, backend, "backward")(*given, needs)))
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
 
@@ -303,11 +315,10 @@ def test_the_compiled_entry_point_is_the_operator(spec: OpSpec, backend: str, de
 @pytest.mark.parametrize(("spec", "backend", "device"), [c for c in cases() if c.values[0].differentiable])
 def test_gradients_that_are_not_wanted_are_not_computed(spec: OpSpec, backend: str, device: str, seed: int) -> None:
     sample = next(s for s in drawn(spec, device, torch.float32, seed) if all(t.numel() for t in tensors(s.args)))
-    results = outputs(spec.reference(*sample.args))
-    grads = [torch.ones_like(results[i]) for i in spec.grads]
+    given = backward_arguments(spec, sample.args, torch.ones_like)
     for wanted in range(len(spec.differentiable)):
         needs = [i == wanted for i in range(len(spec.differentiable))]
-        got = outputs(operator(spec, backend, "backward")(*grads, *sample.args, needs))
+        got = outputs(operator(spec, backend, "backward")(*given, needs))
         got = got if len(needs) > 1 else ((got,) if isinstance(got[0], Tensor) and len(got) > 1 else got)
         for needed, part in zip(needs, got, strict=True):
             assert all((t.numel() > 0) == needed for t in tensors(part)), (needs, sample.id)
@@ -319,10 +330,10 @@ def test_the_operator_computes_without_a_kernel(spec: OpSpec, seed: int) -> None
     from gfl_ops._spec import _reference_backward
 
     sample = next(s for s in drawn(spec, "cpu", torch.float32, seed) if all(t.numel() for t in tensors(s.args)))
-    results = outputs(spec.reference(*sample.args))
-    grads = tuple(torch.ones_like(results[i]) for i in spec.grads)
+    given = backward_arguments(spec, sample.args, torch.ones_like)
+    grads = tuple(tensors(given[: len(spec.grads)]))
     with torch.no_grad():
-        got = tensors(_reference_backward(spec, *grads, *sample.args, [True] * len(spec.differentiable)))
+        got = tensors(_reference_backward(spec, *given, [True] * len(spec.differentiable)))
     want = gradients(spec, spec.reference, sample.args, grads)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)

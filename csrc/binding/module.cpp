@@ -53,6 +53,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                    gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta, center_offset, legacy,
                                    needs);
         });
+  m.def("group_norm_relu_forward", [](const Tensors& inputs, const at::Tensor& weight, const at::Tensor& bias,
+                                      int64_t num_groups, double eps, bool relu) {
+    return group_norm_relu_forward(inputs, weight, bias, num_groups, eps, relu);
+  });
+  m.def("group_norm_relu_backward",
+        [](const Tensors& grad_outputs, const at::Tensor& statistics, const Tensors& inputs, const at::Tensor& weight,
+           const at::Tensor& bias, int64_t num_groups, double eps, bool relu, Needs3 needs) {
+          return group_norm_relu_backward(grad_outputs, statistics, inputs, weight, bias, num_groups, eps, relu, needs);
+        });
   m.def("integral_forward", &integral_forward);
   m.def("integral_backward", &integral_backward);
   m.def("iou_forward", &iou_forward);

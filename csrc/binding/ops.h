@@ -71,6 +71,13 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
     const at::Tensor& gt_boxes, const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
     at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy, Needs2 needs);
 
+std::tuple<std::vector<at::Tensor>, at::Tensor> group_norm_relu_forward(at::TensorList inputs, const at::Tensor& weight,
+                                                                        const at::Tensor& bias, int64_t num_groups,
+                                                                        double eps, bool relu);
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> group_norm_relu_backward(
+    at::TensorList grad_outputs, const at::Tensor& statistics, at::TensorList inputs, const at::Tensor& weight,
+    const at::Tensor& bias, int64_t num_groups, double eps, bool relu, Needs3 needs);
+
 at::Tensor integral_forward(const at::Tensor& pred, int64_t reg_max);
 at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& pred, int64_t reg_max,
                              std::array<bool, 1> needs);

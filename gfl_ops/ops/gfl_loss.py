@@ -243,27 +243,6 @@ GFL_LOSS = register(
 )
 
 
-def _check_maps(op: str, argument: str, maps: object) -> tuple[int, int]:
-    """A list of floating ``[B, channels, H, W]``, alike but for H and W. Returns B and the channels."""
-    if not isinstance(maps, (tuple, list)):
-        raise TypeError(_check.message(op, argument, "must be a list of tensors", type(maps).__name__))
-    if not maps:
-        raise ValueError(_check.message(op, argument, "must hold at least one level", "none"))
-    for level in maps:
-        _check.tensor(op, argument, level)
-        _check.same_device(op, argument, level, argument, maps[0])
-        if level.dtype != maps[0].dtype:
-            raise TypeError(_check.message(op, argument, f"must be of one dtype, {maps[0].dtype}", level.dtype))
-        if level.dim() != 4 or level.shape[:2] != maps[0].shape[:2]:
-            expected = (
-                f"[B, channels, H, W], B and channels of every level those of the first, {list(maps[0].shape[:2])}"
-            )
-            raise ValueError(_check.message(op, argument, f"must have shape {expected}", list(level.shape)))
-    if maps[0].shape[1] < 1:
-        raise ValueError(_check.message(op, argument, "must have at least one channel", list(maps[0].shape)))
-    return maps[0].shape[0], maps[0].shape[1]
-
-
 def _check_assignment(
     op: str, assignment: Assignment | Sequence[Tensor], images: int, cells: int, device: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -351,8 +330,8 @@ def gfl_loss(
     """
     op = "gfl_loss"
     _check.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
-    images, _classes = _check_maps(op, "cls_scores", cls_scores)
-    _check_maps(op, "reg_preds", reg_preds)
+    images, _classes = _check.maps(op, "cls_scores", cls_scores)
+    _check.maps(op, "reg_preds", reg_preds)
     if len(reg_preds) != len(cls_scores):
         raise ValueError(
             _check.message(
@@ -421,7 +400,7 @@ def head_loss_norms(cls_scores: Sequence[Tensor], assignment: Assignment) -> Ten
         ValueError: a shape or device outside the above.
     """
     op = "head_loss_norms"
-    images, classes = _check_maps(op, "cls_scores", cls_scores)
+    images, classes = _check.maps(op, "cls_scores", cls_scores)
     cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
     labels, matched = _check_assignment(op, assignment, images, cells, cls_scores[0])
     positive = (labels >= 0) & (labels < classes) & (matched >= 0)
