@@ -134,9 +134,9 @@ class Engine:
     def __init__(self, network: GFL, device: torch.device, *, graphs: bool = False, compile: bool = False) -> None:
         self.network = network
         self.device = device
-        self._maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
+        self.maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
         if compile:
-            self._maps = torch.compile(network.predict_maps, dynamic=False)
+            self.maps = torch.compile(network.predict_maps, dynamic=False)
         self._recent: Recent | None = None
         if graphs and device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()
@@ -178,7 +178,7 @@ class Engine:
         return self._recent.run(key, self._find, *batch)
 
     def _find(self, images: Tensor, sizes: Tensor) -> Found:
-        maps = self._maps(transforms.normalise(images, sizes))
+        maps = self.maps(transforms.normalise(images, sizes))
         return Found(self.network.read_maps(*maps, sizes), *maps)
 
 
