@@ -49,20 +49,6 @@ def check_element_reduction(
     return weight
 
 
-def expected_gradient(
-    count: int, dtype: torch.dtype, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None
-) -> Tensor:
-    """``[count]``: the gradient that `reduce_loss` hands to `count` losses on the CPU where its own is 1."""
-    with torch.no_grad():
-        one = torch.ones((), dtype=dtype)
-        if reduction == "mean":
-            if isinstance(avg_factor, Tensor):
-                avg_factor = avg_factor.reshape(()).to(dtype)
-            one = one / (count if avg_factor is None else avg_factor + AVG_FACTOR_EPS)
-        one = one.expand(count)
-        return one.contiguous() if weight is None else one * weight.to(dtype)
-
-
 def reduce_loss(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:
     """Apply `weight` and `reduction`; with "mean" and an `avg_factor`, the sum over (avg_factor + 1.19e-07)."""
     if weight is not None:

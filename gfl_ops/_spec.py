@@ -171,9 +171,11 @@ def _define(
         library.impl(name, kernel, key)
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """An operator ``gfl::<name>`` of the compiled extension that stands beside an operator of the registry."""
-    _define("gfl", name, schema, fake, (), fake)
+def define(
+    name: str, schema: str, fake: Callable[..., Any], namespace: str = "gfl", kernel: Callable[..., Any] | None = None
+) -> None:
+    """An operator that stands beside those of the registry; its kernels are the compiled extension's, or `kernel`."""
+    _define(namespace, name, schema, fake, () if kernel is None else ("CPU", "CUDA"), kernel or fake)
 
 
 def _lazy(spec: OpSpec, direction: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from . import _check
 from ._reduce import check_element_reduction, check_reduction, reduce_loss
 from ._types import accumulator
 from .ops.dfl import distribution_focal_loss
-from .ops.focal import focal_elements
+from .ops.focal import focal_loss
 from .ops.integral import integral
 from .ops.iou import OVERLAP, box_iou_loss, pairs
 from .ops.ld import distillation_loss
@@ -381,13 +381,14 @@ class FocalLoss(_Loss):
             _check.same_device(op, "target", target, "pred", pred)
             target = target[:, None] == torch.arange(pred.shape[1], device=pred.device)
         activated = self.activated or not self.use_sigmoid
-        loss = focal_elements(op, ("pred", "target"), pred, target, self.alpha, self.gamma, activated)
         flat = isinstance(weight, Tensor) and weight.shape == (pred.numel(),) != pred.shape[:1]
         if weight is not None and flat:
             weight = weight.reshape(pred.shape)
         reduction = self._reduction(reduction_override)
         weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
-        return self.loss_weight * reduce_loss(loss, weight, reduction, avg_factor)
+        scalars = (self.alpha, self.gamma, activated)
+        loss = focal_loss(op, ("pred", "target"), pred, target, *scalars, weight, reduction, avg_factor)
+        return self.loss_weight * loss
 
 
 class KnowledgeDistillationKLDivLoss(_Loss):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MUST_NOT_SPILL = re.compile(r"qfl|dfl|decode|iou|distance|atss|gfl_loss|postprocess", re.IGNORECASE)
+MUST_NOT_SPILL = re.compile(r"qfl|score_loss|dfl|decode|iou|distance|atss|gfl_loss|postprocess", re.IGNORECASE)
 
 
 @dataclass
@@ -150,6 +150,10 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
             "maps": (maps, torch.zeros(2, 100, 168, 2, dtype=acc), torch.ones(2, 100, 168, dtype=acc), 16, None),
         },
         "nms": {"": (boxes, score[:5000], label[:5000], 0.6, False)},
+        "score_loss": {
+            "sparse": (logits, label, score, None, score[0], 1.0, 0, 1.0, 2.0, False, True),
+            "varifocal": (logits, None, dense, None, score[0], 1.0, 2, 0.75, 2.0, False, True),
+        },
     }
     if stem in calls:
         return calls[stem]
@@ -164,13 +168,15 @@ def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
     from gfl_ops._spec import SPECS
     from gfl_ops.triton import _launch
 
-    spec = SPECS[stem]
+    spec = SPECS.get(stem)
     module = importlib.import_module(f"gfl_ops.triton.{stem}")
     found = []
     for name, args in calls_of(stem, dtype).items():
         with _launch.record() as launches:
             results = module.forward(*args)
-            if spec.differentiable:
+            if spec is None:
+                module.settle(results[1], results[0], *args[:-1])
+            elif spec.differentiable:
                 results = results if isinstance(results, tuple) else (results,)
                 grads = [torch.zeros_like(results[i]) for i in spec.grads]
                 module.backward(*grads, *args, [True] * len(spec.differentiable))
@@ -199,6 +205,8 @@ def specialised(
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + pointers[value.dtype]
             divisible = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
         elif value == 1:
             signature[name], constants[(i,)], divisible = "constexpr", 1, False
         else:
@@ -226,12 +234,13 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
     if _launch.INTERPRETS:
         raise MissingCompilerError("TRITON_INTERPRET=1 is set: an interpreting process can't compile; unset it")
     disassembler()
-    for stem in SPECS:
+    # Every kernel has the stem of an operator, but for what serves several.
+    for stem in (*SPECS, "score_loss"):
         if not (Path(_launch.__file__).parent / f"{stem}.py").is_file():
             continue
         seen = set()
         for dtype in dtypes:
-            if getattr(torch, dtype) not in SPECS[stem].dtypes:
+            if stem in SPECS and getattr(torch, dtype) not in SPECS[stem].dtypes:
                 continue
             for call, launch in launches_of(stem, getattr(torch, dtype)):
                 signature, constants, aligned, options = specialised(launch)

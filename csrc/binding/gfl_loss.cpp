@@ -144,17 +144,27 @@ struct Gradients {
   std::vector<HeadGradients> levels;
 
   Gradients(at::TensorList cls, at::TensorList reg, Needs2 needs)
-      : cls_scores(like(cls, needs[0])), reg_preds(like(reg, needs[1])), levels(cls.size()) {
+      : Gradients(like(cls, needs[0]), like(reg, needs[1]), cls, reg, needs) {}
+
+  // Of tensors that are there already.
+  Gradients(std::vector<at::Tensor> of_cls, std::vector<at::Tensor> of_reg, at::TensorList cls, at::TensorList reg,
+            Needs2 needs)
+      : cls_scores(std::move(of_cls)), reg_preds(std::move(of_reg)), levels(cls.size()) {
+    TORCH_CHECK_VALUE(cls_scores.size() == cls.size() && reg_preds.size() == reg.size(),
+                      "gfl: there must be a gradient for each of ", cls.size(), " levels");
     for (size_t l = 0; l < levels.size(); ++l) {
-      if (needs[0]) {
-        levels[l].cls = cls_scores[l].mutable_data_ptr();
-        copy_strides(cls_scores[l], levels[l].cls_stride);
-      }
-      if (needs[1]) {
-        levels[l].reg = reg_preds[l].mutable_data_ptr();
-        copy_strides(reg_preds[l], levels[l].reg_stride);
-      }
+      if (needs[0]) levels[l].cls = place(cls_scores[l], cls[l], levels[l].cls_stride);
+      if (needs[1]) levels[l].reg = place(reg_preds[l], reg[l], levels[l].reg_stride);
     }
+  }
+
+ private:
+  static void* place(const at::Tensor& gradient, const at::Tensor& map, int64_t (&stride)[4]) {
+    check_shape(gradient, map.sizes(), "gradient");
+    check_dtype(gradient, map.scalar_type(), "gradient");
+    check_device(gradient, map, "gradient");
+    copy_strides(gradient, stride);
+    return gradient.mutable_data_ptr();
   }
 };
 
@@ -216,33 +226,37 @@ at::Tensor workspace_for(const Prepared& p, const at::Tensor& like) {
   return at::empty({static_cast<int64_t>(cuda::gfl_loss_workspace_bytes(p.in))}, like.options().dtype(at::kByte));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_on_cuda(
-    const Prepared& p, const at::Tensor& like, const OptionalTensor& cls_norm, const OptionalTensor& box_norm,
-    at::ArrayRef<double> loss_weights) {
-  const GflLossScalars scalars = scalars_of(like, cls_norm, box_norm, loss_weights);
-  const at::Tensor workspace = workspace_for(p, like);
-  const auto number = [&] { return at::empty({}, like.options().dtype(accumulator_of(like))); };
-  const at::Tensor cls = number(), box = number(), dfl = number(), num_pos = number(), box_weight = number();
-  const GflLossOutput out{cls.mutable_data_ptr(), box.mutable_data_ptr(), dfl.mutable_data_ptr(),
-                          num_pos.mutable_data_ptr(), box_weight.mutable_data_ptr()};
-  on_stream_of(like, [&](cudaStream_t stream) {
-    return cuda::gfl_loss_forward(p.in, scalars, workspace.mutable_data_ptr(), out, stream);
-  });
-  return {cls, box, dfl, num_pos, box_weight};
+// The five results on the device.
+struct Numbers {
+  at::Tensor cls, box, dfl, num_pos, box_weight;
+
+  explicit Numbers(const at::Tensor& like) {
+    for (at::Tensor* t : {&cls, &box, &dfl, &num_pos, &box_weight}) {
+      *t = at::empty({}, like.options().dtype(accumulator_of(like)));
+    }
+  }
+  GflLossOutput out() const {
+    return {cls.mutable_data_ptr(), box.mutable_data_ptr(), dfl.mutable_data_ptr(), num_pos.mutable_data_ptr(),
+            box_weight.mutable_data_ptr()};
+  }
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> all() const {
+    return {cls, box, dfl, num_pos, box_weight};
+  }
+};
+
+GflLossGrads grads_of(const std::array<at::Tensor, 3>& grads, const at::Tensor& like) {
+  return {number_on(like, grads[0], "grad_cls"), number_on(like, grads[1], "grad_box"),
+          number_on(like, grads[2], "grad_dfl")};
 }
 
-void backward_on_cuda(const Prepared& p, const std::array<at::Tensor, 3>& grads, const at::Tensor& like,
-                      const OptionalTensor& cls_norm, const OptionalTensor& box_norm,
-                      at::ArrayRef<double> loss_weights, const std::vector<HeadGradients>& gradients) {
-  const GflLossScalars scalars = scalars_of(like, cls_norm, box_norm, loss_weights);
-  const GflLossGrads of_losses{number_on(like, grads[0], "grad_cls"), number_on(like, grads[1], "grad_box"),
-                               number_on(like, grads[2], "grad_dfl")};
-  const at::Tensor workspace = workspace_for(p, like);
-  on_stream_of(like, [&](cudaStream_t stream) {
-    return cuda::gfl_loss_backward(p.in, scalars, of_losses, workspace.mutable_data_ptr(), gradients.data(), stream);
-  });
-}
+HeadScales* pointer_to(const at::Tensor& scales) { return static_cast<HeadScales*>(scales.mutable_data_ptr()); }
 #endif
+
+// Memory for what the gradients are multiplied with.
+at::Tensor empty_scales(const at::Tensor& like) {
+  static_assert(sizeof(HeadScales) == 3 * sizeof(double), "a tensor of three doubles holds it");
+  return at::empty({3}, like.options().dtype(at::kDouble));
+}
 
 }  // namespace
 
@@ -256,7 +270,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gfl_loss_
           legacy);
   const at::ScalarType acc = accumulator_of(cls_scores[0]);
 #if defined(GFL_WITH_CUDA)
-  if (cls_scores[0].is_cuda()) return forward_on_cuda(p, cls_scores[0], cls_norm, box_norm, loss_weights);
+  if (cls_scores[0].is_cuda()) {
+    const GflLossScalars scalars = scalars_of(cls_scores[0], cls_norm, box_norm, loss_weights);
+    const at::Tensor workspace = workspace_for(p, cls_scores[0]);
+    const Numbers numbers(cls_scores[0]);
+    on_stream_of(cls_scores[0], [&](cudaStream_t stream) {
+      return cuda::gfl_loss_forward(p.in, scalars, workspace.mutable_data_ptr(), numbers.out(), stream);
+    });
+    return numbers.all();
+  }
 #endif
   count_on_cpu(p, acc, cls_norm, box_norm);
   return losses_on_cpu(p, cls_scores[0], scores_on_cpu(p, true, 0, nullptr), loss_weights);
@@ -274,22 +296,30 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gfl_loss_backward(
   Gradients gradients(cls_scores, reg_preds, needs);
 #if defined(GFL_WITH_CUDA)
   if (cls_scores[0].is_cuda()) {
-    backward_on_cuda(p, {grad_cls, grad_box, grad_dfl}, cls_scores[0], cls_norm, box_norm, loss_weights,
-                     gradients.levels);
+    const GflLossScalars scalars = scalars_of(cls_scores[0], cls_norm, box_norm, loss_weights);
+    const GflLossGrads grads = grads_of({grad_cls, grad_box, grad_dfl}, cls_scores[0]);
+    const at::Tensor workspace = workspace_for(p, cls_scores[0]), scales = empty_scales(cls_scores[0]);
+    on_stream_of(cls_scores[0], [&](cudaStream_t stream) {
+      return cuda::gfl_loss_backward(p.in, scalars, grads, workspace.mutable_data_ptr(), pointer_to(scales),
+                                     gradients.levels.data(), stream);
+    });
     return {std::move(gradients.cls_scores), std::move(gradients.reg_preds)};
   }
 #endif
   count_on_cpu(p, acc, cls_norm, box_norm);
-  const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * loss_weights[0] / p.cls_norm,
-                          number_of(grad_box, acc, "grad_box") * loss_weights[1] / p.box_norm,
-                          number_of(grad_dfl, acc, "grad_dfl") * loss_weights[2] / p.box_norm};
+  const HeadScales scales{number_of(grad_cls, acc, "grad_cls") * (loss_weights[0] / p.cls_norm),
+                          number_of(grad_box, acc, "grad_box") * (loss_weights[1] / p.box_norm),
+                          number_of(grad_dfl, acc, "grad_dfl") * (loss_weights[2] / p.box_norm)};
   if (needs[0]) scores_on_cpu(p, false, scales.cls, gradients.levels.data());
   if (needs[1]) distributions_on_cpu(p, scales, gradients);
   return {std::move(gradients.cls_scores), std::move(gradients.reg_preds)};
 }
 
-// The losses, and the gradients of their sum, in one walk over the logits.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>
+namespace {
+
+// The losses, and the gradients of their sum, in one walk over the logits; and what those were multiplied with.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>,
+           std::vector<at::Tensor>>
 gfl_loss_forward_and_gradient(at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
                               const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
                               const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
@@ -299,15 +329,73 @@ gfl_loss_forward_and_gradient(at::TensorList cls_scores, at::TensorList reg_pred
   prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
           legacy);
   Gradients gradients(cls_scores, reg_preds, needs);
+  at::Tensor scales = empty_scales(cls_scores[0]);
+  const auto results = [&](auto numbers) {
+    return std::tuple_cat(std::move(numbers), std::tuple(scales, std::move(gradients.cls_scores),
+                                                         std::move(gradients.reg_preds)));
+  };
+#if defined(GFL_WITH_CUDA)
+  if (cls_scores[0].is_cuda()) {
+    const GflLossScalars scalars = scalars_of(cls_scores[0], cls_norm, box_norm, loss_weights);
+    const at::Tensor workspace = workspace_for(p, cls_scores[0]);
+    const Numbers numbers(cls_scores[0]);
+    on_stream_of(cls_scores[0], [&](cudaStream_t stream) {
+      return cuda::gfl_loss_forward_and_gradient(p.in, scalars, workspace.mutable_data_ptr(), numbers.out(),
+                                                 pointer_to(scales), gradients.levels.data(), stream);
+    });
+    return results(numbers.all());
+  }
+#endif
   count_on_cpu(p, accumulator_of(cls_scores[0]), cls_norm, box_norm);
-  const HeadScales scales{loss_weights[0] / p.cls_norm, loss_weights[1] / p.box_norm, loss_weights[2] / p.box_norm};
-  const double quality_focal = scores_on_cpu(p, true, scales.cls, needs[0] ? gradients.levels.data() : nullptr);
-  if (needs[1]) distributions_on_cpu(p, scales, gradients);
-  return std::tuple_cat(losses_on_cpu(p, cls_scores[0], quality_focal, loss_weights),
-                        std::tuple(std::move(gradients.cls_scores), std::move(gradients.reg_preds)));
+  const HeadScales by{loss_weights[0] / p.cls_norm, loss_weights[1] / p.box_norm, loss_weights[2] / p.box_norm};
+  *static_cast<HeadScales*>(scales.mutable_data_ptr()) = by;
+  const double quality_focal = scores_on_cpu(p, true, by.cls, needs[0] ? gradients.levels.data() : nullptr);
+  if (needs[1]) distributions_on_cpu(p, by, gradients);
+  return results(losses_on_cpu(p, cls_scores[0], quality_focal, loss_weights));
 }
 
+// The gradients that the above has written become those for what arrives; nothing is touched where that is 1.
+void gfl_loss_settle(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
+                     const at::Tensor& grad_box, const at::Tensor& grad_dfl, const at::Tensor& scales,
+                     at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
+                     const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
+                     const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+                     at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy,
+                     Needs2 needs) {
+  Prepared p;
+  prepare(p, cls_scores, reg_preds, strides, labels, matched, gt_boxes, reg_max, loss_weights, beta, center_offset,
+          legacy);
+  check_shape(scales, {3}, "scales");
+  check_dtype(scales, at::kDouble, "scales");
+  check_device(scales, cls_scores[0], "scales");
+  Gradients gradients(grad_scores.vec(), grad_preds.vec(), cls_scores, reg_preds, needs);
+#if defined(GFL_WITH_CUDA)
+  if (cls_scores[0].is_cuda()) {
+    const GflLossGrads grads = grads_of({grad_cls, grad_box, grad_dfl}, cls_scores[0]);
+    TORCH_CHECK_VALUE(cuda::gfl_loss_fits(p.in), "gfl: these maps do not fit");
+    on_stream_of(cls_scores[0], [&](cudaStream_t stream) {
+      return cuda::gfl_loss_settle(p.in, pointer_to(scales), grads, gradients.levels.data(), stream);
+    });
+    return;
+  }
+#endif
+  const at::ScalarType acc = accumulator_of(cls_scores[0]);
+  HeadScales by{number_of(grad_cls, acc, "grad_cls"), number_of(grad_box, acc, "grad_box"),
+                number_of(grad_dfl, acc, "grad_dfl")};
+  if (by.cls == 1 && by.box == 1 && by.dfl == 1) return;
+  const double* expected = scales.const_data_ptr<double>();
+  by = {by.cls * expected[0], by.box * expected[1], by.dfl * expected[2]};
+  count_on_cpu(p, acc, cls_norm, box_norm);
+  if (needs[0]) scores_on_cpu(p, false, by.cls, gradients.levels.data());
+  if (needs[1]) distributions_on_cpu(p, by, gradients);
+}
+
+}  // namespace
+
 GFL_IMPL_CPU("gfl_loss_fwd_and_grad", gfl_loss_forward_and_gradient)
+GFL_IMPL_CPU("gfl_loss_settle", gfl_loss_settle)
+GFL_IMPL_CUDA("gfl_loss_fwd_and_grad", gfl_loss_forward_and_gradient)
+GFL_IMPL_CUDA("gfl_loss_settle", gfl_loss_settle)
 GFL_IMPL_CPU("gfl_loss_fwd", gfl_loss_forward)
 GFL_IMPL_CPU("gfl_loss_bwd", gfl_loss_backward)
 GFL_IMPL_CUDA("gfl_loss_fwd", gfl_loss_forward)

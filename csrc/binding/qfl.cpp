@@ -78,25 +78,6 @@ std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, con
   return {grad_pred, grad_target};
 }
 
-// Loss, and the gradient of Σ scales · loss, in one walk over the logits.
-std::tuple<at::Tensor, at::Tensor> qfl_forward_and_gradient(const at::Tensor& pred, const OptionalTensor& label,
-                                                            const at::Tensor& target, double beta, bool activated,
-                                                            const at::Tensor& scales) {
-  const Prepared p = prepare(pred, label, target, beta, activated);
-  check_shape(scales, {pred.size(0)}, "scales");
-  check_dtype(scales, accumulator_of(pred), "scales");
-  check_device(scales, pred, "scales");
-  const at::Tensor scale = scales.contiguous();
-  const at::Tensor loss = at::empty({pred.size(0)}, pred.options().dtype(accumulator_of(pred)));
-  const at::Tensor grad_pred = at::empty(pred.sizes(), pred.options());
-  for_chunks(p.in.rows, rows_per_chunk(p.in.classes), [&](int64_t begin, int64_t end) {
-    cpu::qfl_forward_and_gradient(p.in, scale.const_data_ptr(), loss.mutable_data_ptr(), grad_pred.mutable_data_ptr(),
-                                  begin, end);
-  });
-  return {loss, grad_pred};
-}
-
-GFL_IMPL_CPU("qfl_fwd_and_grad", qfl_forward_and_gradient)
 GFL_IMPL_CPU("qfl_fwd", qfl_forward)
 GFL_IMPL_CPU("qfl_bwd", qfl_backward)
 GFL_IMPL_CUDA("qfl_fwd", qfl_forward)

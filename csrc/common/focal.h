@@ -37,6 +37,32 @@ template <class A> GFL_HOST_DEVICE A power_derivative(A base, A exponent) {
 // The derivative of |x|, 0 at 0 as torch's.
 template <class A> GFL_HOST_DEVICE A sign(A x) { return A((A(0) < x) - (x < A(0))); }
 
+// log(1 + e) and 1/(1 + e) for e in [0, 1]. On the GPU, in fp32, a polynomial of relative error 4.8e-9 (that of the CPU's
+// vector code) and a division good to 2 ulp: the library's general forms cost more than all else in a term.
+template <class A> GFL_HOST_DEVICE A log1p_of_unit(A e) {
+#if defined(__CUDACC__) || defined(GFL_CUDA_ON_HOST)
+  if constexpr (sizeof(A) == 4) {
+    A p = -0.0032439810f;
+    p = std::fma(p, e, 0.019851264f);
+    p = std::fma(p, e, -0.056959159f);
+    p = std::fma(p, e, 0.10603617f);
+    p = std::fma(p, e, -0.15305570f);
+    p = std::fma(p, e, 0.19675931f);
+    p = std::fma(p, e, -0.24954133f);
+    p = std::fma(p, e, 0.33329964f);
+    p = std::fma(p, e, -0.49999902f);
+    return std::fma(p * e, e, e);
+  }
+#endif
+  return std::log1p(e);
+}
+template <class A> GFL_HOST_DEVICE A reciprocal_of_unit(A e) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(A) == 4) return __fdividef(1.0f, 1.0f + e);
+#endif
+  return A(1) / (A(1) + e);
+}
+
 // Probability, its complement and the binary cross entropy of a score against a target, from one exponential.
 template <class A> struct Bernoulli {
   A p, q;              // σ(x) and 1 − σ(x), each to full relative precision
@@ -52,11 +78,11 @@ template <class A> GFL_HOST_DEVICE Bernoulli<A> bernoulli_from_logit(A x, A t) {
   const bool infinite = absolute(x) > largest;
   if (infinite) x = x < A(0) ? -largest : largest;
   const A e = std::exp(-absolute(x));
-  const A r = A(1) / (A(1) + e);
+  const A r = reciprocal_of_unit(e);
   Bernoulli<A> b;
   b.p = x >= A(0) ? r : e * r;
   b.q = x >= A(0) ? e * r : r;
-  b.bce = (x > A(0) ? A(1) - t : -t) * x + std::log1p(e);  // 1 − t first: x − x·t would cancel
+  b.bce = (x > A(0) ? A(1) - t : -t) * x + log1p_of_unit(e);  // 1 − t first: x − x·t would cancel
   b.bce_pred = b.p - t;
   b.bce_target = -x;
   b.p_pred = b.p * b.q;

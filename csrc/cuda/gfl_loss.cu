@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the GPU: two launches forward, three backward, whatever the batch, the levels and the objects; the
-// host is told nothing on the way.                                                          (arXiv 2006.04388, eq. 8)
+// The head's loss on the GPU, whatever the batch, the levels and the objects: two launches for the losses alone, three for
+// the gradients alone; four for both in one walk, with one more in the backward pass, which leaves at once where the
+// gradients that arrive are 1. The host is told nothing on the way.                          (arXiv 2006.04388, eq. 8)
 //
 //   cls, reg maps of up to 16 levels  dtype read       labels, matched [images, locations]    int64 read
 //   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
 //   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
 // A block takes a tile of 128 locations with all their channels, coarse levels first: there the positives crowd. Its
 // threads walk the class logits along memory, 16 bytes an access; its warps then take the tile's positives, one each
-// (gfl_loss_positive.h). One block adds up the tiles' partial sums. Backward, a tile's gradients are written as those of
-// background, zeros for the distributions, and the positives' put over them in the same launch.
-// Bytes an element of a class map: forward sizeof(dtype), backward 2·sizeof(dtype); of a distribution map: sizeof(dtype)
-// written backward, and at positives read three times. Accumulator: A within a thread, double beyond. Repeatable bit for
-// bit: every sum has a fixed order.
+// (gfl_loss_positive.h). One block adds up the tiles' partial sums. A tile's gradients are written as those of background,
+// zeros for the distributions, and the positives' put over them in the same launch.
+// What gradients are multiplied with hangs on counts and weights of the positives, which a launch of its own looks up
+// first: it reads the labels, and logits at positives alone.
+// Bytes an element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one walk 2·sizeof(dtype);
+// of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times. Accumulator: A within
+// a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
 #include "gfl/gfl_loss.h"
 
-#include "focal.h"
+#include "background.h"
 #include "gfl_loss_positive.h"
 #include "launch.h"
 #include "map_tile.h"
@@ -98,95 +101,98 @@ template <class T> __device__ __forceinline__ const T* class_logits(const HeadLe
   return static_cast<const T*>(level.cls) + p.image * stride[0] + p.row * stride[2] + p.column * stride[3];
 }
 
-// log(1 + e) for e in [0, 1], relative error 4.8e-9: the polynomial of the CPU's vector code.
-__device__ __forceinline__ float log1p_of_unit(float e) {
-  float p = -0.0032439810f;
-  p = std::fma(p, e, 0.019851264f);
-  p = std::fma(p, e, -0.056959159f);
-  p = std::fma(p, e, 0.10603617f);
-  p = std::fma(p, e, -0.15305570f);
-  p = std::fma(p, e, 0.19675931f);
-  p = std::fma(p, e, -0.24954133f);
-  p = std::fma(p, e, 0.33329964f);
-  p = std::fma(p, e, -0.49999902f);
-  return std::fma(p * e, e, e);
+// Zeros a tile of a map of T.
+template <class T>
+__device__ __forceinline__ void clear_tile(void* data, const int64_t (&stride)[4], const Place& at,
+                                           const HeadLevel& level, int64_t channels) {
+  T* map = static_cast<T*>(data);
+  const MapTile shape = map_tile<T>(data, stride, at.image, level.height, level.width, at.begin, channels);
+  for_runs<T>(
+      shape, [](Run<T>&) {},
+      [&](Run<T>& run) {
+        if (shape.vectors) *reinterpret_cast<uint4*>(map + run.offset) = uint4{0, 0, 0, 0};
+        else store(map + run.offset, acc_t<T>(0));
+      });
 }
 
-// Quality focal loss against background, and its derivative. β = 2 has a form of its own: p²·BCE, p²·(2(1 − p)·BCE + p).
-template <class A> struct Background {
-  A beta;
-  __device__ __forceinline__ A loss(A x) const { return qfl_term(x, A(0), beta, false).value; }
-  __device__ __forceinline__ A gradient(A x) const { return qfl_term(x, A(0), beta, false).grad_pred; }
-};
-struct Square {
-  float p, q, entropy;
-  __device__ __forceinline__ explicit Square(float x) {
-    const float largest = std::numeric_limits<float>::max();
-    if (x > largest) x = largest;
-    const float e = std::exp(-absolute(x));
-    const float r = __fdividef(1.0f, 1.0f + e);  // 2 ulp, for divisors up to 2^126
-    p = x >= 0.0f ? r : e * r;
-    q = x >= 0.0f ? e * r : r;
-    entropy = (x > 0.0f ? x : 0.0f) + log1p_of_unit(e);
-  }
-};
-template <> struct Background<float> {
-  float beta;
-  __device__ __forceinline__ float loss(float x) const {
-    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).value;
-    const Square s(x);
-    return s.p * s.p * s.entropy;
-  }
-  __device__ __forceinline__ float gradient(float x) const {
-    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).grad_pred;
-    if (absolute(x) > std::numeric_limits<float>::max()) return 0.0f;
-    const Square s(x);
-    return s.p * s.p * (2.0f * s.q * s.entropy + s.p);
-  }
-};
+// The gradient that arrives; 1 where none is given.
+template <class A> __device__ __forceinline__ double arriving(const void* grad) {
+  return grad != nullptr ? static_cast<double>(*static_cast<const A*>(grad)) : 1.0;
+}
 
-// Partial sums of a tile; without `losses` those that norms are made of alone.
-template <class T, bool losses>
+// A tile's partial sums, without `losses` those that norms are made of alone; and its gradients.
+template <class T, bool losses, bool gradients>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
-    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Partial* partials) {
+    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, const HeadScales* scales,
+                         GflLossGrads grads, bool foretold, Partial* partials) {
   using A = acc_t<T>;
+  HeadScales by{1, 1, 1};
+  if (gradients) {
+    by = {arriving<A>(grads.cls), arriving<A>(grads.box), arriving<A>(grads.dfl)};
+    if (foretold && by.cls == 1 && by.box == 1 && by.dfl == 1) return;
+    by = {by.cls * scales->cls, by.box * scales->box, by.dfl * scales->dfl};
+  }
   Tile& tile = *shared<Tile>();
   const Place at = place_of(head, in.images);
   const HeadLevel& level = head.level[at.level];
+  const HeadGradients& out = head.grad[at.level];
   bool special;
   const int positives = read_labels(in, head, at, tile, special);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   double sums[4] = {0, 0, 0, 0};
-  if (losses) {
+  T* grad = gradients ? static_cast<T*>(out.cls) : nullptr;
+  if (losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
     const MapTile shape =
         map_tile<T>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    const MapTile target = map_tile<T>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
     const Background<A> background{static_cast<A>(in.beta)};
+    const A factor = static_cast<A>(by.cls);
     A sum = 0;
     for_runs<T>(
         shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
         [&](Run<T>& run) {
-          for_elements(shape, run, [&](const T& element, int location, int channel) {
+          for_elements_into(shape, target, grad, run, [&](T& element, int location, int channel) {
             const int code = special ? tile.code[location] : kBackground;
-            if (code == kNotCounted || code == channel) return;  // a positive's own class comes below
-            sum += background.loss(load(&element));
+            const A x = load(&element);
+            if (losses && code != kNotCounted && code != channel) sum += background.loss(x);  // its own class comes below
+            if (gradients) store(&element, code != kNotCounted ? factor * background.gradient(x) : A(0));
           });
         });
-    sums[0] = warp_sum(static_cast<double>(sum));
+    if (losses) sums[0] = warp_sum(static_cast<double>(sum));
   }
+  if (gradients && out.reg != nullptr) {
+    const int64_t channels = 4 * (in.reg_max + 1);
+    if (in.reg_dtype == DType::f64) clear_tile<double>(out.reg, out.reg_stride, at, level, channels);
+    else if (in.reg_dtype == DType::f32) clear_tile<float>(out.reg, out.reg_stride, at, level, channels);
+    else clear_tile<half_t>(out.reg, out.reg_stride, at, level, channels);
+  }
+  if (gradients) __syncthreads();  // what follows is written over what the block has written before
   for (int item = warp; item < positives; item += kWarps) {
     const HeadPositive p = positive_in(head, at, tile, item);
     const T* logits = class_logits<T>(level, p);
     const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
     sums[3] += weight;
-    if (!losses) continue;
+    if (!losses && !gradients) continue;
     const Positive<A> w = positive_at<A>(in, level, p);
     const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
     const A own = load(logits + p.label * level.cls_stride[1]);
-    sums[0] += static_cast<double>(qfl_term(own, score, static_cast<A>(in.beta), false).value);
-    sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, IouKind::giou, in.legacy).value);
-    sums[2] += weight * static_cast<double>(positive_dfl(in, w));
+    const Term<A> term = qfl_term(own, score, static_cast<A>(in.beta), false);
+    if (losses) {
+      sums[0] += static_cast<double>(term.value);
+      sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, IouKind::giou, in.legacy).value);
+      sums[2] += weight * static_cast<double>(positive_dfl(in, w));
+    }
+    if (grad != nullptr && lane == 0) {
+      const int64_t* stride = out.cls_stride;
+      store(grad + p.image * stride[0] + p.label * stride[1] + p.row * stride[2] + p.column * stride[3],
+            static_cast<A>(by.cls) * term.grad_pred);
+    }
+    if (gradients && out.reg != nullptr) {
+      positive_backward(in, out, p, w, static_cast<A>(by.box * weight), static_cast<A>(by.dfl * weight / 4));
+    }
   }
+  if (partials == nullptr) return;
   if (lane == 0) {
     for (int i = 0; i < 4; ++i) tile.sums[warp][i] = sums[i];
   }
@@ -264,86 +270,16 @@ __global__ void __launch_bounds__(kSumThreads)
   *static_cast<A*>(out.box_weight) = static_cast<A>(s.weight);
 }
 
+// What the gradients are multiplied with where 1 arrives.
 template <class A>
 __global__ void __launch_bounds__(kSumThreads)
     gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars,
-                          GflLossGrads grads, HeadScales* scales) {
+                          HeadScales* scales) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
   const Norms norms = norms_of<A>(scalars, s);
-  scales->cls = static_cast<double>(*static_cast<const A*>(grads.cls)) * scalars.loss_weights[0] / norms.cls;
-  scales->box = static_cast<double>(*static_cast<const A*>(grads.box)) * scalars.loss_weights[1] / norms.box;
-  scales->dfl = static_cast<double>(*static_cast<const A*>(grads.dfl)) * scalars.loss_weights[2] / norms.box;
-}
-
-// Zeros a tile of a map of T.
-template <class T>
-__device__ __forceinline__ void clear_tile(void* data, const int64_t (&stride)[4], const Place& at,
-                                           const HeadLevel& level, int64_t channels) {
-  T* map = static_cast<T*>(data);
-  const MapTile shape = map_tile<T>(data, stride, at.image, level.height, level.width, at.begin, channels);
-  for_runs<T>(
-      shape, [](Run<T>&) {},
-      [&](Run<T>& run) {
-        if (shape.vectors) *reinterpret_cast<uint4*>(map + run.offset) = uint4{0, 0, 0, 0};
-        else store(map + run.offset, acc_t<T>(0));
-      });
-}
-
-// Gradients of a tile.
-template <class T>
-__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
-    gfl_loss_backward_kernel(GflLossInput in, const __grid_constant__ Head head, const HeadScales* scales) {
-  using A = acc_t<T>;
-  Tile& tile = *shared<Tile>();
-  const Place at = place_of(head, in.images);
-  const HeadLevel& level = head.level[at.level];
-  const HeadGradients& out = head.grad[at.level];
-  bool special;
-  const int positives = read_labels(in, head, at, tile, special);
-  const HeadScales by = *scales;
-  T* grad = static_cast<T*>(out.cls);
-  if (grad != nullptr) {
-    const T* map = static_cast<const T*>(level.cls);
-    const MapTile shape =
-        map_tile<T>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
-    const MapTile target = map_tile<T>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
-    const bool alike = shape.vectors && target.vectors && shape.planar == target.planar;
-    const Background<A> background{static_cast<A>(in.beta)};
-    const A factor = static_cast<A>(by.cls);
-    for_runs<T>(
-        shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
-        [&](Run<T>& run) {
-          for_elements(shape, run, [&](T& element, int location, int channel) {
-            const bool counted = !special || tile.code[location] != kNotCounted;
-            store(&element, counted ? factor * background.gradient(load(&element)) : A(0));
-            if (!alike) grad[target.location(location) + channel * target.channel] = element;
-          });
-          if (alike) store_run(grad, target.location(run.location) + run.channel * target.channel, run.element);
-        });
-  }
-  if (out.reg != nullptr) {
-    const int64_t channels = 4 * (in.reg_max + 1);
-    if (in.reg_dtype == DType::f64) clear_tile<double>(out.reg, out.reg_stride, at, level, channels);
-    else if (in.reg_dtype == DType::f32) clear_tile<float>(out.reg, out.reg_stride, at, level, channels);
-    else clear_tile<half_t>(out.reg, out.reg_stride, at, level, channels);
-  }
-  __syncthreads();  // what follows is written over what the block has written before
-  for (int item = static_cast<int>(threadIdx.x) / kWarp; item < positives; item += kWarps) {
-    const HeadPositive p = positive_in(head, at, tile, item);
-    const T* logits = class_logits<T>(level, p);
-    const Positive<A> w = positive_at<A>(in, level, p);
-    if (grad != nullptr && threadIdx.x % kWarp == 0) {
-      const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
-      const A own = load(logits + p.label * level.cls_stride[1]);
-      const int64_t* stride = out.cls_stride;
-      store(grad + p.image * stride[0] + p.label * stride[1] + p.row * stride[2] + p.column * stride[3],
-            static_cast<A>(by.cls) * qfl_term(own, score, static_cast<A>(in.beta), false).grad_pred);
-    }
-    if (out.reg == nullptr) continue;
-    const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
-    positive_backward(in, out, p, w, static_cast<A>(by.box * weight), static_cast<A>(by.dfl * weight / 4));
-  }
+  *scales = {scalars.loss_weights[0] / norms.cls, scalars.loss_weights[1] / norms.box,
+             scalars.loss_weights[2] / norms.box};
 }
 
 int64_t tiles_of(const HeadLevel& level) { return (level.height * level.width + kMapTile - 1) / kMapTile; }
@@ -373,8 +309,32 @@ Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
 
 dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
 
-Partial* partials_in(void* workspace) {
-  return reinterpret_cast<Partial*>(static_cast<char*>(workspace) + sizeof(HeadScales));
+// The walks over tiles, each a launch.
+template <class T, bool losses, bool gradients>
+void walk(const GflLossInput& in, const Head& head, const HeadScales* scales, const GflLossGrads& grads, bool foretold,
+          Partial* partials, cudaStream_t stream) {
+  if (head.tiles * in.images == 0) return;
+  GFL_LAUNCH((gfl_loss_tile_kernel<T, losses, gradients>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream,
+             in, head, scales, grads, foretold, partials);
+}
+
+constexpr size_t kSumShared = sizeof(Sums) * (kSumThreads / kWarp);
+
+// Up to two launches: counts and weights of the positives, unless both norms are given, and what follows from them.
+template <class T>
+void find_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
+                 HeadScales* scales, cudaStream_t stream) {
+  const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
+  if (counted) walk<T, false, false>(in, head, nullptr, {}, false, partials, stream);
+  GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials,
+             counted ? in.images : 0, head.tiles, scalars, scales);
+}
+
+template <class T>
+void add_up(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, const Partial* partials,
+            const GflLossOutput& out, cudaStream_t stream) {
+  GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials, in.images,
+             head.tiles, scalars, out);
 }
 
 }  // namespace
@@ -385,44 +345,58 @@ bool gfl_loss_fits(const GflLossInput& in) {
 }
 
 size_t gfl_loss_workspace_bytes(const GflLossInput& in) {
-  return sizeof(HeadScales) + sizeof(Partial) * static_cast<size_t>(tiles_in(in) * in.images);
+  return sizeof(Partial) * static_cast<size_t>(tiles_in(in) * in.images);
 }
 
 cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
                              const GflLossOutput& out, cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, nullptr);
-  Partial* partials = partials_in(workspace);
+  Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    if (head.tiles * in.images > 0) {
-      GFL_LAUNCH((gfl_loss_tile_kernel<T, true>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
-                 partials);
-    }
-    GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), sizeof(Sums) * (kSumThreads / kWarp), stream,
-               partials, in.images, head.tiles, scalars, out);
+    walk<T, true, false>(in, head, nullptr, {}, false, partials, stream);
+    add_up<T>(in, head, scalars, partials, out, stream);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
+                                          const GflLossOutput& out, HeadScales* scales,
+                                          const HeadGradients* gradients, cudaStream_t stream) {
+  if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
+  const Head head = head_of(in, gradients);
+  Partial* partials = static_cast<Partial*>(workspace);
+  dispatch(in.cls_dtype, [&](auto t) {
+    using T = decltype(t);
+    find_scales<T>(in, head, scalars, partials, scales, stream);
+    walk<T, true, true>(in, head, scales, {}, false, partials, stream);
+    add_up<T>(in, head, scalars, partials, out, stream);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t gfl_loss_settle(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+                            const HeadGradients* gradients, cudaStream_t stream) {
+  if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
+  const Head head = head_of(in, gradients);
+  dispatch(in.cls_dtype, [&](auto t) {
+    walk<decltype(t), false, true>(in, head, scales, grads, true, nullptr, stream);
   });
   return cudaGetLastError();
 }
 
 cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
-                              void* workspace, const HeadGradients* gradients, cudaStream_t stream) {
+                              void* workspace, HeadScales* scales, const HeadGradients* gradients,
+                              cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
   if (head.tiles * in.images == 0) return cudaSuccess;
-  HeadScales* scales = static_cast<HeadScales*>(workspace);
-  Partial* partials = partials_in(workspace);
-  const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
+  Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    if (counted) {
-      GFL_LAUNCH((gfl_loss_tile_kernel<T, false>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
-                 partials);
-    }
-    GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), sizeof(Sums) * (kSumThreads / kWarp),
-               stream, partials, counted ? in.images : 0, head.tiles, scalars, grads, scales);
-    GFL_LAUNCH(gfl_loss_backward_kernel<T>, grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream, in, head,
-               scales);
+    find_scales<T>(in, head, scalars, partials, scales, stream);
+    walk<T, false, true>(in, head, scales, grads, false, nullptr, stream);
   });
   return cudaGetLastError();
 }

@@ -130,4 +130,22 @@ __device__ __forceinline__ void for_elements(const MapTile& tile, Run<T>& run, c
   }
 }
 
+// Whether the runs of one tile lie in another map of the same shape as they do in its own.
+__device__ __forceinline__ bool alike(const MapTile& tile, const MapTile& other) {
+  return tile.vectors && other.vectors && tile.planar == other.planar;
+}
+
+// visit(element, location, channel) for each of a run's elements, which it may change; they then go into `out`, where they
+// belong in `target`, unless that is null.
+template <class T, class Visit>
+__device__ __forceinline__ void for_elements_into(const MapTile& tile, const MapTile& target, T* out, Run<T>& run,
+                                                  const Visit& visit) {
+  const bool whole = out != nullptr && alike(tile, target);
+  for_elements(tile, run, [&](T& element, int location, int channel) {
+    visit(element, location, channel);
+    if (out != nullptr && !whole) out[target.location(location) + channel * target.channel] = element;
+  });
+  if (whole) store_run(out, target.location(run.location) + run.channel * target.channel, run.element);
+}
+
 }  // namespace gfl::cuda

@@ -153,6 +153,59 @@ template <class T> struct DeviceMaps {
   }
 };
 
+// Losses and gradients in one walk are those of two, and stay untouched where 1 arrives; whatever else arrives is computed
+// in their place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
+template <class T>
+void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
+                    const std::vector<HeadGradients>& gradients, const DeviceMaps<T>& of_cls,
+                    const DeviceMaps<T>& of_reg, const std::vector<acc_t<T>>& sums, const char* name) {
+  using A = acc_t<T>;
+  const Buffer<A> one(std::vector<A>{1});
+  const GflLossScalars scalars{{weights.cls, weights.box, weights.dfl}, one.data(), nullptr};
+  Buffer<unsigned char> workspace(cuda::gfl_loss_workspace_bytes(in));
+  Buffer<HeadScales> by(1), other(1);
+  Buffer<A> losses(5);
+  const GflLossOutput out{losses.data(), losses.data() + 1, losses.data() + 2, losses.data() + 3, losses.data() + 4};
+  const auto read = [&] {
+    std::vector<std::vector<T>> maps;
+    for (size_t l = 0; l < levels.size(); ++l) {
+      maps.push_back(of_cls.maps[l]->read());
+      maps.push_back(of_reg.maps[l]->read());
+    }
+    return maps;
+  };
+  const auto same = [&](const std::vector<std::vector<T>>& got, const std::vector<std::vector<T>>& want, const char* what) {
+    for (size_t m = 0; m < want.size(); ++m) {
+      CHECK(std::memcmp(got[m].data(), want[m].data(), want[m].size() * sizeof(T)) == 0, "%s, map %zu: %s", name, m, what);
+    }
+  };
+  const auto computed = [&](const std::vector<double>& arriving) {
+    const Buffer<A> grads(rounded<A>(arriving));
+    const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+    CHECK_CUDA(cuda::gfl_loss_backward(in, scalars, of_losses, workspace.data(), other.data(), gradients.data(), nullptr));
+    return read();
+  };
+  const auto settled = [&](const std::vector<double>& arriving) {
+    const Buffer<A> grads(rounded<A>(arriving));
+    const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+    CHECK_CUDA(cuda::gfl_loss_settle(in, by.data(), of_losses, gradients.data(), nullptr));
+    return read();
+  };
+  const std::vector<std::vector<T>> want = computed({1, 1, 1}), scaled = computed({-2, 0, 0.75});
+  CHECK_CUDA(cuda::gfl_loss_forward_and_gradient(in, scalars, workspace.data(), out, by.data(), gradients.data(), nullptr));
+  same(read(), want, "the gradient beside the loss is another");
+  const std::vector<A> got = losses.read();
+  const double norm = std::max(static_cast<double>(sums[4]), 1.0);
+  for (int i = 0; i < 3; ++i) {
+    const double weight = i == 0 ? weights.cls : (i == 1 ? weights.box : weights.dfl) / norm;
+    CHECK(close(got[i], weight * static_cast<double>(sums[i]), 1e-6, 1e-30), "%s: loss %d beside the gradient", name, i);
+  }
+  CHECK(got[3] == sums[3] && got[4] == sums[4], "%s: counts beside the gradient", name);
+  same(settled({-2, 0, 0.75}), scaled, "what arrives is not served");
+  same(settled({1, 1, 1}), scaled, "what was foretold is written");  // the maps still hold those of before
+  same(settled({1, 1, 1.5}), computed({1, 1, 1.5}), "one of three is not served");
+}
+
 template <class T>
 Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& scales, std::vector<HeadLevel> levels,
         std::vector<HeadGradients> gradients, const std::vector<Map<T>>& cls, const std::vector<Map<T>>& reg,
@@ -176,6 +229,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   in.matched = matched.data();
   in.gt_boxes = device_boxes.data();
   Buffer<unsigned char> workspace(cuda::gfl_loss_workspace_bytes(in));
+  Buffer<HeadScales> by(1);
   Buffer<A> out(5), again(5);
   const auto output = [](Buffer<A>& to) {
     return GflLossOutput{to.data(), to.data() + 1, to.data() + 2, to.data() + 3, to.data() + 4};
@@ -184,7 +238,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   CHECK_CUDA(cuda::gfl_loss_forward(in, plain, workspace.data(), output(out), nullptr));
   CHECK_CUDA(cuda::gfl_loss_forward(in, normed, workspace.data(), output(again), nullptr));
   const GflLossGrads grad_losses{grads.data(), grads.data() + 1, grads.data() + 2};
-  CHECK_CUDA(cuda::gfl_loss_backward(in, plain, grad_losses, workspace.data(), gradients.data(), nullptr));
+  CHECK_CUDA(cuda::gfl_loss_backward(in, plain, grad_losses, workspace.data(), by.data(), gradients.data(), nullptr));
   for (size_t l = 0; l < levels.size(); ++l) {
     grad_cls[l].data = cls_out.maps[l]->read();
     grad_reg[l].data = reg_out.maps[l]->read();
@@ -208,7 +262,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
   const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
-  CHECK_CUDA(cuda::gfl_loss_backward(in, scaled, grad_losses, workspace.data(), alone.data(), nullptr));
+  CHECK_CUDA(cuda::gfl_loss_backward(in, scaled, grad_losses, workspace.data(), by.data(), alone.data(), nullptr));
   for (size_t l = 0; l < levels.size(); ++l) {
     const std::vector<T> repeated = reg_out.maps[l]->read();
     for (size_t i = 0; i < repeated.size(); ++i) {
@@ -216,6 +270,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
       CHECK(close(second, first, 1e-2, 1e-6), "%s: gradient %g, alone %g", name, first, second);
     }
   }
+  check_one_pass<T>(in, scales, levels, gradients, cls_out, reg_out, sums, name);
   return {{double(sums[0]), double(sums[1]), double(sums[2])}, static_cast<int64_t>(sums[3]), double(sums[4])};
 }
 #else

@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import _check
 from .._reduce import reduce_loss
 from .._samples import normal, uniform
+from .._score_loss import FOCAL as FOCAL_KIND
+from .._score_loss import score_loss
 from .._spec import OpSpec, Sample, register
 from .._types import accumulator
 from .qfl import binary_cross_entropy, finite_power
@@ -80,10 +82,19 @@ FOCAL = register(
 )
 
 
-def focal_elements(
-    op: str, names: tuple[str, str], pred: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool
+def focal_loss(
+    op: str,
+    names: tuple[str, str],
+    pred: Tensor,
+    target: Tensor,
+    alpha: float,
+    gamma: float,
+    activated: bool,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
 ) -> Tensor:
-    """Loss of each element in the accumulator's dtype, after the checks; `names` are what the caller calls the two."""
+    """The loss after the checks; `names` are what the caller calls the two, `weight` broadcasts to pred's shape."""
     _check.tensor(op, names[0], pred)
     _check.tensor(op, names[1], target, TARGETS)
     if target.shape != pred.shape:
@@ -94,7 +105,11 @@ def focal_elements(
     _check.number(op, "gamma", gamma, 0)
     if alpha != -1:
         _check.number(op, "alpha", alpha, 0, 1)
-    return FOCAL(pred.device.type, pred, target.to(accumulator(pred.dtype)), float(alpha), float(gamma), activated)
+    target, constants = target.to(accumulator(pred.dtype)), (float(alpha), float(gamma), activated)
+    reduced = score_loss("focal", FOCAL_KIND, pred, None, target, *constants, weight, reduction, avg_factor)
+    if reduced is not None:
+        return reduced
+    return reduce_loss(FOCAL(pred.device.type, pred, target, *constants), weight, reduction, avg_factor)
 
 
 def sigmoid_focal_loss(
@@ -129,5 +144,4 @@ def sigmoid_focal_loss(
     """
     op = "sigmoid_focal_loss"
     _check.choice(op, "reduction", reduction, _check.REDUCTIONS)
-    loss = focal_elements(op, ("inputs", "targets"), inputs, targets, alpha, gamma, False)
-    return reduce_loss(loss, None, reduction, None)
+    return focal_loss(op, ("inputs", "targets"), inputs, targets, alpha, gamma, False, None, reduction, None)

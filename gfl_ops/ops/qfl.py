@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._one_pass import quality_focal_loss_rows
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
+from .._score_loss import QUALITY, score_loss
 from .._spec import OpSpec, Sample, register
 from .._types import accumulator, as_dtype, clamp_infinite
 
@@ -156,9 +156,11 @@ def quality_focal_loss(
             _check.shape(op, name, value, "[N]", (pred.shape[0],))
             _check.same_device(op, name, value, "pred", pred)
         check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
-        loss = quality_focal_loss_rows(
-            pred, label.long(), as_dtype(score, acc), float(beta), activated, weight, reduction, avg_factor
-        )
+        arguments = (pred, label.long(), as_dtype(score, acc))
+        reduced = score_loss("qfl", QUALITY, *arguments, 1.0, float(beta), activated, weight, reduction, avg_factor)
+        if reduced is not None:
+            return reduced
+        loss = QFL(pred.device.type, *arguments, float(beta), activated)
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if pred.dim() < 2:
@@ -168,6 +170,15 @@ def quality_focal_loss(
     _check.same_device(op, "target", target, "pred", pred)
     rows = pred.shape[:1] + pred.shape[2:]
     check_reduction(op, rows, "[N]" if pred.dim() == 2 else "[N, …]", pred, weight, reduction, avg_factor)
+    if pred.numel() > 0:
+        planes, targets = (pred, target) if pred.dim() == 2 else (pred.flatten(2), target.flatten(2))
+        flat_weight = weight if weight is None or pred.dim() == 2 else weight.flatten(1)
+        constants = (1.0, float(beta), activated)
+        reduced = score_loss(
+            "qfl", QUALITY, planes, None, targets.to(acc), *constants, flat_weight, reduction, avg_factor
+        )
+        if reduced is not None:
+            return reduced
     flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
     flat_target = target.movedim(1, -1).reshape(-1, pred.shape[1]).to(acc)
     loss = QFL(pred.device.type, flat_pred, None, flat_target, float(beta), activated).reshape(rows)

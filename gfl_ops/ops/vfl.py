@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._reduce import check_element_reduction, reduce_loss
+from .._score_loss import VARIFOCAL, VARIFOCAL_UNWEIGHTED, score_loss
 from .._spec import OpSpec, Sample, register
 from .._types import accumulator
 from .focal import TARGETS, element_samples
@@ -109,6 +110,11 @@ def varifocal_loss(
     _check.number(op, "alpha", alpha, 0)
     _check.number(op, "gamma", gamma, 0)
     weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
-    acc = accumulator(pred.dtype)
-    loss = VFL(pred.device.type, pred, target.to(acc), float(alpha), float(gamma), bool(iou_weighted), activated)
+    target = target.to(accumulator(pred.dtype))
+    kind = VARIFOCAL if iou_weighted else VARIFOCAL_UNWEIGHTED
+    constants = (float(alpha), float(gamma), activated)
+    reduced = score_loss("vfl", kind, pred, None, target, *constants, weight, reduction, avg_factor)
+    if reduced is not None:
+        return reduced
+    loss = VFL(pred.device.type, pred, target, float(alpha), float(gamma), bool(iou_weighted), activated)
     return reduce_loss(loss, weight, reduction, avg_factor)

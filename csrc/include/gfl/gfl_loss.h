@@ -89,7 +89,7 @@ struct GflLossScalars {
   const void* box_norm;  // null: max(Σ w, 1)
 };
 struct GflLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };
-struct GflLossGrads { const void *cls, *box, *dfl; };
+struct GflLossGrads { const void *cls, *box, *dfl; };  // null: 1
 
 namespace cuda {
 constexpr int kGflLossMaxLevels = 16;
@@ -100,9 +100,19 @@ size_t gfl_loss_workspace_bytes(const GflLossInput& in);
 // Two launches. cudaErrorInvalidValue where `gfl_loss_fits` says no.
 cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
                              const GflLossOutput& out, cudaStream_t stream);
-// Three launches, two with both norms given. Every element of the gradients that are wanted is written.
+// Losses and the gradients of their sum in four launches, three with both norms given. `scales`: on the device; what the
+// gradients were multiplied with, for `gfl_loss_settle`. Every element of the gradients that are wanted is written.
+cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
+                                          const GflLossOutput& out, HeadScales* scales,
+                                          const HeadGradients* gradients, cudaStream_t stream);
+// One launch. The gradients that the above has written become those for `grads`; where they are all 1, which the device
+// finds out, nothing is touched.
+cudaError_t gfl_loss_settle(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+                            const HeadGradients* gradients, cudaStream_t stream);
+// The gradients alone: three launches, two with both norms given. `scales`: memory on the device for the time of the call.
 cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
-                              void* workspace, const HeadGradients* gradients, cudaStream_t stream);
+                              void* workspace, HeadScales* scales, const HeadGradients* gradients,
+                              cudaStream_t stream);
 }  // namespace cuda
 #endif
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of class scores down to one number, whose gradient is written in the forward pass.
+
+A loss comes out of the kernel weighted and normalised, so that the gradient it receives is 1 unless what comes after
+scales it once more. The forward pass therefore writes the scores' final gradient beside the loss, in one walk. The
+first backward pass takes that tensor out of the graph and *settles* it: a kernel that leaves at once if 1 arrives, and
+else computes the gradient anew in its place; which of the two, the device decides, and the host waits for nothing.
+Nobody has seen the tensor before, so nothing that was handed out is overwritten. A later backward pass of a retained
+graph finds it gone and computes into a fresh one. fp16 stores no gradient, most of which would underflow, and always
+computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _backend, _extension
+from ._reduce import AVG_FACTOR_EPS
+from ._spec import define
+from ._types import accumulator, as_dtype
+
+# What the operators call the losses.
+QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
+
+_INPUT = (
+    "Tensor pred, Tensor? label, Tensor target, Tensor? weight, Tensor? norm, float factor, int kind, float alpha,"
+    " float exponent, bool activated"
+)
+
+
+def _fake_forward(pred: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    loss = pred.new_empty((), dtype=accumulator(pred.dtype))
+    return loss, torch.empty_like(pred) if others[-1] else pred.new_empty((0,))
+
+
+def _fake_backward(grad_loss: Tensor, pred: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(pred)
+
+
+def _fake_settle(*arguments: Any) -> None:
+    return None
+
+
+def _second(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "the loss has no second derivative in this backend; gfl_ops.set_backend('reference') has one"
+    )
+
+
+def _define(namespace: str, kernels: Callable[[str], Any] | None) -> None:
+    for name, schema, fake in (
+        ("forward", f"({_INPUT}, bool store) -> (Tensor loss, Tensor grad)", _fake_forward),
+        ("backward", f"(Tensor grad_loss, {_INPUT}) -> Tensor", _fake_backward),
+        ("settle", f"(Tensor(a!) grad, Tensor grad_loss, {_INPUT}) -> ()", _fake_settle),
+    ):
+        define(_OPERATORS[name], schema, fake, namespace, kernels(name) if kernels else None)
+    torch.library.register_autograd(f"{namespace}::score_loss_bwd", _second)
+
+
+def _triton(direction: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.triton.score_loss"), direction)(*arguments)
+
+    return kernel
+
+
+_OPERATORS = {"forward": "score_loss_fwd", "backward": "score_loss_bwd", "settle": "score_loss_settle"}
+_NATIVE = tuple(device for device in ("cpu", "cuda") if _extension.serves("score_loss_fwd", device))
+if _NATIVE:
+    _define("gfl", None)
+_define("gfl_triton", _triton)
+
+
+class _Foretold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operators: Any,
+        pred: Tensor,
+        label: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        norm: Tensor | None,
+        constants: tuple[Any, ...],
+    ) -> Tensor:
+        store = pred.dtype != torch.float16
+        loss, gradient = operators.score_loss_fwd(pred, label, target, weight, norm, *constants, store)
+        ctx.save_for_backward(pred, label, target, weight, norm)
+        ctx.operators, ctx.constants = operators, constants
+        # Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
+        ctx.gradient = gradient if store else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = (grad_loss, *ctx.saved_tensors, *ctx.constants)
+        gradient, ctx.gradient = ctx.gradient, None
+        # A graph of the gradient is the operator's to refuse.
+        if gradient is None or torch.is_grad_enabled():
+            gradient = ctx.operators.score_loss_bwd(*arguments)
+        else:
+            ctx.operators.score_loss_settle(gradient, *arguments)
+        return None, gradient, None, None, None, None, None
+
+
+def score_loss(
+    stem: str,
+    kind: int,
+    pred: Tensor,
+    label: Tensor | None,
+    target: Tensor,
+    alpha: float,
+    exponent: float,
+    activated: bool,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+) -> Tensor | None:
+    """The reduced loss, or None where the way over the single losses has to be taken.
+
+    Args:
+        stem: of the operator that computes the single losses; the backend that serves it serves this too.
+        kind: one of the above.
+        pred: ``[N, C]`` or ``[B, C, P]``.
+        label: ``[N]`` int64, of the quality focal loss, or None.
+        target: in the accumulator's dtype; ``[N]`` with labels, else of pred's shape.
+        weight: ``[N]``, ``[N, 1]`` or ``[B, P]``, or None.
+    """
+    operators = _operators(stem, pred, target, weight, reduction, avg_factor)
+    if operators is None:
+        return None
+    acc = target.dtype
+    norm, factor = None, 1.0
+    if reduction == "mean":
+        if isinstance(avg_factor, Tensor) and avg_factor.device == pred.device:
+            norm = avg_factor.detach().reshape(()).to(acc)
+        elif avg_factor is not None:
+            factor = _reciprocal(float(avg_factor) + AVG_FACTOR_EPS)
+        else:
+            rows = pred.numel() if kind != QUALITY else pred.numel() // pred.shape[1] if pred.shape[1] else len(pred)
+            factor = _reciprocal(rows)
+    if weight is not None:
+        weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
+    tensors, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
+    if pred.requires_grad and torch.is_grad_enabled():
+        return _Foretold.apply(operators, *tensors, constants)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operators.score_loss_fwd(*tensors, *constants, False)[0]
+
+
+def _reciprocal(x: float) -> float:
+    return 1.0 / x if x else float("inf")
+
+
+def _operators(
+    stem: str,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+) -> Any:
+    """The namespace of operators that can serve the call, or None."""
+    # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
+    if reduction == "none" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    rows = pred.shape[:1] + pred.shape[2:]
+    if pred.dim() not in (2, 3) or (weight is not None and weight.shape not in (rows, (*rows, 1))):
+        return None
+    # The gradient reaches the scores alone; a subclass may stand for no numbers at all.
+    factor = avg_factor if isinstance(avg_factor, Tensor) else None
+    for other in (target, weight, factor):
+        if other is not None and (type(other) is not Tensor or other.requires_grad):
+            return None
+    if type(pred) not in (Tensor, nn.Parameter) or (
+        factor is not None and factor.device.type not in ("cpu", pred.device.type)
+    ):
+        return None
+    backend = _backend.serving(stem, pred.device.type)
+    if backend == "native" and pred.device.type in _NATIVE:
+        return torch.ops.gfl
+    return torch.ops.gfl_triton if backend == "triton" else None
