@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"gfl-ops {__version__}")
     parsers = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for module in pkgutil.iter_modules(commands.__path__):
+        if module.name.startswith("_"):
+            continue
         command = importlib.import_module(f"{commands.__name__}.{module.name}")
         one = parsers.add_parser(
             module.name, help=command.HELP, description=f"{command.HELP[0].upper()}{command.HELP[1:]}."

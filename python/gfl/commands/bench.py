@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gfl_ops._version import __version__
 
 from ..config import PRESETS
+from ._size import parse_size
 
 if TYPE_CHECKING:
     from ..engine.bench import Timing
@@ -211,17 +212,10 @@ def _cases(options: argparse.Namespace, device: Any) -> list[tuple[Any, str, str
     for batch in batches:
         if not 1 <= batch <= 32:
             raise ValueError(f"`--batch` must be in [1, 32], got {batch}")
-    size = size if options.size is None else _size(options.size)
+    size = size if options.size is None else parse_size(options.size, "--size")
     dtypes = options.dtype or ["bf16" if device.type == "cuda" else "fp32"]
     dtypes = list(DTYPE_NAMES) if ALL in dtypes else dtypes
     return [(device, dtype, name, size, batch) for name, dtype, batch in itertools.product(models, dtypes, batches)]
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 and int(part) % 32 == 0 for part in parts):
-        raise ValueError(f"`--size` must be HEIGHTxWIDTH in multiples of 32, as 320x320, got {text!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def _stamp(devices: Sequence[Any]) -> dict[str, Any]:

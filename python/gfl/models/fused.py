@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import gfl_ops
+
 from ..config import ModelConfig
 from .deform import DeformConv2d
 from .fpn import FPN
@@ -282,13 +284,15 @@ class _Layer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.conv = FusedConv.of(_conv_of(layer))
-        self.norm: nn.Module = layer.get_submodule("gn")
+        norm = layer.get_submodule("gn")
+        assert isinstance(norm, nn.GroupNorm)
+        self.norm = norm
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return self.normed([self.conv(x) for x in maps])
 
     def normed(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [self.norm(x).relu_() for x in maps]
+        return gfl_ops.group_norm_relu(maps, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 class FusedGFL(GFL):
