@@ -323,7 +323,8 @@ class Bench:
                 yield "compiled", None, "auto", "no time left to compile (--limit)"
             else:
                 torch._dynamo.reset()
-                yield "compiled", torch.compile(case.dense, dynamic=False), "auto", ""
+                mode = "max-autotune-no-cudagraphs" if self.machine.cuda else "default"
+                yield "compiled", torch.compile(case.dense, dynamic=False, mode=mode), "auto", ""
         for backend in BACKENDS:
             why = _backend.unavailable(backend, case.stem, self.machine.device.type)
             if backend == "triton" and not self.machine.cuda and why is None:

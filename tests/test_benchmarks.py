@@ -28,6 +28,7 @@ NOWHERE = Path("/nowhere/at/all")
 def parts() -> Any:
     """The benchmarks' modules, which import each other by their bare names."""
     names = ("cases", "formulas", "formulas_head", "harness", "inputs", "report", "stamp", "bench_losses", "bench_cpu")
+    names += ("bench_gpu",)
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         yield type("Parts", (), {name: importlib.import_module(name) for name in names})
@@ -243,6 +244,40 @@ def test_the_cpu_goals_are_measured_and_told(tmp_path: Path) -> None:
     assert found["qfl", "compiled"]["verdict"] == "not measured"
     for key in (("qfl", "eager"), ("head loss", "eager"), ("atss 60", "eager"), ("one call: integral", "")):
         assert found[key]["got"] > 0 and found[key]["verdict"] in ("reached", "MISSED")
+
+
+def test_the_goals_of_the_gpu_run_off_it_too(parts: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_gpu.py"), "--device", "cpu", "--scale", "0.01"]
+    command += ["--goals", "qfl", "head", "post-process", "decode", "one", "--size", "64x96", "--rounds", "1"]
+    command += ["--seconds", "0.01", "--no-compile", "--out", str(tmp_path), "--data", str(NOWHERE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    goals = json.loads((tmp_path / "bench_gpu.json").read_text())["goals"]
+    found = {(g["goal"], g["provider"]): g for g in goals}
+    assert found["qfl bf16", "compiled"]["verdict"] == "not measured"
+    keys = [("qfl fp32", ""), ("qfl recomputed bf16", ""), ("head loss", "eager"), ("head loss", ""), ("decode", "")]
+    for key in (*keys, ("one call: forward+backward", "")):
+        assert found[key]["got"] > 0 and found[key]["want"] > 0 and found[key]["verdict"] in ("reached", "MISSED")
+
+
+def test_limits_count_the_bytes_that_have_to_move(parts: Any, scene: Any, machine: Any) -> None:
+    """Logits read and gradients written once; of distributions, the gradient alone."""
+    gpu = parts.bench_gpu
+    rows, classes = scene.pred.shape
+    case = gpu.quality(scene, "bf16", "cpu")
+    assert gpu.both_ways(case) == rows * (2 * 2 * classes + 8 + 4 + 4) + 4
+    head = gpu.head_with_assignment(scene, "cpu", 0)
+    assert gpu.maps_of(head) == rows * 4 * (2 * classes + 4 * (parts.inputs.REG_MAX + 1))
+    result = parts.harness.Result("qfl", "qfl", "", 2, "bf16", "native")
+    slow = replace(result, provider="eager", forward=parts.harness.Timing(1e6, 1e6, 1e6))
+    result.forward = parts.harness.Timing(1.0, 1.0, 1.0)
+    goal = gpu.Goal("qfl", lambda: case, "bf16", 2, gpu.both_ways, 1.5, 10.0, {"eager": 2.0})
+    limit, ratio = gpu.judge(goal, case, [result, slow], machine, parts.harness.Clock(100.0), 1)
+    assert limit.want == pytest.approx(1.5e6 * gpu.both_ways(case) / machine.bandwidth + 10.0)
+    assert limit.got > 0 and ratio.got == pytest.approx(1e9 / limit.got) and ratio.verdict == "reached"
+    said = gpu.table([limit, ratio, gpu.Reached("x", "compiled", 2.0, None, "no compiler")])
+    assert "no compiler" in said and "of 3 reached" in said
 
 
 def test_a_missed_goal_is_said(parts: Any) -> None:

@@ -122,7 +122,8 @@ def test_a_dry_run_shows_every_section_and_runs_nothing(suite: ModuleType, tmp_p
 def test_sections_can_be_picked(suite: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--out", str(tmp_path), "--dry-run", "--only", "bench"]) == 0
     said = capsys.readouterr().out
-    assert "bench_losses.py" in said and "gfl.cli bench --device cuda" in said and "pip install" not in said
+    assert 0 < said.index("bench_gpu.py") < said.index("bench_losses.py") and "bench_cpu.py" not in said
+    assert "gfl.cli bench --device cuda" in said and "pip install" not in said
     assert set(suite.LIMITS) == set(suite.SECTIONS)
 
 
