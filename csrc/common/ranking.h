@@ -11,12 +11,19 @@
 
 namespace gfl {
 
-// Monotone in x, equal for −0 and +0; 0 is below the rank of every number. Not for NaN.
+// Monotone in x, equal for −0 and +0; between 0 and the greatest integer, which is the rank of no number. Not for NaN.
 GFL_HOST_DEVICE uint32_t rank_of(float x) {
   x += 0.0f;  // turns −0 into +0
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+GFL_HOST_DEVICE uint64_t rank_of(double x) {
+  x += 0.0;
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
 // The x of a rank (+0 for that of −0).

@@ -21,13 +21,14 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
                                                 : static_cast<double>(g.integer(0, 10)) / 10);
   }
   const std::vector<T> boxes = rounded<T>(drawn), scores = rounded<T>(drawn_scores);
+  const Buffer<T> given_boxes(boxes), given_scores(scores);
   // `planes`: the same memory read as the transpose of a matrix, columns first.
-  const MulticlassInput in{boxes.data(),
+  const MulticlassInput in{given_boxes.data(),
                            dtype,
                            planes ? 1 : columns,
                            planes ? rows : 1,
                            per_class,
-                           scores.data(),
+                           given_scores.data(),
                            dtype,
                            planes ? 1 : classes,
                            planes ? rows : 1,
@@ -49,12 +50,22 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
       }
     }
   }
+#if defined(GFL_TEST_CUDA)
+  Buffer<int64_t> total(1), workspace(cuda::multiclass_workspace_bytes(in) / sizeof(int64_t));
+  CHECK_CUDA(cuda::multiclass_count(in, workspace.data(), total.data(), nullptr));
+  const int64_t count = total.read()[0];
+#else
   const int64_t count = cpu::multiclass_count(in);
+#endif
   CHECK(count == static_cast<int64_t>(want_scores.size()), "%lld candidates, expected %zu",
         static_cast<long long>(count), want_scores.size());
   Buffer<T> got_boxes(static_cast<size_t>(4 * count)), got_scores(static_cast<size_t>(count));
   Buffer<int64_t> labels(static_cast<size_t>(count));
+#if defined(GFL_TEST_CUDA)
+  CHECK_CUDA(cuda::multiclass_gather(in, workspace.data(), got_boxes.data(), got_scores.data(), labels.data(), nullptr));
+#else
   cpu::multiclass_gather(in, got_boxes.data(), got_scores.data(), labels.data());
+#endif
   CHECK(widened(got_boxes.read()) == want_boxes, "boxes, dtype %d per class %d planes %d", static_cast<int>(dtype),
         per_class, planes);
   CHECK(widened(got_scores.read()) == want_scores, "scores, dtype %d", static_cast<int>(dtype));
@@ -76,6 +87,11 @@ int main() {
         }
       }
     }
+  }
+  // Candidates of several blocks, and the last of them not whole.
+  for (const double threshold : {0.85, -1.0}) {
+    check<float>(DType::f32, 700, 20, false, threshold, false, g);
+    check<half_t>(DType::f16, 139, 59, true, threshold, true, g);
   }
   return result("multiclass_nms");
 }

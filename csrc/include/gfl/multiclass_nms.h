@@ -27,4 +27,21 @@ int64_t multiclass_count(const MulticlassInput& in);
 void multiclass_gather(const MulticlassInput& in, void* boxes, void* scores, int64_t* labels);
 
 }  // namespace cpu
+
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+
+size_t multiclass_workspace_bytes(const MulticlassInput& in);
+
+// total: [1], the number of candidates. What it leaves in the workspace (aligned to 8) is for `multiclass_gather`.
+// cudaErrorInvalidValue for 2^43 pairs or more.
+cudaError_t multiclass_count(const MulticlassInput& in, void* workspace, int64_t* total, cudaStream_t stream);
+
+// boxes: [total, 4] dtype. scores: [total] score_dtype. labels: [total].
+cudaError_t multiclass_gather(const MulticlassInput& in, const void* workspace, void* boxes, void* scores,
+                              int64_t* labels, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
 }  // namespace gfl

@@ -35,4 +35,19 @@ int64_t soft_nms_collect(const SoftNmsInput& in, const void* final_scores, const
                          float* scores);
 
 }  // namespace cpu
+
+#if defined(GFL_WITH_CUDA)
+namespace cuda {
+
+size_t soft_nms_workspace_bytes(int64_t count, DType dtype);
+
+// grouped: [count] indices of the boxes, class by class, rising within a class. labels: [count] the classes in that
+// order, or null for one class. keep and final_scores as above. workspace: soft_nms_workspace_bytes, aligned to 16. Never
+// waits for the device.
+cudaError_t soft_nms(const SoftNmsInput& in, const int64_t* grouped, const int64_t* labels, void* workspace,
+                     void* final_scores, uint8_t* keep, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
 }  // namespace gfl
