@@ -14,7 +14,7 @@ from .ops.iou import box_iou_loss, giou_loss
 from .ops.ld import distillation_loss
 from .ops.multiclass_nms import multiclass_nms
 from .ops.nms import batched_nms, nms
-from .ops.postprocess import Detections, postprocess
+from .ops.postprocess import Detections, UncertainDetections, postprocess
 from .ops.qfl import quality_focal_loss
 from .ops.soft_nms import soft_nms
 from .ops.vfl import varifocal_loss
@@ -23,6 +23,7 @@ __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
+    "UncertainDetections",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",

@@ -14,11 +14,16 @@ from torch import Tensor
 
 import gfl_ops
 from gfl_ops import _backend, _check
-from gfl_ops.ops.postprocess import Detections, ranking_threshold
+from gfl_ops.ops.postprocess import Detections, UncertainDetections, ranking_threshold
 
-BACKENDS = ["reference", *(b for b in ("native", "triton") if not _backend.unavailable(b, "postprocess", "cpu"))]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-RUNS = [pytest.param(b, d, id=f"{b}-{d}") for b in BACKENDS for d in DEVICES if d == "cpu" or b == "reference"]
+RUNS = [
+    pytest.param(b, d, id=f"{b}-{d}")
+    for b in ("reference", "native", "triton")
+    for d in DEVICES
+    if not _backend.unavailable(b, "postprocess", d)
+]
+BACKENDS = [run.values[0] for run in RUNS if run.values[1] == "cpu"]
 
 
 def loops(
@@ -163,6 +168,59 @@ def test_it_is_what_the_loops_say(backend: str, device: str, seed: int) -> None:
             expected = torch.tensor([b for _, _, b in detections], dtype=torch.float32).reshape(-1, 4)
             torch.testing.assert_close(boxes[image, :n], expected, rtol=1e-6, atol=0)
             assert not boxes[image, n:].any() and not scores[image, n:].any() and (labels[image, n:] == -1).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_uncertainty_of_each_side_by_its_formulas(
+    backend: str, device: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """One class and no suppression: a detection's place, and so its distributions, are found by its score."""
+    reg_max, batch = 16, 2
+    sizes = [(4, 5), (2, 3)]
+    ranks = torch.randperm(batch * 26, generator=generator).reshape(batch, 26) / 26 - 1
+    cls = [ranks[:, :20].reshape(batch, 1, 4, 5), ranks[:, 20:].reshape(batch, 1, 2, 3)]
+    reg = [(torch.randn((batch, 4 * (reg_max + 1), *s), generator=generator) * 3).to(dtype) for s in sizes]
+    args = (cls, reg, [8.0, 16.0], [(1e6, 1e6)] * batch)
+    options = {"reg_max": reg_max, "score_threshold": 0.3, "iou_threshold": 1.0, "max_detections": 30}
+    plain = run(backend, device, args, **options)
+    with gfl_ops.set_backend(backend):
+        got = gfl_ops.postprocess(
+            moved(cls, device), moved(reg, device), *args[2:], **options, center_offset=0.5, uncertainty=True
+        )
+    assert isinstance(got, UncertainDetections)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(plain, got[:4], strict=True))
+    uncertainty = got.uncertainty.cpu()
+    assert uncertainty.shape == (batch, 30, 4, 3) and uncertainty.dtype == torch.float32
+    rows = torch.cat([r.flatten(2) for r in reg], 2).double().permute(0, 2, 1).unflatten(2, (4, reg_max + 1))
+    for image in range(batch):
+        n = int(got.count[image])
+        assert 0 < n < 26
+        p = rows[image, ranks[image].argsort(descending=True)[:n]].softmax(-1)
+        bins = torch.arange(reg_max + 1, dtype=torch.float64)
+        mean = (p * bins).sum(-1, keepdim=True)
+        want = [(p * (bins - mean) ** 2).sum(-1), torch.special.entr(p).sum(-1), p.amax(-1)]
+        # Sums over 17 bins in fp32.
+        torch.testing.assert_close(uncertainty[image, :n], torch.stack(want, -1).float(), rtol=1e-5, atol=1e-6)
+        assert not uncertainty[image, n:].any()
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_the_uncertainty_of_sharp_and_flat_distributions(backend: str, device: str) -> None:
+    args = flat([(1, 3)], classes=1)
+    args[0][0][0, 0, 0] = torch.tensor([3.0, 2.0, 1.0])
+    args[1][0][0, ::2, 0, 0] = 500.0  # all in bin 0 of each side
+    args[1][0][0, 1::2, 0, 1] = math.inf
+    with gfl_ops.set_backend(backend):
+        got = gfl_ops.postprocess(
+            moved(args[0], device), moved(args[1], device), *args[2:], reg_max=1, iou_threshold=1.0, uncertainty=True,
+            center_offset=2.0, max_detections=4,
+        )  # fmt: skip
+    # Without a width the first is dropped: sharp at 1, flat over two bins, nothing.
+    assert got.count.tolist() == [2]
+    assert got.uncertainty[0, 0].tolist() == [[0.0, 0.0, 1.0]] * 4
+    torch.testing.assert_close(got.uncertainty[0, 1].cpu(), torch.tensor([[0.25, math.log(2), 0.5]] * 4))
+    assert not got.uncertainty[0, 2:].any()
 
 
 def flat(levels: list[tuple[int, int]], batch: int = 1, classes: int = 2, value: float = 0.0) -> tuple[Any, ...]:
@@ -361,6 +419,36 @@ def test_it_compiles_into_one_graph(backend: str, device: str, generator: torch.
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no CUDA graph to capture")
+@pytest.mark.skipif(
+    _backend.unavailable("native", "postprocess", "cuda") is not None, reason="the extension has no CUDA part"
+)
+@pytest.mark.parametrize("uncertainty", [False, True])
+@pytest.mark.parametrize("topk_mode", ["pair", "anchor"])
+def test_a_cuda_graph_replays_it_with_new_input(topk_mode: str, uncertainty: bool, generator: torch.Generator) -> None:
+    cls = [torch.zeros((2, 20, s, s + 3), device="cuda") for s in (12, 6)]
+    reg = [torch.zeros((2, 68, s, s + 3), device="cuda") for s in (12, 6)]
+    sizes = torch.tensor([[90.0, 100.0], [80.0, 60.0]], device="cuda")
+    options: Any = {"nms_pre": 50, "topk_mode": topk_mode, "uncertainty": uncertainty}
+
+    def detect() -> Any:
+        with gfl_ops.set_backend("native"):
+            return gfl_ops.postprocess(cls, reg, [8.0, 16.0], sizes, **options)
+
+    detect()  # loads the kernels, which a capture may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = detect()
+    for shift in (0.0, -50.0, 4.0):
+        for maps, spread, offset in ((cls, 2.0, shift - 2), (reg, 2.0, 0.0)):
+            for m in maps:
+                m.copy_(torch.randn(m.shape, generator=generator) * spread + offset)
+        graph.replay()
+        got, want = [t.clone() for t in captured], detect()
+        assert (int(want.count.max()) > 0) == (shift >= 0)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def replaced(position: int, value: Any) -> Any:
     def change(args: list[Any]) -> list[Any]:
         args[position] = value(args[position]) if callable(value) else value
@@ -448,10 +536,11 @@ def test_a_direct_call_of_the_operator_is_checked() -> None:
             "anchor_topk": False,
             "activated": False,
             "legacy": False,
+            "uncertainty": False,
         }
         return torch.ops.gfl.postprocess(**{**values, **changes})
 
-    assert len(call()) == 4
+    assert len(call()) == 5 and call()[4].numel() == 0
     for changes in (
         {"cls_scores": []},
         {"reg_max": 2},

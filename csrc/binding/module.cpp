@@ -70,10 +70,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         [](const Tensors& cls_scores, const Tensors& reg_preds,
            const Numbers& strides, const at::Tensor& image_sizes, const OptionalTensor& scale_factors,
            int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold, int64_t max_detections,
-           const Numbers& center_offset, bool anchor_topk, bool activated, bool legacy) {
+           const Numbers& center_offset, bool anchor_topk, bool activated, bool legacy, bool uncertainty) {
           return postprocess_forward(cls_scores, reg_preds, strides, image_sizes, scale_factors, reg_max,
                                      score_threshold, nms_pre, iou_threshold, max_detections, center_offset,
-                                     anchor_topk, activated, legacy);
+                                     anchor_topk, activated, legacy, uncertainty);
         });
   m.def("multiclass_nms_forward", &multiclass_nms_forward);
   m.def("nms_forward", &nms_forward);

@@ -86,10 +86,11 @@ at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const at::Tensor& target, int64_t kind, double eps, Needs2 needs);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& image_sizes,
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,
-    int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy);
+    int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy,
+    bool uncertainty);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
                                                                       double score_threshold, double iou_threshold,

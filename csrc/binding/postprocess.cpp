@@ -39,10 +39,11 @@ void take_level(PostprocessInput& in, int l, const at::Tensor& cls, const at::Te
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& image_sizes,
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,
-    int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy) {
+    int64_t max_detections, at::ArrayRef<double> center_offset, bool anchor_topk, bool activated, bool legacy,
+    bool uncertainty) {
   const size_t levels = cls_scores.size();
   TORCH_CHECK_VALUE(levels >= 1 && levels <= kPostprocessMaxLevels, "gfl: `cls_scores` must have 1 to ",
                     kPostprocessMaxLevels, " levels, got ", levels);
@@ -85,8 +86,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
   at::Tensor scores = at::empty({in.batch, max_detections}, options.dtype(at::kFloat));
   at::Tensor labels = at::empty({in.batch, max_detections}, options.dtype(at::kLong));
   at::Tensor count = at::empty({in.batch}, options.dtype(at::kInt));
+  at::Tensor spread = at::empty({in.batch, uncertainty ? max_detections : 0, 4, 3}, options.dtype(at::kFloat));
   const PostprocessOutput out{boxes.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>(),
-                              labels.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int32_t>()};
+                              labels.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int32_t>(),
+                              uncertainty ? spread.mutable_data_ptr<float>() : nullptr};
 #if defined(GFL_WITH_CUDA)
   if (first.is_cuda()) {
     TORCH_CHECK_NOT_IMPLEMENTED(cuda::postprocess_fits(in),
@@ -96,11 +99,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     on_stream_of(first, [&](cudaStream_t stream) {
       return cuda::postprocess(in, out, workspace.mutable_data_ptr(), stream);
     });
-    return {boxes, scores, labels, count};
+    return {boxes, scores, labels, count, spread};
   }
 #endif
   for_chunks(in.batch, 1, [&](int64_t begin, int64_t end) { cpu::postprocess(in, out, begin, end); });
-  return {boxes, scores, labels, count};
+  return {boxes, scores, labels, count, spread};
 }
 
 GFL_IMPL_CPU("postprocess", postprocess_forward)

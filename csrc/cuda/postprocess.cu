@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-processing on the GPU: four graph nodes for the whole batch, of which the host learns nothing.
+// Post-processing on the GPU: four graph nodes for the whole batch, of which the host learns nothing; a fifth where the
+// uncertainty of the sides is asked for.
 //
 //   cls [B, C, H, W] a level        cls_dtype  read once, along memory     reg [B, 4(R+1), H, W] a level  reg_dtype  read
 //   boxes [B, K, 4], scores [B, K]  float      write                       labels [B, K] int64, count [B] int32      write
@@ -9,6 +10,7 @@
 // select  a block a segment: the key down to which nms_pre candidates (or locations) lie, by radix selection
 // finish  a block an image: the next 2048 or fewer greatest keys, sorted; 128 at a time are decoded, compared with the
 //         boxes kept so far and with each other; it ends at K kept boxes or with the last key
+// uncertainty  four threads a detection, a side each: variance, entropy and peak from the map again
 // Memory is bounded: a segment has room for 16384 keys. Where more is above the threshold, the map itself is walked again
 // instead, up to six times a selection; the result is the same.
 // Bytes: sizeof(cls_dtype) a score, 8 a candidate written and read about three times, 4(R+1)·sizeof(reg_dtype) for each
@@ -30,6 +32,7 @@ constexpr int kScanKeys = 512;   // of a tile, before they go to the segment
 constexpr int kChunk = 2048;     // candidates sorted at a time, fewer where a digit's border is near
 constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads each
 constexpr int kWords = kRound / 32;
+constexpr int kUncertaintyThreads = 128;
 static_assert(kRound * 4 == kSelectThreads, "a thread a side");
 
 struct ScanScratch {
@@ -139,24 +142,35 @@ __device__ __forceinline__ float centre_of(const PostprocessInput& in, const Pos
 // A candidate's place.
 struct Candidate { int level; int64_t location; int label; };
 
-__device__ __forceinline__ Candidate candidate_of(const PostprocessInput& in, const PostprocessPlan& plan, Key key) {
-  const int64_t index = index_in(key);
+__device__ __forceinline__ Candidate candidate_of(const PostprocessInput& in, const PostprocessPlan& plan,
+                                                  int64_t index) {
   int level = in.levels - 1;
   while (level > 0 && index < plan.first[level]) --level;
   const int64_t pair = index - plan.first[level], location = pair / in.classes;
   return {level, location, static_cast<int>(pair - location * in.classes)};
 }
 
+// The logits of one side's distribution: from(j) is bin j's.
+struct SideLogits {
+  const PostprocessLevel& level;
+  DType dtype;
+  int64_t first;
+  __device__ __forceinline__ SideLogits(const PostprocessInput& in, int64_t image, const Candidate& c, int side)
+      : level(in.level[c.level]), dtype(in.reg_dtype) {
+    const int64_t y = c.location / level.width, x = c.location - y * level.width;
+    first = image * level.reg_stride[0] + int64_t(side) * (in.reg_max + 1) * level.reg_stride[1] +
+            y * level.reg_stride[2] + x * level.reg_stride[3];
+  }
+  __device__ __forceinline__ float operator()(int j) const {
+    return bounded_logit(as_float(level.reg, dtype, first + j * level.reg_stride[1]));
+  }
+};
+
 // One coordinate of a candidate's box, clipped to the image.
 __device__ __forceinline__ float side_of(const PostprocessInput& in, int64_t image, const Candidate& c, int side) {
   const PostprocessLevel& level = in.level[c.level];
   const int64_t y = c.location / level.width, x = c.location - y * level.width;
-  const int bins = in.reg_max + 1;
-  const int64_t first = image * level.reg_stride[0] + int64_t(side) * bins * level.reg_stride[1] +
-                        y * level.reg_stride[2] + x * level.reg_stride[3];
-  const BinSoftmax<float> s = bin_softmax<float>(bins, [&](int j) {
-    return bounded_logit(as_float(level.reg, in.reg_dtype, first + j * level.reg_stride[1]));
-  });
+  const BinSoftmax<float> s = bin_softmax<float>(in.reg_max + 1, SideLogits(in, image, c, side));
   const float distance = mul_rn(s.mean(), static_cast<float>(level.stride));
   const float centre = centre_of(in, level, side % 2 == 0 ? x : y);
   const float size = in.image_sizes[image * 2 + (side % 2 == 0 ? 1 : 0)];
@@ -182,7 +196,7 @@ __device__ __forceinline__ int64_t one_round(const PostprocessInput& in, const P
   const int thread = static_cast<int>(threadIdx.x), mine = thread % kRound, part = thread / kRound;
   const float offset = box_offset<float>(in.legacy), threshold = static_cast<float>(in.iou_threshold);
   if (thread / 4 < count) {
-    const Candidate c = candidate_of(in, plan, s.keys[begin + thread / 4]);
+    const Candidate c = candidate_of(in, plan, index_in(s.keys[begin + thread / 4]));
     const float coordinate = side_of(in, image, c, thread % 4);
     reinterpret_cast<float*>(s.box + thread / 4)[thread % 4] = coordinate;
     if (thread % 4 == 0) s.label[thread / 4] = c.label;
@@ -240,7 +254,7 @@ __device__ __forceinline__ int64_t one_round(const PostprocessInput& in, const P
     const int i = s.chosen[thread];
     const int64_t slot = image * in.max_detections + used + thread;
     const Box<float> b = s.box[i];
-    plan.kept[slot] = {b, s.area[i], s.label[i]};
+    plan.kept[slot] = {b, s.area[i], s.label[i], index_in(s.keys[begin + i])};
     const float x = in.scale_factors == nullptr ? 1.0f : in.scale_factors[image * 2];
     const float y = in.scale_factors == nullptr ? 1.0f : in.scale_factors[image * 2 + 1];
     out.boxes[slot * 4 + 0] = div_rn(b.x1, x);
@@ -294,6 +308,22 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     out.labels[i] = -1;
   }
   if (threadIdx.x == 0) out.count[image] = static_cast<int32_t>(used);
+}
+
+__global__ void __launch_bounds__(kUncertaintyThreads)
+    postprocess_uncertainty_kernel(const __grid_constant__ PostprocessInput in,
+                                   const __grid_constant__ PostprocessPlan plan, PostprocessOutput out) {
+  const int64_t i = int64_t(blockIdx.x) * kUncertaintyThreads + threadIdx.x, slot = i / 4;
+  if (slot >= in.batch * in.max_detections) return;
+  const int64_t image = slot / in.max_detections;
+  BinSpread<float> s{0.0f, 0.0f, 0.0f};
+  if (slot - image * in.max_detections < out.count[image]) {
+    const Candidate c = candidate_of(in, plan, plan.kept[slot].index);
+    s = bin_spread<float>(in.reg_max + 1, SideLogits(in, image, c, static_cast<int>(i % 4)));
+  }
+  out.uncertainty[i * 3] = s.variance;
+  out.uncertainty[i * 3 + 1] = s.entropy;
+  out.uncertainty[i * 3 + 2] = s.peak;
 }
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -378,6 +408,12 @@ cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out
   }
   GFL_LAUNCH(postprocess_finish_kernel, dim3(images), dim3(kSelectThreads), sizeof(FinishScratch), stream, in, plan,
              out);
+  const int64_t sides = in.batch * in.max_detections * 4;
+  if (out.uncertainty != nullptr && sides > 0) {
+    GFL_LAUNCH(postprocess_uncertainty_kernel,
+               dim3(static_cast<unsigned>((sides + kUncertaintyThreads - 1) / kUncertaintyThreads)),
+               dim3(kUncertaintyThreads), 0, stream, in, plan, out);
+  }
   return cudaGetLastError();
 }
 

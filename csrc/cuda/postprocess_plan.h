@@ -22,6 +22,7 @@ struct alignas(16) KeptBox {
   Box<float> box;
   float area;
   int label;
+  uint32_t index;  // its pair of location and class, as keys count them
 };
 
 struct PostprocessPlan {

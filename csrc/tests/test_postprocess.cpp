@@ -50,12 +50,14 @@ template <class T> struct Map {
 struct Detection {
   float box[4], score;
   int64_t label;
+  double spread[12];
 };
 
 struct Found {
   float value;
   int64_t level, location, label;
   float box[4];
+  double spread[12];
 };
 
 float iou(const float* a, const float* b, float offset) {
@@ -70,6 +72,7 @@ template <class T> struct Case {
   gfl::PostprocessInput in{};
   std::vector<Map<T>> cls, reg;
   std::vector<float> sizes, factors;
+  double box_tolerance = 0;
 
   std::vector<Detection> oracle(int64_t image) {
     const float threshold = gfl::ranking_threshold(in.score_threshold, in.activated);
@@ -85,7 +88,7 @@ template <class T> struct Case {
           const float x = cls[l].read(image, c, i / width, i % width);
           if (!(x > threshold)) continue;
           best[i] = std::max(best[i], x);
-          here.push_back({x, l, i, c, {}});
+          here.push_back({x, l, i, c, {}, {}});
         }
       }
       if (in.nms_pre > 0 && in.anchor_topk) {
@@ -119,6 +122,14 @@ template <class T> struct Case {
           sum += e;
           weighted += j * e;
         }
+        double* const spread = f.spread + side * 3;
+        for (int j = 0; j <= in.reg_max; ++j) {
+          const double p =
+              std::exp(double(reg[f.level].read(image, side * (in.reg_max + 1) + j, cell[1], cell[0]))) / sum;
+          spread[0] += p * (j - weighted / sum) * (j - weighted / sum);
+          if (p > 0) spread[1] -= p * std::log(p);
+          spread[2] = std::max(spread[2], p);
+        }
         const float distance = static_cast<float>(weighted / sum) * s;
         f.box[side] = std::min(std::max(side < 2 ? centre - distance : centre + distance, 0.0f), limit[side % 2]);
       }
@@ -132,16 +143,18 @@ template <class T> struct Case {
     }
     std::vector<Detection> result;
     for (const Found& f : kept) {
-      Detection d{{}, in.activated ? f.value : static_cast<float>(1 / (1 + std::exp(-double(f.value)))), f.label};
+      Detection d{{}, in.activated ? f.value : static_cast<float>(1 / (1 + std::exp(-double(f.value)))), f.label,
+                  {}};
       for (int side = 0; side < 4; ++side) {
         d.box[side] = f.box[side] / (factors.empty() ? 1.0f : factors[image * 2 + side % 2]);
       }
+      std::copy(f.spread, f.spread + 12, d.spread);
       result.push_back(d);
     }
     return result;
   }
 
-  void check(const char* name) {
+  void check(const char* name, bool uncertainty = false) {
     std::vector<std::vector<T>> elements;
     for (auto* maps : {&cls, &reg}) {
       for (Map<T>& map : *maps) elements.push_back(gfl::testing::rounded<T>(map.values));
@@ -161,7 +174,9 @@ template <class T> struct Case {
     Buffer<float> boxes(slots * 4), scores(slots);
     Buffer<int64_t> labels(slots);
     Buffer<int32_t> count(static_cast<size_t>(in.batch));
-    const gfl::PostprocessOutput out{boxes.data(), scores.data(), labels.data(), count.data()};
+    Buffer<float> uncertain(uncertainty ? slots * 12 : 0);
+    const gfl::PostprocessOutput out{boxes.data(), scores.data(), labels.data(), count.data(),
+                                     uncertainty ? uncertain.data() : nullptr};
 #if defined(GFL_TEST_CUDA)
     Buffer<unsigned char> workspace(gfl::cuda::postprocess_workspace_bytes(in));
     CHECK_CUDA(gfl::cuda::postprocess(in, out, workspace.data(), nullptr));
@@ -174,21 +189,28 @@ template <class T> struct Case {
     const auto got_boxes = boxes.read(), got_scores = scores.read();
     const auto got_labels = labels.read();
     const auto got_count = count.read();
+    const auto got_uncertainty = uncertain.read();
     for (int64_t b = 0; b < in.batch; ++b) {
       const std::vector<Detection> want = oracle(b);
       CHECK(got_count[b] == static_cast<int32_t>(want.size()), "%s image %d: %d boxes, not %d", name, int(b),
             got_count[b], int(want.size()));
       for (int64_t k = 0; k < in.max_detections; ++k) {
         const size_t slot = static_cast<size_t>(b * in.max_detections + k);
-        const Detection w = k < static_cast<int64_t>(want.size()) ? want[k] : Detection{{}, 0, -1};
+        const Detection w = k < static_cast<int64_t>(want.size()) ? want[k] : Detection{{}, 0, -1, {}};
         CHECK(got_labels[slot] == w.label, "%s image %d slot %d: label %d, not %d", name, int(b), int(k),
               int(got_labels[slot]), int(w.label));
         // One exponential, one sum and one division from the value in double; what is subnormal may come out as 0.
         CHECK(gfl::testing::close(got_scores[slot], w.score, 4e-7, 1e-37), "%s image %d slot %d: score %.9g, not %.9g",
               name, int(b), int(k), got_scores[slot], w.score);
         for (int side = 0; side < 4; ++side) {
-          CHECK(got_boxes[slot * 4 + side] == w.box[side], "%s image %d slot %d side %d: %.9g, not %.9g", name, int(b),
-                int(k), side, got_boxes[slot * 4 + side], w.box[side]);
+          CHECK(gfl::testing::close(got_boxes[slot * 4 + side], w.box[side], 0, box_tolerance), "%s image %d slot %d side %d: %.9g, not %.9g",
+                name, int(b), int(k), side, got_boxes[slot * 4 + side], w.box[side]);
+        }
+        // A few roundings in float; an entropy of 0 is a sum of terms that round to a few 1e-7.
+        for (size_t i = 0; i < (uncertainty ? 12 : 0); ++i) {
+          CHECK(gfl::testing::close(got_uncertainty[slot * 12 + i], w.spread[i], 4e-6, 1e-6),
+                "%s image %d slot %d: uncertainty %d is %.9g, not %.9g", name, int(b), int(k), int(i),
+                got_uncertainty[slot * 12 + i], w.spread[i]);
         }
       }
     }
@@ -250,7 +272,7 @@ template <class T> void random_case(Generator& draw, const char* name) {
     if (draw.integer(0, 2) == 1 || !c.factors.empty() || b > 0) continue;
     for (int64_t i = 0; i < in.batch * 2; ++i) c.factors.push_back(static_cast<float>(draw.uniform(0.5, 2)));
   }
-  c.check(name);
+  c.check(name, draw.integer(0, 2) == 0);
 }
 
 // All 65536 bit patterns of a 16-bit type as scores: exactly those above the threshold come out, in order.
@@ -313,6 +335,31 @@ void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, 
   c.check(name);
 }
 
+// Smooth distributions, far from the ends and at them, all of them kept.
+template <class T> void spreads(Generator& draw, const char* name) {
+  Case<T> c;
+  gfl::PostprocessInput& in = c.in;
+  in.levels = 1;
+  in.cls_dtype = in.reg_dtype = dtype_of<T>();
+  in.batch = in.classes = 1;
+  in.reg_max = static_cast<int>(draw.integer(1, 129));
+  in.iou_threshold = 1;
+  in.max_detections = 24;
+  in.level[0].height = 4;
+  in.level[0].width = 5;
+  in.level[0].stride = 8;
+  c.cls.emplace_back(1, 1, 4, 5, kNchw);
+  c.reg.emplace_back(1, 4 * (in.reg_max + 1), 4, 5, static_cast<Layout>(draw.integer(0, 4)));
+  c.sizes = {1e9f, 1e9f};
+  for (int64_t i = 0; i < 20; ++i) {
+    c.cls[0].at(0, 0, i / 5, i % 5) = static_cast<double>(i) / 8;
+    const double scale = draw.uniform(0, 6);
+    for (int64_t k = 0; k < 4 * (in.reg_max + 1); ++k) c.reg[0].at(0, k, i / 5, i % 5) = draw.normal(scale);
+  }
+  c.box_tolerance = 2e-3;  // distances up to 1024 pixels, good to a few ulp
+  c.check(name, true);
+}
+
 void ranks() {
   const float infinity = std::numeric_limits<float>::infinity();
   const std::vector<float> rising = {-infinity, -3e38f, -1.5f, -1e-40f, 0.0f, 1e-45f, 0.5f, 1.0f, 3e38f, infinity};
@@ -348,6 +395,11 @@ int main() {
     random_case<gfl::half_t>(draw, "fp16");
     random_case<gfl::bfloat16_t>(draw, "bf16");
     random_case<double>(draw, "fp64");
+  }
+  for (int i = 0; i < kRandomCases / 6; ++i) {
+    spreads<float>(draw, "spread");
+    spreads<gfl::bfloat16_t>(draw, "spread, bf16");
+    spreads<double>(draw, "spread, fp64");
   }
   for (const int64_t nms_pre : {-1, 300, 17000}) {
     crowd(draw, 250, nms_pre, false, kNchw, "crowd");

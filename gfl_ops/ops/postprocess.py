@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,23 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
+
+
+class UncertainDetections(NamedTuple):
+    """`Detections`, and how sure the head is of each side of each box.
+
+    Attributes:
+        boxes, scores, labels, count: as in `Detections`.
+        uncertainty: fp32 ``[B, K, 4, 3]``; of the sides l, t, r, b: the variance of the side's distribution in bins²
+            (times the level's stride², pixels²), its entropy in nats, and the probability of its likeliest bin, its
+            peak. Zero in unused slots.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    uncertainty: Tensor
 
 
 def ranking_threshold(score_threshold: float, activated: bool) -> float:
@@ -71,6 +88,15 @@ def select(cls_score: Tensor, threshold: float, nms_pre: int, anchor_topk: bool)
     return value, index[order]
 
 
+def spread(logits: Tensor) -> Tensor:
+    """Variance, entropy and peak ``[…, 3]`` of distributions over the last dimension of bounded fp32 logits."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    away = bins - (p * bins).sum(-1, keepdim=True)
+    return torch.stack([(p * away.square()).sum(-1), -(p * log_p).sum(-1), p.amax(-1)], -1)
+
+
 def reference(
     cls_scores: Sequence[Tensor],
     reg_preds: Sequence[Tensor],
@@ -86,13 +112,15 @@ def reference(
     anchor_topk: bool,
     activated: bool,
     legacy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    uncertainty: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image by image, level by level; fp32 throughout, fp64 maps are rounded to it."""
     device, batch, classes = cls_scores[0].device, cls_scores[0].shape[0], cls_scores[0].shape[1]
     boxes = torch.zeros((batch, max_detections, 4), device=device)
     scores = torch.zeros((batch, max_detections), device=device)
     labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     count = torch.zeros((batch,), dtype=torch.int32, device=device)
+    spreads = torch.zeros((batch, max_detections if uncertainty else 0, 4, 3), device=device)
     threshold = rounded(ranking_threshold(score_threshold, activated), torch.float32)
 
     for image in range(batch):
@@ -110,22 +138,25 @@ def reference(
             else:
                 centre = (cell.float() + offset) * stride
             logits = reg_pred[image][:, cell[:, 1], cell[:, 0]].t().float()
-            distance = expectation(bounded_logits(logits).unflatten(1, (4, reg_max + 1))) * stride
+            sides = bounded_logits(logits).unflatten(1, (4, reg_max + 1))
+            distance = expectation(sides) * stride
             box = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
             box = torch.minimum(box.clamp(min=0), limit)
             sized = (box[:, 2] - box[:, 0] > 0) & (box[:, 3] - box[:, 1] > 0)
-            found.append((value[sized], label[sized], box[sized]))
-        value, label, box = (torch.cat(parts) for parts in zip(*found, strict=True))
+            found.append((value[sized], label[sized], box[sized], sides[sized]))
+        value, label, box, sides = (torch.cat(parts) for parts in zip(*found, strict=True))
         # Each level is in its own order already, so a stable sort leaves equal values by level, location and class.
         value, order = value.sort(descending=True, stable=True)
-        label, box = label[order], box[order]
+        label, box, sides = label[order], box[order], sides[order]
         kept = _suppress(box, label, iou_threshold, max_detections, legacy)
         n = kept.numel()
         boxes[image, :n] = box[kept] if scale_factors is None else box[kept] / scale_factors[image].float().repeat(2)
         scores[image, :n] = value[kept] if activated else value[kept].sigmoid()
         labels[image, :n] = label[kept]
         count[image] = n
-    return boxes, scores, labels, count
+        if uncertainty:
+            spreads[image, :n] = spread(sides[kept])
+    return boxes, scores, labels, count, spreads
 
 
 def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: int, legacy: bool) -> Tensor:
@@ -156,13 +187,15 @@ def fake(
     anchor_topk: bool,
     activated: bool,
     legacy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    uncertainty: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like, batch = cls_scores[0], cls_scores[0].shape[0]
     return (
         like.new_empty((batch, max_detections, 4), dtype=torch.float32),
         like.new_empty((batch, max_detections), dtype=torch.float32),
         like.new_empty((batch, max_detections), dtype=torch.int64),
         like.new_empty((batch,), dtype=torch.int32),
+        like.new_empty((batch, max_detections if uncertainty else 0, 4, 3), dtype=torch.float32),
     )
 
 
@@ -188,6 +221,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         anchor_topk: bool = False,
         activated: bool = False,
         legacy: bool = False,
+        uncertainty: bool = False,
     ) -> Sample:
         def arranged(values: Tensor) -> Tensor:
             if layout == "transposed":
@@ -229,6 +263,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
                 anchor_topk,
                 activated,
                 legacy,
+                uncertainty,
             ),
         )
 
@@ -236,7 +271,10 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     # An IoU is never above 1: nothing here depends on the last bit of an exponential.
     yield call("smooth", smooth=True, iou_threshold=1.0, max_detections=60)
     yield call("smooth-channels-last", smooth=True, iou_threshold=1.0, layout="channels-last", scaled=True, offset=0.5)
+    yield call("uncertainty", uncertainty=True)
+    yield call("smooth-uncertainty", smooth=True, iou_threshold=1.0, layout="channels-last", uncertainty=True)
     yield call("batch0", batch=0)
+    yield call("batch0-uncertainty", batch=0, uncertainty=True)
     yield call("one-class-r16", batch=1, classes=1, reg_max=16)
     yield call("one-cell", batch=1, sizes=((1, 1),))
     yield call("empty-level", sizes=((0, 4), (5, 7)))
@@ -261,8 +299,8 @@ POSTPROCESS = register(
         schema=(
             "(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor image_sizes, Tensor? scale_factors,"
             " int reg_max, float score_threshold, int nms_pre, float iou_threshold, int max_detections,"
-            " float[] center_offset, bool anchor_topk, bool activated, bool legacy)"
-            " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)"
+            " float[] center_offset, bool anchor_topk, bool activated, bool legacy, bool uncertainty)"
+            " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count, Tensor uncertainty)"
         ),
         reference=reference,
         fake=fake,
@@ -271,6 +309,48 @@ POSTPROCESS = register(
         public=("postprocess",),
     )
 )
+
+
+@overload
+def postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor | Sequence[Sequence[float]],
+    *,
+    reg_max: int = 16,
+    score_threshold: float = 0.05,
+    nms_pre: int = 1000,
+    iou_threshold: float = 0.6,
+    max_detections: int = 100,
+    center_offset: float | Sequence[float] = 0.0,
+    topk_mode: str = "pair",
+    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+    activated: bool = False,
+    legacy: bool = False,
+    uncertainty: Literal[False] = False,
+) -> Detections: ...
+
+
+@overload
+def postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor | Sequence[Sequence[float]],
+    *,
+    reg_max: int = 16,
+    score_threshold: float = 0.05,
+    nms_pre: int = 1000,
+    iou_threshold: float = 0.6,
+    max_detections: int = 100,
+    center_offset: float | Sequence[float] = 0.0,
+    topk_mode: str = "pair",
+    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+    activated: bool = False,
+    legacy: bool = False,
+    uncertainty: Literal[True],
+) -> UncertainDetections: ...
 
 
 def postprocess(
@@ -289,7 +369,8 @@ def postprocess(
     scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
     activated: bool = False,
     legacy: bool = False,
-) -> Detections:
+    uncertainty: bool = False,
+) -> Detections | UncertainDetections:
     r"""Detections of a batch from the maps of a Generalized Focal Loss head.
 
     Per level, the (location, class) pairs above the threshold, the best `nms_pre` of them; each is decoded to
@@ -322,10 +403,13 @@ def postprocess(
         activated: `cls_scores` holds probabilities.
         legacy: the geometry of GFocal v1: centres ``x·s + (s−1)/2``, clipping at W−1 and H−1, widths and heights in
             the IoU one pixel greater.
+        uncertainty: return also how spread out the distribution of each side of each detection is.
 
     Returns:
         `Detections` ``(boxes [B, K, 4] fp32, scores [B, K] fp32, labels [B, K] int64, count [B] int32)``, the best
-        first; unused slots are zero with label −1. There is no gradient.
+        first; unused slots are zero with label −1. There is no gradient. With `uncertainty` it is
+        `UncertainDetections`, which has one more: ``uncertainty [B, K, 4, 3] fp32``, of the sides left, top, right and
+        bottom the variance (bins²), the entropy (nats) and the peak (greatest probability) of the distribution.
 
     Raises:
         TypeError: a dtype or a type that is not taken.
@@ -372,8 +456,9 @@ def postprocess(
             topk_mode == "anchor",
             activated,
             legacy,
+            uncertainty,
         )
-    return Detections(*results)
+    return UncertainDetections(*results) if uncertainty else Detections(*results[:4])
 
 
 def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:

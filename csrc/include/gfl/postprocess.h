@@ -40,6 +40,7 @@ struct PostprocessOutput {
   float* scores;     // [B, K]
   int64_t* labels;   // [B, K]
   int32_t* count;    // [B]
+  float* uncertainty;  // [B, K, 4, 3], or null: variance (bins²), entropy (nats) and peak of each side's distribution
 };
 
 namespace cpu {
@@ -53,7 +54,7 @@ namespace cuda {
 bool postprocess_fits(const PostprocessInput& in);
 // Memory that is needed for the time of the call; bounded by the shapes, whatever is above the threshold.
 size_t postprocess_workspace_bytes(const PostprocessInput& in);
-// Four graph nodes. cudaErrorInvalidValue where `postprocess_fits` says no.
+// Four graph nodes, five with the uncertainty. cudaErrorInvalidValue where `postprocess_fits` says no.
 cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out, void* workspace,
                         cudaStream_t stream);
 }  // namespace cuda
