@@ -49,6 +49,9 @@ at::Tensor nms_on_cpu(const NmsInput& in, const at::Tensor& scores, const Option
 }
 
 #if defined(GFL_WITH_CUDA)
+// From so many boxes on, another sort is less than the panels take.
+constexpr int64_t kManyBoxes = 2048;
+
 at::Tensor nms_on_cuda(const NmsInput& in, const at::Tensor& boxes, const at::Tensor& scores,
                        const OptionalTensor& classes) {
   const c10::cuda::CUDAGuard guard(boxes.device());
@@ -56,12 +59,25 @@ at::Tensor nms_on_cuda(const NmsInput& in, const at::Tensor& boxes, const at::Te
   const auto bytes = static_cast<int64_t>(cuda::nms_workspace_bytes(in.count, in.dtype));
   const at::Tensor workspace = at::empty({bytes}, boxes.options().dtype(at::kByte));
   const at::Tensor keep = at::empty({in.count}, boxes.options().dtype(at::kBool));
+  uint8_t* const flags = static_cast<uint8_t*>(keep.mutable_data_ptr());
+  if (classes.has_value() && in.count > kManyBoxes) {
+    const auto [labels, grouped] =
+        at::sort(classes->index_select(0, order), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    const at::Tensor too_large = at::empty({1}, boxes.options().dtype(at::kInt));
+    on_stream_of(boxes, [&, labels = labels, grouped = grouped](cudaStream_t stream) {
+      return cuda::nms_by_class(in, order.const_data_ptr<int64_t>(), grouped.const_data_ptr<int64_t>(),
+                                labels.const_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                                too_large.mutable_data_ptr<int32_t>(), flags, stream);
+    });
+    // Waits for the device, as the end does.
+    if (too_large.item<int32_t>() == 0) return at::masked_select(order, keep);
+  }
   on_stream_of(boxes, [&](cudaStream_t stream) {
     return cuda::nms(in, classes.has_value() ? classes->const_data_ptr<int64_t>() : nullptr,
                      order.const_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                     static_cast<uint8_t*>(keep.mutable_data_ptr()), stream);
+                     flags, stream);
   });
-  // The number of kept boxes is the result's size: the one thing here that the host waits for.
+  // The number of kept boxes is the result's size: the host waits for it.
   return at::masked_select(order, keep);
 }
 #endif

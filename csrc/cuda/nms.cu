@@ -5,6 +5,8 @@
 // one block walks it and decides the panel; then the whole grid clears what the panel's kept boxes suppress further on,
 // while other blocks of the same launch fill the triangle of the next panel. Per panel: two launches, nothing for the
 // host.
+// Many boxes of many classes go another way: a block a class, which keeps a list of the boxes it has kept and tests 64
+// at a time against it, then among themselves. Two launches, whatever their number.
 //
 //   order   [count]      int64  read     boxes [count, 4] dtype read     classes [count] int64 read, or null
 //   keep    [count]      uint8  write, by position in `order`
@@ -17,6 +19,7 @@
 #include "gfl/nms.h"
 
 #include "box.h"
+#include "class_segments.h"
 #include "launch.h"
 #include "scalar.h"
 #include "warp.h"
@@ -195,6 +198,102 @@ __global__ void __launch_bounds__(kPanel)
   if (static_cast<int>(threadIdx.x) == (words - 1) * kWarp) *kept_count = before + __popc(here);
 }
 
+constexpr int kClassTile = 64;
+constexpr int kClassThreads = 256;
+constexpr int kParts = kClassThreads / kClassTile;  // threads that share a box of the tile
+constexpr int kShare = kClassTile / kParts;         // later boxes of the tile that each of them tests
+constexpr int64_t kClassBoxes = 4096;               // beyond, the panels are faster: they have the whole grid
+
+template <class A> struct ClassScratch {
+  Box<A> box[kClassTile];
+  A area[kClassTile];
+  uint32_t alive[kClassThreads / kWarp];
+  uint16_t suppressed[kClassTile][kParts];  // by each box, later ones of the tile
+  unsigned long long chosen;
+};
+
+// Which of the tile's boxes are left, of those whose bits are set: the first, and what no chosen one suppresses.
+__device__ __forceinline__ unsigned long long choose(unsigned long long left, const uint16_t (*suppressed)[kParts]) {
+  unsigned long long chosen = 0;
+  while (left != 0) {
+    const int next = __ffsll(static_cast<long long>(left)) - 1;
+    unsigned long long gone = 1ull << next;
+    chosen |= gone;
+    for (int p = 0; p < kParts; ++p) gone |= static_cast<unsigned long long>(suppressed[next][p]) << (p * kShare);
+    left &= ~gone;
+  }
+  return chosen;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kClassThreads)
+    class_kernel(NmsInput in, const int64_t* order, const int64_t* grouped, ClassSegments segments,
+                 Box<acc_t<T>>* kept, int32_t* too_large, uint8_t* keep) {
+  using A = acc_t<T>;
+  ClassScratch<A>& tile = *shared<ClassScratch<A>>();
+  const A offset = box_offset<A>(in.legacy), threshold = static_cast<A>(in.iou_threshold);
+  const int mine = static_cast<int>(threadIdx.x) % kClassTile, part = static_cast<int>(threadIdx.x) / kClassTile;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  for (int64_t segment = blockIdx.x; segment < segments.size(); segment += gridDim.x) {
+    const int64_t first = segments.first(segment), end = segments.end(first);
+    if (end - first > kClassBoxes) {
+      if (threadIdx.x == 0) *too_large = 1;
+      continue;
+    }
+    int64_t used = first;  // kept: [first, used)
+    for (int64_t begin = first; begin < end; begin += kClassTile) {
+      const bool there = begin + mine < end;
+      if (part == 0) {
+        Box<A> box{0, 0, 0, 0};
+        if (there) {
+          const int64_t s = in.stride_coordinate;
+          const T* p = static_cast<const T*>(in.boxes) + order[grouped[begin + mine]] * in.stride_box;
+          box = {load(p), load(p + s), load(p + 2 * s), load(p + 3 * s)};
+        }
+        tile.box[mine] = box;
+        tile.area[mine] = box_area(box, offset);
+      }
+      __syncthreads();
+      const Box<A> box = tile.box[mine];
+      const A area = tile.area[mine];
+      bool alive = there;
+      for (int64_t k = first + part; k < used && alive; k += kParts) {
+        const Box<A> other = kept[k];
+        alive = !iou_exceeds(box_overlap(other, box_area(other, offset), box, area, offset), threshold);
+      }
+      const uint32_t word = __ballot_sync(kFullMask, alive);
+      if (threadIdx.x % kWarp == 0) tile.alive[warp] = word;
+      unsigned suppressed = 0;
+      for (int j = 0; j < kShare; ++j) {
+        const int other = part * kShare + j;
+        if (other <= mine || begin + other >= end) continue;
+        if (iou_exceeds(box_overlap(box, area, tile.box[other], tile.area[other], offset), threshold)) {
+          suppressed |= 1u << j;
+        }
+      }
+      tile.suppressed[mine][part] = static_cast<uint16_t>(suppressed);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        uint32_t low = ~0u, high = ~0u;
+        for (int p = 0; p < kParts; ++p) {
+          low &= tile.alive[2 * p];
+          high &= tile.alive[2 * p + 1];
+        }
+        tile.chosen = choose(static_cast<unsigned long long>(high) << 32 | low, tile.suppressed);
+      }
+      __syncthreads();
+      const unsigned long long chosen = tile.chosen;
+      if (part == 0 && there) {
+        const bool keeps = (chosen >> mine & 1) != 0;
+        keep[grouped[begin + mine]] = keeps ? 1 : 0;
+        if (keeps) kept[used + __popcll(chosen & ((1ull << mine) - 1))] = box;
+      }
+      used += __popcll(chosen);
+      __syncthreads();
+    }
+  }
+}
+
 }  // namespace
 
 size_t nms_workspace_bytes(int64_t count, DType dtype) {
@@ -221,6 +320,25 @@ cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order
       GFL_LAUNCH(decide_kernel, dim3(1), dim3(kPanel), sizeof(uint32_t) * kWords, stream, scratch.bits, next, in.count,
                  scratch.kept, scratch.kept_count, keep);
     }
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t* grouped, const int64_t* labels,
+                         void* workspace, int32_t* too_large, uint8_t* keep, cudaStream_t stream) {
+  if (in.count == 0) return cudaSuccess;
+  const cudaError_t cleared = cudaMemsetAsync(too_large, 0, sizeof(int32_t), stream);
+  if (cleared != cudaSuccess) return cleared;
+  dispatch(in.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Scratch<A> scratch = place<A>(workspace, in.count, true);
+    // What the panels use for bits and classes has room for these.
+    const ClassSegments segments{labels, in.count, scratch.sorted_class,
+                                 reinterpret_cast<unsigned long long*>(scratch.bits)};
+    const unsigned blocks = find_segments(segments, stream);
+    GFL_LAUNCH(class_kernel<T>, dim3(blocks), dim3(kClassThreads), sizeof(ClassScratch<A>), stream, in, order, grouped,
+               segments, scratch.sorted, too_large, keep);
   });
   return cudaGetLastError();
 }

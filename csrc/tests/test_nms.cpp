@@ -103,6 +103,24 @@ std::vector<uint8_t> run(const Case& c, const NmsInput& in, const Drawn& d, cons
                        nullptr));
   // By position there, by index here.
   const std::vector<uint8_t> flags = keep.read();
+  if (c.classes > 0) {
+    std::vector<int64_t> by_score, grouped(order.size());
+    for (const int64_t i : order) by_score.push_back(d.classes[static_cast<size_t>(i)]);
+    std::iota(grouped.begin(), grouped.end(), 0);
+    std::stable_sort(grouped.begin(), grouped.end(), [&](int64_t a, int64_t b) {
+      return by_score[static_cast<size_t>(a)] < by_score[static_cast<size_t>(b)];
+    });
+    std::vector<int64_t> labels;
+    for (const int64_t i : grouped) labels.push_back(by_score[static_cast<size_t>(i)]);
+    const Buffer<int64_t> device_grouped(grouped), device_labels(labels);
+    Buffer<uint8_t> class_keep(n);
+    Buffer<int32_t> too_large(1);
+    CHECK_CUDA(cuda::nms_by_class(in, device_order.data(), device_grouped.data(), device_labels.data(),
+                                  workspace.data(), too_large.data(), class_keep.data(), nullptr));
+    CHECK(too_large.read()[0] == (c.count > 4096 ? 1 : 0), "%s: %d", c.name, too_large.read()[0]);
+    CHECK(c.count > 4096 || class_keep.read() == flags, "%s dtype %d: classes and panels differ", c.name,
+          static_cast<int>(in.dtype));
+  }
   std::vector<uint8_t> by_index(n, 2);
   for (size_t i = 0; i < n; ++i) by_index[static_cast<size_t>(order[i])] = flags[i];
   return by_index;
@@ -155,6 +173,8 @@ int main() {
       {"threshold 0", 200, 3, 0.0, false},  {"threshold -1", 200, 3, -1.0, false},
       {"threshold 2", 200, 0, 2.0, false},  {"a panel", 1024, 0, 0.3, false},
       {"over a panel", 1025, 4, 0.6, false}, {"over two panels", 2100, 0, 0.5, false},
+      {"small classes", 390, 200, 0.3, false}, {"a class of several tiles", 400, 1, 0.9, true},
+      {"a class too large for a block", 4097, 1, 0.05, false},
   };
   Generator g(20);
   for (const Case& c : cases) {

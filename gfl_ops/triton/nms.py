@@ -9,9 +9,11 @@ scores; then one kernel does all segments. A program takes a segment at a time a
 boxes: it tests the tile against the boxes kept so far, settles the tile within itself, and appends what is left to
 the kept list. Within a tile all boxes are settled at once, by repeating keep(j) = no kept i before j suppresses j
 until nothing changes: the greedy choice is the one fixed point, and it is reached after as many rounds as the longest
-chain of suppressions. Memory is O(N). IoU as csrc/common/box.h, in fp32 (fp64 for fp64), without fused multiply-adds
-and with IEEE division: the same indices as on every other backend, and bit for bit the same in every run. Only the
-size of the result makes the host wait."""
+chain of suppressions. A segment of more than CHAIN boxes is walked in panels of PANEL instead: a program decides a
+panel, then the whole grid clears further on what its kept boxes suppress. Memory is O(N). IoU as csrc/common/box.h, in
+fp32 (fp64 for fp64), without fused multiply-adds and with IEEE division: the same indices as on every other backend,
+and bit for bit the same in every run. Only the size of the result makes the host wait, and with more than CHAIN boxes
+of several classes, which of these are large."""
 
 from __future__ import annotations
 
@@ -25,6 +27,8 @@ from .._types import accumulator
 from . import _launch
 
 TILE = 64
+# Beyond CHAIN boxes one program is slower than two launches a panel.
+CHAIN, PANEL = 4096, 1024
 # Enough to fill a large GPU twice; further segments queue behind.
 MAX_PROGRAMS = 8 if _launch.INTERPRETS else 264
 
@@ -60,22 +64,25 @@ def _exceeds(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, THRESHOLD: tl.constexpr, OF
 
 @triton.jit
 def nms_kernel(
-    boxes, kept, starts, segments, rank, keep, n,
+    boxes, kept, starts, segments, rank, keep, counts, n, limit,
     THRESHOLD: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Decides what is left (keep is 1) of the segments of up to `limit` boxes; counts the kept boxes of each."""
     lane = tl.arange(0, TILE)
     count = tl.load(segments)
     segment = tl.program_id(0).to(tl.int64)
     while segment < count:
         begin = tl.load(starts + segment)
         end = tl.load(starts + segment + 1)
+        end = tl.where(end - begin > limit, begin, end)
         kept_end = begin
         tile = begin
         while tile < end:
             at = tile + lane
             inside = at < end
             x1, y1, x2, y2 = _load_boxes(boxes, at, inside, n)
-            alive = inside.to(tl.int32)
+            place = keep + tl.load(rank + at, mask=inside, other=0)
+            alive = tl.load(place, mask=inside, other=0).to(tl.int32)
             other = begin
             while other < kept_end:
                 known = other + lane < kept_end
@@ -92,17 +99,41 @@ def nms_kernel(
                 changes = tl.sum((now != left).to(tl.int32), axis=0)
                 left = now
             chosen = left != 0
-            place = kept_end + tl.cumsum(left, axis=0) - left
-            tl.store(kept + place, x1, mask=chosen)
-            tl.store(kept + n + place, y1, mask=chosen)
-            tl.store(kept + 2 * n + place, x2, mask=chosen)
-            tl.store(kept + 3 * n + place, y2, mask=chosen)
-            tl.store(keep + tl.load(rank + at, mask=inside, other=0), left.to(tl.int8), mask=inside)
+            slot = kept_end + tl.cumsum(left, axis=0) - left
+            tl.store(kept + slot, x1, mask=chosen)
+            tl.store(kept + n + slot, y1, mask=chosen)
+            tl.store(kept + 2 * n + slot, x2, mask=chosen)
+            tl.store(kept + 3 * n + slot, y2, mask=chosen)
+            tl.store(place, left.to(tl.int8), mask=inside)
             kept_end += tl.sum(left, axis=0)
             # Other threads of the program read the kept list in the next round.
             tl.debug_barrier()
             tile += TILE
+        tl.store(counts + segment, kept_end - begin)
         segment += tl.num_programs(0)
+
+
+@triton.jit
+def nms_clear_kernel(
+    boxes, kept, starts, rank, keep, counts, n, end,
+    THRESHOLD: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Drops from the boxes after a panel, up to `end`, what the panel's kept ones suppress: a tile a program."""
+    lane = tl.arange(0, TILE)
+    other = tl.load(starts)
+    at = tl.load(starts + 1) + tl.program_id(0).to(tl.int64) * TILE + lane
+    kept_end = other + tl.load(counts)
+    inside = at < end
+    place = keep + tl.load(rank + at, mask=inside, other=0)
+    alive = tl.load(place, mask=inside, other=0).to(tl.int32)
+    x1, y1, x2, y2 = _load_boxes(boxes, at, inside, n)
+    while other < kept_end:
+        known = other + lane < kept_end
+        kx1, ky1, kx2, ky2 = _load_boxes(kept, other + lane, known, n)
+        hit = _exceeds(kx1, ky1, kx2, ky2, x1, y1, x2, y2, THRESHOLD, OFFSET) & known[:, None]
+        alive = alive & (1 - tl.max(hit.to(tl.int32), axis=0))
+        other += TILE
+    tl.store(place, alive.to(tl.int8), mask=inside)
 
 
 def forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, legacy: bool) -> Tensor:
@@ -123,12 +154,26 @@ def forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: f
     acc = accumulator(boxes.dtype)
     sides = boxes.to(acc).t().index_select(1, by_class)
     kept = torch.empty_like(sides)
-    keep = torch.zeros(n, dtype=torch.int8, device=boxes.device)
-    programs = 1 if idxs is None else MAX_PROGRAMS
-    _launch.launch(
-        nms_kernel, min(programs, n), boxes,
-        sides, kept, starts, segments, rank, keep, n,
-        THRESHOLD=rounded(iou_threshold, boxes.dtype), OFFSET=1.0 if legacy else 0.0, TILE=TILE,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    keep = torch.ones(n, dtype=torch.int8, device=boxes.device)
+    counts = torch.empty(n, dtype=torch.int64, device=boxes.device)  # of kept boxes, a segment or a panel each
+    constants = {
+        "THRESHOLD": rounded(iou_threshold, boxes.dtype), "OFFSET": 1.0 if legacy else 0.0, "TILE": TILE,
+        "num_warps": 8, "enable_fp_fusion": False,
+    }  # fmt: skip
+    large = [] if n <= CHAIN else [(0, n)]
+    if large and idxs is not None:
+        which = (starts.diff() > CHAIN).nonzero().squeeze(1)
+        large = torch.stack([starts[which], starts[which + 1]], 1).tolist()
+    if idxs is not None or not large:
+        grid = min(1 if idxs is None else MAX_PROGRAMS, n)
+        arguments = (sides, kept, starts, segments, rank, keep, counts, n, CHAIN)
+        _launch.launch(nms_kernel, grid, boxes, *arguments, **constants)
+    for begin, end in large:
+        panels = torch.arange(begin, end + PANEL, PANEL, device=boxes.device).clamp_(max=end)
+        one = torch.ones_like(panels[:1])
+        for i in range(len(panels) - 1):
+            at = panels[i:]
+            _launch.launch(nms_kernel, 1, boxes, sides, kept, at, one, rank, keep, counts, n, PANEL, **constants)
+            tiles = _launch.programs(max(end - begin - (i + 1) * PANEL, 0), TILE)
+            _launch.launch(nms_clear_kernel, tiles, boxes, sides, kept, at, rank, keep, counts, n, end, **constants)
     return order[keep.view(torch.bool)]

@@ -42,6 +42,12 @@ size_t nms_workspace_bytes(int64_t count, DType dtype);
 cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order, void* workspace, uint8_t* keep,
                 cudaStream_t stream);
 
+// The same for many boxes of many classes. grouped: [count] positions in `order`, class by class, rising within a class.
+// labels: [count] the classes in that order. too_large: [1], 1 if a class has more than 4096 boxes: then `keep` is not
+// decided, and `nms` has to be called.
+cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t* grouped, const int64_t* labels,
+                         void* workspace, int32_t* too_large, uint8_t* keep, cudaStream_t stream);
+
 }  // namespace cuda
 #endif
 
