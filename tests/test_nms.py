@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import cuda_sources
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,9 @@ import gfl_ops
 from gfl_ops import _backend, _boxes, _samples
 from gfl_ops.ops.nms import NMS
 
-BACKENDS = [b for b in ("native", "reference") if _backend.unavailable(b, "nms", "cpu") is None]
+BACKENDS = [b for b in ("native", "reference", "triton") if _backend.unavailable(b, "nms", "cpu") is None]
+# The CUDA kernels, compiled for the host: the walk in panels, and a block a class.
+EVERYWHERE = [*BACKENDS, "cuda-panels", "cuda-classes"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -52,32 +55,53 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, float]:
     return boxes, scores, idxs, draw(st.sampled_from([0.0, 0.25, 0.5, 1 / 3, 0.6, 1.0, -1.0, 2.0]))
 
 
-def run(boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float) -> Tensor:
-    if idxs is None:
-        return gfl_ops.nms(boxes, scores, threshold)
-    return gfl_ops.batched_nms(boxes, scores, idxs, threshold)
+Call = tuple[Tensor, Tensor, Tensor | None, float]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def run(backend: str, boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float) -> Tensor:
+    if backend.startswith("cuda-"):
+        return cuda_sources.nms(boxes, scores, idxs, threshold, by_class=backend == "cuda-classes")
+    with gfl_ops.set_backend(backend):
+        if idxs is None:
+            return gfl_ops.nms(boxes, scores, threshold)
+        return gfl_ops.batched_nms(boxes, scores, idxs, threshold)
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @given(call=calls())
 @settings(max_examples=50, deadline=None)
-def test_it_is_the_definition(backend: str, call: tuple[Tensor, Tensor, Tensor | None, float]) -> None:
-    with gfl_ops.set_backend(backend):
-        assert run(*call).tolist() == loop(*call)
+def test_it_is_the_definition(backend: str, call: Call) -> None:
+    assert run(backend, *call).tolist() == loop(*call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@given(call=calls())
+@settings(max_examples=30, deadline=None)
+def test_kept_boxes_are_apart_and_every_dropped_one_overlaps_a_kept_better_one(backend: str, call: Call) -> None:
+    boxes, scores, idxs, threshold = call
+    keep = run(backend, *call)
+    place = torch.empty(len(boxes), dtype=torch.int64)
+    place[torch.sort(scores, stable=True, descending=True).indices] = torch.arange(len(boxes))
+    hit = _boxes.pairwise_iou(boxes, boxes) > _boxes.rounded(threshold, torch.float32)
+    if idxs is not None:
+        hit &= idxs[:, None] == idxs
+    kept = torch.zeros(len(boxes), dtype=torch.bool)
+    kept[keep] = True
+    hit.fill_diagonal_(False)
+    assert not hit[kept][:, kept].any()
+    assert (hit & (place[:, None] > place) & kept)[~kept].any(1).all()
+    assert place[keep].tolist() == sorted(place[keep].tolist())
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @given(call=calls(), order=st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_permuting_the_input_permutes_the_output(
-    backend: str, call: tuple[Tensor, Tensor, Tensor | None, float], order: object
-) -> None:
+def test_permuting_the_input_permutes_the_output(backend: str, call: Call, order: object) -> None:
     boxes, _, idxs, threshold = call
     scores = torch.arange(len(boxes), dtype=torch.float32) - 3.0
     moved = torch.tensor(order.sample(range(len(boxes)), len(boxes)), dtype=torch.int64)
-    with gfl_ops.set_backend(backend):
-        straight = run(boxes, scores, idxs, threshold)
-        permuted = run(boxes[moved], scores[moved], None if idxs is None else idxs[moved], threshold)
+    straight = run(backend, boxes, scores, idxs, threshold)
+    permuted = run(backend, boxes[moved], scores[moved], None if idxs is None else idxs[moved], threshold)
     assert moved[permuted].tolist() == straight.tolist()
 
 
@@ -122,7 +146,7 @@ def test_backends_agree_to_the_index(dtype: torch.dtype, legacy: bool, generator
             for backend in BACKENDS:
                 with gfl_ops.set_backend(backend):
                     found.append(NMS("cpu", boxes, scores, classes, threshold, legacy).tolist())
-            assert found[0] == found[1]
+            assert all(f == found[0] for f in found[1:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained head's outputs for a few photos through decoding and NMS, on the backends that have no post-process yet.
+"""A trained head's outputs for photos through what runs them on a GPU, without one.
 
-Candidates are chosen here; decoding and suppression are Triton's (in its interpreter) or the CUDA sources' (on the
-host). What comes out must be what the compiled post-process finds.
+The CUDA sources' post-process, on the host, and decoding and suppression by themselves, of the CUDA sources and of
+Triton (in its interpreter), with candidates chosen here. What comes out must be what the CPU's post-process finds.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
+import cuda_sources
 import pytest
 import real_data
 import torch
+from cuda_sources import address, numbers
 from torch import Tensor
 
 import gfl_ops
 from gfl_ops import _backend
 
-ROOT = Path(__file__).resolve().parent.parent
-HOST = ROOT / "csrc" / "tests" / "cuda_on_host"
 PHOTOS, THRESHOLD, OVERLAP, SLOTS = 3, 0.05, 0.6, 100
 
 pytestmark = pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
@@ -86,24 +82,8 @@ def test_triton_finds_the_same() -> None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA sources of decoding and NMS, compiled for the host."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler: c++ is not on PATH")
-    target = tmp_path_factory.mktemp("cuda_on_host") / "photo.so"
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    command += ["-DGFL_CUDA_ON_HOST", "-DGFL_WITH_CUDA", f"-I{HOST / 'include'}"]
-    command += [f"-I{ROOT / 'csrc' / name}" for name in ("include", "common")]
-    command += ["-x", "c++", str(ROOT / "tests" / "cuda_on_host" / "photo.cpp")]
-    command += [str(ROOT / "csrc" / "cuda" / name) for name in ("decode.cu", "nms.cu")]
-    command += [str(HOST / name) for name in ("api.cpp", "fiber.cpp", "runtime.cpp")]
-    subprocess.run([*command, "-o", str(target)], check=True, timeout=600)
-    return ctypes.CDLL(str(target))
-
-
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def library() -> ctypes.CDLL:
+    return cuda_sources.library()
 
 
 def test_the_cuda_sources_find_the_same(library: ctypes.CDLL) -> None:
@@ -118,14 +98,49 @@ def test_the_cuda_sources_find_the_same(library: ctypes.CDLL) -> None:
         return boxes
 
     def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        boxes, labels = boxes.contiguous(), labels.contiguous()
-        order = scores.sort(descending=True, stable=True).indices
-        keep = torch.empty(len(boxes), dtype=torch.uint8)
-        status = library.nms_rows(
-            address(boxes), address(labels), address(order), ctypes.c_int64(len(boxes)), ctypes.c_double(OVERLAP),
-            address(keep),
-        )  # fmt: skip
-        assert status == 0
-        return order[keep.bool()]
+        return cuda_sources.nms(boxes, scores, labels, OVERLAP)
 
     assert_same_detections(decode, suppress)
+
+
+def cuda_postprocess(library: ctypes.CDLL, photos: real_data.Photos, nms_pre: int) -> gfl_ops.UncertainDetections:
+    """`postprocess(…, uncertainty=True)` by the CUDA sources, in the photos' pixels."""
+    batch, maps = len(photos.ids), (photos.cls_scores, photos.reg_preds)
+    found = gfl_ops.UncertainDetections(
+        torch.empty((batch, SLOTS, 4)), torch.empty((batch, SLOTS)), torch.empty((batch, SLOTS), dtype=torch.int64),
+        torch.empty((batch,), dtype=torch.int32), torch.empty((batch, SLOTS, 4, 3)),
+    )  # fmt: skip
+    pointers = [(ctypes.c_void_p * len(levels))(*(m.data_ptr() for m in levels)) for levels in maps]
+    steps = [numbers([s for m in levels for s in m.stride()]) for levels in maps]
+    status = library.postprocess_maps(
+        *pointers, numbers([s for m in maps[0] for s in m.shape[2:]]), *steps, numbers(list(real_data.STRIDES)),
+        *(ctypes.c_int64(i) for i in (len(maps[0]), batch, real_data.CLASSES, real_data.REG_MAX)),
+        address(photos.image_sizes), address(photos.scale_factors), ctypes.c_double(THRESHOLD),
+        ctypes.c_int64(nms_pre), ctypes.c_double(OVERLAP), ctypes.c_int64(SLOTS), *(address(t) for t in found),
+    )  # fmt: skip
+    assert status == 0
+    return found
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels-last"])
+@pytest.mark.parametrize("nms_pre", [0, 100])
+def test_the_cuda_post_process_finds_the_same(library: ctypes.CDLL, layout: str, nms_pre: int) -> None:
+    photos = real_data.full_heads(2)
+    photos = photos.channels_last() if layout == "channels-last" else photos
+    want = gfl_ops.postprocess(
+        *photos.arguments(), reg_max=real_data.REG_MAX, nms_pre=nms_pre, scale_factors=photos.scale_factors,
+        score_threshold=THRESHOLD, iou_threshold=OVERLAP, max_detections=SLOTS, uncertainty=True,
+    )  # fmt: skip
+    assert int(want.count.min()) > 0
+    for got, expected in zip(cuda_postprocess(library, photos, nms_pre), want, strict=True):
+        # Softmax and sigmoid by another exponential: ulps of numbers up to 640 pixels.
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3 if got.dim() == 3 else 1e-5)
+
+
+def test_the_cuda_post_process_has_the_average_precision(library: ctypes.CDLL) -> None:
+    """That of the independent program, over all photos."""
+    photos = real_data.sparse_heads()
+    results = real_data.coco_results(photos.ids, cuda_postprocess(library, photos, 0)[:4])
+    ap = real_data.average_precision(results)
+    print(f"CUDA sources: AP {ap:.4f}, {len(results)} detections")
+    assert abs(ap - 0.3644) <= 0.002
