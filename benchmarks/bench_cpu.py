@@ -49,7 +49,7 @@ import report
 from harness import Bench, Case, Clock, Machine, Result
 
 CALL_ROWS, CALL_GOAL = 8, 15.0  # microseconds
-NMS_COUNTS, NMS_THRESHOLD = (1000, 5000, 20000), 0.6
+NMS_COUNTS = (1000, 5000, 20000)
 DFL_ROWS = 80_000
 FP32 = torch.float32
 
@@ -156,38 +156,6 @@ def assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
     return replace(case, name=f"atss {objects}", what=f"2×{objects} objects", inputs=given)
 
 
-def boxes_for_nms(count: int, clustered: bool, size: tuple[int, int], seed: int) -> dict[str, Any]:
-    """Boxes of 16 to 200 pixels of 80 classes: anywhere, or twenty of a class around each of some places."""
-    generator = torch.Generator().manual_seed(seed)
-    places = max(1, count // 20) if clustered else count
-    extent = torch.tensor([float(size[1]), float(size[0])])
-    centre, idxs = (
-        torch.rand((places, 2), generator=generator) * extent,
-        torch.randint(80, (places,), generator=generator),
-    )
-    side = torch.rand((places, 2), generator=generator) * 184 + 16
-    if clustered:
-        which = torch.arange(count) % places
-        jitter = torch.randn((count, 4), generator=generator) * 0.15 * side[which].repeat(1, 2)
-        centre, side, idxs = centre[which] + jitter[:, :2], (side[which] + jitter[:, 2:]).clamp(min=4), idxs[which]
-    boxes = torch.cat([centre - side / 2, centre + side / 2], 1)
-    return {
-        "boxes": boxes,
-        "scores": torch.rand(count, generator=generator),
-        "idxs": idxs,
-        "iou_threshold": NMS_THRESHOLD,
-    }
-
-
-def suppression(count: int, clustered: bool, size: tuple[int, int], seed: int) -> Case:
-    theirs = cases.torchvision.ops.batched_nms if cases.torchvision else None
-    how = "clustered" if clustered else "uniform"
-    return Case(
-        "nms", f"batched_nms {count} {how}", "80 classes", boxes_for_nms(count, clustered, size, seed),
-        gfl_ops.batched_nms, {"torchvision": theirs}, agree=cases.different_sets,
-    )  # fmt: skip
-
-
 def goals(given: argparse.Namespace) -> Iterator[Goal]:
     two = inputs.make_scene(2, given.size, given.data, given.seed)
     losses = {"compiled": 4.0, "eager": 10.0}
@@ -199,7 +167,9 @@ def goals(given: argparse.Namespace) -> Iterator[Goal]:
     for count in NMS_COUNTS:
         for clustered in (False, True):
             name = f"batched_nms {count} {'clustered' if clustered else 'uniform'}"
-            yield Goal(name, {"torchvision": 5.0}, partial(suppression, count, clustered, given.size, given.seed), 1)
+            yield Goal(
+                name, {"torchvision": 5.0}, partial(cases.suppression, count, clustered, given.size, given.seed), 1
+            )
     four = inputs.make_scene(4, given.size, given.data, given.seed)
     yield Goal("post-process", {"eager": 15.0}, lambda: cases.make("postprocess", four, FP32, "cpu")[0], 4)
 

@@ -7,6 +7,9 @@ samples, against no one; that is enough for a new operator to appear in the tabl
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +24,7 @@ import formulas_head
 import gfl_ops
 from gfl_ops._spec import SPECS
 from harness import Case, tensors
-from inputs import CLASSES, REG_MAX, STRIDES, Scene, flatten, level_sizes
+from inputs import CLASSES, REG_MAX, STRIDES, Scene, boxes_for_nms, centres, flatten, level_sizes
 
 try:
     import torchvision
@@ -254,6 +257,17 @@ def decode(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     what = f"{len(found.rows)}×{found.rows.shape[1]} logits, candidates"
     peers = {"eager": formulas.decode}
     yield Case("decode", "decode", what, inputs, gfl_ops.decode, peers, formulas.dense_decode)
+    # For those who bring their own selection: all locations of the batch.
+    head = scene.head
+    points, stride = centres(scene.size)
+    inputs |= {
+        "pred": flatten(head.reg_preds).flatten(0, 1).to(dtype),
+        "points": points.repeat(scene.batch, 1),
+        "stride": stride.repeat(scene.batch),
+        "reg_max": head.reg_max,
+    }
+    what = f"{len(inputs['pred'])}×{inputs['pred'].shape[1]} logits, all locations"
+    yield Case("decode", "decode of all", what, inputs, gfl_ops.decode, peers, formulas.dense_decode)
 
 
 def kept_boxes(scene: Scene, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -276,10 +290,30 @@ def nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     few = scene.candidates.images < 2
     idxs = (scene.candidates.images * CLASSES + scene.candidates.labels)[few]
     inputs = {name: value[few] for name, value in whole.items()} | {"idxs": idxs, "iou_threshold": 0.6}
-    theirs = widened(torchvision.ops.batched_nms) if torchvision else None
-    peers = {"eager": widened(formulas.batched_nms), "torchvision": theirs}
+    peers = {"eager": widened(formulas.batched_nms)} | torchvision_batched_nms()
     what = f"{len(idxs)} boxes, {len(idxs.unique())} groups"
     yield Case("nms", "batched_nms", what, inputs, gfl_ops.batched_nms, peers, agree=different_sets)
+
+
+def torchvision_batched_nms() -> dict[str, Callable[..., Any] | None]:
+    """What it chooses, and both of its strategies whatever the number of boxes is."""
+    if torchvision is None:
+        return {"torchvision": None}
+    module = torchvision.ops.boxes
+    peers = {"torchvision": torchvision.ops.batched_nms}
+    for name, strategy in (("shifted", "_batched_nms_coordinate_trick"), ("by class", "_batched_nms_vanilla")):
+        peers[f"torchvision {name}"] = getattr(module, strategy, None)
+    return {name: widened(call) if call is not None else None for name, call in peers.items()}
+
+
+def suppression(count: int, clustered: bool, size: tuple[int, int], seed: int) -> Case:
+    """`batched_nms` of drawn boxes."""
+    how = "clustered" if clustered else "uniform"
+    given = boxes_for_nms(count, clustered, size, seed) | {"iou_threshold": 0.6}
+    return Case(
+        "nms", f"batched_nms {count} {how}", f"{CLASSES} classes", given, gfl_ops.batched_nms,
+        torchvision_batched_nms(), agree=different_sets,
+    )  # fmt: skip
 
 
 def one_class() -> dict[str, Any]:
@@ -327,6 +361,15 @@ def soft_nms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("soft_nms", "soft_nms", f"{len(best)} boxes", inputs, ours, {"eager": eager}, agree=agree)
 
 
+@functools.cache
+def ultralytics_nms() -> Callable[..., Any] | None:
+    """Its `non_max_suppression`, if it is installed."""
+    for name in ("ultralytics.utils.nms", "ultralytics.utils.ops"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(name).non_max_suppression
+    return None
+
+
 @case("postprocess")
 def postprocess(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     head = scene.trained
@@ -342,13 +385,16 @@ def postprocess(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     def eager(cls_scores: list[Tensor], reg_preds: list[Tensor], image_sizes: Tensor) -> Any:
         return formulas.postprocess(cls_scores, reg_preds, head.strides, scene.size, head.reg_max, **one_class())
 
+    def ultralytics(cls_scores: list[Tensor], reg_preds: list[Tensor], image_sizes: Tensor) -> Any:
+        suppress = ultralytics_nms()
+        return formulas.ultralytics_postprocess(cls_scores, reg_preds, head.strides, scene.size, head.reg_max, suppress)
+
+    peers = {"eager": eager, "ultralytics": ultralytics if ultralytics_nms() else None}
     # All scores are read, but of the distributions only the candidates'.
     reads = sum(m.numel() * m.element_size() for m in inputs["cls_scores"])
     reads += scene.candidates.rows.numel() * inputs["reg_preds"][0].element_size()
     what = f"{scene.batch} images, {len(scene.candidates.rows)} candidates"
-    yield Case(
-        "postprocess", "postprocess", what, inputs, ours, {"eager": eager}, agree=different_detections, reads=reads
-    )
+    yield Case("postprocess", "postprocess", what, inputs, ours, peers, agree=different_detections, reads=reads)
 
 
 @case("atss")

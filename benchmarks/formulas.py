@@ -221,6 +221,37 @@ def soft_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, min_score: flo
     return torch.stack(kept), torch.stack(values)
 
 
+def ultralytics_postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    size: tuple[int, int],
+    reg_max: int,
+    suppress: Any,
+    limit: int = 100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ultralytics' way: everything is decoded, and its `non_max_suppression` takes one tensor ``[B, 4+C, A]``."""
+    batch, device = cls_scores[0].shape[0], cls_scores[0].device
+    rows = []
+    for cls, reg, stride in zip(cls_scores, reg_preds, strides):
+        height, width = cls.shape[2:]
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        points = torch.stack([x, y], -1).reshape(-1, 2).float() * stride
+        distance = integral(reg.permute(0, 2, 3, 1).reshape(batch, height * width, -1), reg_max) * stride
+        low = (points - distance[..., :2]).clamp(min=0)
+        high = (points + distance[..., 2:]).minimum(points.new_tensor([size[1], size[0]]))
+        scores = cls.flatten(2).transpose(1, 2).float().sigmoid()
+        rows.append(torch.cat([(low + high) / 2, high - low, scores], 2))
+    found = suppress(torch.cat(rows, 1).transpose(1, 2), 0.05, 0.6, multi_label=True, max_det=limit, max_time_img=1e9)
+    boxes, scores = torch.zeros((batch, limit, 4), device=device), torch.zeros((batch, limit), device=device)
+    labels, count = torch.full((batch, limit), -1, device=device), torch.zeros(batch, dtype=torch.int32, device=device)
+    for image, kept in enumerate(found):
+        n = len(kept)
+        boxes[image, :n], scores[image, :n], labels[image, :n] = kept[:, :4], kept[:, 4], kept[:, 5].long()
+        count[image] = n
+    return boxes, scores, labels, count
+
+
 def postprocess(
     cls_scores: Sequence[Tensor],
     reg_preds: Sequence[Tensor],

@@ -304,3 +304,25 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     """IoU of aligned boxes."""
     common = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     return common / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - common).clamp(min=1e-6)
+
+
+def boxes_for_nms(count: int, clustered: bool, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Boxes of 16 to 200 pixels of CLASSES classes: anywhere, or twenty of a class around each of some places."""
+    generator = torch.Generator().manual_seed(seed)
+    places = max(1, count // 20) if clustered else count
+    extent = torch.tensor([float(size[1]), float(size[0])])
+    centre, idxs = (
+        torch.rand((places, 2), generator=generator) * extent,
+        torch.randint(CLASSES, (places,), generator=generator),
+    )
+    side = torch.rand((places, 2), generator=generator) * 184 + 16
+    if clustered:
+        which = torch.arange(count) % places
+        jitter = torch.randn((count, 4), generator=generator) * 0.15 * side[which].repeat(1, 2)
+        centre, side, idxs = centre[which] + jitter[:, :2], (side[which] + jitter[:, 2:]).clamp(min=4), idxs[which]
+    boxes = torch.cat([centre - side / 2, centre + side / 2], 1)
+    return {
+        "boxes": boxes,
+        "scores": torch.rand(count, generator=generator),
+        "idxs": idxs,
+    }

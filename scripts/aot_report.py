@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MUST_NOT_SPILL = re.compile(r"qfl|score_loss|dfl|decode|iou|distance|atss|gfl_loss|postprocess", re.IGNORECASE)
+MUST_NOT_SPILL = re.compile(
+    r"qfl|score_loss|dfl|decode|iou|distance|atss|gfl_loss|postprocess|nms|multiclass", re.IGNORECASE
+)
 
 
 @dataclass

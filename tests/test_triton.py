@@ -199,6 +199,26 @@ def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) ->
     assert nms.forward(boxes, scores, None, 0.7, False).tolist() == by_loop(boxes, scores, None, 0.7)
 
 
+def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    """One class alone, and one among others: panels of 64, the last of them not whole."""
+    monkeypatch.setattr(nms, "CHAIN", 100)
+    monkeypatch.setattr(nms, "PANEL", 64)
+    n = 230
+    boxes = draw_boxes(n, CPU, torch.float32, generator, extent=120.0)
+    scores = (uniform((n,), CPU, torch.float32, generator) * 80).floor()
+    assert nms.forward(boxes, scores, None, 0.4, False).tolist() == by_loop(boxes, scores, None, 0.4)
+    idxs = torch.where(torch.arange(n) % 3 == 0, torch.randint(-9, 9, (n,), generator=generator), 4)
+    assert 100 < int((idxs == 4).sum()) < 200
+    assert nms.forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
+    with _launch.record() as launches:
+        nms.forward(boxes, scores, idxs, 0.6, False)
+        nms.forward(boxes, scores, None, 0.6, False)
+    # All classes but the large one, and 3 or 4 panels: each is decided, and all but the last clear what follows.
+    names = [launch.kernel.__name__ for launch in launches]
+    pair = ["nms_kernel", "nms_clear_kernel"]
+    assert names == ["nms_kernel", *(pair * 2), "nms_kernel", *(pair * 3), "nms_kernel"]
+
+
 def test_an_iou_of_exactly_the_threshold_does_not_suppress() -> None:
     boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
     scores = torch.tensor([1.0, 0.5])

@@ -227,7 +227,7 @@ __device__ __forceinline__ unsigned long long choose(unsigned long long left, co
 
 template <class T>
 __global__ void __launch_bounds__(kClassThreads)
-    class_kernel(NmsInput in, const int64_t* order, const int64_t* grouped, ClassSegments segments,
+    nms_class_kernel(NmsInput in, const int64_t* order, const int64_t* grouped, ClassSegments segments,
                  Box<acc_t<T>>* kept, int32_t* too_large, uint8_t* keep) {
   using A = acc_t<T>;
   ClassScratch<A>& tile = *shared<ClassScratch<A>>();
@@ -337,7 +337,7 @@ cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t
     const ClassSegments segments{labels, in.count, scratch.sorted_class,
                                  reinterpret_cast<unsigned long long*>(scratch.bits)};
     const unsigned blocks = find_segments(segments, stream);
-    GFL_LAUNCH(class_kernel<T>, dim3(blocks), dim3(kClassThreads), sizeof(ClassScratch<A>), stream, in, order, grouped,
+    GFL_LAUNCH(nms_class_kernel<T>, dim3(blocks), dim3(kClassThreads), sizeof(ClassScratch<A>), stream, in, order, grouped,
                segments, scratch.sorted, too_large, keep);
   });
   return cudaGetLastError();

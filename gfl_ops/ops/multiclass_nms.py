@@ -105,8 +105,8 @@ def multiclass_nms(
 
     Note:
         Scores are compared with the threshold in fp32, in fp64 for fp64 scores; overlaps are those of `nms`. K depends
-        on the data; `postprocess` has a fixed size instead. mmdet's function of this name has a background column and
-        returns boxes and scores in one tensor.
+        on the data, and a GPU is waited for to know the sizes; `postprocess` has a fixed size instead. mmdet's function
+        of this name has a background column and returns boxes and scores in one tensor.
     """
     op = "multiclass_nms"
     _check.tensor(op, "scores", scores)

@@ -155,8 +155,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         ValueError: a shape, device or number outside the above.
 
     Note:
-        As for `nms`. The same set as torchvision's, but for IoUs within 2 ulp of the threshold; its two strategies
-        order equal scores differently.
+        As for `nms`, but that with more than 2048 boxes a GPU is waited for twice. The same set as torchvision's, but
+        for IoUs within 2 ulp of the threshold; its two strategies order equal scores differently.
     """
     op = "batched_nms"
     check_boxes(op, boxes, scores)
