@@ -78,9 +78,9 @@ def test_a_spill_of_these_kernels_fails(
         monkeypatch.setattr(report, "compile_cuda", lambda source, arch, sass: found if source.stem == "qfl" else [])
 
     options = ["--only", "cuda", "--arch", "9.0", "--out", str(tmp_path / "new" / "report.json")]
-    kernels_that_spill("soft_nms_kernel<float>")
+    kernels_that_spill("vfl_kernel<float>")
     assert report.main(options) == 0
-    kernels_that_spill("soft_nms_kernel<float>", "qfl_backward_kernel<float>", "decode_kernel", "dfl_kernel")
+    kernels_that_spill("vfl_kernel<float>", "qfl_backward_kernel<float>", "decode_kernel", "dfl_kernel")
     assert report.main(options) == 1
     said = capsys.readouterr()
     assert said.err.count("must not spill, and spills 20 bytes on sm_90") == 3
