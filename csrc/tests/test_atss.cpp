@@ -135,10 +135,16 @@ std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& s
 int main() {
   Generator draw(20);
   const std::vector<std::vector<std::pair<int64_t, int64_t>>> shapes = {
-      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{1, 1}},
+      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{7, 11}, {2, 30}}, {{1, 1}},
       {{40, 40}, {0, 3}}};
   for (const auto& shape : shapes) {
-    for (const int64_t topk : {1, 2, 4, 9, 25, 60}) {
+    // On levels a cell or two wide the window reaches furthest, and each k has a reach of its own.
+    std::vector<int64_t> topks = {1, 2, 4, 9, 25, 60};
+    if (shape[0].first * shape[0].second < 100) {
+      topks = {60};
+      for (int64_t k = 1; k <= 25; ++k) topks.push_back(k);
+    }
+    for (const int64_t topk : topks) {
       for (const bool legacy : {false, true}) {
         const std::vector<AtssLevel> levels = pyramid(shape, topk == 4 ? 0.5f : 0.0f, legacy);
         const int64_t images = 2, gts = 24;
@@ -158,6 +164,14 @@ int main() {
         labels[0] = 3;
         const float middle = static_cast<float>(extent / 2);
         std::copy_n(std::vector<float>{-40, -40, middle + 40, middle + 40}.begin(), 4, boxes.begin());
+        // At the corners of the first level, on its last cells and just outside.
+        const float right = 8.0f * static_cast<float>(shape[0].second), below = 8.0f * static_cast<float>(shape[0].first);
+        const float corners[4][2] = {{0, 0}, {right - 8, 0}, {0, below - 8}, {right + 3, below + 3}};
+        for (size_t i = 0; i < 4; ++i) {
+          const float x = corners[i][0], y = corners[i][1];
+          std::copy_n(std::vector<float>{x - 20, y - 20, x + 20, y + 20}.begin(), 4, boxes.begin() + 4 * (7 + i));
+          labels[7 + i] = 2;
+        }
         boxes[4 * 5 + 1] = NAN;
         boxes[4 * 6 + 2] = INFINITY;
         const std::vector<float> valid = {70, 70, 33, 0};
