@@ -27,6 +27,9 @@ constexpr int kNoLabel = -1;
 // Blocks of a backward pass that most likely has nothing to do: enough to fill any GPU, few enough to be gone at once.
 constexpr int64_t kForetoldBlocks = 1024;
 
+// Blocks an SM, asked of the compiler: the most for which it spills nothing for sm_90.
+template <class T, bool sparse> constexpr int kBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 || sparse ? 3 : 2;
+
 struct Layout { int64_t stride[3]; };
 
 // The terms, as functions of score and target.
@@ -89,7 +92,7 @@ template <class T> struct Beside {
 
 // `grad_loss` null: forward, with the sum of the losses. `grad` may be null then.
 template <class T, template <class> class Score, bool sparse>
-__global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
+__global__ void __launch_bounds__(kMapThreads, (kBlocks<T, sparse>))
     score_loss_kernel(ScoreLossInput in, Score<acc_t<T>> term, ScoreLossScale by, const acc_t<T>* grad_loss,
                       bool foretold, int64_t tiles, double* partials, T* grad, Layout grad_layout) {
   using A = acc_t<T>;
