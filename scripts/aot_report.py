@@ -58,6 +58,13 @@ class Kernel:
     loads_16: int | None = None
     local: int | None = None
 
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warps that its registers can hold; what the block's size leaves unused counts."""
+        most = 48 if self.arch in ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121") else 64
+        # 65536 registers, given to warps by 256.
+        return min(most, 65536 // (-(-max(self.registers, 1) * 32 // 256) * 256)) / most
+
 
 class MissingCompilerError(RuntimeError):
     """A compiler or a tool is not there."""
@@ -343,14 +350,28 @@ def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
 
 def table(kernels: list[Kernel], sass: bool) -> str:
     """At most 120 columns; longer names are cut."""
-    head = f"{'backend':<7} {'kernel':<60} {'arch':<6} {'regs':>4} {'spill':>6} {'stack':>6} {'shared':>7}"
+    head = f"{'backend':<7} {'kernel':<60} {'arch':<6} {'regs':>4} {'occ':>4} {'spill':>5} {'stack':>5} {'shared':>7}"
     lines = [head + (f" {'ldg128':>6} {'local':>5}" if sass else "")]
     lines.append("-" * len(lines[0]))
     for k in kernels:
         name = k.name if len(k.name) <= 60 else k.name[:59] + "…"
-        line = f"{k.backend:<7} {name:<60} {k.arch:<6} {k.registers:>4} {k.spill:>6} {k.stack:>6} {k.shared:>7}"
+        line = f"{k.backend:<7} {name:<60} {k.arch:<6} {k.registers:>4} {k.occupancy:>4.0%}"
+        line += f" {k.spill:>5} {k.stack:>5} {k.shared:>7}"
         lines.append(line + (f" {k.loads_16!s:>6} {k.local!s:>5}" if sass else ""))
     return "\n".join(lines)
+
+
+def written(kernels: list[Kernel], sass: bool, markdown: bool) -> str:
+    said = versions()
+    if not markdown:
+        report = [asdict(k) | {"occupancy": k.occupancy} for k in kernels]
+        return json.dumps({"versions": said, "kernels": report}, indent=1) + "\n"
+    names = ", ".join(f"{name} {version}" for name, version in said.items() if version)
+    return (
+        f"# What each GPU kernel takes of the machine\n\nBy {names}; no GPU has run them. `occ`: share of a"
+        " multiprocessor's warps that the registers can hold;\n`ldg128`: 16-byte loads from global memory in the"
+        " machine code; `local`: accesses to local memory there.\n\n```\n" + table(kernels, sass) + "\n```\n"
+    )
 
 
 def versions() -> dict[str, str | None]:
@@ -394,7 +415,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="also disassemble: count 16-byte global loads (ldg128) and accesses to local memory (local)",
     )  # fmt: skip
     argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="nvcc processes at a time (default: 2)")
-    argument("--out", type=Path, metavar="FILE", help="write the table as JSON, with the compilers' versions")
+    argument("--out", type=Path, metavar="FILE", help="write it as JSON, or as Markdown (.md), with versions")
     return parser.parse_args(arguments)
 
 
@@ -426,9 +447,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(kernels, options.sass))
     spilling = [k for k in kernels if k.spill and MUST_NOT_SPILL.search(k.name)]
     if options.out:
-        report = {"versions": versions(), "kernels": [asdict(k) for k in kernels]}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(written(kernels, options.sass, options.out.suffix == ".md"), encoding="utf-8")
     print(f"{len(kernels)} kernels, {sum(k.spill > 0 for k in kernels)} with spills")
     for k in spilling:
         print(f"aot_report: {k.name} must not spill, and spills {k.spill} bytes on {k.arch}", file=sys.stderr)

@@ -89,6 +89,16 @@ def test_a_spill_of_these_kernels_fails(
     assert [k["name"] for k in written["kernels"]][1] == "qfl_backward_kernel<float>"
 
 
+def test_occupancy_follows_from_registers(report: ModuleType) -> None:
+    """65536 registers an SM, given to warps by 256; 64 warps at most, 48 on consumer parts."""
+    found = [report.Kernel("cuda", "k", arch, registers, 0, 0, 0) for arch, registers in
+             (("sm_90", 32), ("sm_90", 33), ("sm_90", 128), ("sm_90", 255), ("sm_89", 40), ("sm_89", 80))]  # fmt: skip
+    assert [k.occupancy for k in found] == [1, 51 / 64, 16 / 64, 8 / 64, 1, 25 / 48]
+    text = report.written(found, False, markdown=True)
+    assert "80%" in text and "no GPU has run them" in text
+    assert json.loads(report.written(found, False, markdown=False))["kernels"][2]["occupancy"] == 0.25
+
+
 def test_a_missing_compiler_is_said(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
