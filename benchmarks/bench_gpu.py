@@ -52,12 +52,12 @@ import formulas_head
 import gfl_ops
 import inputs
 import report
-from bench_cpu import boxes_for_nms, crowd, inputs_size, many_rows
+from bench_cpu import crowd, inputs_size, many_rows
 from harness import DTYPES, Bench, Case, Clock, Machine, Result, Run, nbytes
 
 BATCH, OBJECTS, CALL_ROWS = 16, 60, 8
 DFL_ROWS = (1_600_000, 80_000)
-NMS_COUNTS, NMS_THRESHOLD = (1000, 5000, 100_000), 0.6
+NMS_COUNTS = (1000, 5000, 100_000)
 
 
 @dataclass(frozen=True)
@@ -170,24 +170,10 @@ def assignment(scene: inputs.Scene, device: str, seed: int) -> Case:
     return replace(case, what=f"{scene.batch}×{OBJECTS} objects", inputs=given)
 
 
-def suppression(count: int, clustered: bool, size: tuple[int, int], device: str, seed: int) -> Case:
-    theirs = cases.torchvision.ops.batched_nms if cases.torchvision else None
-    return on(
-        Case(
-            "nms", "batched_nms", "80 classes", boxes_for_nms(count, clustered, size, seed), gfl_ops.batched_nms,
-            {"torchvision": theirs}, agree=cases.different_sets,
-        ), device,
-    )  # fmt: skip
-
-
 def everywhere(scene: inputs.Scene, device: str) -> Case:
     """Boxes of all locations, for those who select afterwards."""
-    case = cases.make("decode", scene, torch.bfloat16, device)[0]
-    rows = inputs.flatten(scene.head.reg_preds).flatten(0, 1).to(torch.bfloat16)
-    count = len(rows)
-    points = torch.rand((count, 2), generator=torch.Generator().manual_seed(count)) * max(scene.size)
-    given = {"pred": rows, "points": points, "stride": torch.full((count,), 8.0), "reg_max": inputs.REG_MAX}
-    return on(replace(case, what=f"{count}×{rows.shape[1]} logits", inputs=given, peers={}, dense=None), device)
+    case = next(c for c in cases.make("decode", scene, torch.bfloat16, device) if c.name == "decode of all")
+    return replace(case, peers={}, dense=None)
 
 
 def goals(given: argparse.Namespace) -> Iterator[Goal]:
@@ -218,9 +204,13 @@ def goals(given: argparse.Namespace) -> Iterator[Goal]:
     for count in NMS_COUNTS:
         boxes = max(1, round(count * given.scale))
         for clustered in (False, True):
-            make = partial(suppression, boxes, clustered, given.size, device, seed)
+
+            def make(boxes: int = boxes, clustered: bool = clustered) -> Case:
+                return on(cases.suppression(boxes, clustered, given.size, seed), device)
+
             name = f"batched_nms {boxes} {'clustered' if clustered else 'uniform'}"
-            yield Goal(name, make, "fp32", 1, None, 0.0, 0.0, {"torchvision": 3.0})
+            peers = ("torchvision", "torchvision shifted", "torchvision by class")
+            yield Goal(name, make, "fp32", 1, None, 0.0, 0.0, dict.fromkeys(peers, 3.0))
     yield Goal("decode", partial(everywhere, many, device), "bf16", batch, boxes_of, 1.2)
 
 
