@@ -91,6 +91,11 @@ class TrainConfig:
     train_long_side: int = _option(1333, "longest side in training, pixels")
     flip: float = _option(0.5, "share of the images that are mirrored in training")
     amp: Literal["none", "bf16", "fp16"] = _option("none", "type of automatic mixed precision")
+    fold_norms: bool = _option(
+        False, "backbone norms that keep their statistics are folded into the convolutions while training: fewer passes"
+    )
+    graph: bool = _option(False, "the whole step as a CUDA graph for each size of batch (one GPU; the first 16 sizes)")
+    graph_slots: int = _option(100, "objects an image that a graph has room for; batches with more go without")
     seed: int = _option(0, "of initial weights, order and augmentation")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
     checkpoint_steps: int = _option(1000, "steps between checkpoints inside an epoch; 0: only after each epoch")

@@ -22,18 +22,18 @@ from tqdm import tqdm
 from .. import backbone_weights, checkpoint, models
 from ..config import Config
 from ..data.coco import CocoDataset
-from ..data.loader import Batch, Loader, training_dataset, training_loader, validation_dataset
-from ..data.transforms import normalise
+from ..data.loader import Batch, training_dataset, training_loader, validation_dataset
 from .distributed import Process, processes
 from .evaluate import evaluate
 from .log import RunLog
 from .schedule import learning_rate
+from .step import LOSSES, Step, on_device
 
 LAST = "last.pt"
 BEST = "best.pt"
 CONFIG = "config.json"
-LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# An optimiser's choice of kernels, not what it computes.
+HOW = ("fused", "foreach")
 # What decides which images are in which step: a training that goes on can't change it.
 FIXED = ("batch_size", "seed", "keep_empty")
 
@@ -132,20 +132,20 @@ class Training:
             model = models.build(before.model, config.test)
         self.config = config = dataclasses.replace(config, model=model.config)
         self.model = model.to(process.device)
+        self.model.backbone.fold_norms(settings.fold_norms)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         # What computes the losses: the model, or what wraps it for several processes.
         self.network: nn.Module = self.model
         if process.world > 1:
             ids = [process.device.index] if process.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=ids)
-        self.optimizer = _optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=settings.amp == "fp16")
+        self.optimizer = _optimizer(model, config, process.device)
+        self.step = Step(self.model, self.network, self.optimizer, settings, process.device)
 
         self.loader = training_loader(self.data, config, 0, 0, process.rank, process.world)
         self.steps_per_epoch = len(self.loader)
         self.position = Position()
-        # Sums of the losses since the last row of the log, and over how many steps.
-        self.sums = torch.zeros(len(LOSSES), device=process.device)
+        # Steps that the sums of the losses are over, since the last row of the log.
         self.summed = 0
         if saved is not None:
             notes += self._restore(saved, before)
@@ -174,7 +174,7 @@ class Training:
         self.network.train()
         self._started, self._images = time.perf_counter(), 0
         bar = tqdm(
-            _on(self.loader.at(at.epoch, at.batch), self.process.device),
+            on_device(self.loader.at(at.epoch, at.batch), self.process.device),
             desc=f"epoch {at.epoch + 1}/{settings.epochs}",
             total=self.steps_per_epoch,
             initial=at.batch,
@@ -197,21 +197,7 @@ class Training:
 
     def _step(self, batch: Batch) -> None:
         at, settings = self.position, self.config.train
-        rate = learning_rate(at.step, self.steps_per_epoch, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # In uint8 until here: the images travel in a byte a value.
-        images = normalise(batch.images, batch.image_sizes)
-        with torch.autocast(images.device.type, PRECISION.get(settings.amp), enabled=settings.amp in PRECISION):
-            losses = self.network(images, batch.image_sizes, targets=batch.targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(sum(losses.values())).backward()
-        if settings.clip_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.sums += torch.stack([losses[name].detach() for name in LOSSES])
+        self.step(batch, learning_rate(at.step, self.steps_per_epoch, settings))
         self.summed += 1
         self._images += settings.batch_size
         at.batch += 1
@@ -220,18 +206,18 @@ class Training:
     def _write_row(self) -> str:
         """Mean losses since the last row, into the log; returns them in short."""
         at = self.position
-        sums = self.sums.clone()
+        sums = self.step.sums.clone()
         if self.process.world > 1:
             torch.distributed.all_reduce(sums)
         means = [value / (self.summed * self.process.world) for value in sums.tolist()]
         self._check_finite(sum(means))
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
         row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
         row |= dict(zip(LOSSES, means)) | {"images_per_second": self._images / seconds}
         row["unreadable_images"] = len(self.data.unreadable)
         self.log.row(at.step, row)
-        self.sums.zero_()
+        self.step.sums.zero_()
         self.summed = self._images = 0
         return f"loss {sum(means):.4f}, lr {rate:.2g}"
 
@@ -269,7 +255,7 @@ class Training:
         return checkpoint.meta(self.config, self.data.classes, self.data.category_ids) | {"epoch": self.position.epoch}
 
     def _save(self) -> None:
-        self._check_finite(self.sums.sum().item())
+        self._check_finite(self.step.sums.sum().item())
         if self.process.main:
             content = {
                 "meta": self._meta(),
@@ -278,9 +264,9 @@ class Training:
                 "training": {
                     "position": dict(vars(self.position)),
                     "images": len(self.data),
-                    "sums": self.sums.cpu(),
+                    "sums": self.step.sums.cpu(),
                     "summed": self.summed,
-                    "scaler": self.scaler.state_dict(),
+                    "scaler": self.step.scaler.state_dict(),
                     "threads": torch.get_num_threads(),
                     "generator": torch.get_rng_state(),
                 },
@@ -321,10 +307,14 @@ class Training:
                 f"{path} was trained on {state['images']} images, the data has {len(self.data)}: it can't go on there"
             )
         checkpoint.load_weights(self.model, saved["state_dict"])
+        # How this training computes its steps is this training's; the state is the saved one's.
+        own = [{key: group[key] for key in ("lr", *HOW) if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
+        self.step.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generator"])
-        self.sums.copy_(state["sums"])
+        self.step.sums.copy_(state["sums"])
         self.summed = state["summed"]
         self.position = Position(**state["position"])
         notes = [f"going on after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
@@ -371,18 +361,23 @@ def _initial_weights(model: models.GFL, config: Config) -> list[str]:
     return backbone_weights.load(model.backbone, settings.backbone_weights)
 
 
-def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     settings = config.train
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rest: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if device.type == "cuda":
+        # All weights by a few kernels; and a rate that a graph reads when it runs.
+        rest["fused"] = True
+        if settings.graph:
+            rest["lr"] = torch.tensor(settings.lr, device=device)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), **rest)
     return torch.optim.SGD(parameters, momentum=settings.momentum, **rest)
 
 
-def _on(loader: Loader, device: torch.device) -> Iterator[Batch]:
-    for batch in loader:
-        yield batch.to(device)
+def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state whose rates are numbers, whatever a graph needs."""
+    return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
 
 
 @contextmanager

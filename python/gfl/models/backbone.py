@@ -7,9 +7,28 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Pixels a cell of the maps that a backbone gives: c3, c4, c5.
 STRIDES = (8, 16, 32)
+FOLDED = "folded"
+
+
+def norm_of_conv(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, with the same gradients.
+
+    Where `Backbone.fold_norms` asks for it and the norm keeps its statistics, the convolution's weights are scaled
+    instead of its results: with s = γ / √(σ² + ε), ``(s · w) * x + (β − s · μ)``. That saves the passes over the maps
+    forward and backward, and the map that the norm would keep; results differ in their last digits.
+    """
+    asked = not norm.training and getattr(norm, FOLDED, False)
+    if not asked or not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+        return norm(conv(x))
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale[:, None, None, None]
+    shift = norm.bias - scale * norm.running_mean
+    return functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class Backbone(nn.Module):
@@ -25,6 +44,12 @@ class Backbone(nn.Module):
     channels: tuple[int, int, int]
     frozen_stages: int = -1
     norm_eval: bool = False
+
+    def fold_norms(self, fold: bool) -> None:
+        """Whether `norm_of_conv` makes one convolution of a convolution and a norm that keeps its statistics."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(module, FOLDED, fold)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of strides 8, 16 and 32 of images ``[B, 3, H, W]``."""

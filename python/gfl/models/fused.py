@@ -34,8 +34,8 @@ from .winograd import Winograd, as_maps, as_rows, plan, tiles_in, tiles_of
 
 # Fewer tiles or channels than these, and a direct convolution is faster (each tile reads all 36 transformed filters).
 MIN_TILES, MIN_CHANNELS = 16, 64
-# Sizes of input that oneDNN's own arrangements of a weight are kept for.
-PACKED = 2
+# Sizes of input that oneDNN's own arrangements of a weight are kept for: two, and as many as take this many bytes.
+PACKED, PACKED_BYTES = 2, 2**20
 
 
 class FusedConv(nn.Module):
@@ -108,7 +108,7 @@ class FusedConv(nn.Module):
         if weight is None:
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, list(x.shape))
             self._packed[tuple(x.shape)] = weight
-            if len(self._packed) > PACKED:
+            if len(self._packed) > max(PACKED, PACKED_BYTES // (4 * self.weight.numel())):
                 self._packed.popitem(last=False)
         last = "relu" if self.relu else None
         if summand is None:

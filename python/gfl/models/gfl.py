@@ -144,16 +144,28 @@ class GFL(nn.Module):
         Raises:
             TypeError, ValueError: an argument of another dtype or shape; labels out of range.
         """
-        config = self._config
         sizes = _inputs.sizes("loss", images, image_sizes)
-        gt_boxes, gt_labels = _inputs.padded_targets(targets, images, config.num_classes)
+        return self.padded_loss(images, *_inputs.padded_targets(targets, images, self._config.num_classes), sizes)
+
+    def padded_loss(
+        self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor, image_sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """`loss` of objects in slots; values are not checked, so that nothing waits for a device.
+
+        Args:
+            images: as for `loss`.
+            gt_boxes: fp32 ``[B, G, 4]`` xyxy, on the images' device as the others.
+            gt_labels: int64 ``[B, G]`` in [0, C), −1 in slots that are not used.
+            image_sizes: fp32 ``[B, 2]``.
+        """
+        config = self._config
         cls_scores, reg_preds = self.predict_maps(images)
         assignment = gfl_ops.atss_assign(
             [(m.shape[2], m.shape[3]) for m in cls_scores],
             config.strides,
             gt_boxes,
             gt_labels,
-            valid_sizes=sizes,
+            valid_sizes=image_sizes,
             topk=config.topk,
             anchor_scale=config.anchor_scale,
             center_offset=config.center_offset,

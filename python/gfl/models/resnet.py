@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, norm_of_conv
 from .deform import DeformConv2d
 
 
@@ -47,7 +47,7 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
+        self.downsample: nn.Sequential | None = None
         if stride != 1 or inputs != outputs:
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
@@ -56,7 +56,10 @@ class _Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            identity = norm_of_conv(norm, conv, x)
         return self.relu(self.branch(x) + identity)
 
 
@@ -71,8 +74,8 @@ class BasicBlock(_Block):
         self.bn2 = nn.BatchNorm2d(planes)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(x))
+        x = self.relu(norm_of_conv(self.bn1, self.conv1, x))
+        return norm_of_conv(self.bn2, self.conv2, x)
 
 
 class Bottleneck(_Block):
@@ -90,9 +93,9 @@ class Bottleneck(_Block):
         self.bn3 = nn.BatchNorm2d(planes * EXPANSION)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        x = self.relu(norm_of_conv(self.bn1, self.conv1, x))
+        x = self.relu(norm_of_conv(self.bn2, self.conv2, x))
+        return norm_of_conv(self.bn3, self.conv3, x)
 
 
 class ResNet(Backbone):
@@ -164,7 +167,7 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps c3, c4, c5 of normalised images ``[B, 3, H, W]``, of ceil(H/s) × ceil(W/s) cells for s = 8, 16, 32."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(norm_of_conv(self.bn1, self.conv1, images)))
         maps = []
         for stage in self.stages():
             x = stage(x)

@@ -210,3 +210,14 @@ def test_maps_on_a_gpu_cuda(dtype: torch.dtype, seed: int) -> None:
         # TF32 of cuDNN has 10 bits, as fp16; bf16 has 7.
         share = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
         assert (found.float().cpu() - wanted).abs().mean() <= share * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_it_is_one_graph_for_a_compiler(seed: int) -> None:
+    """Without what only the eager path calls: prepacked weights, tables of tiles."""
+    fused = FusedGFL(detector(seed))
+    images = torch.randn(1, 3, 96, 128)
+    want = fused.predict_maps(images)
+    got = torch.compile(fused.predict_maps, backend="eager", fullgraph=True, dynamic=False)(images)
+    for wanted, found in zip(want[0] + want[1], got[0] + got[1], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4 * max(float(wanted.abs().max()), 0.1))

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step: objects in slots give what lists give, nothing is read back, a warm-up leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gfl.config import Config
+from gfl.data.loader import Batch, training_dataset, training_loader
+from gfl.engine.step import Step, on_device, slots, unchanged
+from gfl.engine.train import train
+from gfl.models import GFL, build
+
+Small = Callable[..., Config]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs and streams need one")
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a value: ``.item()``, ``bool(…)``, ``nonzero`` and their like."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.split(".")[0]
+        if name in self.WAITING:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def batches(config: Config) -> Iterator[Batch]:
+    return iter(training_loader(training_dataset(config), config))
+
+
+def new_step(config: Config, seed: int, device: str = "cpu") -> Step:
+    torch.manual_seed(seed)
+    model = build(config.replace(num_classes=2).model, config.test).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    return Step(model, model, optimizer, config.train, torch.device(device))
+
+
+def state(step: Step) -> list[Tensor]:
+    momenta = [s["momentum_buffer"] for s in step.optimizer.state.values() if s.get("momentum_buffer") is not None]
+    return [x.detach().clone() for x in (*step.model.state_dict().values(), *momenta, step.sums)]
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_objects_in_slots_are_the_objects(amp: str, clip: float, small: Small, seed: int) -> None:
+    config = small(amp=amp, clip_grad_norm=clip)
+    lists, slotted = new_step(config, seed), new_step(config, seed)
+    for batch in batches(config):
+        lists(batch, 0.01)
+        slotted.set_rate(0.01)
+        slotted.compute(batch.images, batch.image_sizes, *slots(batch, 7))
+    assert lists.sums.gt(0).all()
+    # The same arithmetic in the same order, whatever slots are left over.
+    assert all(torch.equal(a, b) for a, b in zip(state(lists), state(slotted), strict=True))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_reads_nothing_back(amp: str, clip: float, small: Small, seed: int) -> None:
+    config = small(amp=amp, clip_grad_norm=clip)
+    step, batch = new_step(config, seed), next(batches(config))
+    inputs = (batch.images, batch.image_sizes, *slots(batch, 5))
+    step.compute(*inputs)
+    with Reads() as reads:
+        step.set_rate(0.02)
+        step.compute(*inputs)
+    assert reads.found == []
+    with Reads() as reads:
+        step.sums.sum().item()
+        assert bool(step.sums.any())
+    assert reads.found
+
+
+def test_a_warm_up_leaves_no_trace(small: Small, seed: int) -> None:
+    config = small()
+    step, other = new_step(config, seed), new_step(config, seed)
+    given = list(batches(config))
+    inputs = [(b.images, b.image_sizes, *slots(b, 5)) for b in given]
+    step.set_rate(0.05)
+    other.set_rate(0.05)
+    places = [x.data_ptr() for x in step.model.state_dict().values()]
+    # Before the first step, when the optimiser has no state, and after it.
+    for number in range(3):
+        with unchanged(step):
+            step.compute(*inputs[(number + 1) % len(inputs)])
+            step.compute(*inputs[number])
+        if number:
+            assert all(torch.equal(a, b) for a, b in zip(state(step), state(other), strict=True))
+        step.compute(*inputs[number])
+        other.compute(*inputs[number])
+    assert all(torch.equal(a, b) for a, b in zip(state(step), state(other), strict=True))
+    assert places == [x.data_ptr() for x in step.model.state_dict().values()]
+
+
+def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
+    step = new_step(small(), seed)
+    rate = torch.tensor(0.0)
+    step.optimizer.param_groups[0]["lr"] = rate
+    step.set_rate(0.25)
+    assert step.optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+
+
+def test_slots(generator: torch.Generator) -> None:
+    boxes, labels = torch.rand(5, 4, generator=generator), torch.tensor([3, 1, 4, 1, 5])
+    batch = Batch(torch.zeros(3, 3, 4, 4), torch.ones(3, 2), torch.ones(3, 2), boxes, labels, [2, 0, 3], [], [])
+    placed, named = slots(batch, 4)
+    assert named.tolist() == [[3, 1, -1, -1], [-1] * 4, [4, 1, 5, -1]]
+    assert torch.equal(placed[0, :2], boxes[:2]) and torch.equal(placed[2, :3], boxes[2:])
+    assert not placed[1].any() and not placed[0, 2:].any()
+    with pytest.raises(ValueError, match="`graph_slots` is 2, an image has 3 objects"):
+        slots(batch, 2)
+    empty = Batch(batch.images, batch.image_sizes, batch.scale_factors, boxes[:0], labels[:0], [0, 0, 0], [], [])
+    assert (slots(empty, 2)[1] == -1).all()
+
+
+def test_batches_come_in_their_order(small: Small) -> None:
+    config = small()
+    want, got = list(batches(config)), list(on_device(batches(config), torch.device("cpu")))
+    assert [b.image_ids for b in got] == [b.image_ids for b in want] and len(got) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where a graph is possible")
+def test_a_graph_needs_a_gpu(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`graph` needs a GPU"):
+        train(small(graph=True), tmp_path / "run", device="cpu")
+
+
+@GPU
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_graph_trains_as_single_kernels_do_cuda(amp: str, small: Small, seed: int) -> None:
+    config = small(amp=amp)
+    steps = []
+    for graph in (False, True):
+        torch.manual_seed(seed)
+        model = build(config.replace(num_classes=2).model, config.test).cuda().train()
+        rate = torch.tensor(0.0, device="cuda") if graph else 0.0
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
+        settings = config.replace(graph=graph, graph_slots=8)
+        steps.append(Step(model, model, optimizer, settings.train, torch.device("cuda")))
+    for batch in on_device(batches(config), torch.device("cuda")):
+        for step in steps:
+            step(batch, 0.01)
+    single, graphed = steps
+    assert graphed._graphs
+    for a, b in zip(single.model.parameters(), graphed.model.parameters(), strict=True):
+        # cuDNN may choose other algorithms for the two; TF32.
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+@GPU
+def test_a_step_waits_for_nothing_cuda(small: Small, seed: int) -> None:
+    config = small(amp="bf16")
+    model: GFL = build(config.replace(num_classes=2).model, config.test).cuda().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+    step = Step(model, model, optimizer, config.train, torch.device("cuda"))
+    given = [batch.pin_memory().to("cuda") for batch in batches(config)]
+    step(given[0], 0.01)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(given[0], 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
