@@ -164,8 +164,22 @@ def check_backward(spec: OpSpec, function: Callable[..., Any], sample: Sample, s
     got = gradients(spec, function, sample.args, grads)
     eager = gradients(spec, spec.reference, sample.args, grads)
     oracle = gradients(spec, spec.reference, double(sample.args), grads)
-    for i, (g, e, o) in enumerate(zip(got, eager, oracle, strict=True)):
-        assert_close(g, e, o, f"{sample.id}, gradient {i}", magnitude_of(spec, sample))
+    magnitudes = [magnitude_of(spec, sample) * m for m in sum_magnitudes(spec, sample.args, shapes)]
+    for i, (g, e, o, m) in enumerate(zip(got, eager, oracle, magnitudes, strict=True)):
+        assert_close(g, e, o, f"{sample.id}, gradient {i}", m)
+
+
+def sum_magnitudes(spec: OpSpec, args: tuple[Any, ...], results: list[Tensor]) -> list[float]:
+    """For each leaf the size of what cancels in its gradient: the root of n where it sums terms of n results, of both
+    signs, as a parameter's does."""
+    count = sum(r.numel() for r in results)
+    magnitudes: list[float] = []
+    for name, value in zip(spec.arguments, args):
+        if name in spec.differentiable:
+            leaves = tensors(value)
+            terms = count / max(sum(leaf.numel() for leaf in leaves), 1)
+            magnitudes += [max(terms, 1.0) ** 0.5] * len(leaves)
+    return magnitudes
 
 
 @pytest.mark.parametrize(("spec", "backend", "device", "dtype"), dtyped_cases())
