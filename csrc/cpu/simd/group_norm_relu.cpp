@@ -18,7 +18,6 @@ using cpu::NormRows;
 using cpu::NormSums;
 
 constexpr int kRunBlock = 512;           // elements of a run whose sums stay in fp32
-constexpr int kRowsAhead = 4;            // rows that share a load of coefficients and sums
 constexpr int kParts = 32 / kWidth;      // registers that a run's sums are kept in: 32 partial sums on every processor
 
 struct Coefficients { Floats mean, scale, bias, level, slope; };
@@ -53,77 +52,53 @@ inline Floats passed(Floats grad, Floats distance, const Coefficients& k, float 
   return normalised(distance, k) <= floor ? Floats{} : grad;
 }
 
-template <class T, int Ahead, class K> void forward_rows(const NormRows& in, const K& coefficients, int64_t row) {
+template <class T, class K> void forward_row(const NormRows& in, const K& coefficients, int64_t row) {
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   T* y = static_cast<T*>(in.out) + row * in.out_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
-    for (int r = 0; r < Ahead; ++r) {
-      const Floats distance = load_floats(x + r * in.x_stride + i, count, 0.0f) - k.mean;
-      store_floats(at_least(in.floor, normalised(distance, k)), count, y + r * in.out_stride + i);
-    }
+    const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
+    store_floats(at_least(in.floor, normalised(distance, k)), count, y + i);
   }
 }
 
-template <class T, int Ahead, class K> void backward_rows(const NormRows& in, const K& coefficients, int64_t row) {
+template <class T, class K> void backward_row(const NormRows& in, const K& coefficients, int64_t row) {
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   const T* grad = static_cast<const T*>(in.grad) + row * in.grad_stride;
   T* out = static_cast<T*>(in.out) + row * in.out_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.at(i);
     const int64_t count = in.length - i;
-    for (int r = 0; r < Ahead; ++r) {
-      const Floats distance = load_floats(x + r * in.x_stride + i, count, 0.0f) - k.mean;
-      const Floats g = passed(load_floats(grad + r * in.grad_stride + i, count, 0.0f), distance, k, in.floor);
-      store_floats(multiply_add(g, k.scale, -multiply_add(distance, k.slope, k.level)), count,
-                   out + r * in.out_stride + i);
-    }
+    const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, in.floor);
+    store_floats(multiply_add(g, k.scale, -multiply_add(distance, k.slope, k.level)), count, out + i);
   }
 }
 
-// Σd and Σd² of rows, d being the distance from the first row.
-template <class T, int Ahead>
-void add_moments(const NormRows& in, const float* shift, float* sum, float* squares, int64_t row) {
+// Σd and Σd², d being the distance from the first row. Row by row: several at once would share the loads of sums, but
+// rows of a kibibyte each then come from one page in an order that no prefetcher follows (half the speed).
+template <class T> void add_moments(const NormRows& in, const float* shift, float* sum, float* squares, int64_t row) {
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
-    const Floats from = load_floats(shift + i);
-    Floats s{}, q{};
-    for (int r = 0; r < Ahead; ++r) {
-      const Floats d = load_floats(x + r * in.x_stride + i, in.length - i, 0.0f) - from;
-      s += d;
-      q = multiply_add(d, d, q);
-    }
-    store_floats(load_floats(sum + i) + s, sum + i);
-    store_floats(load_floats(squares + i) + q, squares + i);
+    const Floats d = load_floats(x + i, in.length - i, 0.0f) - load_floats(shift + i);
+    store_floats(load_floats(sum + i) + d, sum + i);
+    store_floats(multiply_add(d, d, load_floats(squares + i)), squares + i);
   }
 }
 
-// Σg and Σg·(x − mean) of rows.
-template <class T, int Ahead>
-void add_sums(const NormRows& in, const OfRow& coefficients, float* sum, float* product, int64_t row) {
+// Σg and Σg·(x − mean).
+template <class T> void add_sums(const NormRows& in, const OfRow& coefficients, float* sum, float* product, int64_t row) {
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   const T* grad = static_cast<const T*>(in.grad) + row * in.grad_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
-    Floats s{}, p{};
-    for (int r = 0; r < Ahead; ++r) {
-      const Floats distance = load_floats(x + r * in.x_stride + i, count, 0.0f) - k.mean;
-      const Floats g = passed(load_floats(grad + r * in.grad_stride + i, count, 0.0f), distance, k, in.floor);
-      s += g;
-      p = multiply_add(g, distance, p);
-    }
-    store_floats(load_floats(sum + i) + s, sum + i);
-    store_floats(load_floats(product + i) + p, product + i);
+    const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, in.floor);
+    store_floats(load_floats(sum + i) + g, sum + i);
+    store_floats(multiply_add(g, distance, load_floats(product + i)), product + i);
   }
-}
-
-// several(row) for kRowsAhead rows at a time, single(row) for those that are left.
-template <class Several, class Single> void for_rows(int64_t rows, const Several& several, const Single& single) {
-  int64_t row = 0;
-  for (; row + kRowsAhead <= rows; row += kRowsAhead) several(row);
-  for (; row < rows; ++row) single(row);
 }
 
 struct Pair { float first, second; };
@@ -195,40 +170,29 @@ void norm_row_moments(const NormRows& in, float* shift, float* sum, float* squar
       store_floats(Floats{}, sum + i);
       store_floats(Floats{}, squares + i);
     }
-    for_rows(
-        in.rows, [&](int64_t row) { add_moments<T, kRowsAhead>(in, shift, sum, squares, row); },
-        [&](int64_t row) { add_moments<T, 1>(in, shift, sum, squares, row); });
+    for (int64_t row = 0; row < in.rows; ++row) add_moments<T>(in, shift, sum, squares, row);
   });
 }
 
 void norm_row_forward(const NormRows& in, const NormChannels& channels) {
   dispatch_float(in.dtype, [&](auto t) {
-    const OfRow row_coefficients{channels};
-    for_rows(
-        in.rows, [&](int64_t row) { forward_rows<decltype(t), kRowsAhead>(in, row_coefficients, row); },
-        [&](int64_t row) { forward_rows<decltype(t), 1>(in, row_coefficients, row); });
+    for (int64_t row = 0; row < in.rows; ++row) forward_row<decltype(t)>(in, OfRow{channels}, row);
   });
 }
 
 void norm_row_sums(const NormRows& in, const NormChannels& channels, float* sum, float* product) {
   dispatch_float(in.dtype, [&](auto t) {
-    const OfRow row_coefficients{channels};
     for (int64_t i = 0; i < in.length; i += kWidth) {
       store_floats(Floats{}, sum + i);
       store_floats(Floats{}, product + i);
     }
-    for_rows(
-        in.rows, [&](int64_t row) { add_sums<decltype(t), kRowsAhead>(in, row_coefficients, sum, product, row); },
-        [&](int64_t row) { add_sums<decltype(t), 1>(in, row_coefficients, sum, product, row); });
+    for (int64_t row = 0; row < in.rows; ++row) add_sums<decltype(t)>(in, OfRow{channels}, sum, product, row);
   });
 }
 
 void norm_row_backward(const NormRows& in, const NormChannels& channels) {
   dispatch_float(in.dtype, [&](auto t) {
-    const OfRow row_coefficients{channels};
-    for_rows(
-        in.rows, [&](int64_t row) { backward_rows<decltype(t), kRowsAhead>(in, row_coefficients, row); },
-        [&](int64_t row) { backward_rows<decltype(t), 1>(in, row_coefficients, row); });
+    for (int64_t row = 0; row < in.rows; ++row) backward_row<decltype(t)>(in, OfRow{channels}, row);
   });
 }
 
@@ -238,7 +202,7 @@ void norm_run_moments(const NormRows& in, NormMoments& all) {
 }
 
 void norm_run_forward(const NormRows& in, const NormChannel& channel) {
-  dispatch_float(in.dtype, [&](auto t) { forward_rows<decltype(t), 1>(in, OfRun(channel), 0); });
+  dispatch_float(in.dtype, [&](auto t) { forward_row<decltype(t)>(in, OfRun(channel), 0); });
 }
 
 // Σg and Σg·(x − mean).
@@ -247,7 +211,7 @@ void norm_run_sums(const NormRows& in, const NormChannel& channel, NormSums& all
 }
 
 void norm_run_backward(const NormRows& in, const NormChannel& channel) {
-  dispatch_float(in.dtype, [&](auto t) { backward_rows<decltype(t), 1>(in, OfRun(channel), 0); });
+  dispatch_float(in.dtype, [&](auto t) { backward_row<decltype(t)>(in, OfRun(channel), 0); });
 }
 
 }  // namespace gfl::GFL_ISA

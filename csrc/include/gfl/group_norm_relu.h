@@ -36,7 +36,7 @@ struct GroupNormInput {
   double eps;
   bool relu;
 
-  int64_t group_channels() const { return channels / groups; }
+  constexpr int64_t group_channels() const { return channels / groups; }  // constexpr: device code may call it
 };
 
 // `statistics` is [levels, images, groups, 2] of A: μ and r.
