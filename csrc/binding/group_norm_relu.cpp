@@ -169,6 +169,44 @@ void backward_on_cpu(const Prepared& p, const void* statistics, const NormMap* g
   });
 }
 
+#if defined(GFL_WITH_CUDA)
+at::Tensor workspace_for(const Prepared& p, const at::Tensor& like, bool backward) {
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::group_norm_relu_fits(p.in), "gfl::group_norm_relu on CUDA takes up to ",
+                              cuda::kGroupNormReluMaxLevels, " levels and ", cuda::kGroupNormReluMaxGroupChannels,
+                              " channels a group, got ", p.in.level_count, " levels and ", p.in.group_channels(),
+                              " channels a group");
+  const int64_t bytes = static_cast<int64_t>(cuda::group_norm_relu_workspace_bytes(p.in, backward));
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+#endif
+
+void run_forward(const Prepared& p, const at::Tensor& like, const NormMap* y, void* statistics) {
+#if defined(GFL_WITH_CUDA)
+  if (like.is_cuda()) {
+    const at::Tensor workspace = workspace_for(p, like, false);
+    return on_stream_of(like, [&](cudaStream_t stream) {
+      return cuda::group_norm_relu_forward(p.in, workspace.mutable_data_ptr(), y, statistics, stream);
+    });
+  }
+#endif
+  forward_on_cpu(p, y, statistics);
+}
+
+// Any of the results may be null.
+void run_backward(const Prepared& p, const at::Tensor& like, const void* statistics, const NormMap* grad_y,
+                  const NormMap* grad_x, void* grad_weight, void* grad_bias) {
+#if defined(GFL_WITH_CUDA)
+  if (like.is_cuda()) {
+    const at::Tensor workspace = workspace_for(p, like, true);
+    return on_stream_of(like, [&](cudaStream_t stream) {
+      return cuda::group_norm_relu_backward(p.in, statistics, workspace.mutable_data_ptr(), grad_y, grad_x, grad_weight,
+                                            grad_bias, stream);
+    });
+  }
+#endif
+  backward_on_cpu(p, statistics, grad_y, grad_x, grad_weight, grad_bias);
+}
+
 }  // namespace
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> group_norm_relu_forward(at::TensorList inputs, const at::Tensor& weight,
@@ -179,7 +217,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> group_norm_relu_forward(at::Tens
   Results y(p, inputs);
   const at::Tensor statistics = at::empty({p.in.level_count, p.in.images, num_groups, 2},
                                           inputs[0].options().dtype(accumulator_of(inputs[0])));
-  forward_on_cpu(p, y.maps.data(), statistics.mutable_data_ptr());
+  run_forward(p, inputs[0], y.maps.data(), statistics.mutable_data_ptr());
   return {y.finish(), statistics};
 }
 
@@ -207,8 +245,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> group_norm_relu_back
   const at::Tensor grad_weight = wanted(needs[1], p.weight), grad_bias = wanted(needs[2], p.bias);
   std::optional<Results> grad_x;
   if (needs[0]) grad_x.emplace(p, inputs);
-  backward_on_cpu(p, saved.const_data_ptr(), grad_y.data(), needs[0] ? grad_x->maps.data() : nullptr,
-                  pointer(grad_weight, needs[1]), pointer(grad_bias, needs[2]));
+  run_backward(p, inputs[0], saved.const_data_ptr(), grad_y.data(), needs[0] ? grad_x->maps.data() : nullptr,
+               pointer(grad_weight, needs[1]), pointer(grad_bias, needs[2]));
   std::vector<at::Tensor> grad_inputs(inputs.size());
   if (needs[0]) grad_inputs = grad_x->finish();
   else for (at::Tensor& grad : grad_inputs) grad = at::empty({0}, inputs[0].options());
@@ -217,5 +255,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> group_norm_relu_back
 
 GFL_IMPL_CPU("group_norm_relu_fwd", group_norm_relu_forward)
 GFL_IMPL_CPU("group_norm_relu_bwd", group_norm_relu_backward)
+GFL_IMPL_CUDA("group_norm_relu_fwd", group_norm_relu_forward)
+GFL_IMPL_CUDA("group_norm_relu_bwd", group_norm_relu_backward)
 
 }  // namespace gfl::binding

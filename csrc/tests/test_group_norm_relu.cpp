@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+// Group normalization and ReLU over levels, forward and backward, against plain loops in double.
+#include "gfl/group_norm_relu.h"
+
+#include <memory>
+
+#include "float_buffer.h"
+#include "gfl/parallel.h"
+
+namespace {
+
+using namespace gfl;
+using gfl::testing::FloatBuffer;
+using gfl::testing::Generator;
+
+struct Shape {
+  std::vector<int64_t> locations;  // a level
+  int64_t images, channels, groups;
+  std::vector<bool> planar;        // a level
+  int64_t gap;                     // elements that follow each row of the dense dimension
+  bool relu;
+  double mean, scale;
+};
+
+// Where a level's values lie.
+struct Layout {
+  int64_t image, channel, location, size;
+  Layout(const Shape& s, size_t level) {
+    const int64_t locations = s.locations[level];
+    channel = s.planar[level] ? locations + s.gap : 1;
+    location = s.planar[level] ? 1 : s.channels + s.gap;
+    image = s.planar[level] ? channel * s.channels : location * locations;
+    size = image * s.images;
+  }
+  size_t at(int64_t b, int64_t c, int64_t i) const { return static_cast<size_t>(b * image + c * channel + i * location); }
+};
+
+using Levels = std::vector<std::vector<double>>;
+
+Levels drawn(Generator& generator, const Shape& s, DType dtype, double mean, double scale) {
+  Levels all;
+  for (size_t l = 0; l < s.locations.size(); ++l) {
+    std::vector<double> values = gfl::testing::normals(generator, static_cast<size_t>(Layout(s, l).size), scale);
+    for (double& value : values) value += mean;
+    all.push_back(FloatBuffer(dtype, values).read());  // rounded
+  }
+  return all;
+}
+
+// visit(level, image, channel, place in the level) in order of the groups of images of levels.
+template <class Visit> void for_values(const Shape& s, const Visit& visit) {
+  for (size_t l = 0; l < s.locations.size(); ++l) {
+    const Layout layout(s, l);
+    for (int64_t b = 0; b < s.images; ++b)
+      for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t i = 0; i < s.locations[l]; ++i) visit(l, b, c, layout.at(b, c, i));
+  }
+}
+
+struct Results {
+  Levels y, grad_x;
+  std::vector<double> statistics, grad_weight, grad_bias;
+};
+
+size_t group_index(const Shape& s, size_t level, int64_t image, int64_t channel) {
+  const int64_t pair = static_cast<int64_t>(level) * s.images + image;
+  return static_cast<size_t>(pair * s.groups + channel / (s.channels / s.groups));
+}
+
+Levels normalised(const Shape& s, const Levels& x, const std::vector<double>& statistics) {
+  Levels result = x;
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    const size_t g = 2 * group_index(s, l, b, c);
+    result[l][at] = (x[l][at] - statistics[g]) * statistics[g + 1];
+  });
+  return result;
+}
+
+std::vector<double> statistics_by_loops(const Shape& s, const Levels& x, double eps) {
+  const size_t count = s.locations.size() * static_cast<size_t>(s.images * s.groups);
+  std::vector<double> n(count), mean(count), squares(count), result(2 * count);
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    n[group_index(s, l, b, c)] += 1;
+    mean[group_index(s, l, b, c)] += x[l][at];
+  });
+  for (size_t g = 0; g < count; ++g) mean[g] /= std::max(n[g], 1.0);
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    const size_t g = group_index(s, l, b, c);
+    squares[g] += (x[l][at] - mean[g]) * (x[l][at] - mean[g]);
+  });
+  for (size_t g = 0; g < count; ++g) {
+    result[2 * g] = mean[g];
+    result[2 * g + 1] = n[g] == 0 ? 0 : 1 / std::sqrt(squares[g] / n[g] + eps);
+  }
+  return result;
+}
+
+Results by_loops(const Shape& s, const Levels& x, const Levels& grad_y, const std::vector<double>& weight,
+                 const std::vector<double>& bias, double eps) {
+  Results r;
+  r.statistics = statistics_by_loops(s, x, eps);
+  const Levels xhat = normalised(s, x, r.statistics);
+  Levels g = grad_y;
+  r.y = x;
+  r.grad_x = x;
+  r.grad_weight.assign(weight.size(), 0);
+  r.grad_bias.assign(weight.size(), 0);
+  std::vector<double> n(r.statistics.size() / 2), sum(n.size()), product(n.size());
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    const size_t channel = static_cast<size_t>(c), group = group_index(s, l, b, c);
+    const double value = xhat[l][at] * weight[channel] + bias[channel];
+    r.y[l][at] = s.relu && value < 0 ? 0 : value;
+    if (s.relu && value <= 0) g[l][at] = 0;
+    r.grad_weight[channel] += g[l][at] * xhat[l][at];
+    r.grad_bias[channel] += g[l][at];
+    n[group] += 1;
+    sum[group] += weight[channel] * g[l][at];
+    product[group] += weight[channel] * g[l][at] * xhat[l][at];
+  });
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    const size_t group = group_index(s, l, b, c);
+    r.grad_x[l][at] = r.statistics[2 * group + 1] * (weight[static_cast<size_t>(c)] * g[l][at] - sum[group] / n[group] -
+                                                     xhat[l][at] * product[group] / n[group]);
+  });
+  return r;
+}
+
+// Draws biases until no value lies so close to 0 that a rounding decides what the ReLU does.
+std::vector<double> clear_biases(Generator& generator, const Shape& s, const Levels& x, DType dtype,
+                                 const std::vector<double>& weight, double eps) {
+  const Levels xhat = normalised(s, x, statistics_by_loops(s, x, eps));
+  std::vector<double> bias(weight.size());
+  std::vector<bool> clear(weight.size(), false);
+  for (int round = 0; round < 100; ++round) {
+    std::vector<double> fresh = FloatBuffer(dtype, gfl::testing::normals(generator, bias.size(), 0.5)).read();
+    for (size_t c = 0; c < bias.size(); ++c) {
+      if (!clear[c]) bias[c] = fresh[c];
+    }
+    clear.assign(bias.size(), true);
+    for_values(s, [&](size_t l, int64_t, int64_t c, size_t at) {
+      const size_t channel = static_cast<size_t>(c);
+      if (std::fabs(xhat[l][at] * weight[channel] + bias[channel]) < 1e-5) clear[channel] = false;
+    });
+  }
+  return bias;
+}
+
+// The memory of a level's map.
+struct Maps {
+  std::vector<std::unique_ptr<FloatBuffer>> buffers;
+  std::vector<NormMap> maps;
+  Maps(const Shape& s, DType dtype, const Levels* values) {
+    for (size_t l = 0; l < s.locations.size(); ++l) {
+      const Layout layout(s, l);
+      buffers.push_back(values != nullptr ? std::make_unique<FloatBuffer>(dtype, (*values)[l])
+                                          : std::make_unique<FloatBuffer>(dtype, static_cast<size_t>(layout.size)));
+      maps.push_back({buffers[l]->data(), layout.image, layout.channel, layout.location});
+    }
+  }
+  Levels read() const {
+    Levels all;
+    for (const auto& buffer : buffers) all.push_back(buffer->read());
+    return all;
+  }
+};
+
+void run(const GroupNormInput& in, const Maps& grad_y, Maps& y, Maps& grad_x, FloatBuffer& statistics,
+         FloatBuffer& grad_weight, FloatBuffer& grad_bias) {
+#if defined(GFL_TEST_CUDA)
+  CHECK(cuda::group_norm_relu_fits(in), "the kernels refuse");
+  gfl::testing::Buffer<unsigned char> forward(cuda::group_norm_relu_workspace_bytes(in, false));
+  gfl::testing::Buffer<unsigned char> backward(cuda::group_norm_relu_workspace_bytes(in, true));
+  CHECK_CUDA(cuda::group_norm_relu_forward(in, forward.data(), y.maps.data(), statistics.data(), nullptr));
+  CHECK_CUDA(cuda::group_norm_relu_backward(in, statistics.data(), backward.data(), grad_y.maps.data(),
+                                            grad_x.maps.data(), grad_weight.data(), grad_bias.data(), nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+#else
+  const std::vector<cpu::NormBlock> blocks = cpu::group_norm_relu_blocks(in);
+  const int64_t count = static_cast<int64_t>(blocks.size()), pairs = in.level_count * in.images;
+  std::vector<cpu::NormMoments> moments(static_cast<size_t>(count * in.groups));
+  std::vector<cpu::NormSums> partial(static_cast<size_t>(count * in.channels));
+  std::vector<cpu::NormSums> sums(static_cast<size_t>(pairs * in.channels));
+  for_chunks(count, 3, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_moments(in, blocks.data(), moments.data(), y.maps.data(), statistics.data(), begin, end);
+  });
+  for_chunks(pairs, 2, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_statistics(in, blocks, moments.data(), statistics.data(), begin, end);
+  });
+  for_chunks(count, 1, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_normalise(in, blocks.data(), statistics.data(), y.maps.data(), begin, end);
+  });
+  for_chunks(count, 1, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_sums(in, blocks.data(), statistics.data(), grad_y.maps.data(), grad_x.maps.data(),
+                              partial.data(), sums.data(), begin, end);
+  });
+  for_chunks(pairs, 2, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_gather(in, blocks, partial.data(), sums.data(), begin, end);
+  });
+  for_chunks(count, 3, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_grad_x(in, blocks.data(), statistics.data(), sums.data(), grad_y.maps.data(),
+                                grad_x.maps.data(), begin, end);
+  });
+  for_chunks(in.channels, 5, [&](int64_t begin, int64_t end) {
+    cpu::group_norm_relu_grad_parameters(in, sums.data(), grad_weight.data(), grad_bias.data(), begin, end);
+  });
+#endif
+}
+
+void test(Generator& generator, const Shape& s, DType dtype, DType parameter_dtype) {
+  const double eps = 1e-5;
+  const Levels x = drawn(generator, s, dtype, s.mean, s.scale), grad = drawn(generator, s, dtype, 0, 1);
+  std::vector<double> weight = gfl::testing::normals(generator, static_cast<size_t>(s.channels), 0.5);
+  for (double& w : weight) w += 1;
+  weight = FloatBuffer(parameter_dtype, weight).read();
+  const std::vector<double> bias = clear_biases(generator, s, x, parameter_dtype, weight, eps);
+  const Results want = by_loops(s, x, grad, weight, bias, eps);
+
+  const Maps given(s, dtype, &x), grad_y(s, dtype, &grad);
+  Maps y(s, dtype, nullptr), grad_x(s, dtype, nullptr);
+  FloatBuffer weights(parameter_dtype, weight), biases(parameter_dtype, bias);
+  FloatBuffer statistics(gfl::testing::accumulator_of(dtype), want.statistics.size());
+  FloatBuffer grad_weight(parameter_dtype, weight.size()), grad_bias(parameter_dtype, weight.size());
+  std::vector<NormLevel> levels;
+  for (size_t l = 0; l < s.locations.size(); ++l) levels.push_back({given.maps[l], s.locations[l], s.planar[l]});
+  const GroupNormInput in{levels.data(), static_cast<int64_t>(levels.size()), dtype,           s.images, s.channels,
+                          s.groups,      weights.data(),                      biases.data(), parameter_dtype,
+                          eps,           s.relu};
+  run(in, grad_y, y, grad_x, statistics, grad_weight, grad_bias);
+
+  // Roundings of a dozen operations and of sums in blocks; a mean of many deviations multiplies them.
+  const double arithmetic = gfl::testing::rounding(gfl::testing::accumulator_of(dtype));
+  const double tolerance = 64 * arithmetic * std::max(1.0, std::fabs(s.mean) / s.scale);
+  const double of_maps = tolerance + gfl::testing::rounding(dtype) * (dtype == DType::f64 ? 0 : 1);
+  const Levels got_y = y.read(), got_grad = grad_x.read();
+  for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
+    CHECK(gfl::testing::close(got_y[l][at], want.y[l][at], of_maps, of_maps), "%s level %zu image %d channel %d: y %.9g, expected %.9g",
+          gfl::testing::name_of(dtype), l, int(b), int(c), got_y[l][at], want.y[l][at]);
+    const double rstd = std::max(1.0, want.statistics[2 * group_index(s, l, b, c) + 1]);
+    CHECK(gfl::testing::close(got_grad[l][at], want.grad_x[l][at], of_maps, of_maps * rstd),
+          "%s level %zu image %d channel %d: grad_x %.9g, expected %.9g", gfl::testing::name_of(dtype), l, int(b), int(c),
+          got_grad[l][at], want.grad_x[l][at]);
+  });
+  // What lies between a map's rows is nobody's to write: it was NaN before.
+  for (size_t l = 0; l < s.locations.size() && s.gap > 0 && s.images * s.locations[l] > 0; ++l) {
+    const Layout layout(s, l);
+    const size_t beyond = static_cast<size_t>(s.planar[l] ? s.locations[l] : s.channels);
+    CHECK(got_y[l][beyond] != got_y[l][beyond] && got_grad[l][beyond] != got_grad[l][beyond], "a gap was written");
+  }
+  gfl::testing::expect_close(statistics.read(), want.statistics, tolerance, "statistics");
+  // Sums of up to a thousand terms of both signs.
+  const double of_parameters = 16 * tolerance + gfl::testing::rounding(parameter_dtype);
+  gfl::testing::expect_close(grad_weight.read(), want.grad_weight, of_parameters, "grad_weight");
+  gfl::testing::expect_close(grad_bias.read(), want.grad_bias, of_parameters, "grad_bias");
+}
+
+}  // namespace
+
+int main() {
+  Generator generator(gfl::testing::fresh_seed());
+  const std::vector<Shape> shapes = {
+      {{6, 1}, 1, 4, 2, {true, true}, 0, true, 0.3, 1.5},
+      {{6, 1, 0}, 2, 4, 2, {false, false, false}, 0, true, 0.3, 1.5},
+      // The head's groups; more locations than one piece has, a number that 16 bytes divide and one that they don't.
+      {{96, 35, 4}, 2, 96, 12, {true, true, true}, 0, true, 0.3, 1.5},
+      {{96, 35, 4}, 2, 96, 12, {false, false, false}, 0, true, 0.3, 1.5},
+      {{600, 75}, 1, 16, 2, {true, true}, 0, true, -1, 2},
+      {{600, 75}, 1, 16, 2, {false, false}, 0, true, -1, 2},
+      // A layout a level, odd channels, rows that don't touch, no ReLU.
+      {{70, 35}, 2, 21, 7, {true, false}, 3, true, 0.3, 1.5},
+      {{70, 130}, 1, 24, 3, {false, true}, 8, false, 0.3, 1.5},
+      // A channel a group, and one group of more channels than a slab or a warp has.
+      {{33}, 1, 72, 72, {false}, 0, true, 0.3, 1.5},
+      {{33}, 1, 136, 1, {true}, 0, true, 0.3, 1.5},
+      {{17}, 1, 300, 1, {false}, 0, true, 0.3, 1.5},
+      {{5}, 0, 4, 2, {true}, 0, true, 0.3, 1.5},
+  };
+  for (const DType dtype : gfl::testing::kDTypes) {
+    for (const Shape& shape : shapes) {
+      test(generator, shape, dtype, gfl::testing::accumulator_of(dtype));
+    }
+    test(generator, shapes[3], dtype, dtype);
+  }
+  // A mean of a thousand deviations: E[x²] − E[x]² in fp32 would lose 6 % of the variance.
+  for (const bool planar : {true, false}) {
+    test(generator, {{333, 20}, 1, 16, 4, {planar, planar}, 0, true, 2000, 2}, DType::f32, DType::f32);
+  }
+  return gfl::testing::result("group_norm_relu");
+}
