@@ -460,3 +460,25 @@ def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     gradients = ("cls_scores", "reg_preds")
     what = f"{scene.batch} images, {scene.positives} positives"
     yield Case("gfl_loss", "gfl_loss", what, inputs, ours, peers, dense, gradients, reads=reads)
+
+
+@case("group_norm_relu")
+def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    """One layer of a head's tower: 256 channels in 32 groups, all levels."""
+    channels, groups, generator = 256, 32, torch.Generator().manual_seed(0)
+    sizes = level_sizes(scene.size)
+    maps = [torch.randn((scene.batch, channels, h, w), generator=generator).to(dtype) for h, w in sizes]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = {"weight": torch.rand(channels, generator=generator).to(acc), "bias": torch.zeros(channels, dtype=acc)}
+
+    def ours(maps: list[Tensor], weight: Tensor, bias: Tensor) -> Any:
+        return gfl_ops.group_norm_relu(maps, groups, weight, bias)
+
+    def eager(maps: list[Tensor], weight: Tensor, bias: Tensor) -> Any:
+        return [F.relu(F.group_norm(m, groups, weight.to(m.dtype), bias.to(m.dtype))) for m in maps]
+
+    for name, layout in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
+        inputs = {"maps": [m.contiguous(memory_format=layout) for m in maps], **parameters}
+        what = f"{scene.batch} images, {channels} channels, {name.upper()}"
+        label, reached = f"group_norm_relu {name}", ("maps", "weight", "bias")
+        yield Case("group_norm_relu", label, what, inputs, ours, {"eager": eager}, eager, reached)
