@@ -134,10 +134,15 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 
 
 def magnitude(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float, relu: bool) -> float:
-    """A mean is taken off every value: what is left has the roundings of the mean, in deviations."""
+    """A mean is taken off every value, and what is left, and every gradient, is divided by the deviation.
+
+    So the former's roundings count in deviations, and a small deviation makes large terms that cancel in a gradient.
+    """
     statistics = reference([x.double() for x in inputs], weight.double(), bias.double(), num_groups, eps, relu)[1]
+    if statistics.numel() == 0:
+        return 1.0
     means = (statistics[..., 0] * statistics[..., 1]).abs()
-    return max(1.0, float(means.max()) if means.numel() else 0.0)
+    return max(1.0, float(means.max()), float(statistics[..., 1].max()))
 
 
 GROUP_NORM_RELU = register(
