@@ -3,10 +3,10 @@
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
-// The logits of up to 64 locations come as a tile in A, so that layout and dtype are dealt with once, on the way in and
-// out. All of a tile is computed as background, with β = 2 by the vector code of simd/gfl_loss.cpp, and the few
-// elements that belong to positives are put right. A location's classes are summed in order in A, everything else in
-// order in double. The bounds of chunks depend on shapes only: the same bits come out at any number of threads.
+// The logits are read where they are: a tile of locations at an even pitch is computed as background, with β = 2 by the
+// vector code of simd/background.h, and what belongs to positives is put right. A location's classes are summed in A,
+// everything else in order in double. The bounds of chunks depend on shapes only: the same bits come out at any number of
+// threads.
 #include "gfl/gfl_loss.h"
 
 #include <algorithm>
@@ -14,20 +14,21 @@
 
 #include "focal.h"
 #include "gfl_loss.h"
+#include "head_tile.h"
 #include "isa.h"
 #include "scalar.h"
 
 namespace gfl {
-GFL_DECLARE_PER_ISA(void head_background_loss(float* tile, int64_t count))
-GFL_DECLARE_PER_ISA(void head_background_gradient(float* tile, float scale, int64_t count))
+GFL_DECLARE_PER_ISA(void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes,
+                                         float scale, float* sums, HeadTile<void> out))
+GFL_DECLARE_PER_ISA(float head_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes,
+                                                  int64_t label))
 }  // namespace gfl
 
 namespace gfl::cpu {
 namespace {
 
-constexpr int64_t kTile = 64;          // locations
-constexpr int64_t kBlock = 4 * kTile;
-constexpr int64_t kTileClasses = 128;  // so that a tile of doubles is 64 KiB
+constexpr int64_t kBlock = 2 * kHeadTile;
 constexpr int64_t kNotCounted = -2;
 
 int64_t element(const int64_t (&stride)[4], int64_t image, int64_t channel, int64_t row, int64_t column) {
@@ -112,175 +113,109 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
 
 // ---- logits ----
 
-// Up to kTile locations of one level of one image, and which of them are positive.
-struct Tile {
-  int64_t image, begin, count;  // by row-major index in the level
-  int64_t location;             // of its first, as HeadPositive counts
-  const HeadPositive* first;
-  const HeadPositive* last;
-};
-
-// Walks the tiles of a block: visit(level, tile).
-template <class Visit>
-void for_tiles(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadBlock& block,
-               const Visit& visit) {
-  int64_t start = block.image * in.locations;
-  for (int64_t l = 0; l < block.level; ++l) start += in.levels[l].height * in.levels[l].width;
-  const HeadPositive* const all = positives.data();
-  const auto before = [](const HeadPositive& p, int64_t location) { return p.location < location; };
-  const HeadPositive* next = std::lower_bound(all, all + positives.size(), start + block.begin, before);
-  for (int64_t begin = block.begin; begin < block.end; begin += kTile) {
-    Tile tile{block.image, begin, std::min(kTile, block.end - begin), start + begin, next, next};
-    while (next != all + positives.size() && next->location < tile.location + tile.count) ++next;
-    tile.last = next;
-    visit(in.levels[block.level], tile);
-  }
+template <class T, class M>
+HeadTile<T> tile_at(M* map, const int64_t (&stride)[4], int64_t image, int64_t width, int64_t cell) {
+  if (map == nullptr) return {nullptr, 0, 0};
+  return {static_cast<T*>(map) + element(stride, image, 0, cell / width, cell % width), stride[3], stride[1]};
 }
 
-// Where the tile's locations lie in a map, and whether they lie side by side.
-struct Offsets {
-  int64_t at[kTile];
-  bool adjacent;
-
-  Offsets(const Tile& tile, int64_t width, const int64_t (&stride)[4]) : adjacent(true) {
-    int64_t row = tile.begin / width, column = tile.begin % width;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      at[i] = element(stride, tile.image, 0, row, column);
-      adjacent = adjacent && at[i] == at[0] + i;
-      if (++column == width) column = 0, ++row;
-    }
-  }
-};
-
-// Classes [first, first + classes) of a tile: element (location i, class c) is at i·location + (c − first)·channel. The
-// layout follows that of the map, so that copies run along the memory of both.
-struct TileLayout { int64_t location, channel, first, classes; };
-
-// Copies between a map and a tile: copy(place in the map, place in the tile).
-template <class Copy>
-void for_elements(const Tile& tile, const TileLayout& layout, const Offsets& offsets, int64_t channel_stride,
-                  const Copy& copy) {
-  if (offsets.adjacent && layout.location == 1) {
-    for (int64_t c = 0; c < layout.classes; ++c) {
-      const int64_t from = (layout.first + c) * channel_stride + offsets.at[0], to = c * layout.channel;
-      for (int64_t i = 0; i < tile.count; ++i) copy(from + i, to + i);
-    }
-  } else if (channel_stride == 1 && layout.channel == 1) {
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const int64_t from = layout.first + offsets.at[i], to = i * layout.location;
-      for (int64_t c = 0; c < layout.classes; ++c) copy(from + c, to + c);
-    }
-  } else {
-    for (int64_t i = 0; i < tile.count; ++i) {
-      for (int64_t c = 0; c < layout.classes; ++c) {
-        copy((layout.first + c) * channel_stride + offsets.at[i], i * layout.location + c * layout.channel);
-      }
+// A tile as background: losses to `sums`, `scale` times their gradients to `out`; either may be null. The classes of a
+// location are added up in order. Then the same of a single location but for one class, without a gradient.
+template <class T, class A = acc_t<T>>
+void any_background(HeadTile<const T> in, int64_t count, int64_t classes, A beta, A scale, A* sums, HeadTile<T> out) {
+  if (sums != nullptr) std::fill(sums, sums + count, A(0));
+  for (int64_t c = 0; c < classes; ++c) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Term<A> term = qfl_term(load(in.data + i * in.location + c * in.channel), A(0), beta, false);
+      if (sums != nullptr) sums[i] += term.value;
+      if (out.data != nullptr) store(out.data + i * out.location + c * out.channel, scale * term.grad_pred);
     }
   }
 }
-
-// Everything of a tile as background; kTile · classes elements.
-template <class A> void background_loss(A* tile, A beta, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) tile[i] = qfl_term(tile[i], A(0), beta, false).value;
-}
-template <class A> void background_gradient(A* tile, A beta, A scale, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) tile[i] = scale * qfl_term(tile[i], A(0), beta, false).grad_pred;
-}
-void vector_loss(float* tile, int64_t count) { GFL_BY_ISA(head_background_loss, tile, count); }
-void vector_gradient(float* tile, float scale, int64_t count) {
-  GFL_BY_ISA(head_background_gradient, tile, scale, count);
-}
-void background_loss(float* tile, float beta, int64_t count) {
-  if (beta == 2.0f) return vector_loss(tile, count);
-  background_loss<float>(tile, beta, count);
-}
-void background_gradient(float* tile, float beta, float scale, int64_t count) {
-  if (beta == 2.0f) return vector_gradient(tile, scale, count);
-  background_gradient<float>(tile, beta, scale, count);
-}
-
-// Walks a block tile by tile. `own(logit, positive's index)` is an element of a positive at its label,
-// `background(values, count)` replaces logits, and `finish(level, tile, layout, values)` takes the result.
-template <class T, class Own, class Background, class Finish>
-void walk(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadBlock& block, const Own& own,
-          const Background& background, const Finish& finish) {
-  using A = acc_t<T>;
-  alignas(64) A values[kTileClasses * kTile] = {};
-  A at_label[kTile];
-  for_tiles(in, positives, block, [&](const HeadLevel& level, const Tile& tile) {
-    const T* map = static_cast<const T*>(level.cls);
-    const Offsets offsets(tile, level.width, level.cls_stride);
-    for (int64_t first = 0; first < in.classes; first += kTileClasses) {
-      const int64_t classes = std::min(kTileClasses, in.classes - first);
-      const bool channels_last = level.cls_stride[1] == 1 && !offsets.adjacent;
-      const TileLayout layout{channels_last ? classes : 1, channels_last ? 1 : kTile, first, classes};
-      for_elements(tile, layout, offsets, level.cls_stride[1],
-                   [&](int64_t from, int64_t to) { values[to] = load(map + from); });
-      const auto for_labels = [&](const auto& visit) {
-        for (const HeadPositive* p = tile.first; p != tile.last; ++p) {
-          if (p->label < first || p->label >= first + classes) continue;
-          const int64_t place = p->location - tile.location;
-          visit(values[place * layout.location + (p->label - first) * layout.channel], at_label[place], p);
-        }
-      };
-      for_labels([&](A& value, A& kept, const HeadPositive* p) { kept = own(value, p - positives.data()); });
-      background(values, kTile * classes);
-      for_labels([&](A& value, A& kept, const HeadPositive*) { value = kept; });
-      finish(level, tile, layout, values);
-    }
-  });
-}
-
-template <class T>
-double block_loss(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                  const HeadBlock& block) {
-  using A = acc_t<T>;
-  const A beta = static_cast<A>(in.beta);
-  double sum = 0;
-  A row[kTile];
-  walk<T>(
-      in, positives, block,
-      [&](A x, int64_t index) { return qfl_term(x, static_cast<A>(terms[index].score), beta, false).value; },
-      [&](A* values, int64_t count) { background_loss(values, beta, count); },
-      [&](const HeadLevel&, const Tile& tile, const TileLayout& layout, const A* values) {
-        if (layout.first == 0) std::fill(row, row + kTile, A(0));
-        for (int64_t c = 0; c < layout.classes; ++c) {
-          const A* at = values + c * layout.channel;
-          if (layout.location == 1) {
-            for (int64_t i = 0; i < kTile; ++i) row[i] += at[i];
-          } else {
-            for (int64_t i = 0; i < tile.count; ++i) row[i] += at[i * layout.location];
-          }
-        }
-        if (layout.first + layout.classes < in.classes) return;
-        for (int64_t i = 0; i < tile.count; ++i) {
-          if (in.labels[tile.location + i] != kNotCounted) sum += static_cast<double>(row[i]);
-        }
-      });
+template <class T, class A = acc_t<T>>
+A any_background_without(const T* cls, int64_t channel, int64_t classes, int64_t label, A beta) {
+  A sum = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    if (c != label) sum += qfl_term(load(cls + c * channel), A(0), beta, false).value;
+  }
   return sum;
 }
 
+void vector_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes, float scale, float* sums,
+                       HeadTile<void> out) {
+  GFL_BY_ISA(head_background, dtype, in, count, classes, scale, sums, out);
+}
+float vector_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes, int64_t label) {
+  GFL_BY_ISA(head_background_without, dtype, cls, channel, classes, label);
+}
+
 template <class T>
-void block_backward(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                    const HeadBlock& block, double scale, const HeadGradients& out) {
+void background(const GflLossInput& in, HeadTile<const T> from, int64_t count, acc_t<T> scale, acc_t<T>* sums,
+                HeadTile<T> to) {
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (in.beta == 2.0) {
+      return vector_background(in.cls_dtype, {from.data, from.location, from.channel}, count, in.classes, scale, sums,
+                               {to.data, to.location, to.channel});
+    }
+  }
+  any_background<T>(from, count, in.classes, static_cast<acc_t<T>>(in.beta), scale, sums, to);
+}
+
+template <class T>
+acc_t<T> background_without(const GflLossInput& in, const T* cls, int64_t channel, int64_t label) {
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (in.beta == 2.0) return vector_background_without(in.cls_dtype, cls, channel, in.classes, label);
+  }
+  return any_background_without<T>(cls, channel, in.classes, label, static_cast<acc_t<T>>(in.beta));
+}
+
+// Σ QFL of a block, if `loss`, and its gradient, if `gradients` is not null: everything as background first, then right
+// what belongs to positives and what is not counted.
+template <class T>
+double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
+                    const HeadBlock& block, bool loss, double scale, const HeadGradients* gradients) {
   using A = acc_t<T>;
+  const HeadLevel& level = in.levels[block.level];
   const A beta = static_cast<A>(in.beta), factor = static_cast<A>(scale);
-  T* const grad = static_cast<T*>(out.cls);
-  walk<T>(
-      in, positives, block,
-      [&](A x, int64_t index) {
-        return factor * qfl_term(x, static_cast<A>(terms[index].score), beta, false).grad_pred;
-      },
-      [&](A* values, int64_t count) { background_gradient(values, beta, factor, count); },
-      [&](const HeadLevel& level, const Tile& tile, const TileLayout& layout, A* values) {
-        for (int64_t i = 0; i < tile.count; ++i) {
-          if (in.labels[tile.location + i] != kNotCounted) continue;
-          for (int64_t c = 0; c < layout.classes; ++c) values[i * layout.location + c * layout.channel] = 0;
-        }
-        const Offsets offsets(tile, level.width, out.cls_stride);
-        for_elements(tile, layout, offsets, out.cls_stride[1],
-                     [&](int64_t to, int64_t from) { store(grad + to, values[from]); });
-      });
+  static const HeadGradients none{};
+  const HeadGradients& out = gradients != nullptr ? gradients[block.level] : none;
+  // One row of the map follows the other at the pitch of the locations.
+  const auto rows_run_on = [&](const int64_t (&stride)[4]) { return stride[2] == level.width * stride[3]; };
+  const bool run_on = rows_run_on(level.cls_stride) && (gradients == nullptr || rows_run_on(out.cls_stride));
+
+  int64_t start = block.image * in.locations;
+  for (int64_t l = 0; l < block.level; ++l) start += in.levels[l].height * in.levels[l].width;
+  const HeadPositive* const last = positives.data() + positives.size();
+  const auto before = [](const HeadPositive& p, int64_t location) { return p.location < location; };
+  const HeadPositive* next = std::lower_bound(positives.data(), last, start + block.begin, before);
+
+  double total = 0;
+  A sums[kHeadTile];
+  for (int64_t begin = block.begin, end = begin; begin < block.end; begin = end) {
+    end = std::min(begin + kHeadTile, block.end);
+    if (!run_on) end = std::min(end, (begin / level.width + 1) * level.width);
+    const HeadTile<const T> from = tile_at<const T>(level.cls, level.cls_stride, block.image, level.width, begin);
+    const HeadTile<T> to = tile_at<T>(out.cls, out.cls_stride, block.image, level.width, begin);
+    background<T>(in, from, end - begin, factor, loss ? sums : nullptr, to);
+    for (; next != last && next->location < start + end; ++next) {
+      const int64_t i = next->location - start - begin;
+      const T* const cls = from.data + i * from.location;
+      const Term<A> own = qfl_term(load(cls + next->label * from.channel),
+                                   static_cast<A>(terms[next - positives.data()].score), beta, false);
+      if (loss) sums[i] = background_without<T>(in, cls, from.channel, next->label) + own.value;
+      if (to.data != nullptr) {
+        store(to.data + i * to.location + next->label * to.channel, factor * own.grad_pred);
+      }
+    }
+    for (int64_t i = 0; i < end - begin; ++i) {
+      if (in.labels[start + begin + i] != kNotCounted) {
+        if (loss) total += static_cast<double>(sums[i]);
+      } else if (to.data != nullptr) {
+        for (int64_t c = 0; c < in.classes; ++c) store(to.data + i * to.location + c * to.channel, A(0));
+      }
+    }
+  }
+  return total;
 }
 
 }  // namespace
@@ -328,12 +263,10 @@ void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& po
                      const HeadBlock* blocks, double* sums, double scale, const HeadGradients* gradients, int64_t begin,
                      int64_t end) {
   dispatch(in.cls_dtype, [&](auto t) {
-    using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
-      if (sums != nullptr) sums[i] = block_loss<T>(in, positives, terms, blocks[i]);
-      if (gradients != nullptr) {
-        block_backward<T>(in, positives, terms, blocks[i], scale, gradients[blocks[i].level]);
-      }
+      const double sum =
+          block_scores<decltype(t)>(in, positives, terms, blocks[i], sums != nullptr, scale, gradients);
+      if (sums != nullptr) sums[i] = sum;
     }
   });
 }

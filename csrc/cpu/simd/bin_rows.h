@@ -31,6 +31,7 @@ template <class T> struct RowGroup {
   const T* from[kLanes];
   int64_t row[kLanes];
   int count;
+  bool consecutive;  // kLanes rows, each the next of the one before
 
   void fill_up() {
     for (int k = count; k < kLanes; ++k) {
@@ -73,10 +74,21 @@ constexpr int kNeighbours = 8 * kLanes;
 template <class T, class Body> void for_row_groups(const BinRows& v, int64_t begin, int64_t end, const Body& body) {
   const T* data = static_cast<const T*>(v.data);
   RowGroup<T> group;
+  const bool plain = v.sides == 1 && v.count_outer == 1;
   const auto in_order = [&](int64_t first, int64_t last) {
     RowCursor cursor(v, first);
     for (int64_t row = first; row < last; row += kLanes) {
       group.count = static_cast<int>(last - row < kLanes ? last - row : kLanes);
+      group.consecutive = group.count == kLanes;
+      if (plain && group.consecutive) {
+        for (int k = 0; k < kLanes; ++k) {
+          group.from[k] = data + (row + k) * v.stride_location.inner;
+          group.row[k] = row + k;
+        }
+        body(group);
+        continue;
+      }
+      if (plain) cursor.inner = row;
       for (int k = 0; k < group.count; ++k, cursor.next_row()) {
         group.from[k] = data + cursor.offset();
         group.row[k] = row + k;
@@ -100,6 +112,7 @@ template <class T, class Body> void for_row_groups(const BinRows& v, int64_t beg
     for (int64_t side = 0; side < v.sides; ++side) {
       for (int start = 0; start < many; start += kLanes) {
         group.count = many - start < kLanes ? many - start : kLanes;
+        group.consecutive = false;
         for (int k = 0; k < group.count; ++k) {
           group.from[k] = side_0[start + k] + side * v.stride_side;
           group.row[k] = (block + start + k) * v.sides + side;
@@ -114,65 +127,116 @@ template <class T, class Body> void for_row_groups(const BinRows& v, int64_t beg
 
 // ---- between memory and a tile ----
 
-using Four = float __attribute__((vector_size(16)));
-using FourIndex = int32_t __attribute__((vector_size(16)));
+// Four columns of several rows: the halves of a register, where it has two, hold different rows and are transposed each
+// by itself.
+#if defined(__AVX__)
+constexpr int kBlockRows = 8;
+#else
+constexpr int kBlockRows = 4;
+#endif
+using Block = float __attribute__((vector_size(4 * kBlockRows)));
+using BlockIndex = int32_t __attribute__((vector_size(4 * kBlockRows)));
 
-inline Four load_four(const float* from) {
-  Four v;
-  std::memcpy(&v, from, sizeof v);
+// Four columns of the rows 0 and 4 of `rows`; of narrow registers, of row 0.
+inline Block load_block(const float* const* rows, int column) {
+#if defined(__AVX__)
+  const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(rows[0] + column));
+  return _mm256_insertf128_ps(low, _mm_loadu_ps(rows[4] + column), 1);
+#else
+  Block v;
+  std::memcpy(&v, rows[0] + column, sizeof v);
   return v;
+#endif
 }
-inline void store_four(Four v, float* to) { std::memcpy(to, &v, sizeof v); }
+inline void store_block(Block v, float* const* rows, int column, int count) {
+  if (count <= 0) return;
+#if defined(__AVX__)
+  _mm_storeu_ps(rows[0] + column, _mm256_castps256_ps128(v));
+  if (count > 4) _mm_storeu_ps(rows[4] + column, _mm256_extractf128_ps(v, 1));
+#else
+  std::memcpy(rows[0] + column, &v, sizeof v);
+#endif
+}
 
 #if defined(__clang__)
 #define GFL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define GFL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourIndex{__VA_ARGS__})
+#define GFL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, BlockIndex{__VA_ARGS__})
+#endif
+#if defined(__AVX__)
+#define GFL_LOW_SINGLES 0, 8, 1, 9, 4, 12, 5, 13
+#define GFL_HIGH_SINGLES 2, 10, 3, 11, 6, 14, 7, 15
+#define GFL_LOW_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define GFL_HIGH_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define GFL_LOW_SINGLES 0, 4, 1, 5
+#define GFL_HIGH_SINGLES 2, 6, 3, 7
+#define GFL_LOW_PAIRS 0, 1, 4, 5
+#define GFL_HIGH_PAIRS 2, 3, 6, 7
 #endif
 
-inline void transpose(Four& a, Four& b, Four& c, Four& d) {
-  const Four ab_low = GFL_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = GFL_SHUFFLE(a, b, 2, 6, 3, 7);
-  const Four cd_low = GFL_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = GFL_SHUFFLE(c, d, 2, 6, 3, 7);
-  a = GFL_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
-  b = GFL_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
-  c = GFL_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
-  d = GFL_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+inline void transpose(Block& a, Block& b, Block& c, Block& d) {
+  const Block ab_low = GFL_SHUFFLE(a, b, GFL_LOW_SINGLES), ab_high = GFL_SHUFFLE(a, b, GFL_HIGH_SINGLES);
+  const Block cd_low = GFL_SHUFFLE(c, d, GFL_LOW_SINGLES), cd_high = GFL_SHUFFLE(c, d, GFL_HIGH_SINGLES);
+  a = GFL_SHUFFLE(ab_low, cd_low, GFL_LOW_PAIRS);
+  b = GFL_SHUFFLE(ab_low, cd_low, GFL_HIGH_PAIRS);
+  c = GFL_SHUFFLE(ab_high, cd_high, GFL_LOW_PAIRS);
+  d = GFL_SHUFFLE(ab_high, cd_high, GFL_HIGH_PAIRS);
 }
 #undef GFL_SHUFFLE
+#undef GFL_LOW_SINGLES
+#undef GFL_HIGH_SINGLES
+#undef GFL_LOW_PAIRS
+#undef GFL_HIGH_PAIRS
+
+// Calls body(first column) for blocks of four columns: the last moves back, over columns that were there before.
+template <class Body> inline void for_four_columns(int bins, const Body& body) {
+  for (int j = 0; j + 4 < bins; j += 4) body(j);
+  body(bins - 4);
+}
 
 // Rows of `bins` floats -> tile, and back to the first `count` rows.
 inline void gather_rows(const float* const (&rows)[kLanes], int bins, Lanes* tile) {
-  int j = 0;
-  for (; j + 4 <= bins; j += 4) {
-    for (int k = 0; k < kLanes; k += 4) {
-      Four a = load_four(rows[k] + j), b = load_four(rows[k + 1] + j), c = load_four(rows[k + 2] + j),
-           d = load_four(rows[k + 3] + j);
-      transpose(a, b, c, d);
-      store_four(a, tile[j].at + k);
-      store_four(b, tile[j + 1].at + k);
-      store_four(c, tile[j + 2].at + k);
-      store_four(d, tile[j + 3].at + k);
+  if (bins < 4) {
+    for (int j = 0; j < bins; ++j) {
+      for (int k = 0; k < kLanes; ++k) tile[j][k] = rows[k][j];
     }
+    return;
   }
-  for (; j < bins; ++j) {
-    for (int k = 0; k < kLanes; ++k) tile[j][k] = rows[k][j];
-  }
+  for_four_columns(bins, [&](int j) {
+    for (int k = 0; k < kLanes; k += kBlockRows) {
+      Block a = load_block(rows + k, j), b = load_block(rows + k + 1, j), c = load_block(rows + k + 2, j),
+            d = load_block(rows + k + 3, j);
+      transpose(a, b, c, d);
+      std::memcpy(tile[j].at + k, &a, sizeof a);
+      std::memcpy(tile[j + 1].at + k, &b, sizeof b);
+      std::memcpy(tile[j + 2].at + k, &c, sizeof c);
+      std::memcpy(tile[j + 3].at + k, &d, sizeof d);
+    }
+  });
 }
 
 inline void scatter_rows(const Lanes* tile, int bins, int count, float* const (&rows)[kLanes]) {
-  int j = 0;
-  for (; j + 4 <= bins; j += 4) {
-    for (int k = 0; k < count; k += 4) {
-      Four v[4] = {load_four(tile[j].at + k), load_four(tile[j + 1].at + k), load_four(tile[j + 2].at + k),
-                   load_four(tile[j + 3].at + k)};
-      transpose(v[0], v[1], v[2], v[3]);
-      const int here = count - k < 4 ? count - k : 4;
-      for (int i = 0; i < here; ++i) store_four(v[i], rows[k + i] + j);
+  if (bins < 4) {
+    for (int j = 0; j < bins; ++j) {
+      for (int k = 0; k < count; ++k) rows[k][j] = tile[j][k];
     }
+    return;
   }
-  for (; j < bins; ++j) {
-    for (int k = 0; k < count; ++k) rows[k][j] = tile[j][k];
-  }
+  for_four_columns(bins, [&](int j) {
+    for (int k = 0; k < count; k += kBlockRows) {
+      Block a, b, c, d;
+      std::memcpy(&a, tile[j].at + k, sizeof a);
+      std::memcpy(&b, tile[j + 1].at + k, sizeof b);
+      std::memcpy(&c, tile[j + 2].at + k, sizeof c);
+      std::memcpy(&d, tile[j + 3].at + k, sizeof d);
+      transpose(a, b, c, d);
+      store_block(a, rows + k, j, count - k);
+      store_block(b, rows + k + 1, j, count - k - 1);
+      store_block(c, rows + k + 2, j, count - k - 2);
+      store_block(d, rows + k + 3, j, count - k - 3);
+    }
+  });
 }
 
 // `count` elements of any dtype, and floats.
@@ -242,11 +306,19 @@ template <class T> void store_tile(const Lanes* tile, const RowGroup<T>& group, 
 }
 
 // A number of each row, and back.
-inline void load_rows(const float* from, const int64_t (&row)[kLanes], Lanes& lanes) {
-  for (int k = 0; k < kLanes; ++k) lanes[k] = from[row[k]];
+template <class T> inline void load_rows(const float* from, const RowGroup<T>& group, Lanes& lanes) {
+  if (group.consecutive) {
+    std::memcpy(&lanes, from + group.row[0], sizeof lanes);
+    return;
+  }
+  for (int k = 0; k < kLanes; ++k) lanes[k] = from[group.row[k]];
 }
-inline void store_rows(const Lanes& lanes, const int64_t (&row)[kLanes], int count, float* to) {
-  for (int k = 0; k < count; ++k) to[row[k]] = lanes[k];
+template <class T> inline void store_rows(const Lanes& lanes, const RowGroup<T>& group, float* to) {
+  if (group.consecutive) {
+    std::memcpy(to + group.row[0], &lanes, sizeof lanes);
+    return;
+  }
+  for (int k = 0; k < group.count; ++k) to[group.row[k]] = lanes[k];
 }
 
 // ---- softmax ----
@@ -254,42 +326,91 @@ inline void store_rows(const Lanes& lanes, const int64_t (&row)[kLanes], int cou
 // What BinSoftmax of common/bins.h holds, of kLanes rows.
 struct BinSums {
   Lanes max, peak, total, moment;
+  bool beyond;  // a logit is beyond what counts
 
   // The expected bin.
   void mean(Lanes& to) const { GFL_LANES(k) to[k] = peak[k] + moment[k] / total[k]; }
 };
 
+inline Floats larger_of(Floats a, Floats b) { return a > b ? a : b; }
+inline bool any_of(Ints condition) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)condition) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+  return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
+}
+
+// Highest logits and their bins. Without kBounded the logits count as they are, and it returns whether one is beyond what
+// counts; it is only then that each has to be looked at.
+template <bool kBounded> inline bool bin_peaks(const Lanes* tile, int bins, BinSums& s) {
+  Floats max[kParts], peak[kParts] = {}, largest[kParts] = {};
+  for (int part = 0; part < kParts; ++part) {
+    max[part] = lanes_at(tile[0], part * kWidth);
+    if (kBounded) max[part] = bounded(max[part]);
+    else largest[part] = larger_of(absolute_of(max[part]), largest[part]);
+  }
+  for (int j = 1; j < bins; ++j) {
+    for (int part = 0; part < kParts; ++part) {
+      Floats x = lanes_at(tile[j], part * kWidth);
+      if (kBounded) x = bounded(x);
+      else largest[part] = larger_of(absolute_of(x), largest[part]);
+      peak[part] = x > max[part] ? splat<Floats>(static_cast<float>(j)) : peak[part];
+      max[part] = larger_of(x, max[part]);
+    }
+  }
+  Ints beyond{};
+  for (int part = 0; part < kParts; ++part) {
+    beyond |= largest[part] > kLargestLogit;
+    store_floats(max[part], s.max.at + part * kWidth);
+    store_floats(peak[part], s.peak.at + part * kWidth);
+  }
+  return !kBounded && any_of(beyond);
+}
+
+template <bool kKeep, bool kBounded> inline void bin_exponentials(const Lanes* tile, int bins, BinSums& s, Lanes* e) {
+  Floats total[kParts] = {}, moment[kParts] = {}, from_peak[kParts];
+  for (int part = 0; part < kParts; ++part) from_peak[part] = -lanes_at(s.peak, part * kWidth);
+  for (int j = 0; j < bins; ++j) {
+    for (int part = 0; part < kParts; ++part) {
+      Floats x = lanes_at(tile[j], part * kWidth);
+      if (kBounded) x = bounded(x);
+      const Floats value = exp_of_negative(x - lanes_at(s.max, part * kWidth));
+      total[part] += value;
+      moment[part] = multiply_add(value, from_peak[part], moment[part]);
+      from_peak[part] += 1.0f;
+      if (kKeep) store_floats(value, e[j].at + part * kWidth);
+    }
+  }
+  for (int part = 0; part < kParts; ++part) {
+    store_floats(total[part], s.total.at + part * kWidth);
+    store_floats(moment[part], s.moment.at + part * kWidth);
+  }
+}
+
 // Of the logits in a tile; the exponentials go to `e`, if they are to be kept.
 template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSums& s, Lanes* e) {
-  for (int k = 0; k < kLanes; k += kWidth) {
-    Floats max = bounded(lanes_at(tile[0], k)), peak{}, total{}, moment{};
-    for (int j = 1; j < bins; ++j) {
-      const Floats x = bounded(lanes_at(tile[j], k));
-      peak = x > max ? splat<Floats>(static_cast<float>(j)) : peak;
-      max = x > max ? x : max;
-    }
-    for (int j = 0; j < bins; ++j) {
-      const Floats value = exp_of_negative(bounded(lanes_at(tile[j], k)) - max);
-      total += value;
-      moment += value * (static_cast<float>(j) - peak);
-      if (kKeep) store_floats(value, e[j].at + k);
-    }
-    store_floats(max, s.max.at + k);
-    store_floats(peak, s.peak.at + k);
-    store_floats(total, s.total.at + k);
-    store_floats(moment, s.moment.at + k);
-  }
+  s.beyond = bin_peaks<false>(tile, bins, s);
+  if (!s.beyond) return bin_exponentials<kKeep, false>(tile, bins, s, e);
+  bin_peaks<true>(tile, bins, s);
+  bin_exponentials<kKeep, true>(tile, bins, s, e);
 }
 
 // The gradient by the logits, over the exponentials in place: what `gradient(k)` makes of the bin and its exponential
 // for the lanes from k on, and 0 where a logit is beyond what counts.
-template <class Gradient> inline void bin_gradients(const Lanes* tile, Lanes* e, int bins, const Gradient& gradient) {
+template <class Gradient>
+inline void bin_gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const Gradient& gradient) {
   for (int k = 0; k < kLanes; k += kWidth) {
     const auto of_bin = gradient(k);
-    for (int j = 0; j < bins; ++j) {
-      const Floats value = of_bin(static_cast<float>(j), lanes_at(e[j], k));
+    for (int j = 0; j < bins; ++j) store_floats(of_bin(static_cast<float>(j), lanes_at(e[j], k)), e[j].at + k);
+  }
+  if (!s.beyond) return;
+  for (int j = 0; j < bins; ++j) {
+    for (int k = 0; k < kLanes; k += kWidth) {
       const Ints beyond = absolute_of(lanes_at(tile[j], k)) > kLargestLogit;
-      store_floats((Floats)(~beyond & (Ints)value), e[j].at + k);
+      store_floats((Floats)(~beyond & (Ints)lanes_at(e[j], k)), e[j].at + k);
     }
   }
 }

@@ -31,24 +31,24 @@ inline void bins_at_positions(const Lanes& y, int bins, bool ignore_out_of_range
   }
 }
 
-inline void bins_given(const DflInput& in, const int64_t (&row)[kLanes], BinPairs& pairs) {
+template <class T> inline void bins_given(const DflInput& in, const RowGroup<T>& group, BinPairs& pairs) {
   const int64_t last = in.pred.bins - 1;
   for (int k = 0; k < kLanes; ++k) {
-    const int64_t left = in.left[row[k]];
+    const int64_t left = in.left[group.row[k]];
     const int64_t near = left < -1 ? -1 : (left > last ? last : left);  // keeps left + 1 from running over
     pairs.left[k] = static_cast<float>(near < 0 ? 0 : near);
     pairs.right[k] = static_cast<float>(near + 1 > last ? last : near + 1);
     pairs.counted[k] = 1.0f;
     pairs.clamped[k] = 0.0f;
   }
-  load_rows(static_cast<const float*>(in.weight_left), row, pairs.weight_left);
-  load_rows(static_cast<const float*>(in.weight_right), row, pairs.weight_right);
+  load_rows(static_cast<const float*>(in.weight_left), group, pairs.weight_left);
+  load_rows(static_cast<const float*>(in.weight_right), group, pairs.weight_right);
 }
 
-inline void pairs_of(const DflInput& in, const int64_t (&row)[kLanes], BinPairs& pairs) {
-  if (in.target == nullptr) return bins_given(in, row, pairs);
+template <class T> inline void pairs_of(const DflInput& in, const RowGroup<T>& group, BinPairs& pairs) {
+  if (in.target == nullptr) return bins_given(in, group, pairs);
   Lanes y;
-  load_rows(static_cast<const float*>(in.target), row, y);
+  load_rows(static_cast<const float*>(in.target), group, y);
   bins_at_positions(y, static_cast<int>(in.pred.bins), in.ignore_out_of_range, pairs);
 }
 
@@ -73,17 +73,17 @@ template <class T> void forward(const DflInput& in, float* loss, float* distance
     BinSums s;
     bin_softmax<false>(tile, bins, s, nullptr);
     BinPairs pairs;
-    pairs_of(in, group.row, pairs);
+    pairs_of(in, group, pairs);
     Lanes left, right;
     entropies(tile, s, pairs, left, right);
     GFL_LANES(k) {
       const float value = left[k] * pairs.weight_left[k] + right[k] * pairs.weight_right[k];
       left[k] = pairs.counted[k] > 0.0f ? value : 0.0f;
     }
-    store_rows(left, group.row, group.count, loss);
+    store_rows(left, group, loss);
     if (distance == nullptr) return;
     s.mean(right);
-    store_rows(right, group.row, group.count, distance);
+    store_rows(right, group, distance);
   });
 }
 
@@ -91,7 +91,7 @@ template <class T> void forward(const DflInput& in, float* loss, float* distance
 template <bool kDistance>
 inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const BinPairs& pairs,
                       const Lanes& scale, const Lanes& scale_distance) {
-  bin_gradients(tile, e, bins, [&](int k) {
+  bin_gradients(tile, e, bins, s, [&](int k) {
     const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k), zero{};
     const Ints counted = lanes_at(pairs.counted, k) > 0.0f;
     const Floats of_row = counted ? lanes_at(scale, k) : zero;
@@ -100,11 +100,11 @@ inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, c
     const Floats both = (left + right) / total;
     const Floats slope = lanes_at(scale_distance, k) / total, from_peak = lanes_at(s.moment, k) / total;
     return [=](float bin, Floats value) {
-      Floats gradient = value * both;
+      // A row that does not count has no gradient of the loss, whatever its logits are; but of the distance.
+      Floats gradient = kDistance ? value * multiply_add(slope, (bin - peak) - from_peak, both)
+                                  : (Floats)(counted & (Ints)(value * both));
       gradient -= (Floats)((bin_left == bin) & (Ints)left);
       gradient -= (Floats)((bin_right == bin) & (Ints)right);
-      gradient = (Floats)(counted & (Ints)gradient);
-      if (kDistance) gradient += slope * (value * ((bin - peak) - from_peak));
       return gradient;
     };
   });
@@ -120,9 +120,9 @@ void backward(const DflInput& in, const float* grad_loss, const float* grad_dist
     BinSums s;
     bin_softmax<true>(tile, bins, s, e);
     BinPairs pairs;
-    pairs_of(in, group.row, pairs);
+    pairs_of(in, group, pairs);
     Lanes scale, scale_distance{};
-    load_rows(grad_loss, group.row, scale);
+    load_rows(grad_loss, group, scale);
     if (out.target != nullptr || out.weight_left != nullptr || out.weight_right != nullptr) {
       Lanes left, right, by_target;
       entropies(tile, s, pairs, left, right);
@@ -132,15 +132,15 @@ void backward(const DflInput& in, const float* grad_loss, const float* grad_dist
         left[k] *= scale[k];
         right[k] *= scale[k];
       }
-      if (out.target != nullptr) store_rows(by_target, group.row, group.count, static_cast<float*>(out.target));
-      if (out.weight_left != nullptr) store_rows(left, group.row, group.count, static_cast<float*>(out.weight_left));
-      if (out.weight_right != nullptr) store_rows(right, group.row, group.count, static_cast<float*>(out.weight_right));
+      if (out.target != nullptr) store_rows(by_target, group, static_cast<float*>(out.target));
+      if (out.weight_left != nullptr) store_rows(left, group, static_cast<float*>(out.weight_left));
+      if (out.weight_right != nullptr) store_rows(right, group, static_cast<float*>(out.weight_right));
     }
     if (out.pred == nullptr) return;
     if (grad_distance == nullptr) {
       gradients<false>(tile, e, bins, s, pairs, scale, scale_distance);
     } else {
-      load_rows(grad_distance, group.row, scale_distance);
+      load_rows(grad_distance, group, scale_distance);
       gradients<true>(tile, e, bins, s, pairs, scale, scale_distance);
     }
     store_tile(e, group, bins, static_cast<T*>(out.pred));

@@ -1,19 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss with β = 2 against background, p²·BCE(x, 0), over a tile of logits in place.
-#include "focal_terms.h"
+// The head's class maps as background, with β = 2.
+#include "../head_tile.h"
+#include "background.h"
 
 namespace gfl::GFL_ISA {
+namespace {
 
-// `count` is a multiple of kLanes.
-void head_background_loss(float* tile, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) store_floats(background_term(load_floats(tile + i)).value, tile + i);
+template <bool kLoss, bool kGrad, class T>
+void background(HeadTile<const T> in, int64_t count, int64_t classes, float scale, float* sums, HeadTile<T> out) {
+  if (in.location == 1 && (!kGrad || out.location == 1)) {
+    return background_columns<kHeadTile, kLoss, kGrad>(in.data, in.channel, count, classes, scale, sums, out.data,
+                                                       out.channel);
+  }
+  const bool side_by_side = in.channel == 1 && (!kGrad || out.channel == 1);
+  for (int64_t i = 0; i < count; ++i, in.data += in.location, out.data += kGrad ? out.location : 0) {
+    const float sum = side_by_side ? background_row<kLoss, kGrad>(in.data, classes, scale, out.data)
+                                   : background_row<kLoss, kGrad>(in.data, in.channel, classes, -1 - kWidth, scale,
+                                                                  out.data, out.channel);
+    if (kLoss) sums[i] = sum;
+  }
 }
 
-// scale · d/dx of that; 0 for an infinite logit.
-void head_background_gradient(float* tile, float scale, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) {
-    store_floats(scale * background_term(load_floats(tile + i)).grad_pred, tile + i);
-  }
+}  // namespace
+
+// Of `count` locations up to kHeadTile: the losses to `sums`, `scale` times their gradients to `out`; either may be null.
+void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes, float scale, float* sums,
+                     HeadTile<void> out) {
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    const HeadTile<const T> from{static_cast<const T*>(in.data), in.location, in.channel};
+    const HeadTile<T> to{static_cast<T*>(out.data), out.location, out.channel};
+    if (sums == nullptr) background<false, true>(from, count, classes, scale, sums, to);
+    else if (to.data == nullptr) background<true, false>(from, count, classes, scale, sums, to);
+    else background<true, true>(from, count, classes, scale, sums, to);
+  });
+}
+
+// The loss of one location but for the class `label`.
+float head_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes, int64_t label) {
+  float sum = 0.0f;
+  dispatch_float(dtype, [&](auto t) {
+    using T = decltype(t);
+    sum = background_row<true, false, T>(static_cast<const T*>(cls), channel, classes, label, 0.0f, nullptr, 0);
+  });
+  return sum;
 }
 
 }  // namespace gfl::GFL_ISA

@@ -17,7 +17,7 @@ template <class T> void forward(const BinRows& pred, float* distance, int64_t be
     bin_softmax<false>(tile, bins, s, nullptr);
     Lanes mean;
     s.mean(mean);
-    store_rows(mean, group.row, group.count, distance);
+    store_rows(mean, group, distance);
   });
 }
 
@@ -31,14 +31,14 @@ void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64
     bin_softmax<true>(tile, bins, s, e);
     Lanes scale;
     if (given.of_rows == nullptr) {
-      load_rows(given.scales, group.row, scale);
+      load_rows(given.scales, group, scale);
     } else {
       Lanes mean;
       s.mean(mean);
       given.of_rows(given.context, group.row, group.count, mean.at, scale.at);
       for (int k = group.count; k < kLanes; ++k) scale[k] = 0.0f;
     }
-    bin_gradients(tile, e, bins, [&](int k) {
+    bin_gradients(tile, e, bins, s, [&](int k) {
       const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k);
       const Floats from_peak = lanes_at(s.moment, k) / total, slope = lanes_at(scale, k) / total;
       return [=](float bin, Floats value) { return slope * (value * ((bin - peak) - from_peak)); };

@@ -1,29 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss with β = 2 on logits that lie side by side, a register of classes at a time. Where no class of a
-// register is the label, the shorter term against background serves.
+// Quality focal loss with β = 2 on logits that lie side by side, a register of classes at a time. Rows without a label go
+// the short way of background.h, and in rows with one the registers that do not hold it.
 #include "gfl/qfl.h"
 
-#include "focal_terms.h"
+#include "background.h"
 
 namespace gfl::GFL_ISA {
 namespace {
 
-// The row's label where it is a class, else one that no class has.
-inline int64_t label_of(const QflInput& in, int64_t row) {
-  const int64_t label = in.label[row];
-  return label >= 0 && label < in.classes ? label : -1 - kLanes;
+inline bool is_background(const QflInput& in, int64_t row) {
+  return in.label != nullptr && (in.label[row] < 0 || in.label[row] >= in.classes);
+}
+
+template <class T> inline const T* logits_of(const QflInput& in, int64_t row) {
+  return static_cast<const T*>(in.pred) + row * in.stride_row;
 }
 
 // Calls visit(piece, first class, count, term) along a row; the loss of a class that is not there is 0. `piece` says
 // which of the row's kLanes partial sums the classes belong to.
 template <class T, class Visit>
-inline void for_classes(const QflInput& in, int64_t row, int64_t label, const Visit& visit) {
-  const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
+inline void for_classes(const QflInput& in, int64_t row, const Visit& visit) {
+  const T* pred = logits_of<T>(in, row);
+  const int64_t label = in.label == nullptr ? -1 : in.label[row];
   const float* target = static_cast<const float*>(in.target);
-  constexpr float kNothing = -std::numeric_limits<float>::infinity();
-  for (int64_t c = 0, piece = 0; c < in.classes; c += kWidth, piece = (piece + 1) % (kLanes / kWidth)) {
+  for (int64_t c = 0, piece = 0; c < in.classes; c += kWidth, piece = (piece + 1) % kParts) {
     const int64_t count = in.classes - c;
-    const Floats x = load_floats(pred + c, count, kNothing);
+    const Floats x = load_floats(pred + c, count, kNoLogit);
     if (in.label == nullptr) {
       visit(piece, c, count, qfl_term(x, load_floats(target + row * in.classes + c, count, 0.0f)));
     } else if (label >= c && label < c + kWidth) {
@@ -36,21 +38,14 @@ inline void for_classes(const QflInput& in, int64_t row, int64_t label, const Vi
   }
 }
 
-struct RowSum {
-  Floats parts[kLanes / kWidth] = {};
-  float total() {
-    for (int count = kLanes / kWidth / 2; count > 0; count /= 2) {
-      for (int i = 0; i < count; ++i) parts[i] += parts[i + count];
-    }
-    return sum_of(parts[0]);
-  }
-};
-
 template <class T> void forward(const QflInput& in, float* loss, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
+    if (is_background(in, row)) {
+      loss[row] = background_row<true, false, T>(logits_of<T>(in, row), in.classes, 0.0f, nullptr);
+      continue;
+    }
     RowSum sum;
-    for_classes<T>(in, row, in.label == nullptr ? 0 : label_of(in, row),
-                   [&](int64_t piece, int64_t, int64_t, const Term& term) { sum.parts[piece] += term.value; });
+    for_classes<T>(in, row, [&](int64_t piece, int64_t, int64_t, const Term& term) { sum.parts[piece] += term.value; });
     loss[row] = sum.total();
   }
 }
@@ -58,31 +53,41 @@ template <class T> void forward(const QflInput& in, float* loss, int64_t begin, 
 template <class T>
 void backward(const QflInput& in, const float* grad_loss, T* grad_pred, float* grad_target, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t label = in.label == nullptr ? 0 : label_of(in, row);
     const float scale = grad_loss[row];
     const int64_t first = row * in.classes;
-    float by_target = 0.0f;
-    for_classes<T>(in, row, label, [&](int64_t, int64_t c, int64_t count, const Term& term) {
+    if (is_background(in, row)) {
+      if (grad_pred != nullptr) {
+        background_row<false, true>(logits_of<T>(in, row), in.classes, scale, grad_pred + first);
+      }
+      if (grad_target != nullptr) grad_target[row] = 0.0f;
+      continue;
+    }
+    for_classes<T>(in, row, [&](int64_t, int64_t c, int64_t count, const Term& term) {
       if (grad_pred != nullptr) store_floats(scale * term.grad_pred, count, grad_pred + first + c);
       if (grad_target == nullptr) return;
-      if (in.label == nullptr) store_floats(scale * term.grad_target, count, grad_target + first + c);
-      else if (label >= c && label < c + kWidth) by_target = scale * term.grad_target[label - c];
+      if (in.label == nullptr) {
+        store_floats(scale * term.grad_target, count, grad_target + first + c);
+      } else if (in.label[row] >= c && in.label[row] < c + kWidth) {
+        grad_target[row] = scale * term.grad_target[in.label[row] - c];
+      }
     });
-    if (grad_target != nullptr && in.label != nullptr) grad_target[row] = by_target;
   }
 }
 
 template <class T>
 void both(const QflInput& in, const float* scales, float* loss, T* grad_pred, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    RowSum sum;
     const float scale = scales[row];
     T* grad = grad_pred + row * in.classes;
-    for_classes<T>(in, row, in.label == nullptr ? 0 : label_of(in, row),
-                   [&](int64_t piece, int64_t c, int64_t count, const Term& term) {
-                     sum.parts[piece] += term.value;
-                     store_floats(scale * term.grad_pred, count, grad + c);
-                   });
+    if (is_background(in, row)) {
+      loss[row] = background_row<true, true>(logits_of<T>(in, row), in.classes, scale, grad);
+      continue;
+    }
+    RowSum sum;
+    for_classes<T>(in, row, [&](int64_t piece, int64_t c, int64_t count, const Term& term) {
+      sum.parts[piece] += term.value;
+      store_floats(scale * term.grad_pred, count, grad + c);
+    });
     loss[row] = sum.total();
   }
 }

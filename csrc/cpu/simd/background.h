@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quality focal loss with β = 2 against background, p²·BCE(x, 0), and its gradient times a scale, in one walk over logits
+// in place. A location's classes go into kLanes partial sums, class c into c % kLanes, which are added up in a tree: its
+// loss has the same bits whether classes or locations lie side by side.
+#pragma once
+#include "focal_terms.h"
+
+namespace gfl::GFL_ISA {
+
+// kLanes partial sums of one location.
+struct RowSum {
+  Floats parts[kParts] = {};
+  float total() {
+    for (int count = kParts / 2; count > 0; count /= 2) {
+      for (int i = 0; i < count; ++i) parts[i] += parts[i + count];
+    }
+    return sum_of(parts[0]);
+  }
+};
+
+// A class that is not there: it adds nothing.
+constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
+
+template <class T> inline Floats load_every(const T* from, int64_t step, int64_t count, float fill) {
+  if (step == 1) return load_floats(from, count, fill);
+  float lanes[kWidth];
+  for (int j = 0; j < kWidth; ++j) lanes[j] = j < count ? load(from + j * step) : fill;
+  return load_floats(lanes);
+}
+template <class T> inline void store_every(Floats v, int64_t step, int64_t count, T* to) {
+  if (step == 1) return store_floats(v, count, to);
+  float lanes[kWidth];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int j = 0; j < kWidth && j < count; ++j) store(to + j * step, lanes[j]);
+}
+
+// One location whose classes lie side by side. Returns its loss.
+template <bool kLoss, bool kGrad, class T>
+inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
+  RowSum sum;
+  int64_t c = 0;
+  for (; c + kLanes <= classes; c += kLanes) {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = c + part * kWidth;
+      const Term term = background_term(load_floats(x + at));
+      if (kLoss) sum.parts[part] += term.value;
+      if (kGrad) store_floats(scale * term.grad_pred, grad + at);
+    }
+  }
+  for (int part = 0; c < classes; c += kWidth, ++part) {
+    const Term term = background_term(load_floats(x + c, classes - c, kNoLogit));
+    if (kLoss) sum.parts[part] += term.value;
+    if (kGrad) store_floats(scale * term.grad_pred, classes - c, grad + c);
+  }
+  return kLoss ? sum.total() : 0.0f;
+}
+
+// One location, its classes anywhere, and one of them, `without`, not counted.
+template <bool kLoss, bool kGrad, class T>
+inline float background_row(const T* x, int64_t step, int64_t classes, int64_t without, float scale, T* grad,
+                            int64_t grad_step) {
+  RowSum sum;
+  for (int64_t c = 0, part = 0; c < classes; c += kWidth, part = (part + 1) % kParts) {
+    Floats logits = load_every(x + c * step, step, classes - c, kNoLogit);
+    if (without >= c && without < c + kWidth) {
+      float lanes[kWidth];
+      store_floats(logits, lanes);
+      lanes[without - c] = kNoLogit;
+      logits = load_floats(lanes);
+    }
+    const Term term = background_term(logits);
+    if (kLoss) sum.parts[part] += term.value;
+    if (kGrad) store_every(scale * term.grad_pred, grad_step, classes - c, grad + c * grad_step);
+  }
+  return kLoss ? sum.total() : 0.0f;
+}
+
+// Up to kMost locations that lie side by side; `pitch` is from class to class. Their losses go to `sums`.
+template <int kMost, bool kLoss, bool kGrad, class T>
+inline void background_columns(const T* x, int64_t pitch, int64_t count, int64_t classes, float scale, float* sums,
+                               T* grad, int64_t grad_pitch) {
+  alignas(64) float partial[kLoss ? kLanes : 1][kMost];
+  if (kLoss) std::memset(partial, 0, sizeof partial);
+  for (int64_t c = 0; c < classes; ++c, x += pitch, grad += kGrad ? grad_pitch : 0) {
+    float* const part = partial[kLoss ? c % kLanes : 0];
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      const Term term = background_term(load_floats(x + i));
+      if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
+      if (kGrad) store_floats(scale * term.grad_pred, grad + i);
+    }
+    if (i == count) continue;
+    const Term term = background_term(load_floats(x + i, count - i, kNoLogit));
+    if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
+    if (kGrad) store_floats(scale * term.grad_pred, count - i, grad + i);
+  }
+  if (!kLoss) return;
+  for (int many = kLanes / 2; many > 0; many /= 2) {
+    for (int j = 0; j < many; ++j) {
+      for (int64_t i = 0; i < count; i += kWidth) {
+        store_floats(load_floats(partial[j] + i) + load_floats(partial[j + many] + i), partial[j] + i);
+      }
+    }
+  }
+  std::memcpy(sums, partial[0], sizeof(float) * static_cast<size_t>(count));
+}
+
+}  // namespace gfl::GFL_ISA
