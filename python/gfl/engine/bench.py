@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import config as configuration
@@ -100,12 +101,13 @@ def count_flops(name: str, height: int, width: int) -> float:
     Raises:
         RuntimeError: a model with deformable convolutions where torchvision is not installed.
     """
-    with torch.device("meta"):
+    counter = FlopCounterMode(display=False, custom_mapping=_deformable())
+    # Not the device "meta", for which there is no autocast: deformable convolutions switch it off.
+    with FakeTensorMode(), torch.no_grad():
         model = models.build(configuration.preset(name).model).eval()
         images = torch.empty(1, 3, height, width)
-    counter = FlopCounterMode(display=False, custom_mapping=_deformable())
-    with counter, torch.no_grad():
-        model.predict_maps(images)
+        with counter:
+            model.predict_maps(images)
     return counter.get_total_flops() / 1e9
 
 
