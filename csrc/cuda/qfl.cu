@@ -1,68 +1,166 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss on the GPU: one warp a row, lanes stride over the classes.
+// Quality focal loss on the GPU, a number a row: a power of two of lanes takes a row, each of them some runs of its classes.
 //
 //   pred    [rows, classes]  dtype  read     label [rows] int64 read     target [rows] or [rows, classes] A read
 //   loss    [rows]           A      write    grad_pred [rows, classes] dtype write
-// Bytes per element: forward sizeof(dtype), backward 2·sizeof(dtype) (the terms are recomputed from the logits).
-// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its classes in order, the warp in a fixed tree.
+// A run is 16 bytes where classes lie side by side and alignment allows, else one class. Bytes per element: forward
+// sizeof(dtype), backward 2·sizeof(dtype) (the terms are recomputed from the logits); a dense target adds sizeof(A).
+// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its classes in order, the lanes in a fixed
+// tree. The loss down to one number, which is what detectors train with, is score_loss.cu's.
 #include "gfl/qfl.h"
 
-#include "focal.h"
+#include "background.h"
 #include "launch.h"
-#include "scalar.h"
+#include "map_tile.h"
 #include "warp.h"
 
 namespace gfl::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = 8;
+constexpr int kThreads = 256;
+constexpr int kAhead = 4;  // runs a lane fetches before it uses the first
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-dim3 grid_for(int64_t rows) {
-  const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+// Blocks an SM, asked of the compiler: with the registers that it takes unasked, it spills for sm_90.
+template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 1 : 3;
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether rows and what lies beside them can be moved 16 bytes at a time.
+template <class T> bool by_vectors(const QflInput& in, const void* grad_pred) {
+  constexpr int run = kRun<T>;
+  return in.stride_class == 1 && in.stride_row % run == 0 && in.classes % run == 0 && is_aligned(in.pred) &&
+         is_aligned(grad_pred) && (in.label != nullptr || is_aligned(in.target));
+}
+
+// The most lanes of which at most an eighth has nothing to do. Where rows lie side by side instead of classes, one: then
+// the lanes of a warp read what lies side by side.
+int lanes_for(const QflInput& in, int64_t runs) {
+  if (in.stride_row == 1 && in.stride_class != 1) return 1;
+  int lanes = kWarp;
+  while (lanes > 1 && (runs + lanes - 1) / lanes * lanes - runs > runs / 8) lanes /= 2;
+  return lanes;
+}
+
+dim3 grid_for(int64_t rows, int lanes) {
+  const int64_t of_block = kThreads / lanes, blocks = (rows + of_block - 1) / of_block;
   return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
 }
 
-template <class T> __global__ void qfl_forward_kernel(QflInput in, acc_t<T>* loss) {
-  using A = acc_t<T>;
-  const A beta = static_cast<A>(in.beta);
-  const A* target = static_cast<const A*>(in.target);
-  for (int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y; row < in.rows;
-       row += int64_t(gridDim.x) * kRowsPerBlock) {
-    const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
-    const int64_t label = in.label != nullptr ? in.label[row] : -1;
-    const A score = in.label != nullptr ? target[row] : A(0);
-    A sum = 0;
-    for (int64_t c = threadIdx.x; c < in.classes; c += kWarp) {
-      const A t = in.label == nullptr ? target[row * in.classes + c] : (c == label ? score : A(0));
-      sum += qfl_term<A>(load(pred + c * in.stride_class), t, beta, in.activated).value;
+// visit(elements, first class) for the runs of a lane.
+template <class T, bool vectors, class Visit>
+__device__ __forceinline__ void for_classes(const QflInput& in, int64_t row, int lane, int lanes, const Visit& visit) {
+  constexpr int run = vectors ? kRun<T> : 1;
+  const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
+  const int64_t runs = in.classes / run;
+  for (int64_t first = lane; first < runs; first += int64_t(kAhead) * lanes) {
+    T element[kAhead][run];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int64_t at = first + a * lanes;
+      if (at >= runs) continue;
+      if constexpr (vectors) {
+        const uint4 words = *reinterpret_cast<const uint4*>(pred + at * run);
+        memcpy(element[a], &words, sizeof words);
+      } else {
+        element[a][0] = pred[at * in.stride_class];
+      }
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) loss[row] = sum;
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      if (first + a * lanes < runs) visit(element[a], (first + a * lanes) * run);
+    }
   }
 }
 
-template <class T>
-__global__ void qfl_backward_kernel(QflInput in, const acc_t<T>* grad_loss, T* grad_pred, acc_t<T>* grad_target) {
+// What the elements of a row are held against.
+template <class T> struct RowTarget {
   using A = acc_t<T>;
-  const A beta = static_cast<A>(in.beta);
-  const A* target = static_cast<const A*>(in.target);
-  for (int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y; row < in.rows;
-       row += int64_t(gridDim.x) * kRowsPerBlock) {
-    const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
-    const int64_t label = in.label != nullptr ? in.label[row] : -1;
-    const bool has_label = label >= 0 && label < in.classes;
-    const A score = in.label != nullptr ? target[row] : A(0);
-    const A scale = grad_loss[row];
-    if (grad_target != nullptr && in.label != nullptr && !has_label && threadIdx.x == 0) grad_target[row] = 0;
-    for (int64_t c = threadIdx.x; c < in.classes; c += kWarp) {
-      const A t = in.label == nullptr ? target[row * in.classes + c] : (c == label ? score : A(0));
-      const Term<A> term = qfl_term<A>(load(pred + c * in.stride_class), t, beta, in.activated);
-      if (grad_pred != nullptr) store(grad_pred + row * in.classes + c, scale * term.grad_pred);
-      if (grad_target == nullptr) continue;
-      if (in.label == nullptr) grad_target[row * in.classes + c] = scale * term.grad_target;
-      else if (c == label) grad_target[row] = scale * term.grad_target;
+  const A* dense;  // null with labels
+  int64_t label;   // −1 for background
+  A score;
+  Background<A> background;
+  bool activated;
+
+  __device__ __forceinline__ RowTarget(const QflInput& in, int64_t row)
+      : dense(nullptr), label(-1), score(0), background{static_cast<A>(in.beta)}, activated(in.activated) {
+    const A* target = static_cast<const A*>(in.target);
+    if (in.label == nullptr) {
+      dense = target + row * in.classes;
+    } else {
+      const int64_t given = in.label[row];
+      if (given >= 0 && given < in.classes) label = given;
+      score = target[row];
     }
+  }
+  __device__ __forceinline__ bool plain(int64_t c) const { return dense == nullptr && !activated && c != label; }
+  __device__ __forceinline__ Term<A> term(A x, int64_t c) const {
+    return qfl_term<A>(x, dense != nullptr ? dense[c] : (c == label ? score : A(0)), background.beta, activated);
+  }
+};
+
+template <class T, bool vectors>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    qfl_forward_kernel(QflInput in, int lanes, acc_t<T>* loss) {
+  using A = acc_t<T>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
+  for (int64_t first = int64_t(blockIdx.x) * of_block; first < in.rows; first += int64_t(gridDim.x) * of_block) {
+    const int64_t row = first + thread / lanes;
+    A sum = 0;
+    if (row < in.rows) {
+      const RowTarget<T> target(in, row);
+      for_classes<T, vectors>(in, row, lane, lanes, [&](const auto& element, int64_t begin) {
+#pragma unroll
+        for (int v = 0; v < (vectors ? kRun<T> : 1); ++v) {
+          const A x = load(&element[v]);
+          sum += target.plain(begin + v) ? target.background.loss(x) : target.term(x, begin + v).value;
+        }
+      });
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
+    if (row < in.rows && lane == 0) loss[row] = sum;
+  }
+}
+
+template <class T, bool vectors>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    qfl_backward_kernel(QflInput in, int lanes, const acc_t<T>* grad_loss, T* grad_pred, acc_t<T>* grad_target) {
+  using A = acc_t<T>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
+  for (int64_t row = int64_t(blockIdx.x) * of_block + thread / lanes; row < in.rows;
+       row += int64_t(gridDim.x) * of_block) {
+    const RowTarget<T> target(in, row);
+    const A scale = grad_loss[row];
+    if (grad_target != nullptr && target.dense == nullptr && target.label < 0 && lane == 0) grad_target[row] = 0;
+    for_classes<T, vectors>(in, row, lane, lanes, [&](auto& element, int64_t begin) {
+#pragma unroll
+      for (int v = 0; v < (vectors ? kRun<T> : 1); ++v) {
+        const int64_t c = begin + v;
+        const A x = load(&element[v]);
+        A slope;
+        if (target.plain(c)) {
+          slope = target.background.gradient(x);
+        } else {
+          const Term<A> term = target.term(x, c);
+          slope = term.grad_pred;
+          if (grad_target != nullptr && target.dense != nullptr) {
+            grad_target[row * in.classes + c] = scale * term.grad_target;
+          } else if (grad_target != nullptr && c == target.label) {
+            grad_target[row] = scale * term.grad_target;
+          }
+        }
+        store(&element[v], scale * slope);
+      }
+      if (grad_pred == nullptr) return;
+      T* out = grad_pred + row * in.classes + begin;
+      if constexpr (vectors) {
+        uint4 words;
+        memcpy(&words, element, sizeof words);
+        *reinterpret_cast<uint4*>(out) = words;
+      } else {
+        *out = element[0];
+      }
+    });
   }
 }
 
@@ -72,8 +170,13 @@ cudaError_t qfl_forward(const QflInput& in, void* loss, cudaStream_t stream) {
   if (in.rows == 0) return cudaSuccess;
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);
-    GFL_LAUNCH(qfl_forward_kernel<T>, grid_for(in.rows), dim3(kWarp, kRowsPerBlock), 0, stream, in,
-               static_cast<acc_t<T>*>(loss));
+    const bool vectors = by_vectors<T>(in, nullptr);
+    const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
+    const auto launch = [&](auto kernel) {
+      GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, lanes, static_cast<acc_t<T>*>(loss));
+    };
+    if (vectors) launch(qfl_forward_kernel<T, true>);
+    else launch(qfl_forward_kernel<T, false>);
   });
   return cudaGetLastError();
 }
@@ -84,8 +187,14 @@ cudaError_t qfl_backward(const QflInput& in, const void* grad_loss, void* grad_p
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    GFL_LAUNCH(qfl_backward_kernel<T>, grid_for(in.rows), dim3(kWarp, kRowsPerBlock), 0, stream, in,
-               static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
+    const bool vectors = by_vectors<T>(in, grad_pred);
+    const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
+    const auto launch = [&](auto kernel) {
+      GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, lanes,
+                 static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
+    };
+    if (vectors) launch(qfl_backward_kernel<T, true>);
+    else launch(qfl_backward_kernel<T, false>);
   });
   return cudaGetLastError();
 }

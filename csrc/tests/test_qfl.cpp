@@ -149,6 +149,8 @@ int main() {
       {"over a block", 9, 80, 2, false, false, false}, {"beta 1.5", 9, 5, 1.5, false, false, false},
       {"activated", 9, 5, 2, true, false, false},   {"dense", 9, 37, 2, false, true, false},
       {"transposed", 9, 37, 2, false, false, true}, {"no classes", 5, 0, 2, false, false, false},
+      {"runs of 16 bytes", 70, 16, 2, false, false, false}, {"many runs", 5, 400, 2, false, false, false},
+      {"dense runs", 33, 24, 2, false, true, false}, {"over a block, transposed", 300, 8, 2, false, false, true},
   };
   for (const Case& c : cases) {
     check<float>(c, DType::f32, 0, draw);
