@@ -127,10 +127,10 @@ def many_rows(scene: inputs.Scene, rows: int) -> Case:
     return replace(case, inputs=given, what=f"{rows}×{given['pred'].shape[1]} logits")
 
 
-def head_with_assignment(scene: inputs.Scene, seed: int) -> Case:
+def head_with_assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
     """From maps and boxes to the three losses, with their gradients on the maps."""
     case = cases.make("gfl_loss", scene, FP32, "cpu")[0]
-    boxes, labels = crowd(2, 20, scene.size, seed)
+    boxes, labels = crowd(scene.batch, objects, scene.size, seed)
     sizes, strides = inputs.level_sizes(scene.size), [float(s) for s in inputs.STRIDES]
     maps = {name: case.inputs[name] for name in ("cls_scores", "reg_preds")}
 
@@ -144,16 +144,16 @@ def head_with_assignment(scene: inputs.Scene, seed: int) -> Case:
 
     given = maps | {"gt_boxes": boxes, "gt_labels": labels}
     return replace(
-        case, name="head loss", what="assignment and loss, 2×20 objects", inputs=given, ours=ours,
+        case, name="head loss", what=f"assignment and loss, {scene.batch}×{objects} objects", inputs=given, ours=ours,
         peers={"eager": eager}, dense=None, reads=None,
     )  # fmt: skip
 
 
 def assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
     case = cases.make("atss", scene, FP32, "cpu")[0]
-    boxes, labels = crowd(2, objects, scene.size, seed)
+    boxes, labels = crowd(scene.batch, objects, scene.size, seed)
     given = {"gt_boxes": boxes, "gt_labels": labels}
-    return replace(case, name=f"atss {objects}", what=f"2×{objects} objects", inputs=given)
+    return replace(case, name=f"atss {objects}", what=f"{scene.batch}×{objects} objects", inputs=given)
 
 
 def goals(given: argparse.Namespace) -> Iterator[Goal]:
@@ -161,7 +161,7 @@ def goals(given: argparse.Namespace) -> Iterator[Goal]:
     losses = {"compiled": 4.0, "eager": 10.0}
     yield Goal("qfl", losses, lambda: cases.make("qfl", two, FP32, "cpu")[0])
     yield Goal("dfl+integral", {"compiled": 4.0, "eager": 7.0}, lambda: many_rows(two, DFL_ROWS))
-    yield Goal("head loss", {"eager": 10.0}, lambda: head_with_assignment(two, given.seed))
+    yield Goal("head loss", {"eager": 10.0}, lambda: head_with_assignment(two, 20, given.seed))
     for objects in (60, 400):
         yield Goal(f"atss {objects}", {"eager": 50.0}, partial(assignment, two, objects, given.seed))
     for count in NMS_COUNTS:

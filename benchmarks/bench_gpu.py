@@ -48,11 +48,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import cases
-import formulas_head
 import gfl_ops
 import inputs
 import report
-from bench_cpu import crowd, inputs_size, many_rows
+from bench_cpu import assignment, head_with_assignment, inputs_size, many_rows
 from harness import DTYPES, Bench, Case, Clock, Machine, Result, Run, nbytes
 
 BATCH, OBJECTS, CALL_ROWS = 16, 60, 8
@@ -143,33 +142,6 @@ def quality(scene: inputs.Scene, dtype: str, device: str, factor: float = 1.0) -
     return replace(case, ours=times(case.ours), peers=peers, dense=None)
 
 
-def head_with_assignment(scene: inputs.Scene, device: str, seed: int) -> Case:
-    """From maps and boxes to the three losses, with their gradients on the maps."""
-    case = cases.make("gfl_loss", scene, torch.float32, device)[0]
-    boxes, labels = crowd(scene.batch, OBJECTS, scene.size, seed)
-    sizes, strides = inputs.level_sizes(scene.size), [float(s) for s in inputs.STRIDES]
-    maps = {name: case.inputs[name] for name in ("cls_scores", "reg_preds")}
-
-    def ours(cls_scores: list[Tensor], reg_preds: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
-        assignment = gfl_ops.atss_assign(sizes, strides, gt_boxes.float(), gt_labels)
-        return tuple(gfl_ops.gfl_loss(cls_scores, reg_preds, strides, assignment, gt_boxes))[:3]
-
-    def eager(cls_scores: list[Tensor], reg_preds: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
-        assigned, matched, _ = formulas_head.atss(sizes, strides, gt_boxes, gt_labels)
-        return formulas_head.gfl_loss(cls_scores, reg_preds, strides, assigned, matched, gt_boxes, inputs.REG_MAX)
-
-    given = maps | {"gt_boxes": boxes.to(device), "gt_labels": labels.to(device)}
-    what = f"assignment and loss, {scene.batch}×{OBJECTS} objects"
-    return replace(case, what=what, inputs=given, ours=ours, peers={"eager": eager}, dense=None, reads=None)
-
-
-def assignment(scene: inputs.Scene, device: str, seed: int) -> Case:
-    case = cases.make("atss", scene, torch.float32, device)[0]
-    boxes, labels = crowd(scene.batch, OBJECTS, scene.size, seed)
-    given = {"gt_boxes": boxes.to(device), "gt_labels": labels.to(device)}
-    return replace(case, what=f"{scene.batch}×{OBJECTS} objects", inputs=given)
-
-
 def everywhere(scene: inputs.Scene, device: str) -> Case:
     """Boxes of all locations, for those who select afterwards."""
     case = next(c for c in cases.make("decode", scene, torch.bfloat16, device) if c.name == "decode of all")
@@ -193,9 +165,10 @@ def goals(given: argparse.Namespace) -> Iterator[Goal]:
             return on(many_rows(many, count), device)
 
         yield Goal(f"dfl+integral {count}", sides, "fp32", batch, both_ways, times, extra, {"eager": 6.0})
-    head = partial(head_with_assignment, many, device, seed)
-    yield Goal("head loss", head, "fp32", batch, maps_of, 1.25, 25.0, {"eager": 50.0})
-    yield Goal("atss", partial(assignment, many, device, seed), "fp32", batch, None, 0.0, 15.0, {"eager": 200.0})
+    head = partial(head_with_assignment, many, OBJECTS, seed)
+    yield Goal("head loss", lambda: on(head(), device), "fp32", batch, maps_of, 1.25, 25.0, {"eager": 50.0})
+    crowded = partial(assignment, many, OBJECTS, seed)
+    yield Goal("atss", lambda: on(crowded(), device), "fp32", batch, None, 0.0, 15.0, {"eager": 200.0})
     one = inputs.make_scene(1, given.size, given.data, seed)
     for scene, moved, times, extra, ratio in ((many, scores_of, 1.5, 25.0, 100.0), (one, None, 0.0, 45.0, 50.0)):
         make = partial(postprocess, scene, device)

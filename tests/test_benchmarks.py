@@ -267,7 +267,7 @@ def test_limits_count_the_bytes_that_have_to_move(parts: Any, scene: Any, machin
     rows, classes = scene.pred.shape
     case = gpu.quality(scene, "bf16", "cpu")
     assert gpu.both_ways(case) == rows * (2 * 2 * classes + 8 + 4 + 4) + 4
-    head = gpu.head_with_assignment(scene, "cpu", 0)
+    head = gpu.head_with_assignment(scene, 20, 0)
     assert gpu.maps_of(head) == rows * 4 * (2 * classes + 4 * (parts.inputs.REG_MAX + 1))
     result = parts.harness.Result("qfl", "qfl", "", 2, "bf16", "native")
     slow = replace(result, provider="eager", forward=parts.harness.Timing(1e6, 1e6, 1e6))
