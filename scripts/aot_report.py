@@ -173,6 +173,7 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
 def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
     """What forward and backward of an operator launch for its representative calls, with the names of those."""
     import torch
+    from torch.utils._pytree import tree_map
 
     from gfl_ops._spec import SPECS
     from gfl_ops.triton import _launch
@@ -187,8 +188,9 @@ def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
                 module.settle(results[1], results[0], *args[:-1])
             elif spec.differentiable:
                 results = results if isinstance(results, tuple) else (results,)
-                grads = [torch.zeros_like(results[i]) for i in spec.grads]
-                module.backward(*grads, *args, [True] * len(spec.differentiable))
+                grads = [tree_map(torch.zeros_like, results[i]) for i in spec.grads]
+                saved = [results[i] for i in spec.saved_outputs]
+                module.backward(*grads, *saved, *args, [True] * len(spec.differentiable))
         found += [(name, launch) for launch in launches]
     return found
 
