@@ -339,7 +339,7 @@ class Bench:
     def _run(self, case: Case, dtype: str, batch: int, only: Sequence[str], compiled: bool) -> list[Result]:
         oracle = Run(case, case.ours, "reference", case.inputs if case.agree else double(case.inputs))
         want, want_gradients = oracle.once()
-        results, runs, hosts = [], {}, {}
+        results, runs = [], {}
         for name, call, backend, why in self.providers(case, compiled):
             if only and name not in only:
                 continue
@@ -368,7 +368,7 @@ class Bench:
                 continue
             self._account(case, result, want, want_gradients)
             runs[name] = (run, result)
-        self._time(runs, hosts)
+        self.time(runs)
         return results
 
     def _error(
@@ -389,8 +389,9 @@ class Bench:
             result.bytes["backward"] = read + out + written
             result.bytes["both"] = read + out + written
 
-    def _time(self, runs: dict[str, tuple[Run, Result]], hosts: dict[str, float]) -> None:
-        turns = {}
+    def time(self, runs: dict[str, tuple[Run, Result]]) -> None:
+        """Let the runs take turns, and fill in what they took; each has had its first call."""
+        turns, hosts = {}, {}
         for name, (run, _) in runs.items():
             # The first call compiled and warmed up; this one tells how long a turn takes.
             begin = time.perf_counter()
@@ -422,8 +423,8 @@ class Bench:
                 result.backward = Timing.of(columns[1])
                 result.both = Timing.of([sum(row) for row in times[name]])
             total = result.total
-            moved = result.bytes["both" if result.both else "forward"]
-            if total is not None and total.median > 0:
+            moved = result.bytes.get("both" if result.both else "forward")
+            if moved and total is not None and total.median > 0:
                 result.gb_per_s = moved / total.median / 1e6
                 result.floor_share = moved / self.machine.bandwidth / (total.median / 1e3)
             run.results, run.gradients = None, ()

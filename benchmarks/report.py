@@ -105,6 +105,14 @@ def comparison(results: Sequence[Result]) -> tuple[Result, Result] | None:
     return (ours, others) if ours and others else None
 
 
+def verdict(factor: float) -> str:
+    """How many times less time than the others'."""
+    if 0.95 < factor < 1.05:
+        return "equal"
+    times = max(factor, 1 / factor)
+    return f"{times:.{0 if times >= 100 else 1}f}× {'faster' if factor > 1 else 'SLOWER'}"
+
+
 def summary(results: Sequence[Result], machine: Machine) -> str:
     lines = ["ours against the fastest of the others (ms; losses: forward + backward)"]
     lines.append("-" * WIDTH)
@@ -113,15 +121,11 @@ def summary(results: Sequence[Result], machine: Machine) -> str:
         if pair is None:
             continue
         ours, other = pair
-        factor = other.total.median / ours.total.median
-        verdict = "equal"
-        if not 0.95 < factor < 1.05:
-            times = max(factor, 1 / factor)
-            verdict = f"{times:.{0 if times >= 100 else 1}f}× {'faster' if factor > 1 else 'SLOWER'}"
+        said = verdict(other.total.median / ours.total.median)
         where = f"{ours.name} {ours.dtype}" + (f" B={ours.batch}" if len({r.batch for r in results}) > 1 else "")
         lines.append(
             f"{where:<24}{ours.provider:<8}{ms(ours.total.median):>8}   {other.provider:<12}"
-            f"{ms(other.total.median):>8}  {verdict}"
+            f"{ms(other.total.median):>8}  {said}"
         )
     skipped: dict[str, list[str]] = {}
     for r in results:

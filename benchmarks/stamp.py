@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("gfl-ops", "torch", "triton", "torchvision", "numpy")
+PACKAGES = ("gfl-ops", "torch", "triton", "torchvision", "numpy", "mmdet", "ultralytics")
 
 
 def stamp(known_gpu: str | None = None) -> dict[str, Any]:

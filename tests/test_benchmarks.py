@@ -7,6 +7,7 @@ No time is asserted.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,7 +29,7 @@ NOWHERE = Path("/nowhere/at/all")
 def parts() -> Any:
     """The benchmarks' modules, which import each other by their bare names."""
     names = ("cases", "formulas", "formulas_head", "harness", "inputs", "report", "stamp", "bench_losses", "bench_cpu")
-    names += ("bench_gpu",)
+    names += ("bench_gpu", "detectors", "bench_peers")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         yield type("Parts", (), {name: importlib.import_module(name) for name in names})
@@ -296,3 +297,71 @@ def test_boxes_for_nms_are_of_many_classes(parts: Any, clustered: bool) -> None:
     assert len(drawn["idxs"].unique()) > 20
     kept = parts.cases.gfl_ops.batched_nms(**drawn)
     assert (len(kept) < 700) == clustered
+
+
+def pretended(parts: Any, error: float) -> Any:
+    """A detector of somebody's whose losses and boxes go wrong by `error` when it is patched."""
+    model = torch.nn.Conv2d(3, 6, 1)
+    images, inside = torch.rand(2, 3, 8, 8), [0.0]
+
+    def losses(given: torch.Tensor) -> list[torch.Tensor]:
+        return [given.square().mean() * (1 + inside[0])]
+
+    def boxes(given: torch.Tensor) -> list[torch.Tensor]:
+        rows = given.flatten(2).transpose(1, 2)
+        return [x for row in rows for x in (row[:, :4] + inside[0], row[:, 4], row[:, 5])]
+
+    return parts.detectors.Detector(
+        train=lambda: losses(model(images)), loss=losses, detect=lambda: boxes(model(images)), read=boxes, model=model,
+        maps=model(images).detach(), test_maps=model(images).detach(),
+        patch=lambda: inside.__setitem__(0, error), unpatch=lambda: inside.__setitem__(0, 0.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_a_detector_is_timed_with_ours_and_without_if_they_agree(parts: Any, machine: Any, error: float) -> None:
+    peer = parts.detectors.Peer("somebody's", (), lambda batch: None)
+    results = parts.bench_peers.measure(bench(parts, machine), peer, pretended(parts, error), 2)
+    assert len(results) == 8 and len({r.name for r in results}) == 4
+    for r in results:
+        wrong = error and r.provider == "patched"
+        assert r.status == ("wrong" if wrong else "timed"), (r.name, r.provider, r.reason)
+        assert (r.total is None) == bool(wrong) and (r.memory is None) == bool(wrong)
+    text = parts.bench_peers.table(results)
+    assert ("WRONG" in text) == bool(error)
+    assert max(map(len, [parts.bench_peers.HEADER, *text.splitlines()])) <= 80
+
+
+def test_boxes_that_only_one_side_has_are_counted(parts: Any) -> None:
+    one = [torch.rand(5, 4) * 9, torch.rand(5), torch.arange(5)]
+    assert parts.bench_peers.unlike(one, [x.flip(0) for x in one]) == 0
+    # One of five without a twin, of nine in all.
+    assert parts.bench_peers.unlike([x[:4] for x in one], one) == pytest.approx(1 / 9)
+    none = [torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)]
+    assert parts.bench_peers.unlike(none, none) == 0 and parts.bench_peers.unlike(none, one) == 1
+
+
+def test_a_detector_that_is_not_installed_is_said(
+    parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = parts.detectors.Peer("somebody's", ("a_package_that_nobody_has",), lambda batch: None)
+    monkeypatch.setitem(parts.detectors.PEERS, "mmdet", absent)
+    words = ["--peers", "mmdet", "--device", "cpu", "--out", str(tmp_path)]
+    results, _ = parts.bench_peers.run(parts.bench_peers.arguments(words))
+    assert [r.status for r in results] == ["skipped"]
+    assert "not installed: a_package_that_nobody_has" in capsys.readouterr().out
+
+
+@pytest.mark.peers
+def test_real_detectors_are_checked_and_timed(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_peers.py"), "--size", "64x96", "--rounds", "1"]
+    command += ["--seconds", "0.01", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "bench_peers.json").read_text())["results"]
+    # What is not installed is one line, and said.
+    assert [r for r in found if r["status"] not in ("timed", "skipped")] == []
+    assert all(r["memory"] for r in found if r["status"] == "timed")
+    for needs, name in (("mmdet", "mmdet GFL"), ("torchvision", "FCOS"), ("ultralytics", "YOLOv8")):
+        timed = [r for r in found if name in r["stem"] and r["status"] == "timed"]
+        assert len(timed) == (8 if importlib.util.find_spec(needs) else 0)

@@ -6,10 +6,14 @@ github.com/Peterande/D-FINE, src/zoo/dfine/{dfine_utils,dfine_criterion}.py; arX
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 
+import gfl_ops
 from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import dfine as compat
 
@@ -157,3 +161,54 @@ def test_distillation_of_nothing_and_in_half_precision(generator: torch.Generato
         compat.decoupled_distillation_loss(pred, teacher, weight, matched, temperature=0)
     with pytest.raises(TypeError, match="`matched` must have one of the dtypes bool"):
         compat.decoupled_distillation_loss(pred, teacher, weight, matched.long())
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("matched", [7, 0], ids=["boxes", "no-boxes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_losses_of_transformers(dtype: torch.dtype, matched: int, generator: torch.Generator) -> None:
+    """FGL and DDF as the package `transformers` has them, of one decoder layer: values and gradients.
+
+    Boxes are fp32 there whatever the logits are: its `translate_gt` takes nothing else.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed (tests/peers/requirements.txt)")
+    from transformers import DFineConfig
+    from transformers.loss.loss_d_fine import DFineLoss
+
+    theirs = DFineLoss(DFineConfig())
+    bins, queries = theirs.max_num_bins, 30
+    pairs = [references(queries, generator) for _ in range(2)]
+    points = torch.stack([p for p, _ in pairs]).float()
+    corners, teacher = torch.randn(2, 2, queries, 4 * (bins + 1), generator=generator).to(dtype)
+    logits = torch.randn(2, queries, 5, generator=generator)
+    # The same queries of both images, each with the box that was drawn beside it.
+    chosen = [torch.randperm(queries, generator=generator)[:matched] for _ in pairs]
+    boxes = torch.stack([torch.cat([(b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]], 1) for _, b in pairs]).float()
+
+    def of_theirs(x: Tensor) -> list[Tensor]:
+        outputs = {"pred_corners": x, "ref_points": points, "pred_boxes": points}
+        outputs |= {"teacher_corners": teacher.to(x.dtype), "teacher_logits": logits}
+        targets = [{"boxes": b[i]} for b, i in zip(boxes, chosen)]
+        found = theirs.loss_local(outputs, targets, [(i, torch.arange(matched)) for i in chosen], 9.0)
+        return [found["loss_fgl"], found["loss_ddf"]]
+
+    def of_ours(x: Tensor) -> list[Tensor]:
+        image = torch.arange(2).repeat_interleave(matched)
+        at = (image, torch.cat(chosen))
+        truth = torch.stack([b for _, b in pairs])[at].float()
+        target = compat.bbox2distance(points[at], truth, bins, theirs.reg_scale, theirs.up)
+        own = points[at]
+        own = torch.cat([own[:, :2] - own[:, 2:] / 2, own[:, :2] + own[:, 2:] / 2], 1)
+        iou = 1 - gfl_ops.box_iou_loss(own, truth, kind="iou", reduction="none")
+        rows = x[at].reshape(-1, bins + 1)
+        fgl = compat.unimodal_distribution_focal_loss(rows, *target, iou.repeat_interleave(4), avg_factor=9.0)
+        weight, mask = logits.sigmoid().amax(-1), torch.zeros(2, queries, dtype=torch.bool)
+        weight[at], mask[at] = iou, True
+        flat = [t.reshape(-1, bins + 1) for t in (x, teacher.to(x.dtype))]
+        sides = [t.reshape(-1).repeat_interleave(4) for t in (weight, mask)]
+        return [fgl, compat.decoupled_distillation_loss(*flat, *sides)]
+
+    truth = evaluate(of_theirs, [corners.double()])
+    # Sums over hundreds of rows in another order, and bins' edges whose last bits differ.
+    assert_as_exact(evaluate(of_ours, [corners]), evaluate(of_theirs, [corners]), truth, share=100.0)

@@ -7,8 +7,11 @@ github.com/Deci-AI/super-gradients, src/super_gradients/training/losses/ppyolo_l
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,3 +111,39 @@ def test_without_distributions_and_with_other_overlaps(generator: torch.Generato
         compat.BboxLoss(3, 16, iou_type="siou")
     with pytest.raises(ValueError, match="`iou_type` must be one of"):
         compat.BboxLoss(3, 16, iou_type="iou2")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("positives", [40, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("iou_type", ["giou", "diou"])
+def test_the_losses_of_the_package(
+    iou_type: str, dtype: torch.dtype, positives: int, generator: torch.Generator
+) -> None:
+    """YOLOv6's own code, as yolov6detect packs it: values and gradients of all three losses."""
+    if importlib.util.find_spec("yolov6") is None:
+        pytest.skip("yolov6detect is not installed (tests/peers/requirements_alone.txt)")
+    from yolov6.models.losses import loss as theirs
+
+    dist, pred, points, target, scores, total, fg = scene(positives, generator)
+    # What all compute from is rounded once.
+    scores = scores.to(dtype).double()
+    probability = (torch.rand(scores.shape, generator=generator) * 0.96 + 0.02).to(dtype)
+    label = (scores > 0).long()
+
+    def call(vfl: torch.nn.Module, bbox: torch.nn.Module, p: Tensor, d: Tensor, b: Tensor) -> list[Tensor]:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        given = [x.to(wide) for x in (points, target, scores, total)]
+        return [vfl(p, scores.to(p.dtype), label), *bbox(d, b, *given, fg)]
+
+    def of_theirs(*leaves: Tensor) -> list[Tensor]:
+        return call(theirs.VarifocalLoss(), theirs.BboxLoss(3, 16, True, iou_type), *leaves)
+
+    def of_ours(*leaves: Tensor) -> list[Tensor]:
+        return call(compat.VarifocalLoss(), compat.BboxLoss(3, 16, True, iou_type), *leaves)
+
+    leaves = [probability, dist.to(dtype), pred.to(dtype)]
+    exact = evaluate(of_theirs, [leaf.double() for leaf in leaves])
+    # Sums of hundreds of losses in another order. Theirs casts the scores to fp32 and adds 1e-7 to a height.
+    share = 2.0**31 if dtype == torch.float64 else 100.0
+    assert_as_exact(evaluate(of_ours, leaves), evaluate(of_theirs, leaves), exact, share)
