@@ -228,6 +228,11 @@ def _paper(backbone: str = "resnet50", epochs: int = 12, multi_scale: bool = Fal
     )
 
 
+def _second(backbone: str = "resnet50", epochs: int = 12, multi_scale: bool = False, dcn: str | None = None) -> Config:
+    """A row of the tables of version 2 (arXiv 2011.12885): the first's training, and the best locations of a level."""
+    return _paper(backbone, epochs, multi_scale, dcn).replace(quality_branch=True, topk_mode="anchor")
+
+
 def _tiny() -> Config:
     """For small images, few classes and a CPU: trained from nothing, its norms too."""
     return Config().replace(
@@ -257,6 +262,11 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "gfl_r101_dcnv2_2x": lambda: _paper("resnet101", 24, True, "v2"),
     "gfl_x101_32x4d_2x": lambda: _paper("resnext101_32x4d", 24, True),
     "gfl_x101_32x4d_dcnv2_2x": lambda: _paper("resnext101_32x4d", 24, True, "v2"),
+    "gflv2_r50_1x": _second,
+    "gflv2_r50_2x": lambda: _second(epochs=24, multi_scale=True),
+    "gflv2_r101_2x": lambda: _second("resnet101", 24, True),
+    "gflv2_r101_dcnv2_2x": lambda: _second("resnet101", 24, True, "v2"),
+    "gflv2_x101_32x4d_dcnv2_2x": lambda: _second("resnext101_32x4d", 24, True, "v2"),
     "gfl_r18_1x": lambda: _paper("resnet18"),
     "gfl_tiny": _tiny,
 }

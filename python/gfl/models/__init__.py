@@ -25,7 +25,9 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
 
     Args:
         name: gfl_r50_1x, gfl_r50_2x, gfl_r101_2x, gfl_r101_dcnv2_2x, gfl_x101_32x4d_2x or gfl_x101_32x4d_dcnv2_2x of
-            the paper, gfl_r18_1x or gfl_tiny for small work, or a JSON file with a configuration.
+            the paper; gflv2_r50_1x, gflv2_r50_2x, gflv2_r101_2x, gflv2_r101_dcnv2_2x or gflv2_x101_32x4d_dcnv2_2x of
+            version 2 (arXiv 2011.12885), whose scores are class times quality; gfl_r18_1x or gfl_tiny for small work;
+            or a JSON file with a configuration.
         num_classes: C, without a background.
         fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, in place of the preset's.
 

@@ -21,12 +21,19 @@ PRIOR_PROBABILITY = 0.01
 PEAKS, QUALITY_CHANNELS = 4, 64
 
 
-def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
-    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits, in fp32.
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the logit's negative.
+
+def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
+    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits; fp32, or fp64 of
+    such.
+
+    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the logit's negative. So quality focal loss on it is the one
+    that the paper takes on the product, and ranking by it the ranking by the product, which saturates.
     """
-    x, q = class_logit.float(), quality_logit.float()
+    x, q = _wide(class_logit), _wide(quality_logit)
     return -torch.logaddexp(-x, functional.softplus(-x) - q)
 
 
@@ -106,6 +113,6 @@ class GFLHead(nn.Module):
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
         """Of each side's distribution the greatest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
-        probability = reg_pred.float().unflatten(1, (4, self.reg_max + 1)).softmax(2)
+        probability = _wide(reg_pred).unflatten(1, (4, self.reg_max + 1)).softmax(2)
         peaks = probability.topk(PEAKS, dim=2).values
         return torch.cat([peaks, peaks.mean(2, keepdim=True)], 2).flatten(1, 2).to(reg_pred.dtype)

@@ -43,6 +43,21 @@ def test_version_2_learns_nine_weights_too(name: str) -> None:
     assert {key.split(".")[1] for key in offsets} == {"layer2", "layer3", "layer4"}
 
 
+@pytest.mark.parametrize(
+    "name", ["gflv2_r50_1x", "gflv2_r50_2x", "gflv2_r101_2x", "gflv2_r101_dcnv2_2x", "gflv2_x101_32x4d_dcnv2_2x"]
+)
+def test_the_second_version_has_a_quality_branch_more(name: str) -> None:
+    """Keys and shapes as in GFocalV2: 1x1 convolutions from 4 sides × (4 peaks + mean) by 64 to one channel."""
+    found, first = shapes(meta_model(name)), shapes(meta_model(name.replace("gflv2", "gfl")))
+    assert {k: v for k, v in found.items() if k not in first} == {
+        "bbox_head.reg_conf.0.weight": [64, 20, 1, 1],
+        "bbox_head.reg_conf.0.bias": [64],
+        "bbox_head.reg_conf.2.weight": [1, 64, 1, 1],
+        "bbox_head.reg_conf.2.bias": [1],
+    }
+    assert {k: v for k, v in found.items() if k in first} == first
+
+
 @pytest.mark.parametrize("name", ["gfl_r50_2x", "gfl_r18_1x", "gfl_tiny"])
 def test_the_other_names(name: str) -> None:
     model = meta_model(name, num_classes=3)

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+import gfl_ops
 from gfl.models import create_model
 from gfl.models.head import joint_logit
 
@@ -52,3 +53,89 @@ def test_scores_are_class_times_quality(seed: int) -> None:
     losses = model.loss(images, [{"boxes": torch.tensor([[5.0, 5, 50, 40]]), "labels": torch.tensor([1])}] * 2)
     sum(losses.values()).backward()
     assert head.reg_conf[0].weight.grad.abs().sum() > 0
+
+
+def test_the_second_version_trains_and_finds_by_the_paper_s_formulas(seed: int) -> None:
+    """arXiv 2011.12885, section 3: F = Topkm of four sides, I = σ(W₂ δ(W₁ F)), J = C × I; QFL on J, and ranking by J.
+
+    Losses and gradients by plain sums of losses, and detections by probabilities.
+    """
+    torch.manual_seed(seed)
+    size, classes = torch.tensor([[64, 96]] * 2), 3
+    model = create_model(
+        "gflv2_r50_1x", classes, backbone="resnet18", width=16, neck_channels=16, head_channels=16, head_groups=4,
+        head_convs=1, strides=(8, 16, 32),
+    ).double().eval()  # fmt: skip
+    head = model.bbox_head
+    for name, parameter in head.named_parameters():
+        if "scales" not in name:
+            torch.nn.init.normal_(parameter, std=0.3 if "conv" in name else 0.1)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    boxes = torch.tensor([[5.2, 5, 50, 40], [40, 20.3, 90, 60]], dtype=torch.float64)
+    targets = [{"boxes": boxes[:1], "labels": torch.tensor([1])}, {"boxes": boxes, "labels": torch.tensor([2, 0])}]
+    weights = [p for n, p in head.named_parameters() if "scales" not in n]
+    losses = model.loss(images, targets, size)
+    gradients = torch.autograd.grad(sum(losses.values()), weights)
+
+    joint, logits, levels = [], [], []
+    first, _, second = head.reg_conf
+    for x in model.neck(model.backbone(images)):
+        score = head.gfl_cls(head.cls_convs[0](x)).sigmoid().permute(0, 2, 3, 1)
+        side = head.gfl_reg(head.reg_convs[0](x)).permute(0, 2, 3, 1).unflatten(-1, (4, 17))
+        best = side.softmax(-1).sort(-1, descending=True).values[..., :4]
+        statistics = torch.cat([best, best.mean(-1, keepdim=True)], -1).flatten(-2)
+        hidden = (statistics @ first.weight.flatten(1).t() + first.bias).clamp(min=0)
+        quality = 1 / (1 + torch.exp(-(hidden @ second.weight.flatten(1).t() + second.bias)))
+        joint.append(score * quality)
+        logits.append(side)
+        levels.append((x.shape[2], x.shape[3]))
+    strides = model.config.strides
+    padded = torch.zeros(2, 2, 4, dtype=torch.float64)
+    padded[0, :1], padded[1] = boxes[:1], boxes
+    labels = torch.tensor([[1, -1], [2, 0]])
+    found = gfl_ops.atss_assign(levels, strides, padded.float(), labels, valid_sizes=size)
+    cells = [h * w for h, w in levels]
+    step = torch.cat([torch.full((n,), float(s), dtype=torch.float64) for n, s in zip(cells, strides)]).expand(2, -1)
+    points = torch.cat(
+        [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1) * s for (h, w), s in zip(levels, strides)]
+    ).expand(2, -1, -1)
+    j, side = (torch.cat([x.flatten(1, 2) for x in maps], 1) for maps in (joint, logits))
+    assert bool((found.labels >= -1).all()) and int((found.labels >= 0).sum()) > 4
+    chosen = found.labels >= 0
+    image = chosen.nonzero()[:, 0]
+    truth = padded[image, found.matched[chosen]] / step[chosen][:, None]
+    centre = points[chosen] / step[chosen][:, None]
+    distance = (side[chosen].softmax(-1) * torch.arange(17.0, dtype=torch.float64)).sum(-1)
+    predicted = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
+    want = torch.zeros_like(j)
+    # mmdet's eps of the quality and of GIoU differ.
+    iou = 1 - gfl_ops.box_iou_loss(predicted.detach(), truth, kind="iou", eps=1e-6, reduction="none")
+    want[(*chosen.nonzero().t(), found.labels[chosen])] = iou
+    qfl = (want - j).abs() ** 2 * -(want * j.log() + (1 - want) * (1 - j).log())
+    positives = sum(max(1, int(n)) for n in chosen.sum(1))
+    weight = j[chosen].detach().amax(1)
+    norm = max(float(weight.sum()), 1.0)
+    giou = gfl_ops.giou_loss(predicted, truth, reduction="none")
+    aim = torch.cat([centre - truth[:, :2], truth[:, 2:] - centre], 1).clamp(0, 16 - 0.1)
+    dfl = gfl_ops.distribution_focal_loss(side[chosen].flatten(0, 1), aim.flatten(), reduction="none")
+    dfl = dfl.reshape(-1, 4).mean(1)
+    sums = [qfl.sum() / positives, 2 * (weight * giou).sum() / norm, 0.25 * (weight * dfl).sum() / norm]
+    for got, expected in zip(losses.values(), sums, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for got, expected in zip(gradients, torch.autograd.grad(sum(sums), weights), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    same = gfl_ops.quality_focal_loss(
+        j.flatten(0, 1), (found.labels.flatten(), want.amax(2).flatten()), activated=True, reduction="sum"
+    )
+    torch.testing.assert_close(same, qfl.sum(), rtol=1e-9, atol=0)
+
+    model.test.score_threshold = 0.02
+    with torch.no_grad():
+        detections = model(images, size)
+        by_probability = gfl_ops.postprocess(
+            [x.permute(0, 3, 1, 2) for x in joint], [x.flatten(-2).permute(0, 3, 1, 2) for x in logits], strides, size,
+            score_threshold=0.02, topk_mode="anchor", activated=True,
+        )  # fmt: skip
+    assert torch.equal(detections.labels, by_probability.labels) and int(detections.count.min()) > 0
+    torch.testing.assert_close(detections.scores, by_probability.scores, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(detections.boxes, by_probability.boxes, rtol=1e-5, atol=1e-4)
