@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,7 @@ def mmdet_gfl(batch: Batch) -> Detector:
 
         extension.nms = nms
         notes.append("mmcv is installed without its operators: torchvision's nms stands in for mmcv's.")
+    warnings.filterwarnings("ignore", module="mmdet|mmengine|mmcv")
     import mmdet
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
@@ -241,8 +243,9 @@ def torchvision_detector(batch: Batch, name: str) -> Detector:
 
 def ultralytics_yolov8(batch: Batch) -> Detector:
     """YOLOv8-n from its yaml; several labels a place and its own suppression, as ultralytics validates."""
-    # It asks the network at import otherwise, and writes its settings into the home folder.
+    # It asks the network at import otherwise, writes its settings into the home folder, and says so.
     os.environ.setdefault("YOLO_OFFLINE", "true")
+    os.environ.setdefault("YOLO_VERBOSE", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
