@@ -113,11 +113,6 @@ def measure(bench: Bench, peer: Peer, detector: Detector, count: int) -> list[Re
                     continue
             runs[provider] = run, result
         bench.time(runs)
-        for run, result in runs.values():
-            # The bench leaves out what takes seconds; here that is what is wanted.
-            if result.memory is None and bench.clock.used < 1.0:
-                result.memory = bench.machine.memory(run.once)
-            run.results, run.gradients, run.leaves = None, (), []
     detector.unpatch()
     return results
 
@@ -169,14 +164,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> tuple[list[Result], Machine]:
     machine = Machine(given.device, given.clock == "cpu")
-    bench = Bench(machine, Clock(given.limit), given.rounds, given.seconds)
+    # Steps of seconds are what is wanted here.
+    bench = Bench(machine, Clock(given.limit), given.rounds, given.seconds, slow=60.0)
     for said in (*stamp.lines(stamp.stamp()), f"{given.batch} images of {given.size[0]}×{given.size[1]}, fp32"):
         print("\n".join(textwrap.wrap(said, report.WIDTH)))
     print(f"\n{HEADER}\n{'=' * len(HEADER)}", flush=True)
     results: list[Result] = []
     for peer in (PEERS[name] for name in given.peers):
         if missing := peer.missing():
-            why = f"not installed: {', '.join(missing)} (tests/peers/requirements.txt)"
+            why = f"not installed: {', '.join(missing)} (tests/support/peers/requirements.txt)"
             results.append(Result(peer.name, "all", "", given.batch, "fp32", AS_IS, "skipped", why))
             print(f"{peer.name}\n  {why}", flush=True)
             continue

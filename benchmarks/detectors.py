@@ -108,11 +108,11 @@ def peak(layer: nn.Conv2d, bins: int) -> None:
 
 def mmdet_gfl(batch: Batch) -> Detector:
     """GFL by mmdet's own config, with ResNet-18, 64 channels in neck and head, and two convolutions a tower."""
-    sys.path.insert(0, str(ROOT / "tests" / "peers"))
+    sys.path.insert(0, str(ROOT / "tests" / "support" / "peers"))
     try:
         stand_in = importlib.import_module("mmdet_stub")
     finally:
-        sys.path.remove(str(ROOT / "tests" / "peers"))
+        sys.path.remove(str(ROOT / "tests" / "support" / "peers"))
     stand_in.install()
     notes = []
     if isinstance(extension := sys.modules.get(stand_in.EXTENSION), stand_in._Extension):

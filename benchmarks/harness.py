@@ -307,10 +307,12 @@ def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 class Bench:
-    """Runs cases one after another."""
+    """Runs cases one after another; a turn of more than `slow` seconds is taken once."""
 
-    def __init__(self, machine: Machine, clock: Clock, rounds: int = 30, seconds: float = 1.0) -> None:
-        self.machine, self.clock, self.rounds, self.seconds = machine, clock, rounds, seconds
+    def __init__(
+        self, machine: Machine, clock: Clock, rounds: int = 30, seconds: float = 1.0, slow: float = SLOW
+    ) -> None:
+        self.machine, self.clock, self.rounds, self.seconds, self.slow = machine, clock, rounds, seconds, slow
 
     def providers(self, case: Case, compiled: bool) -> Iterator[tuple[str, Callable[..., Any] | None, str, str]]:
         """(name, call or None, backend, why it does not run)."""
@@ -402,7 +404,7 @@ class Bench:
             spent = time.perf_counter() - begin
             hurry = 1.0 if self.clock.used < 0.75 else 0.2
             wanted = int(hurry * self.seconds / max(len(runs), 1) / max(spent, 1e-4))
-            least = 1 if spent > SLOW or self.clock.used > 0.95 else 3
+            least = 1 if spent > self.slow or self.clock.used > 0.95 else 3
             turns[name] = max(least, min(self.rounds, wanted))
         most = max(turns.values(), default=0)
         times: dict[str, list[list[float]]] = {name: [] for name in runs}
@@ -428,7 +430,7 @@ class Bench:
                 result.gb_per_s = moved / total.median / 1e6
                 result.floor_share = moved / self.machine.bandwidth / (total.median / 1e3)
             run.results, run.gradients = None, ()
-            if self.clock.used > 0.95 or (total is not None and total.median > 1e3 * SLOW):
+            if self.clock.used > 0.95 or (total is not None and total.median > 1e3 * self.slow):
                 continue
             result.memory = self.machine.memory(run.once)
             result.launches = self.machine.launches(run.once)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses as NanoDet, GFocal v1, YOLOv6, PP-YOLOE and D-FINE call them: python examples/dialects.py"""
+"""The losses as NanoDet, GFocal v1, YOLOv6, PP-YOLOE and D-FINE call them: python examples/dialects.py
+
+Framework: NanoDet, GFocal v1, YOLOv6 and PP-YOLOE, D-FINE
+Serves: their losses by their own calls
+"""
 
 import torch
 

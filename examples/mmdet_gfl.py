@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's GFL, from its own config, with ours inside: python examples/mmdet_gfl.py (needs mmdet 3 and mmcv)"""
+"""mmdet's GFL, from its own config, with ours inside: python examples/mmdet_gfl.py (needs mmdet 3 and mmcv)
+
+Framework: mmdet 3.3, mmyolo 0.6
+Or: in a config, `custom_imports = dict(imports=["gfl_ops.compat.mmdet_patch"])`; part by part with types
+    `FusedQualityFocalLoss` and so on, `FusedATSSAssigner` and `FusedGFLHead`,
+    `custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])`
+Serves: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
+    `GIoULoss`, `DIoULoss`, `CIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`, `GFLHead.predict_by_feat`
+"""
 
 from pathlib import Path
 

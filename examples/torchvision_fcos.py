@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's FCOS with ours inside: python examples/torchvision_fcos.py"""
+"""torchvision's FCOS with ours inside: python examples/torchvision_fcos.py
+
+Framework: torchvision 0.28
+Serves: `sigmoid_focal_loss`, `generalized_box_iou_loss`, `nms`, `batched_nms`, in FCOS, RetinaNet and wherever else
+"""
 
 import torch
 from torchvision.models.detection import fcos_resnet50_fpn

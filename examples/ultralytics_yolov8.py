@@ -2,6 +2,9 @@
 """ultralytics' YOLOv8-n, from its yaml, with ours inside: python examples/ultralytics_yolov8.py
 
 In a training script it is one line too: ``gfl_ops.compat.ultralytics.patch()`` before ``YOLO("yolov8n.yaml")``.
+
+Framework: ultralytics 8.3, 8.4
+Serves: `DFLoss`, `BboxLoss`, `DFL`, `non_max_suppression`, which has no time limit then
 """
 
 import torch

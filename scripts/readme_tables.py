@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's table of operators from the registry; with --check, fail if it is not what the registry says."""
+"""Write the README's tables: of operators from the registry, of frameworks from the examples.
+
+With --check, fail if they are not what registry and examples say.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gfl_ops._spec import SPECS, OpSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- operators: written by scripts/readme_tables.py -->\n", "<!-- end of operators -->"
+COMPAT = "gfl_ops.compat"
 
 
 def compiled() -> dict[str, set[str]]:
@@ -32,10 +37,40 @@ def row(spec: OpSpec, kernels: set[str]) -> str:
     return f"| {public} | {spec.summary} | {where} | {'yes' if spec.differentiable else ''} |"
 
 
-def table() -> str:
+def operators() -> str:
     kernels = compiled()
     rows = [row(spec, kernels.get(spec.forward_name, set())) for spec in SPECS.values()]
     return "\n".join(["| function | what it computes | kernels | gradient |", "|---|---|---|---|", *rows, ""])
+
+
+def said(docstring: str) -> dict[str, str]:
+    """The lines "Key: text" of an example's docstring, their indented ones joined."""
+    found = re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", docstring, flags=re.MULTILINE)
+    return {key: " ".join(text.split()) for key, text in found}
+
+
+def framework(path: Path) -> tuple[int, str, str]:
+    """Rank, file name and row of an example; the line to type is the one that it imports from `gfl_ops.compat`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told, rank, line = said(ast.get_docstring(tree) or ""), 2, ""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(COMPAT):
+            continue
+        patches = "patch" in {alias.name for alias in node.names}
+        rank, line = (0, f"`{node.module}.patch()`") if patches else (1, f"`{ast.unparse(node)}`")
+    if "Or" in told:
+        line += f"; or {told['Or']}"
+    example = f"[{path.name}]({path.relative_to(ROOT)})"
+    return rank, path.name, f"| {told['Framework']} | {line} | {told['Serves']} | {example} |"
+
+
+def frameworks() -> str:
+    rows = sorted(framework(path) for path in (ROOT / "examples").glob("*.py"))
+    head = ["| framework | the line | what is served | example |", "|---|---|---|---|"]
+    return "\n".join([*head, *(text for _, _, text in rows), ""])
+
+
+TABLES: dict[str, Callable[[], str]] = {"operators": operators, "frameworks": frameworks}
 
 
 def main() -> int:
@@ -43,16 +78,17 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
     options = parser.parse_args()
     path = ROOT / "README.md"
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}{table()}{END}{after}"
+    text = wanted = path.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}: written by scripts/readme_tables.py -->\n", f"<!-- end of {name} -->"
+        before, rest = wanted.split(begin)
+        wanted = f"{before}{begin}{make()}{end}{rest.split(end)[1]}"
     if wanted == text:
         return 0
     if options.check:
-        print("README.md: the table of operators is out of date; python scripts/readme_tables.py writes it")
+        print("README.md: a table is out of date; python scripts/readme_tables.py writes it")
         return 1
-    path.write_text(wanted)
+    path.write_text(wanted, encoding="utf-8")
     return 0
 
 

@@ -172,7 +172,7 @@ def test_the_losses_of_transformers(dtype: torch.dtype, matched: int, generator:
     Boxes are fp32 there whatever the logits are: its `translate_gt` takes nothing else.
     """
     if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed (tests/peers/requirements.txt)")
+        pytest.skip("transformers is not installed (tests/support/peers/requirements.txt)")
     from transformers import DFineConfig
     from transformers.loss.loss_d_fine import DFineLoss
 

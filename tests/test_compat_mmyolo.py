@@ -19,7 +19,9 @@ from gfl_ops.compat import mmdet as compat
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None or importlib.util.find_spec("mmyolo") is None:
-    pytest.skip("mmdet or mmyolo is not installed (tests/peers/requirements_alone.txt)", allow_module_level=True)
+    pytest.skip(
+        "mmdet or mmyolo is not installed (tests/support/peers/requirements_alone.txt)", allow_module_level=True
+    )
 
 mmdet_stub.install()
 import mmcv  # noqa: E402

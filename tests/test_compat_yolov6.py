@@ -122,7 +122,7 @@ def test_the_losses_of_the_package(
 ) -> None:
     """YOLOv6's own code, as yolov6detect packs it: values and gradients of all three losses."""
     if importlib.util.find_spec("yolov6") is None:
-        pytest.skip("yolov6detect is not installed (tests/peers/requirements_alone.txt)")
+        pytest.skip("yolov6detect is not installed (tests/support/peers/requirements_alone.txt)")
     from yolov6.models.losses import loss as theirs
 
     dist, pred, points, target, scores, total, fg = scene(positives, generator)

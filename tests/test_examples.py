@@ -20,7 +20,8 @@ EXAMPLES = TESTS.parent / "examples"
 def run(name: str, tmp_path: Path, **environment: str) -> str:
     """What the example prints. mmcv-lite has no compiled extension: mmdet_stub stands in for it where that is so."""
     code = (
-        f"import runpy, sys; sys.path.insert(0, {str(TESTS / 'peers')!r}); import mmdet_stub; mmdet_stub.install();"
+        f"import runpy, sys; sys.path.insert(0, {str(TESTS / 'support')!r});"
+        "from peers import mmdet_stub; mmdet_stub.install();"
         f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -59,6 +60,15 @@ def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
         pytest.skip(f"{needs} is not installed (tests/support/peers/requirements.txt)")
     printed = run(name, tmp_path, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
     assert "served by gfl_ops:" in printed and "detections:" in printed
+    # What the README's table says is served, which is taken from the example, is what patch() says.
+    told = re.search(r"^Serves: (.*(?:\n {4}.*)*)", (EXAMPLES / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert told
+    promised = re.findall(r"`([\w.]+)`", told[1])
+    served = re.search(r"served by gfl_ops:\n((?:  \S+\n)+)", printed)
+    assert served
+    names = served[1].split()
+    assert len(names) == len(promised)
+    assert all(f".{label}".endswith(f".{end}") for label, end in zip(names, promised)), (names, promised)
     ours, theirs = (
         [float(x) for x in re.findall(r"[ \[](\d+\.\d+(?:e-?\d+)?)", line)]
         for line in printed.splitlines()

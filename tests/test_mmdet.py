@@ -6,10 +6,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +16,6 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-
-sys.path.append(str(Path(__file__).parent / "peers"))
 
 MMDET_IS_THERE = all(importlib.util.find_spec(name) for name in ("mmdet", "mmcv", "mmengine"))
 pytestmark = [
@@ -37,7 +33,7 @@ BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss", "IoULoss")
 @pytest.fixture(scope="module")
 def mmdet() -> SimpleNamespace:
     """The names of mmdet that are compared with, gathered from where they lie."""
-    import mmdet_stub
+    from peers import mmdet_stub
 
     mmdet_stub.install()
     from mmdet.models import losses

@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import real_data
 import torch
 
 import gfl_ops
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parent / "peers"))
-import real_data
 
 MMDET_IS_THERE = all(importlib.util.find_spec(name) for name in ("mmdet", "mmcv", "mmengine"))
 pytestmark = [
@@ -26,7 +21,7 @@ pytestmark = [
 
 
 def mmdet_detections(photos: real_data.Photos, options: dict[str, Any]) -> list[Any]:
-    import mmdet_stub
+    from peers import mmdet_stub
 
     mmdet_stub.install()
     from mmdet.models.dense_heads import GFLHead

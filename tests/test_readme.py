@@ -60,7 +60,7 @@ def test_the_commands_are_understood(line: str) -> None:
         config.overrides(config.preset(options.config), options)
 
 
-def test_the_table_of_operators_is_the_registry() -> None:
+def test_the_tables_are_the_registry_s_and_the_examples() -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"],
         capture_output=True,
@@ -70,7 +70,9 @@ def test_the_table_of_operators_is_the_registry() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("path", ["benchmarks/bench_losses.py", "scripts/gpu_suite.py", "scripts/aot_report.py"])
+@pytest.mark.parametrize(
+    "path", ["benchmarks/bench_losses.py", "benchmarks/bench_peers.py", "scripts/gpu_suite.py", "scripts/aot_report.py"]
+)
 def test_every_script_has_help(path: str) -> None:
     result = subprocess.run([sys.executable, str(ROOT / path), "--help"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
