@@ -74,9 +74,8 @@ def unlike(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Share of the boxes that only one side has, of `(boxes, scores, labels)` of each image one after another."""
     alone = total = 0
     for start in range(0, len(want), 3):
-        mine, theirs = (
-            torch.cat([x.reshape(len(x), -1).float() for x in s[start : start + 3]], 1) for s in (got, want)
-        )
+        sides = (side[start : start + 3] for side in (got, want))
+        mine, theirs = (torch.cat([b.float(), s.float()[:, None], c.float()[:, None]], 1) for b, s, c in sides)
         # A tenth of a pixel, or of a score, which is far less than what distinguishes two boxes that both stay.
         same = (mine[:, None] - theirs).abs().amax(-1) < 0.1
         alone += int((~same.any(0)).sum()) + int((~same.any(1)).sum())
