@@ -182,7 +182,7 @@ def goals(given: argparse.Namespace) -> Iterator[Goal]:
                 return on(cases.suppression(boxes, clustered, given.size, seed), device)
 
             name = f"batched_nms {boxes} {'clustered' if clustered else 'uniform'}"
-            peers = ("torchvision", "torchvision shifted", "torchvision by class")
+            peers = ("torchvision", "tv shifted", "tv by class")
             yield Goal(name, make, "fp32", 1, None, 0.0, 0.0, dict.fromkeys(peers, 3.0))
     yield Goal("decode", partial(everywhere, many, device), "bf16", batch, boxes_of, 1.2)
 
