@@ -17,14 +17,16 @@ FOLDED = "folded"
 def norm_of_conv(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, with the same gradients.
 
-    Where `Backbone.fold_norms` asks for it and the norm keeps its statistics, the convolution's weights are scaled
-    instead of its results: with s = γ / √(σ² + ε), ``(s · w) * x + (β − s · μ)``. That saves the passes over the maps
-    forward and backward, and the map that the norm would keep; results differ in their last digits.
+    Where `Backbone.fold_norms` asks for it, the norm keeps its statistics and the convolution has no bias, the
+    convolution's weights are scaled instead of its results: with s = γ / √(σ² + ε), ``(s · w) * x + (β − s · μ)``.
+    That saves the passes over the maps forward and backward, and the map that the norm would keep; results differ in
+    their last digits.
     """
     asked = not norm.training and getattr(norm, FOLDED, False)
-    if not asked or not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+    if not asked or not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or conv.bias is not None:
         return norm(conv(x))
-    assert norm.running_mean is not None and norm.running_var is not None
+    if norm.running_mean is None or norm.running_var is None:
+        return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight = conv.weight * scale[:, None, None, None]
     shift = norm.bias - scale * norm.running_mean
