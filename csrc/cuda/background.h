@@ -1,43 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss against background, |σ(x)|^β · BCE(x, 0), which is what all but a few elements of a class map cost.
+// Quality focal loss against background, |σ(x)|^β · BCE(x, 0), which is what all but a few elements of a class map cost; and
+// what tells the parameters that people train with from the others.
 #pragma once
 #include <cuda_runtime.h>
 
 #include "focal.h"
+#include "scalar.h"
 
 namespace gfl::cuda {
 
-template <class A> struct Background {
-  A beta;
-  __device__ __forceinline__ A loss(A x) const { return qfl_term(x, A(0), beta, false).value; }
-  __device__ __forceinline__ A gradient(A x) const { return qfl_term(x, A(0), beta, false).grad_pred; }
+// What people train with: squares, of logits, in fp32. The term is short then, and many can be under way at once.
+struct Usual {
+  static constexpr bool wide = true, activated = false;
+  static constexpr float exponent = 2;
+};
+// Anything else: a power, logits or probabilities. Long terms, above all in fp64: one at a time.
+template <class A> struct Any {
+  static constexpr bool wide = false;
+  A exponent;
+  bool activated;
 };
 
+inline bool is_usual(double exponent, bool activated) { return exponent == Usual::exponent && !activated; }
+
+// Calls f with what serves these parameters and elements of T.
+template <class T, class F> void dispatch_terms(double exponent, bool activated, const F& f) {
+  if constexpr (sizeof(T) < 8) {
+    if (is_usual(exponent, activated)) return f(Usual{});
+  }
+  f(Any<acc_t<T>>{static_cast<acc_t<T>>(exponent), activated});
+}
+
+// The loss of a score and its derivative by that, from one exponential; one alone costs no more than it must.
+template <class A> __device__ __forceinline__ Term<A> background_term(const Any<A>& by, A x) {
+  return qfl_term(x, A(0), by.exponent, by.activated);
+}
 // β = 2 has a form of its own: p²·BCE, p²·(2(1 − p)·BCE + p).
-struct Square {
-  float p, q, entropy;
-  __device__ __forceinline__ explicit Square(float x) {
-    const float largest = std::numeric_limits<float>::max();
-    if (x > largest) x = largest;
-    const float e = std::exp(-absolute(x));
-    const float r = reciprocal_of_unit(e);
-    p = x >= 0.0f ? r : e * r;
-    q = x >= 0.0f ? e * r : r;
-    entropy = (x > 0.0f ? x : 0.0f) + log1p_of_unit(e);
-  }
-};
-template <> struct Background<float> {
-  float beta;
-  __device__ __forceinline__ float loss(float x) const {
-    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).value;
-    const Square s(x);
-    return s.p * s.p * s.entropy;
-  }
-  __device__ __forceinline__ float gradient(float x) const {
-    if (beta != 2.0f) return qfl_term(x, 0.0f, beta, false).grad_pred;
-    const Square s(x);
-    return absolute(x) > std::numeric_limits<float>::max() ? 0.0f : s.p * s.p * (2.0f * s.q * s.entropy + s.p);
-  }
-};
+__device__ __forceinline__ Term<float> background_term(const Usual&, float x) {
+  const float largest = std::numeric_limits<float>::max();
+  const bool infinite = absolute(x) > largest;
+  if (x > largest) x = largest;
+  const float e = std::exp(-absolute(x));
+  const float r = reciprocal_of_unit(e);
+  const float p = x >= 0.0f ? r : e * r;
+  const float q = x >= 0.0f ? e * r : r;
+  const float entropy = (x > 0.0f ? x : 0.0f) + log1p_of_unit(e);
+  return {p * p * entropy, infinite ? 0.0f : p * p * (2.0f * q * entropy + p), 0.0f};
+}
 
 }  // namespace gfl::cuda

@@ -7,8 +7,8 @@
 //   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
 //   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
 // A block takes a tile of 128 locations with all their channels, coarse levels first: there the positives crowd. Its
-// threads walk the class logits along memory, 16 bytes an access; its warps then take the tile's positives, one each
-// (gfl_loss_positive.h). One block adds up the tiles' partial sums. A tile's gradients are written as those of background,
+// threads walk the class logits along memory, 16 bytes an access (an element where β is not 2, and in fp64); its warps then
+// take the tile's positives, one each (gfl_loss_positive.h). One block adds up the tiles' partial sums. A tile's gradients are written as those of background,
 // zeros for the distributions, and the positives' put over them in the same launch.
 // What gradients are multiplied with hangs on counts and weights of the positives, which a launch of its own looks up
 // first: it reads the labels, and logits at positives alone.
@@ -16,6 +16,8 @@
 // of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times. Accumulator: A within
 // a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
 #include "gfl/gfl_loss.h"
+
+#include <type_traits>
 
 #include "background.h"
 #include "gfl_loss_positive.h"
@@ -101,17 +103,29 @@ template <class T> __device__ __forceinline__ const T* class_logits(const HeadLe
   return static_cast<const T*>(level.cls) + p.image * stride[0] + p.row * stride[2] + p.column * stride[3];
 }
 
-// Zeros a tile of a map of T.
-template <class T>
-__device__ __forceinline__ void clear_tile(void* data, const int64_t (&stride)[4], const Place& at,
+// What a walk is for. A kernel for each, or, where it need not be fast, for all.
+struct NormsAlone { static constexpr bool losses = false, gradients = false; };
+struct LossesAlone { static constexpr bool losses = true, gradients = false; };
+struct Gradients {
+  static constexpr bool gradients = true;
+  bool losses;
+};
+struct Whatever { bool losses, gradients; };
+
+// Zeros a tile of a map: of whatever type, since its zero is all zero bits.
+__device__ __forceinline__ void clear_tile(void* data, DType dtype, const int64_t (&stride)[4], const Place& at,
                                            const HeadLevel& level, int64_t channels) {
-  T* map = static_cast<T*>(data);
-  const MapTile shape = map_tile<T>(data, stride, at.image, level.height, level.width, at.begin, channels);
-  for_runs<T>(
-      shape, [](Run<T>&) {},
-      [&](Run<T>& run) {
-        if (shape.vectors) *reinterpret_cast<uint4*>(map + run.offset) = uint4{0, 0, 0, 0};
-        else store(map + run.offset, acc_t<T>(0));
+  const int bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  const MapTile shape =
+      map_tile(data, 16 / bytes, stride, at.image, level.height, level.width, at.begin, channels);
+  for_runs<char, false>(
+      shape, [](Run<char, false>&) {},
+      [&](Run<char, false>& run) {
+        char* const first = static_cast<char*>(data) + run.offset * bytes;
+        if (shape.vectors()) *reinterpret_cast<uint4*>(first) = uint4{0, 0, 0, 0};
+        else if (bytes == 8) *reinterpret_cast<uint64_t*>(first) = 0;
+        else if (bytes == 4) *reinterpret_cast<uint32_t*>(first) = 0;
+        else *reinterpret_cast<uint16_t*>(first) = 0;
       });
 }
 
@@ -120,17 +134,15 @@ template <class A> __device__ __forceinline__ double arriving(const void* grad) 
   return grad != nullptr ? static_cast<double>(*static_cast<const A*>(grad)) : 1.0;
 }
 
-// A tile's partial sums, without `losses` those that norms are made of alone; and its gradients.
-template <class T, bool losses, bool gradients>
+// A tile's partial sums, without losses those that norms are made of alone; and its gradients.
+template <class T, class Part, class By>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
-    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, const HeadScales* scales,
-                         GflLossGrads grads, bool foretold, Partial* partials) {
+    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, By terms,
+                         const HeadScales* scales, GflLossGrads grads, bool foretold, Partial* partials) {
   using A = acc_t<T>;
-  HeadScales by{1, 1, 1};
-  if (gradients) {
-    by = {arriving<A>(grads.cls), arriving<A>(grads.box), arriving<A>(grads.dfl)};
-    if (foretold && by.cls == 1 && by.box == 1 && by.dfl == 1) return;
-    by = {by.cls * scales->cls, by.box * scales->box, by.dfl * scales->dfl};
+  if (part.gradients && foretold && arriving<A>(grads.cls) == 1 && arriving<A>(grads.box) == 1 &&
+      arriving<A>(grads.dfl) == 1) {
+    return;
   }
   Tile& tile = *shared<Tile>();
   const Place at = place_of(head, in.images);
@@ -138,47 +150,61 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   const HeadGradients& out = head.grad[at.level];
   bool special;
   const int positives = read_labels(in, head, at, tile, special);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  // By a shuffle, which tells the compiler that a warp goes through the positives together.
+  const int warp = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarp, 0);
   double sums[4] = {0, 0, 0, 0};
-  T* grad = gradients ? static_cast<T*>(out.cls) : nullptr;
-  if (losses || grad != nullptr) {
+  T* grad = part.gradients ? static_cast<T*>(out.cls) : nullptr;
+  if (part.losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
-    const MapTile shape =
-        map_tile<T>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
-    const MapTile target = map_tile<T>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
-    const Background<A> background{static_cast<A>(in.beta)};
-    const A factor = static_cast<A>(by.cls);
+    constexpr bool wide = By::wide;
+    MapTile shape =
+        map_tile<T, wide>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    MapTile target{};
+    if (grad != nullptr) {
+      target = map_tile<T, wide>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+      shape.walk_beside(target);
+    }
+    const A factor = part.gradients ? static_cast<A>(arriving<A>(grads.cls) * scales->cls) : A(0);
     A sum = 0;
-    for_runs<T>(
-        shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
-        [&](Run<T>& run) {
-          for_elements_into(shape, target, grad, run, [&](T& element, int location, int channel) {
-            const int code = special ? tile.code[location] : kBackground;
-            const A x = load(&element);
-            if (losses && code != kNotCounted && code != channel) sum += background.loss(x);  // its own class comes below
-            if (gradients) store(&element, code != kNotCounted ? factor * background.gradient(x) : A(0));
+    for_runs<T, wide>(
+        shape, [&](Run<T, wide>& run) { load_run(map, shape, run); },
+        [&](Run<T, wide>& run) {
+          for_elements(shape, run, [&](T& element, int location, int channel) {
+            const Term<A> term = background_term(terms, load(&element));
+            A value = term.value, slope = factor * term.grad_pred;
+            if (special) {
+              const int code = tile.code[location];
+              if (code == channel || code == kNotCounted) value = 0;  // its own class comes below
+              if (code == kNotCounted) slope = 0;
+            }
+            sum += value;
+            if (part.gradients) store(&element, slope);
           });
+          if (grad != nullptr) store_run(grad, shape, target, run);
         });
-    if (losses) sums[0] = warp_sum(static_cast<double>(sum));
+    if (part.losses) sums[0] = warp_sum(static_cast<double>(sum));
   }
-  if (gradients && out.reg != nullptr) {
-    const int64_t channels = 4 * (in.reg_max + 1);
-    if (in.reg_dtype == DType::f64) clear_tile<double>(out.reg, out.reg_stride, at, level, channels);
-    else if (in.reg_dtype == DType::f32) clear_tile<float>(out.reg, out.reg_stride, at, level, channels);
-    else clear_tile<half_t>(out.reg, out.reg_stride, at, level, channels);
+  if (part.gradients && out.reg != nullptr) {
+    clear_tile(out.reg, in.reg_dtype, out.reg_stride, at, level, 4 * (in.reg_max + 1));
   }
-  if (gradients) __syncthreads();  // what follows is written over what the block has written before
+  HeadScales by{1, 1, 1};
+  if (part.gradients) {
+    by = {arriving<A>(grads.cls) * scales->cls, arriving<A>(grads.box) * scales->box,
+          arriving<A>(grads.dfl) * scales->dfl};
+    __syncthreads();  // what follows is written over what the block has written before
+  }
   for (int item = warp; item < positives; item += kWarps) {
     const HeadPositive p = positive_in(head, at, tile, item);
     const T* logits = class_logits<T>(level, p);
     const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
     sums[3] += weight;
-    if (!losses && !gradients) continue;
+    if (!part.losses && !part.gradients) continue;
     const Positive<A> w = positive_at<A>(in, level, p);
     const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
     const A own = load(logits + p.label * level.cls_stride[1]);
-    const Term<A> term = qfl_term(own, score, static_cast<A>(in.beta), false);
-    if (losses) {
+    const Term<A> term = qfl_term(own, score, static_cast<A>(terms.exponent), false);
+    if (part.losses) {
       sums[0] += static_cast<double>(term.value);
       sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, IouKind::giou, in.legacy).value);
       sums[2] += weight * static_cast<double>(positive_dfl(in, w));
@@ -188,7 +214,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
       store(grad + p.image * stride[0] + p.label * stride[1] + p.row * stride[2] + p.column * stride[3],
             static_cast<A>(by.cls) * term.grad_pred);
     }
-    if (gradients && out.reg != nullptr) {
+    if (part.gradients && out.reg != nullptr) {
       positive_backward(in, out, p, w, static_cast<A>(by.box * weight), static_cast<A>(by.dfl * weight / 4));
     }
   }
@@ -310,12 +336,22 @@ Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
 dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
 
 // The walks over tiles, each a launch.
-template <class T, bool losses, bool gradients>
-void walk(const GflLossInput& in, const Head& head, const HeadScales* scales, const GflLossGrads& grads, bool foretold,
-          Partial* partials, cudaStream_t stream) {
+template <class T, class Part>
+void walk(const GflLossInput& in, const Head& head, Part part, const HeadScales* scales, const GflLossGrads& grads,
+          bool foretold, Partial* partials, cudaStream_t stream) {
   if (head.tiles * in.images == 0) return;
-  GFL_LAUNCH((gfl_loss_tile_kernel<T, losses, gradients>), grid_of(in, head), dim3(kMapThreads), sizeof(Tile), stream,
-             in, head, scales, grads, foretold, partials);
+  const auto launch = [&](auto wanted, auto terms) {
+    GFL_LAUNCH((gfl_loss_tile_kernel<T, decltype(wanted), decltype(terms)>), grid_of(in, head), dim3(kMapThreads),
+               sizeof(Tile), stream, in, head, wanted, terms, scales, grads, foretold, partials);
+  };
+  if constexpr (std::is_same_v<Part, NormsAlone>) {
+    launch(part, Any<acc_t<T>>{});  // of which none is asked for
+  } else {
+    dispatch_terms<T>(in.beta, false, [&](auto terms) {
+      if constexpr (terms.wide) launch(part, terms);
+      else launch(Whatever{part.losses, part.gradients}, terms);
+    });
+  }
 }
 
 constexpr size_t kSumShared = sizeof(Sums) * (kSumThreads / kWarp);
@@ -325,7 +361,7 @@ template <class T>
 void find_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
                  HeadScales* scales, cudaStream_t stream) {
   const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
-  if (counted) walk<T, false, false>(in, head, nullptr, {}, false, partials, stream);
+  if (counted) walk<T>(in, head, NormsAlone{}, nullptr, {}, false, partials, stream);
   GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials,
              counted ? in.images : 0, head.tiles, scalars, scales);
 }
@@ -355,7 +391,7 @@ cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scala
   Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    walk<T, true, false>(in, head, nullptr, {}, false, partials, stream);
+    walk<T>(in, head, LossesAlone{}, nullptr, {}, false, partials, stream);
     add_up<T>(in, head, scalars, partials, out, stream);
   });
   return cudaGetLastError();
@@ -370,7 +406,7 @@ cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossS
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
     find_scales<T>(in, head, scalars, partials, scales, stream);
-    walk<T, true, true>(in, head, scales, {}, false, partials, stream);
+    walk<T>(in, head, Gradients{true}, scales, {}, false, partials, stream);
     add_up<T>(in, head, scalars, partials, out, stream);
   });
   return cudaGetLastError();
@@ -381,7 +417,7 @@ cudaError_t gfl_loss_settle(const GflLossInput& in, const HeadScales* scales, co
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
   dispatch(in.cls_dtype, [&](auto t) {
-    walk<decltype(t), false, true>(in, head, scales, grads, true, nullptr, stream);
+    walk<decltype(t)>(in, head, Gradients{false}, scales, grads, true, nullptr, stream);
   });
   return cudaGetLastError();
 }
@@ -396,7 +432,7 @@ cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scal
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
     find_scales<T>(in, head, scalars, partials, scales, stream);
-    walk<T, false, true>(in, head, scales, grads, false, nullptr, stream);
+    walk<T>(in, head, Gradients{false}, scales, grads, false, nullptr, stream);
   });
   return cudaGetLastError();
 }

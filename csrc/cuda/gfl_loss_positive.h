@@ -51,6 +51,7 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
   const int lane = static_cast<int>(threadIdx.x) % kSideLanes;
   const auto add = [](A a, A b) { return a + b; };
   BinSoftmax<A> s{logit(0), A(0), A(0), 0};
+#pragma unroll 1  // a lane has few bins, or classes: bodies unrolled for many would not run
   for (int j = lane; j < logit.bins; j += kSideLanes) {
     const A x = logit(j);
     if (x > s.max) {
@@ -64,6 +65,7 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
   const int peak = over_side(lowest, [](int a, int b) { return a < b ? a : b; });
   s.max = greatest;
   s.peak = peak < logit.bins ? peak : 0;
+#pragma unroll 1
   for (int j = lane; j < logit.bins; j += kSideLanes) {
     const A e = std::exp(logit(j) - s.max);
     s.total += e;
@@ -135,6 +137,7 @@ __device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t
   using A = acc_t<T>;
   const auto greater = [](A a, A b) { return b > a || b != b ? b : a; };
   A largest = load(logits);
+#pragma unroll 1
   for (int64_t c = threadIdx.x % kWarp; c < classes; c += kWarp) largest = greater(largest, load(logits + c * stride));
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     largest = greater(largest, __shfl_xor_sync(kFullMask, largest, offset));
@@ -153,6 +156,7 @@ __device__ __forceinline__ void positive_backward(const GflLossInput& in, const 
   const int64_t* stride = out.reg_stride;
   const int64_t first = p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] +
                         p.column * stride[3];
+#pragma unroll 1
   for (int j = static_cast<int>(threadIdx.x) % kSideLanes; j < w.logit.bins; j += kSideLanes) {
     const A raw = w.logit.raw(j), probability = std::exp(bounded_logit(raw) - w.softmax.max) / w.softmax.total;
     A value = by_distance * w.softmax.mean_gradient(j, probability);

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   const T* data = static_cast<const T*>(map.cls);
   const MapTile shape = map_tile<T>(data, map.cls_stride, segment.image, map.height, map.width, begin, in.classes);
   for_runs<T>(
-      shape, [&](Run<T>& run) { load_run(data, shape.vectors, run); },
+      shape, [&](Run<T>& run) { load_run(data, shape, run); },
       [&](Run<T>& run) {
         for_elements(shape, run, [&](const T& element, int place, int label) {
           const float value = static_cast<float>(load(&element));

@@ -3,7 +3,8 @@
 //
 //   pred    [rows, classes]  dtype  read     label [rows] int64 read     target [rows] or [rows, classes] A read
 //   loss    [rows]           A      write    grad_pred [rows, classes] dtype write
-// A run is 16 bytes where classes lie side by side and alignment allows, else one class. Bytes per element: forward
+// A run is 16 bytes where classes lie side by side and alignment allows, else one class; one also for an exponent other than
+// 2, for probabilities and in fp64. Bytes per element: forward
 // sizeof(dtype), backward 2·sizeof(dtype) (the terms are recomputed from the logits); a dense target adds sizeof(A).
 // Accumulator: float (double for double). Repeatable bit for bit: a lane sums its classes in order, the lanes in a fixed
 // tree. The loss down to one number, which is what detectors train with, is score_loss.cu's.
@@ -18,7 +19,7 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;  // runs a lane fetches before it uses the first
+constexpr int kAhead = 4;  // runs that a lane fetches before it uses the first, where terms are short
 constexpr int64_t kMaxBlocks = 1 << 16;
 
 // Blocks an SM, asked of the compiler: with the registers that it takes unasked, it spills for sm_90.
@@ -48,15 +49,15 @@ dim3 grid_for(int64_t rows, int lanes) {
 }
 
 // visit(elements, first class) for the runs of a lane.
-template <class T, bool vectors, class Visit>
+template <class T, int ahead, bool vectors, class Visit>
 __device__ __forceinline__ void for_classes(const QflInput& in, int64_t row, int lane, int lanes, const Visit& visit) {
   constexpr int run = vectors ? kRun<T> : 1;
   const T* pred = static_cast<const T*>(in.pred) + row * in.stride_row;
   const int64_t runs = in.classes / run;
-  for (int64_t first = lane; first < runs; first += int64_t(kAhead) * lanes) {
-    T element[kAhead][run];
+  for (int64_t first = lane; first < runs; first += int64_t(ahead) * lanes) {
+    T element[ahead][run];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < ahead; ++a) {
       const int64_t at = first + a * lanes;
       if (at >= runs) continue;
       if constexpr (vectors) {
@@ -67,23 +68,23 @@ __device__ __forceinline__ void for_classes(const QflInput& in, int64_t row, int
       }
     }
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < ahead; ++a) {
       if (first + a * lanes < runs) visit(element[a], (first + a * lanes) * run);
     }
   }
 }
 
 // What the elements of a row are held against.
-template <class T> struct RowTarget {
+template <class T, class By> struct RowTarget {
   using A = acc_t<T>;
+  static constexpr int ahead = By::wide ? kAhead : 1;
+  By terms;
   const A* dense;  // null with labels
   int64_t label;   // −1 for background
   A score;
-  Background<A> background;
-  bool activated;
 
-  __device__ __forceinline__ RowTarget(const QflInput& in, int64_t row)
-      : dense(nullptr), label(-1), score(0), background{static_cast<A>(in.beta)}, activated(in.activated) {
+  __device__ __forceinline__ RowTarget(const QflInput& in, const By& by, int64_t row)
+      : terms(by), dense(nullptr), label(-1), score(0) {
     const A* target = static_cast<const A*>(in.target);
     if (in.label == nullptr) {
       dense = target + row * in.classes;
@@ -93,27 +94,28 @@ template <class T> struct RowTarget {
       score = target[row];
     }
   }
-  __device__ __forceinline__ bool plain(int64_t c) const { return dense == nullptr && !activated && c != label; }
   __device__ __forceinline__ Term<A> term(A x, int64_t c) const {
-    return qfl_term<A>(x, dense != nullptr ? dense[c] : (c == label ? score : A(0)), background.beta, activated);
+    if (By::wide && dense == nullptr && c != label) return background_term(terms, x);
+    const A t = dense != nullptr ? dense[c] : (c == label ? score : A(0));
+    return qfl_term(x, t, static_cast<A>(terms.exponent), terms.activated);
   }
 };
 
-template <class T, bool vectors>
+template <class T, class By, bool vectors>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    qfl_forward_kernel(QflInput in, int lanes, acc_t<T>* loss) {
+    qfl_forward_kernel(QflInput in, By terms, int lanes, acc_t<T>* loss) {
   using A = acc_t<T>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
   for (int64_t first = int64_t(blockIdx.x) * of_block; first < in.rows; first += int64_t(gridDim.x) * of_block) {
     const int64_t row = first + thread / lanes;
     A sum = 0;
     if (row < in.rows) {
-      const RowTarget<T> target(in, row);
-      for_classes<T, vectors>(in, row, lane, lanes, [&](const auto& element, int64_t begin) {
+      const RowTarget<T, By> target(in, terms, row);
+      for_classes<T, target.ahead, vectors>(in, row, lane, lanes, [&](const auto& element, int64_t begin) {
 #pragma unroll
         for (int v = 0; v < (vectors ? kRun<T> : 1); ++v) {
           const A x = load(&element[v]);
-          sum += target.plain(begin + v) ? target.background.loss(x) : target.term(x, begin + v).value;
+          sum += target.term(x, begin + v).value;
         }
       });
     }
@@ -122,34 +124,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
-template <class T, bool vectors>
+template <class T, class By, bool vectors>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    qfl_backward_kernel(QflInput in, int lanes, const acc_t<T>* grad_loss, T* grad_pred, acc_t<T>* grad_target) {
+    qfl_backward_kernel(QflInput in, By terms, int lanes, const acc_t<T>* grad_loss, T* grad_pred,
+                        acc_t<T>* grad_target) {
   using A = acc_t<T>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
   for (int64_t row = int64_t(blockIdx.x) * of_block + thread / lanes; row < in.rows;
        row += int64_t(gridDim.x) * of_block) {
-    const RowTarget<T> target(in, row);
+    const RowTarget<T, By> target(in, terms, row);
     const A scale = grad_loss[row];
     if (grad_target != nullptr && target.dense == nullptr && target.label < 0 && lane == 0) grad_target[row] = 0;
-    for_classes<T, vectors>(in, row, lane, lanes, [&](auto& element, int64_t begin) {
+    for_classes<T, target.ahead, vectors>(in, row, lane, lanes, [&](auto& element, int64_t begin) {
 #pragma unroll
       for (int v = 0; v < (vectors ? kRun<T> : 1); ++v) {
         const int64_t c = begin + v;
         const A x = load(&element[v]);
-        A slope;
-        if (target.plain(c)) {
-          slope = target.background.gradient(x);
-        } else {
-          const Term<A> term = target.term(x, c);
-          slope = term.grad_pred;
-          if (grad_target != nullptr && target.dense != nullptr) {
-            grad_target[row * in.classes + c] = scale * term.grad_target;
-          } else if (grad_target != nullptr && c == target.label) {
-            grad_target[row] = scale * term.grad_target;
-          }
+        const Term<A> term = target.term(x, c);
+        if (grad_target != nullptr && target.dense != nullptr) {
+          grad_target[row * in.classes + c] = scale * term.grad_target;
+        } else if (grad_target != nullptr && c == target.label) {
+          grad_target[row] = scale * term.grad_target;
         }
-        store(&element[v], scale * slope);
+        store(&element[v], scale * term.grad_pred);
       }
       if (grad_pred == nullptr) return;
       T* out = grad_pred + row * in.classes + begin;
@@ -170,13 +167,19 @@ cudaError_t qfl_forward(const QflInput& in, void* loss, cudaStream_t stream) {
   if (in.rows == 0) return cudaSuccess;
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool vectors = by_vectors<T>(in, nullptr);
-    const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
-    const auto launch = [&](auto kernel) {
-      GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, lanes, static_cast<acc_t<T>*>(loss));
-    };
-    if (vectors) launch(qfl_forward_kernel<T, true>);
-    else launch(qfl_forward_kernel<T, false>);
+    dispatch_terms<T>(in.beta, in.activated, [&](auto terms) {
+      using By = decltype(terms);
+      const bool vectors = terms.wide && by_vectors<T>(in, nullptr);
+      const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
+      const auto launch = [&](auto kernel) {
+        GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, terms, lanes,
+                   static_cast<acc_t<T>*>(loss));
+      };
+      if constexpr (By::wide) {
+        if (vectors) return launch(qfl_forward_kernel<T, By, true>);
+      }
+      launch(qfl_forward_kernel<T, By, false>);
+    });
   });
   return cudaGetLastError();
 }
@@ -187,14 +190,19 @@ cudaError_t qfl_backward(const QflInput& in, const void* grad_loss, void* grad_p
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const bool vectors = by_vectors<T>(in, grad_pred);
-    const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
-    const auto launch = [&](auto kernel) {
-      GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, lanes,
-                 static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
-    };
-    if (vectors) launch(qfl_backward_kernel<T, true>);
-    else launch(qfl_backward_kernel<T, false>);
+    dispatch_terms<T>(in.beta, in.activated, [&](auto terms) {
+      using By = decltype(terms);
+      const bool vectors = terms.wide && by_vectors<T>(in, grad_pred);
+      const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
+      const auto launch = [&](auto kernel) {
+        GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, terms, lanes,
+                   static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
+      };
+      if constexpr (By::wide) {
+        if (vectors) return launch(qfl_backward_kernel<T, By, true>);
+      }
+      launch(qfl_backward_kernel<T, By, false>);
+    });
   });
   return cudaGetLastError();
 }

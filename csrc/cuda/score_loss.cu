@@ -7,7 +7,8 @@
 //   grad     as pred                       dtype write     loss, norm, grad_loss: single numbers of A
 //   partials [tiles] double, written and read
 // A block takes a tile of 128 locations with all their classes and walks it along memory, 16 bytes an access, in any layout
-// (map_tile.h); labels, scores and weights of the tile lie in shared memory. A second launch adds up the tiles.
+// (map_tile.h); labels, scores and weights of the tile lie in shared memory. A second launch adds up the tiles. An exponent
+// other than 2, probabilities and fp64 take the same walk an element at a time.
 // Bytes an element: loss and gradient 2·sizeof(dtype), the loss alone sizeof(dtype), the gradient computed again
 // 2·sizeof(dtype); a dense target adds sizeof(A) each time. Accumulator: A within a thread, double beyond. Repeatable bit
 // for bit: every sum has a fixed order.
@@ -27,31 +28,33 @@ constexpr int kNoLabel = -1;
 // Blocks of a backward pass that most likely has nothing to do: enough to fill any GPU, few enough to be gone at once.
 constexpr int64_t kForetoldBlocks = 1024;
 
-// Blocks an SM, asked of the compiler: the most for which it spills nothing for sm_90.
-template <class T, bool sparse> constexpr int kBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 || sparse ? 3 : 2;
-
 struct Layout { int64_t stride[3]; };
 
-// The terms, as functions of score and target.
-template <class A> struct Quality {
-  A alpha, exponent;
-  bool activated;
-  __device__ __forceinline__ Term<A> operator()(A x, A t) const { return qfl_term(x, t, exponent, activated); }
+// The parameters of a walk: the loss, and what its terms hang on.
+template <ScoreLoss loss> struct UsualScore : Usual {
+  static constexpr ScoreLoss kind = loss;
+  static constexpr int blocks = 3;
+  float alpha;
 };
-template <class A> struct Focal {
-  A alpha, exponent;
-  bool activated;
-  __device__ __forceinline__ Term<A> operator()(A x, A t) const {
-    return focal_term(x, t, alpha, exponent, activated);
-  }
+struct UsualQuality : UsualScore<ScoreLoss::quality> {};
+struct UsualVarifocal : UsualScore<ScoreLoss::varifocal> {};
+struct UsualFocal : UsualScore<ScoreLoss::focal> {
+  static constexpr int blocks = 2;
 };
-template <class A, bool weighted> struct Varifocal {
-  A alpha, exponent;
-  bool activated;
-  __device__ __forceinline__ Term<A> operator()(A x, A t) const {
-    return vfl_term(x, t, alpha, exponent, weighted, activated);
-  }
+template <class A> struct AnyScore : Any<A> {
+  static constexpr int blocks = 3;
+  ScoreLoss kind;
+  A alpha;
 };
+// Blocks an SM, asked of the compiler: the most for which it spills nothing.
+template <class T, class By> constexpr int kBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 ? By::blocks : 2;
+
+template <class A, class By> __device__ __forceinline__ Term<A> score_term(const By& by, A x, A t) {
+  const A exponent = static_cast<A>(by.exponent);
+  if (by.kind == ScoreLoss::quality) return qfl_term(x, t, exponent, by.activated);
+  if (by.kind == ScoreLoss::focal) return focal_term(x, t, by.alpha, exponent, by.activated);
+  return vfl_term(x, t, by.alpha, exponent, by.kind == ScoreLoss::varifocal, by.activated);
+}
 
 // What a block shares.
 template <class A> struct Tile {
@@ -78,24 +81,30 @@ __device__ __forceinline__ bool read_rows(const ScoreLossInput& in, int64_t firs
 }
 
 // The targets beside a run, where its elements and they lie alike.
-template <class T> struct Beside {
-  acc_t<T> value[kRun<T>];
-  __device__ __forceinline__ void read(const acc_t<T>* from) {
-    constexpr int words = static_cast<int>(sizeof value / 16);
+template <class T, bool wide> struct Beside {
+  acc_t<T> value[Run<T, wide>::length];
+  __device__ __forceinline__ void read(const acc_t<T>* from, bool vectors) {
+    if constexpr (wide) {
+      if (vectors) {
 #pragma unroll
-    for (int w = 0; w < words; ++w) {
-      const uint4 four = reinterpret_cast<const uint4*>(from)[w];
-      memcpy(reinterpret_cast<char*>(value) + 16 * w, &four, 16);
+        for (int w = 0; w < static_cast<int>(sizeof value / 16); ++w) {
+          const uint4 four = reinterpret_cast<const uint4*>(from)[w];
+          memcpy(reinterpret_cast<char*>(value) + 16 * w, &four, 16);
+        }
+        return;
+      }
     }
+    value[0] = *from;
   }
 };
 
 // `grad_loss` null: forward, with the sum of the losses. `grad` may be null then.
-template <class T, template <class> class Score, bool sparse>
-__global__ void __launch_bounds__(kMapThreads, (kBlocks<T, sparse>))
-    score_loss_kernel(ScoreLossInput in, Score<acc_t<T>> term, ScoreLossScale by, const acc_t<T>* grad_loss,
-                      bool foretold, int64_t tiles, double* partials, T* grad, Layout grad_layout) {
+template <class T, class By, bool sparse>
+__global__ void __launch_bounds__(kMapThreads, (kBlocks<T, By>))
+    score_loss_kernel(ScoreLossInput in, By terms, ScoreLossScale by, const acc_t<T>* grad_loss, bool foretold,
+                      int64_t tiles, double* partials, T* grad, Layout grad_layout) {
   using A = acc_t<T>;
+  constexpr bool wide = By::wide;
   if (foretold && *grad_loss == A(1)) return;
   Tile<A>& tile = *shared<Tile<A>>();
   const T* map = static_cast<const T*>(in.pred);
@@ -103,46 +112,51 @@ __global__ void __launch_bounds__(kMapThreads, (kBlocks<T, sparse>))
   const A* norm = static_cast<const A*>(by.norm);
   const A one = static_cast<A>(by.factor) / (norm != nullptr ? *norm + static_cast<A>(kScoreNormEps) : A(1));
   const A scale = grad_loss != nullptr ? one * *grad_loss : one;
-  const Background<A> background{term.exponent};
-  const bool plain = !term.activated;
   double total = 0;
   for (int64_t block = blockIdx.x; block < tiles * in.images; block += gridDim.x) {
     const int64_t image = block / tiles, begin = block % tiles * kMapTile;
     const int64_t stride[4] = {in.stride[0], in.stride[1], 0, in.stride[2]};
     const int64_t out_stride[4] = {grad_layout.stride[0], grad_layout.stride[1], 0, grad_layout.stride[2]};
     const int64_t aim_stride[4] = {in.target_stride[0], in.target_stride[1], 0, in.target_stride[2]};
-    const MapTile shape = map_tile<T>(map, stride, image, 1, in.locations, begin, in.classes);
-    const MapTile out = map_tile<T>(grad, out_stride, image, 1, in.locations, begin, in.classes);
-    MapTile aim{};
-    if (!sparse) aim = map_tile<A>(targets, aim_stride, image, 1, in.locations, begin, in.classes);
-    const bool beside = !sparse && alike(shape, aim);
+    MapTile shape = map_tile<T, wide>(map, stride, image, 1, in.locations, begin, in.classes), out{}, aim{};
+    if (grad != nullptr) {
+      out = map_tile<T, wide>(grad, out_stride, image, 1, in.locations, begin, in.classes);
+      shape.walk_beside(out);
+    }
+    if (!sparse) {
+      aim = map_tile<A, wide>(targets, aim_stride, image, 1, in.locations, begin, in.classes);
+      shape.walk_beside(aim);
+    }
     const bool labelled = read_rows(in, image * in.locations + begin, shape.count, tile);
     A sum = 0;
-    for_runs<T>(
-        shape, [&](Run<T>& run) { load_run(map, shape.vectors, run); },
-        [&](Run<T>& run) {
-          Beside<T> near;
-          if (beside) near.read(targets + aim.location(run.location) + run.channel * aim.channel);
+    for_runs<T, wide>(
+        shape, [&](Run<T, wide>& run) { load_run(map, shape, run); },
+        [&](Run<T, wide>& run) {
+          Beside<T, wide> near;
+          if (!sparse) near.read(targets + aim.element(run.location, run.channel), shape.vectors());
           int v = 0;
-          for_elements_into(shape, out, grad, run, [&](T& element, int location, int channel) {
+          for_elements(shape, run, [&](T& element, int location, int channel) {
             const A x = load(&element), weight = tile.weight[location];
-            A value, slope;
-            if (sparse && plain && !(labelled && tile.label[location] == channel)) {
-              value = background.loss(x);
-              slope = background.gradient(x);
-            } else {
-              A t = A(0);
-              if (!sparse) t = beside ? near.value[v] : targets[aim.location(location) + channel * aim.channel];
-              else if (tile.label[location] == channel) t = tile.score[location];
-              const Term<A> both = term(x, t);
-              value = both.value;
-              slope = both.grad_pred;
-            }
-            ++v;
-            sum += weight * value;
-            if (grad != nullptr) store(&element, scale * weight * slope);
+            Term<A> term;
+            if constexpr (sparse) term = background_term(terms, x);
+            else term = score_term(terms, x, near.value[v++]);
+            A value = weight * term.value;
+            if (sparse && labelled && tile.label[location] == channel) value = 0;  // its own class comes below
+            sum += value;
+            store(&element, scale * weight * term.grad_pred);
           });
+          if (grad != nullptr) store_run(grad, shape, out, run);
         });
+    if (sparse && labelled) {
+      __syncthreads();  // what follows is written over what the block has written before
+      const int i = static_cast<int>(threadIdx.x), label = i < shape.count ? tile.label[i] : kNoLabel;
+      if (label != kNoLabel) {
+        const A weight = tile.weight[i];
+        const Term<A> term = score_term(terms, A(load(map + shape.element(i, label))), tile.score[i]);
+        sum += weight * term.value;
+        if (grad != nullptr) store(grad + out.element(i, label), scale * weight * term.grad_pred);
+      }
+    }
     total += static_cast<double>(sum);
     __syncthreads();  // the next tile's labels take the place of these
   }
@@ -174,45 +188,40 @@ __global__ void __launch_bounds__(kSumThreads)
                          (norm != nullptr ? static_cast<double>(*norm + static_cast<A>(kScoreNormEps)) : 1.0));
 }
 
-template <class A> using VarifocalWeighted = Varifocal<A, true>;
-template <class A> using VarifocalUnweighted = Varifocal<A, false>;
-
 int64_t tiles_of(const ScoreLossInput& in) {
   return in.classes == 0 ? 0 : (in.locations + kMapTile - 1) / kMapTile;
 }
 
 // One walk: the loss where there are partials, the gradient where it is wanted.
+template <class T>
 void walk(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss, bool foretold, double* partials,
           void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
+  using A = acc_t<T>;
   const int64_t tiles = tiles_of(in), blocks = tiles * in.images;
   if (blocks == 0) return;
   const dim3 grid(static_cast<unsigned>(foretold && blocks > kForetoldBlocks ? kForetoldBlocks : blocks));
   const Layout layout{{grad_stride[0], grad_stride[1], grad_stride[2]}};
-  dispatch(in.dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = acc_t<T>;
-    const A alpha = static_cast<A>(in.alpha), exponent = static_cast<A>(in.exponent);
-    const auto launch = [&](auto kernel, auto term) {
-      GFL_LAUNCH(kernel, grid, dim3(kMapThreads), sizeof(Tile<A>), stream, in, term, by,
-                 static_cast<const A*>(grad_loss), foretold, tiles, partials, static_cast<T*>(grad), layout);
-    };
-    switch (in.kind) {
-      case ScoreLoss::quality: {
-        const Quality<A> term{alpha, exponent, in.activated};
-        if (in.label != nullptr) launch(score_loss_kernel<T, Quality, true>, term);
-        else launch(score_loss_kernel<T, Quality, false>, term);
-        return;
+  const A alpha = static_cast<A>(in.alpha);
+  const auto launch = [&](auto kernel, auto terms) {
+    GFL_LAUNCH(kernel, grid, dim3(kMapThreads), sizeof(Tile<A>), stream, in, terms, by,
+               static_cast<const A*>(grad_loss), foretold, tiles, partials, static_cast<T*>(grad), layout);
+  };
+  const bool sparse = in.label != nullptr;
+  if constexpr (sizeof(T) < 8) {
+    if (is_usual(in.exponent, in.activated)) {
+      if (sparse) return launch(score_loss_kernel<T, UsualQuality, true>, UsualQuality{{{}, alpha}});
+      switch (in.kind) {
+        case ScoreLoss::quality: return launch(score_loss_kernel<T, UsualQuality, false>, UsualQuality{{{}, alpha}});
+        case ScoreLoss::focal: return launch(score_loss_kernel<T, UsualFocal, false>, UsualFocal{{{}, alpha}});
+        case ScoreLoss::varifocal:
+          return launch(score_loss_kernel<T, UsualVarifocal, false>, UsualVarifocal{{{}, alpha}});
+        case ScoreLoss::varifocal_unweighted: break;  // is not: by the walk below
       }
-      case ScoreLoss::focal:
-        return launch(score_loss_kernel<T, Focal, false>, Focal<A>{alpha, exponent, in.activated});
-      case ScoreLoss::varifocal:
-        return launch(score_loss_kernel<T, VarifocalWeighted, false>,
-                      VarifocalWeighted<A>{alpha, exponent, in.activated});
-      case ScoreLoss::varifocal_unweighted:
-        return launch(score_loss_kernel<T, VarifocalUnweighted, false>,
-                      VarifocalUnweighted<A>{alpha, exponent, in.activated});
     }
-  });
+  }
+  const AnyScore<A> terms{{static_cast<A>(in.exponent), in.activated}, in.kind, alpha};
+  if (sparse) launch(score_loss_kernel<T, AnyScore<A>, true>, terms);
+  else launch(score_loss_kernel<T, AnyScore<A>, false>, terms);
 }
 
 }  // namespace
@@ -227,9 +236,9 @@ int64_t score_loss_workspace(const ScoreLossInput& in) { return tiles_of(in) * i
 cudaError_t score_loss_forward(const ScoreLossInput& in, const ScoreLossScale& by, double* workspace, void* loss,
                                void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
   if (!score_loss_fits(in)) return cudaErrorInvalidValue;
-  walk(in, by, nullptr, false, workspace, grad, grad_stride, stream);
   dispatch(in.dtype, [&](auto t) {
     using A = acc_t<decltype(t)>;
+    walk<decltype(t)>(in, by, nullptr, false, workspace, grad, grad_stride, stream);
     GFL_LAUNCH(score_loss_sum_kernel<A>, dim3(1), dim3(kSumThreads), sizeof(double) * (kSumThreads / kWarp), stream,
                workspace, score_loss_workspace(in), by, static_cast<A*>(loss));
   });
@@ -239,7 +248,9 @@ cudaError_t score_loss_forward(const ScoreLossInput& in, const ScoreLossScale& b
 cudaError_t score_loss_backward(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss,
                                 bool foretold, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
   if (!score_loss_fits(in)) return cudaErrorInvalidValue;
-  walk(in, by, grad_loss, foretold, nullptr, grad, grad_stride, stream);
+  dispatch(in.dtype, [&](auto t) {
+    walk<decltype(t)>(in, by, grad_loss, foretold, nullptr, grad, grad_stride, stream);
+  });
   return cudaGetLastError();
 }
 

@@ -21,6 +21,7 @@ struct Case {
   bool sparse = true, weighted = false, normed = true, activated = false;
   double exponent = 2;
   Layout layout = Layout::rows;
+  bool turned = false;  // gradient and dense targets lie location innermost where the scores do not, and the other way round
 };
 
 long double term(const Case& c, double alpha, long double x, long double t) {
@@ -35,10 +36,11 @@ long double term(const Case& c, double alpha, long double x, long double t) {
   return alpha * std::pow(std::fabs(p - t), gamma) * b.value;
 }
 
-void strides_of(const Case& c, int64_t (&stride)[3], int64_t& size) {
+void strides_of(const Case& c, bool turned, int64_t (&stride)[3], int64_t& size) {
   const int64_t gap = c.layout == Layout::padded ? 3 : 0, by = c.layout == Layout::sliced ? 2 : 1;
-  stride[1] = c.layout == Layout::planar ? c.locations : by;
-  stride[2] = c.layout == Layout::planar ? 1 : by * (c.classes + gap);
+  const bool planar = (c.layout == Layout::planar) != turned;
+  stride[1] = planar ? c.locations : by;
+  stride[2] = planar ? 1 : by * (c.classes + gap);
   stride[0] = by * (c.classes + gap) * c.locations;
   size = stride[0] * c.images;
 }
@@ -47,11 +49,15 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   using A = acc_t<T>;
 #if !defined(GFL_TEST_CUDA)
   // The CPU's launcher takes one image with classes innermost in target and gradient.
-  if (c.images != 1 || (c.layout == Layout::planar && !c.sparse)) return;
+  if (c.images != 1 || (c.layout == Layout::planar && !c.sparse) || c.turned) return;
 #endif
   const int64_t rows = c.images * c.locations, count = rows * c.classes;
-  int64_t stride[3], size;
-  strides_of(c, stride, size);
+  int64_t stride[3], beside[3], size;
+  strides_of(c, false, stride, size);
+  strides_of(c, c.turned, beside, size);
+  const auto in_layout = [&](const int64_t (&by)[3], int64_t row, int64_t k) {
+    return row / c.locations * by[0] + k * by[1] + row % c.locations * by[2];
+  };
   const bool elementwise = c.kind != ScoreLoss::quality;
   if (elementwise && c.layout != Layout::rows) return;  // of these the CPU takes dense ones alone, and so does this test
   std::vector<double> pred_values(size), target_values(c.sparse ? rows : size), weight_values(rows);
@@ -59,7 +65,9 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
   for (double& v : target_values) v = c.sparse || draw.integer(0, 3) == 0 ? draw.uniform(0.02, 0.98) : 0.0;
   for (double& v : weight_values) v = draw.integer(0, 4) == 0 ? 0.0 : draw.uniform(0.1, 3);
-  for (int64_t& l : labels) l = draw.integer(0, 2) == 0 ? draw.integer(-3, c.classes + 3) : c.classes;
+  for (int64_t row = 0; row < rows; ++row) {  // the second half has none: there are tiles without a class
+    labels[row] = 2 * row <= rows && draw.integer(0, 2) == 0 ? draw.integer(-3, c.classes + 3) : c.classes;
+  }
   const double alpha = draw.uniform(0.1, 0.9), factor = draw.uniform(0.5, 2), norm = draw.uniform(1, 40);
 
   const std::vector<T> pred_rounded = rounded<T>(pred_values);
@@ -69,7 +77,7 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   const Buffer<A> target(target_rounded), weight(weight_rounded), norms(rounded<A>({norm}));
   const Buffer<int64_t> label(labels);
   const ScoreLossInput in{pred.data(), dtype, c.images, c.classes, c.locations, {stride[0], stride[1], stride[2]},
-                          c.sparse ? label.data() : nullptr, target.data(), {stride[0], stride[1], stride[2]},
+                          c.sparse ? label.data() : nullptr, target.data(), {beside[0], beside[1], beside[2]},
                           c.weighted ? weight.data() : nullptr, c.kind, alpha, c.exponent, c.activated};
 
   // By the formula, and the derivative by differences.
@@ -78,18 +86,18 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   std::vector<double> want(size);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = 0; k < c.classes; ++k) {
-      const int64_t i = row / c.locations * stride[0] + k * stride[1] + row % c.locations * stride[2];
-      const double aim = c.sparse ? (labels[row] == k ? t[row] : 0.0) : t[i];
+      const int64_t i = in_layout(stride, row, k), j = in_layout(beside, row, k);
+      const double aim = c.sparse ? (labels[row] == k ? t[row] : 0.0) : t[j];
       const double row_weight = c.weighted ? w[row] : 1;
       total += row_weight * term(c, alpha, x[i], aim);
-      want[i] = by * row_weight * difference([&](long double v) { return term(c, alpha, v, aim); }, x[i]);
+      want[j] = by * row_weight * difference([&](long double v) { return term(c, alpha, v, aim); }, x[i]);
     }
   }
   const double chain = sizeof(A) == 8 ? 1e-8 : 4e-5;  // a few dozen roundings in the accumulator, and sums of terms of one sign
   const auto same_gradient = [&](const std::vector<double>& got, double times, const char* what) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < c.classes; ++k) {
-        const int64_t i = row / c.locations * stride[0] + k * stride[1] + row % c.locations * stride[2];
+        const int64_t i = in_layout(beside, row, k);
         CHECK(close(got[i], times * want[i], epsilon + chain, std::fabs(times) * (chain + epsilon * 1e-4)),
               "%s, %s: [%lld] is %g, not %g", c.name.c_str(), what, static_cast<long long>(i), got[i], times * want[i]);
       }
@@ -102,9 +110,9 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   Buffer<double> workspace(static_cast<size_t>(cuda::score_loss_workspace(in)));
   Buffer<A> loss(1), alone(1), again(1);
   Buffer<T> grad(size), twice(size);
-  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), loss.data(), grad.data(), stride, nullptr));
-  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), alone.data(), nullptr, stride, nullptr));
-  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), again.data(), twice.data(), stride, nullptr));
+  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), loss.data(), grad.data(), beside, nullptr));
+  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), alone.data(), nullptr, beside, nullptr));
+  CHECK_CUDA(cuda::score_loss_forward(in, scale, workspace.data(), again.data(), twice.data(), beside, nullptr));
   const double got = widened(loss.read())[0];
   const std::vector<double> first = widened(grad.read());
   CHECK(close(got, by * static_cast<double>(total), chain, chain), "%s: loss %g, not %g", c.name.c_str(), got,
@@ -122,8 +130,8 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   for (const double arriving : {1.0, 0.0, -2.5}) {
     const Buffer<A> one(rounded<A>({arriving}));
     Buffer<T> kept(pattern), computed(size);
-    CHECK_CUDA(cuda::score_loss_backward(in, scale, one.data(), true, kept.data(), stride, nullptr));
-    CHECK_CUDA(cuda::score_loss_backward(in, scale, one.data(), false, computed.data(), stride, nullptr));
+    CHECK_CUDA(cuda::score_loss_backward(in, scale, one.data(), true, kept.data(), beside, nullptr));
+    CHECK_CUDA(cuda::score_loss_backward(in, scale, one.data(), false, computed.data(), beside, nullptr));
     same_gradient(widened(computed.read()), arriving, "computed anew");
     if (arriving == 1.0) {
       CHECK(widened(kept.read()) == widened(pattern), "%s: what was foretold was written", c.name.c_str());
@@ -134,7 +142,7 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
   }
   const Buffer<A> nothing(rounded<A>({NAN}));
   Buffer<T> spoiled(pattern);
-  CHECK_CUDA(cuda::score_loss_backward(in, scale, nothing.data(), true, spoiled.data(), stride, nullptr));
+  CHECK_CUDA(cuda::score_loss_backward(in, scale, nothing.data(), true, spoiled.data(), beside, nullptr));
   const std::vector<double> nan = widened(spoiled.read());
   CHECK(count == 0 || nan[0] != nan[0], "%s: a NaN did not arrive", c.name.c_str());
 #else
@@ -176,6 +184,9 @@ int main() {
       {"dense, unaligned", 1, 37, 5, quality, false},
       {"dense images", 3, 50, 8, quality, false, true},
       {"dense planar images", 3, 52, 8, quality, false, true, true, false, 2, Layout::planar},
+      {"planar, gradient turned", 2, 144, 8, quality, true, true, true, false, 2, Layout::planar, true},
+      {"dense, turned", 2, 144, 16, quality, false, true, true, false, 2, Layout::rows, true},
+      {"dense planar, turned, beta 3", 2, 40, 8, quality, false, true, true, false, 3, Layout::planar, true},
       {"beta 1.5", 1, 40, 8, quality, true, false, true, false, 1.5},
       {"activated", 1, 40, 8, quality, true, true, true, true},
       {"focal", 1, 140, 16, focal, false, true},
