@@ -4,35 +4,12 @@
 // loss has the same bits whether classes or locations lie side by side.
 #pragma once
 #include "focal_terms.h"
+#include "row_sum.h"
 
 namespace gfl::GFL_ISA {
 
-// kLanes partial sums of one location.
-struct RowSum {
-  Floats parts[kParts] = {};
-  float total() {
-    for (int count = kParts / 2; count > 0; count /= 2) {
-      for (int i = 0; i < count; ++i) parts[i] += parts[i + count];
-    }
-    return sum_of(parts[0]);
-  }
-};
-
 // A class that is not there: it adds nothing.
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
-
-template <class T> inline Floats load_every(const T* from, int64_t step, int64_t count, float fill) {
-  if (step == 1) return load_floats(from, count, fill);
-  float lanes[kWidth];
-  for (int j = 0; j < kWidth; ++j) lanes[j] = j < count ? load(from + j * step) : fill;
-  return load_floats(lanes);
-}
-template <class T> inline void store_every(Floats v, int64_t step, int64_t count, T* to) {
-  if (step == 1) return store_floats(v, count, to);
-  float lanes[kWidth];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int j = 0; j < kWidth && j < count; ++j) store(to + j * step, lanes[j]);
-}
 
 // One location whose classes lie side by side. Returns its loss.
 template <bool kLoss, bool kGrad, class T>
