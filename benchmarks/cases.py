@@ -209,6 +209,21 @@ def dfl_integral(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("dfl_integral", "dfl+integral", what, inputs, ours, peers, dense, ("pred",))
 
 
+@case("ld")
+def ld(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs, _ = side_inputs(scene, dtype)
+    del inputs["target"]
+    # Another side's distribution: as far away as a teacher ever is.
+    inputs |= {"teacher": inputs["pred"].roll(1, 0), "temperature": 10.0}
+
+    def ours(pred: Tensor, teacher: Tensor, weight: Tensor, factor: Tensor, temperature: float) -> Tensor:
+        return gfl_ops.distillation_loss(pred, teacher, weight, temperature, avg_factor=factor)
+
+    what = f"{len(scene.rows)}×{REG_MAX + 1} logits of each of the two"
+    peers = {"eager": formulas.distillation}
+    yield Case("ld", "distillation", what, inputs, ours, peers, formulas.distillation, ("pred",))
+
+
 @case("iou")
 def iou(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     acc = torch.float64 if dtype == torch.float64 else torch.float32

@@ -110,6 +110,14 @@ def dense_dfl_integral(pred: Tensor, target: Tensor, weight: Tensor, factor: Ten
     return dense_dfl(pred, target, weight, factor), (widen(pred).softmax(1) * bins).sum(1)
 
 
+def distillation(pred: Tensor, teacher: Tensor, weight: Tensor, factor: Tensor, temperature: float) -> Tensor:
+    """A softmax, a log-softmax, and the divergence of each element."""
+    target = F.softmax(widen(teacher) / temperature, dim=1)
+    log_p = F.log_softmax(widen(pred) / temperature, dim=1)
+    loss = F.kl_div(log_p, target, reduction="none").mean(1) * temperature**2
+    return average(loss, weight, factor)
+
+
 def box_from_distance(points: Tensor, distance: Tensor, max_shape: tuple[float, float] | None = None) -> Tensor:
     x1, y1 = points[..., 0] - distance[..., 0], points[..., 1] - distance[..., 1]
     x2, y2 = points[..., 0] + distance[..., 2], points[..., 1] + distance[..., 3]

@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MUST_NOT_SPILL = re.compile(
-    r"qfl|score_loss|dfl|decode|iou|distance|atss|gfl_loss|postprocess|nms|multiclass", re.IGNORECASE
+    r"qfl|score_loss|dfl|ld_|decode|iou|distance|atss|gfl_loss|postprocess|nms|multiclass", re.IGNORECASE
 )
 
 
@@ -153,6 +153,7 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
         "dfl": {"": (bins, score, False)},
         "dfl_integral": {"": (bins, score, False)},
         "dfl_two_bin": {"": (bins, label, score, score)},
+        "ld": {"sides": (bins, bins, 10.0), "classes": (logits, logits, 10.0)},
         "integral": {"rows": (rows, 16), "maps": (maps, 16)},
         "decode": {
             "rows": (rows, torch.zeros(n, 2, dtype=acc), torch.ones(n, dtype=acc), 16, None),

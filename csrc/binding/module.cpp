@@ -66,6 +66,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("integral_backward", &integral_backward);
   m.def("iou_forward", &iou_forward);
   m.def("iou_backward", &iou_backward);
+  m.def("ld_forward", &ld_forward);
+  m.def("ld_backward", &ld_backward);
   m.def("postprocess_forward",
         [](const Tensors& cls_scores, const Tensors& reg_preds,
            const Numbers& strides, const at::Tensor& image_sizes, const OptionalTensor& scale_factors,

@@ -86,6 +86,10 @@ at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, int64_t
 std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
                                                 const at::Tensor& target, int64_t kind, double eps, Needs2 needs);
 
+at::Tensor ld_forward(const at::Tensor& pred, const at::Tensor& teacher, double temperature);
+at::Tensor ld_backward(const at::Tensor& grad_loss, const at::Tensor& pred, const at::Tensor& teacher,
+                       double temperature, std::array<bool, 1> needs);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> postprocess_forward(
     at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor& image_sizes,
     const OptionalTensor& scale_factors, int64_t reg_max, double score_threshold, int64_t nms_pre, double iou_threshold,

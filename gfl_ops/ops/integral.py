@@ -17,13 +17,14 @@ from .._types import accumulator
 MAX_REG_MAX = 128
 
 
-def bounded_logits(pred: Tensor) -> Tensor:
+def bounded_logits(pred: Tensor, share: float = 1.0) -> Tensor:
     """Logits in the accumulator dtype, held within a quarter of its range without gradient beyond; NaN stays.
 
-    No difference of two such logits overflows, so neither an infinite logit nor a huge one makes a NaN of 0 · ∞.
+    No difference of two such logits overflows, so neither an infinite logit nor a huge one makes a NaN of 0 · ∞. Those
+    that are to be divided by a number below 1 are held within that `share` of it.
     """
     x = pred.to(accumulator(pred.dtype))
-    limit = torch.finfo(x.dtype).max / 4
+    limit = torch.finfo(x.dtype).max / 4 * share
     # Not clamp, whose gradient is 0 at NaN.
     return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
 

@@ -12,14 +12,15 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, as_dtype
 from .integral import bounded_logits
 
 
 def reference(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence by log-softmax, in fp32 or in fp64 for fp64 input; the teacher is constant."""
-    log_p = (bounded_logits(pred) / temperature).log_softmax(1)
-    log_q = (bounded_logits(teacher.detach()).to(log_p.dtype) / temperature).log_softmax(1)
+    share = min(temperature, 1.0)
+    log_p = (bounded_logits(pred, share) / temperature).log_softmax(1)
+    log_q = (bounded_logits(teacher.detach().to(log_p.dtype), share) / temperature).log_softmax(1)
     return (log_q.exp() * (log_q - log_p)).sum(1) * (temperature * temperature / pred.shape[1])
 
 
@@ -28,7 +29,7 @@ def fake(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    for m, bins in ((0, 17), (1, 2), (7, 17), (129, 33), (1025, 8)):
+    for m, bins in ((0, 17), (1, 2), (7, 17), (129, 33), (1025, 8), (5, 1), (7, 80), (3, 1203)):
         pair = [normal((m, bins), device, dtype, generator, scale=3.0) for _ in range(2)]
         yield Sample(f"m{m}-n{bins}", (*pair, 10.0))
     pair = [normal((31, 17), device, dtype, generator, scale=3.0) for _ in range(2)]
@@ -36,6 +37,9 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("temperature0.5", (*pair, 0.5))
     yield Sample("equal", (pair[0], pair[0].clone(), 5.0))
     yield Sample("strided", (normal((17, 31), device, dtype, generator).t(), pair[1], 10.0))
+    wide = [normal((9, 200), device, dtype, generator, scale=3.0)[:, i : i + 91] for i in (0, 101)]
+    yield Sample("sliced", (*wide, 2.0))
+    yield Sample("strided-n91", (wide[0], normal((91, 9), device, dtype, generator).t(), 2.0))
     extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0], [-6e4, -6e4, -6e4]], device=device).to(dtype)
     yield Sample("extreme", (extreme, extreme.flip(1), 2.0))
 
@@ -80,9 +84,11 @@ def distillation_loss(
     Hinton's (arXiv 1503.02531). The mean over the n entries is mmdet's.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[M, n]``, the student's logits. A logit beyond a quarter of fp32's range
-            (8.5e37; an infinite one too) counts as that, without gradient.
-        teacher: floating ``[M, n]``, the teacher's logits.
+        pred: fp32, fp16, bf16 or fp64 ``[M, n]``, the student's logits; n from 1, any strides. A logit beyond a quarter
+            of fp32's range (8.5e37, times T where that is below 1; an infinite one too) counts as that, without
+            gradient.
+        teacher: floating ``[M, n]``, the teacher's logits, taken likewise. Of another dtype than `pred`, both are
+            widened first.
         weight: ``[M]``, multiplies the loss of each row.
         temperature: T > 0.
         reduction: "none", "mean" or "sum".
@@ -111,5 +117,9 @@ def distillation_loss(
     _check.same_device(op, "teacher", teacher, "pred", pred)
     _check.number(op, "temperature", temperature, 0, exclusive=True)
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-    loss = LD(pred.device.type, pred, teacher.detach(), float(temperature))
+    teacher = teacher.detach()
+    if teacher.dtype != pred.dtype:
+        acc = accumulator(pred.dtype)
+        pred, teacher = as_dtype(pred, acc), as_dtype(teacher, acc)
+    loss = LD(pred.device.type, pred, teacher, float(temperature))
     return reduce_loss(loss, weight, reduction, avg_factor)

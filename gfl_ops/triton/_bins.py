@@ -11,15 +11,20 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _largest_logit(dtype):
+def largest_logit(dtype):
     return 4.4942328371557893e307 if dtype == tl.float64 else 8.507058658713472e37
+
+
+@triton.jit
+def held(x, limit):
+    """`x` within ±limit, and where it was beyond; NaN stays."""
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)), tl.abs(x) > limit
 
 
 @triton.jit
 def bounded(x):
     """Logits held within a quarter of the dtype's range, so that no difference of two overflows; NaN stays."""
-    limit: tl.constexpr = _largest_logit(x.dtype)
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)), tl.abs(x) > limit
+    return held(x, largest_logit(x.dtype))
 
 
 @triton.jit
