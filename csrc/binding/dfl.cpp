@@ -52,6 +52,12 @@ at::Tensor empty_rows(const at::Tensor& pred) {
   return at::empty({pred.size(0)}, pred.options().dtype(accumulator_of(pred)));
 }
 
+// Whole groups of rows a chunk, for all but the last.
+template <class Body> void for_row_chunks(const at::Tensor& pred, const Body& body) {
+  constexpr int64_t kGroup = 16;
+  for_chunks(pred.size(0), std::max(kGroup, rows_per_chunk(pred.size(1)) / kGroup * kGroup), body);
+}
+
 void run_forward(const at::Tensor& pred, const DflInput& in, void* loss, void* distance) {
 #if defined(GFL_WITH_CUDA)
   if (pred.is_cuda()) {
@@ -59,8 +65,7 @@ void run_forward(const at::Tensor& pred, const DflInput& in, void* loss, void* d
     return;
   }
 #endif
-  for_chunks(pred.size(0), rows_per_chunk(pred.size(1)),
-             [&](int64_t begin, int64_t end) { cpu::dfl_forward(in, loss, distance, begin, end); });
+  for_row_chunks(pred, [&](int64_t begin, int64_t end) { cpu::dfl_forward(in, loss, distance, begin, end); });
 }
 
 void run_backward(const at::Tensor& pred, Prepared& p, const at::Tensor& grad_loss, const at::Tensor* grad_distance,
@@ -75,8 +80,9 @@ void run_backward(const at::Tensor& pred, Prepared& p, const at::Tensor& grad_lo
     return;
   }
 #endif
-  for_chunks(pred.size(0), rows_per_chunk(pred.size(1)),
-             [&](int64_t begin, int64_t end) { cpu::dfl_backward(p.in, of_loss, of_distance, out, begin, end); });
+  for_row_chunks(pred, [&](int64_t begin, int64_t end) {
+    cpu::dfl_backward(p.in, of_loss, of_distance, out, begin, end);
+  });
 }
 
 }  // namespace
@@ -135,6 +141,55 @@ std::tuple<at::Tensor, at::Tensor> dfl_integral_backward(const at::Tensor& grad_
   return {grad_pred, grad_target};
 }
 
+namespace {
+
+void check_kept(const at::Tensor& t, const at::Tensor& pred, at::IntArrayRef shape, const char* argument) {
+  check_shape(t, shape, argument);
+  check_dtype(t, at::kFloat, argument);
+  check_device(t, pred, argument);
+  TORCH_CHECK_VALUE(t.is_contiguous(), "gfl: `", argument, "` must be contiguous");
+}
+
+// Exponentials and sums of fp32 logits on the CPU go with loss and distance, for dfl_settle.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Tensor& pred, const at::Tensor& target,
+                                                                    bool ignore_out_of_range, bool with_distance) {
+  check_dtype(pred, at::kFloat, "pred");
+  const Prepared p = prepare(pred, target, ignore_out_of_range);
+  const at::Tensor loss = empty_rows(pred), distance = at::empty({with_distance ? pred.size(0) : 0}, pred.options()),
+                   kept = at::empty(pred.sizes(), pred.options()), sums = at::empty({3, pred.size(0)}, pred.options());
+  const DflKept keep{kept.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>(), pred.size(0)};
+  float* const to_loss = loss.mutable_data_ptr<float>();
+  float* const to_distance = with_distance ? distance.mutable_data_ptr<float>() : nullptr;
+  for_row_chunks(pred, [&](int64_t begin, int64_t end) {
+    cpu::dfl_forward_keeping(p.in, to_loss, to_distance, keep, begin, end);
+  });
+  return {loss, distance, kept, sums};
+}
+
+// Turns what was kept into the gradient of `pred`.
+void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_loss,
+                const OptionalTensor& grad_distance, const at::Tensor& pred, const at::Tensor& target,
+                bool ignore_out_of_range) {
+  check_dtype(pred, at::kFloat, "pred");
+  Prepared p = prepare(pred, target, ignore_out_of_range);
+  check_kept(kept, pred, pred.sizes(), "kept");
+  check_kept(sums, pred, {3, pred.size(0)}, "sums");
+  const float* of_loss = static_cast<const float*>(p.keep(grad_loss, pred, at::kFloat, "grad_loss"));
+  const float* of_distance = nullptr;
+  if (grad_distance.has_value()) {
+    of_distance = static_cast<const float*>(p.keep(*grad_distance, pred, at::kFloat, "grad_distance"));
+  }
+  // Settling reads the sums alone.
+  const DflKept keep{kept.mutable_data_ptr<float>(), const_cast<float*>(sums.const_data_ptr<float>()), pred.size(0)};
+  for_row_chunks(pred, [&](int64_t begin, int64_t end) {
+    cpu::dfl_settle(p.in, of_loss, of_distance, keep, begin, end);
+  });
+}
+
+}  // namespace
+
+GFL_IMPL_CPU("dfl_keep", dfl_keep)
+GFL_IMPL_CPU("dfl_settle", dfl_settle)
 GFL_IMPL_CPU("dfl_fwd", dfl_forward)
 GFL_IMPL_CPU("dfl_bwd", dfl_backward)
 GFL_IMPL_CPU("dfl_integral_fwd", dfl_integral_forward)

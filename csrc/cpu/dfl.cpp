@@ -16,6 +16,10 @@ namespace gfl {
 GFL_DECLARE_PER_ISA(void dfl_forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void dfl_backward(const DflInput& in, const float* grad_loss, const float* grad_distance,
                                       const DflGradients& out, int64_t begin, int64_t end))
+GFL_DECLARE_PER_ISA(void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept,
+                                             int64_t begin, int64_t end))
+GFL_DECLARE_PER_ISA(void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance,
+                                    const DflKept& kept, int64_t begin, int64_t end))
 }  // namespace gfl
 
 namespace gfl::cpu {
@@ -80,6 +84,16 @@ void dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_di
   if (in.pred.dtype == DType::f64) return backward(in, grad_loss, grad_distance, out, begin, end);
   GFL_BY_ISA(dfl_backward, in, static_cast<const float*>(grad_loss), static_cast<const float*>(grad_distance), out,
              begin, end);
+}
+
+void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin,
+                         int64_t end) {
+  GFL_BY_ISA(dfl_forward_keeping, in, loss, distance, kept, begin, end);
+}
+
+void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+                int64_t begin, int64_t end) {
+  GFL_BY_ISA(dfl_settle, in, grad_loss, grad_distance, kept, begin, end);
 }
 
 }  // namespace gfl::cpu

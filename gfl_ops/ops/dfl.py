@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _kept_softmax
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
@@ -198,7 +198,10 @@ def distribution_focal_loss(
         position = cast(Tensor, target)
         check_position(op, position, pred, reg_max, out_of_range)
         check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-        loss = DFL(pred.device.type, pred, as_dtype(position, acc), out_of_range == "ignore")
+        arguments = (pred, as_dtype(position, acc), out_of_range == "ignore")
+        loss = _kept_softmax.dfl("dfl", *arguments)
+        if loss is None:
+            loss = DFL(pred.device.type, *arguments)
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if len(target) != 3:

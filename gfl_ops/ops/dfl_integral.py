@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import _kept_softmax
 from .._reduce import check_reduction, reduce_loss
 from .._spec import OpSpec, Sample, register
 from .._types import accumulator, as_dtype
@@ -83,6 +84,7 @@ def dfl_integral(
     reg_max = dfl.check_bins(op, pred)
     dfl.check_position(op, target, pred, reg_max, out_of_range)
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-    ignore = out_of_range == "ignore"
-    loss, distance = DFL_INTEGRAL(pred.device.type, pred, as_dtype(target, accumulator(pred.dtype)), ignore)
+    arguments = (pred, as_dtype(target, accumulator(pred.dtype)), out_of_range == "ignore")
+    kept = _kept_softmax.dfl("dfl_integral", *arguments)
+    loss, distance = DFL_INTEGRAL(pred.device.type, *arguments) if kept is None else kept
     return reduce_loss(loss, weight, reduction, avg_factor), distance

@@ -332,7 +332,15 @@ struct BinSums {
   void mean(Lanes& to) const { GFL_LANES(k) to[k] = peak[k] + moment[k] / total[k]; }
 };
 
-inline Floats larger_of(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats larger_of(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline bool any_of(Ints condition) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)condition) != 0;
@@ -370,47 +378,49 @@ template <bool kBounded> inline bool bin_peaks(const Lanes* tile, int bins, BinS
   return !kBounded && any_of(beyond);
 }
 
-template <bool kKeep, bool kBounded> inline void bin_exponentials(const Lanes* tile, int bins, BinSums& s, Lanes* e) {
-  Floats total[kParts] = {}, moment[kParts] = {}, from_peak[kParts];
-  for (int part = 0; part < kParts; ++part) from_peak[part] = -lanes_at(s.peak, part * kWidth);
-  for (int j = 0; j < bins; ++j) {
-    for (int part = 0; part < kParts; ++part) {
-      Floats x = lanes_at(tile[j], part * kWidth);
+template <bool kKeep, bool kBounded> inline void bin_exponentials(const Lanes* tile, int bins, BinSums& s, float* e) {
+  // One register after the other: constants and sums of two do not fit the register file.
+  for (int k = 0; k < kLanes; k += kWidth) {
+    Floats total{}, moment{}, from_peak = -lanes_at(s.peak, k);
+    const Floats max = lanes_at(s.max, k);
+    for (int j = 0; j < bins; ++j) {
+      Floats x = lanes_at(tile[j], k);
       if (kBounded) x = bounded(x);
-      const Floats value = exp_of_negative(x - lanes_at(s.max, part * kWidth));
-      total[part] += value;
-      moment[part] = multiply_add(value, from_peak[part], moment[part]);
-      from_peak[part] += 1.0f;
-      if (kKeep) store_floats(value, e[j].at + part * kWidth);
+      const Floats value = exp_of_negative(x - max);
+      total += value;
+      moment = multiply_add(value, from_peak, moment);
+      from_peak += 1.0f;
+      if (kKeep) store_floats(value, e + j * kLanes + k);
     }
-  }
-  for (int part = 0; part < kParts; ++part) {
-    store_floats(total[part], s.total.at + part * kWidth);
-    store_floats(moment[part], s.moment.at + part * kWidth);
+    store_floats(total, s.total.at + k);
+    store_floats(moment, s.moment.at + k);
   }
 }
 
-// Of the logits in a tile; the exponentials go to `e`, if they are to be kept.
-template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSums& s, Lanes* e) {
+// Of the logits in a tile; the exponentials go to `e` [bins, kLanes], if they are to be kept.
+template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSums& s, float* e) {
   s.beyond = bin_peaks<false>(tile, bins, s);
   if (!s.beyond) return bin_exponentials<kKeep, false>(tile, bins, s, e);
   bin_peaks<true>(tile, bins, s);
   bin_exponentials<kKeep, true>(tile, bins, s, e);
 }
 
-// The gradient by the logits, over the exponentials in place: what `gradient(k)` makes of the bin and its exponential
-// for the lanes from k on, and 0 where a logit is beyond what counts.
+// The gradient by the logits: what `gradient(k)` makes of the bin and its exponential, of `e` [bins, kLanes], for the
+// lanes from k on, and 0 where a logit is beyond what counts. `out` may be where `e` is.
 template <class Gradient>
-inline void bin_gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const Gradient& gradient) {
+inline void bin_gradients(const Lanes* tile, const float* e, int bins, const BinSums& s, const Gradient& gradient,
+                          Lanes* out) {
   for (int k = 0; k < kLanes; k += kWidth) {
     const auto of_bin = gradient(k);
-    for (int j = 0; j < bins; ++j) store_floats(of_bin(static_cast<float>(j), lanes_at(e[j], k)), e[j].at + k);
+    for (int j = 0; j < bins; ++j) {
+      store_floats(of_bin(static_cast<float>(j), load_floats(e + j * kLanes + k)), out[j].at + k);
+    }
   }
   if (!s.beyond) return;
   for (int j = 0; j < bins; ++j) {
     for (int k = 0; k < kLanes; k += kWidth) {
       const Ints beyond = absolute_of(lanes_at(tile[j], k)) > kLargestLogit;
-      store_floats((Floats)(~beyond & (Ints)lanes_at(e[j], k)), e[j].at + k);
+      store_floats((Floats)(~beyond & (Ints)lanes_at(out[j], k)), out[j].at + k);
     }
   }
 }

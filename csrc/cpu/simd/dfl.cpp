@@ -65,13 +65,69 @@ inline void entropies(const Lanes* tile, const BinSums& s, const BinPairs& pairs
   }
 }
 
-template <class T> void forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end) {
+// ---- what forward keeps for backward ----
+
+// The exponentials of a whole group lie as its tile does, [bins, kLanes], in the place of its rows: backward reads them
+// without a transpose, and its gradient takes their place. The rows of any other group lie one by one. A negative total
+// says that a logit of the group is beyond what counts: backward looks at the logits again.
+template <class T> inline float* kept_tile(const DflKept& kept, const RowGroup<T>& group, int bins) {
+  return kept.exponentials + group.row[0] * bins;
+}
+template <class T>
+inline void kept_rows(const DflKept& kept, const RowGroup<T>& group, int bins, float* (&rows)[kLanes]) {
+  for (int k = 0; k < kLanes; ++k) rows[k] = kept.exponentials + group.row[k] * bins;
+}
+
+template <class T>
+inline void softmax_and_keep(const Lanes* tile, const RowGroup<T>& group, int bins, BinSums& s, const DflKept& kept) {
+  if (group.consecutive) {
+    bin_softmax<true>(tile, bins, s, kept_tile(kept, group, bins));
+  } else {
+    Lanes e[kMaxBins];
+    float* rows[kLanes];
+    bin_softmax<true>(tile, bins, s, e[0].at);
+    kept_rows(kept, group, bins, rows);
+    scatter_rows(e, bins, group.count, rows);
+  }
+  Lanes total = s.total;
+  if (s.beyond) GFL_LANES(k) total[k] = -total[k];
+  store_rows(total, group, kept.sums);
+  store_rows(s.moment, group, kept.sums + kept.rows);
+  store_rows(s.peak, group, kept.sums + 2 * kept.rows);
+}
+
+// The exponentials [bins, kLanes] of a group, maybe in `e`, and its sums without the highest logits; null where the
+// logits have to be looked at.
+template <class T>
+inline const float* recalled(const DflKept& kept, const RowGroup<T>& group, int bins, BinSums& s, Lanes* e) {
+  if (kept.exponentials == nullptr) return nullptr;
+  load_rows(kept.sums, group, s.total);
+  Ints negative{};
+  for (int k = 0; k < kLanes; k += kWidth) negative |= (Ints)lanes_at(s.total, k) < 0;
+  if (any_of(negative)) return nullptr;
+  load_rows(kept.sums + kept.rows, group, s.moment);
+  load_rows(kept.sums + 2 * kept.rows, group, s.peak);
+  s.beyond = false;
+  if (group.consecutive) return kept_tile(kept, group, bins);
+  float* rows[kLanes];
+  const float* from[kLanes];
+  kept_rows(kept, group, bins, rows);
+  for (int k = 0; k < kLanes; ++k) from[k] = rows[k];
+  gather_rows(from, bins, e);
+  return e[0].at;
+}
+
+// ---- forward and backward ----
+
+template <class T, bool kKeep>
+void forward(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin, int64_t end) {
   const int bins = static_cast<int>(in.pred.bins);
   Lanes tile[kMaxBins];
   for_row_groups<T>(in.pred, begin, end, [&](const RowGroup<T>& group) {
     load_tile(group, in.pred.stride_bin, bins, tile);
     BinSums s;
-    bin_softmax<false>(tile, bins, s, nullptr);
+    if (kKeep) softmax_and_keep(tile, group, bins, s, kept);
+    else bin_softmax<false>(tile, bins, s, nullptr);
     BinPairs pairs;
     pairs_of(in, group, pairs);
     Lanes left, right;
@@ -87,11 +143,11 @@ template <class T> void forward(const DflInput& in, float* loss, float* distance
   });
 }
 
-// d(loss) / d(logits) · scale + d(distance) / d(logits) · scale_distance, over the exponentials in place.
+// d(loss) / d(logits) · scale + d(distance) / d(logits) · scale_distance, from the exponentials.
 template <bool kDistance>
-inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, const BinPairs& pairs,
-                      const Lanes& scale, const Lanes& scale_distance) {
-  bin_gradients(tile, e, bins, s, [&](int k) {
+inline void gradients(const Lanes* tile, const float* e, int bins, const BinSums& s, const BinPairs& pairs,
+                      const Lanes& scale, const Lanes& scale_distance, Lanes* out) {
+  const auto gradient = [&](int k) {
     const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k), zero{};
     const Ints counted = lanes_at(pairs.counted, k) > 0.0f;
     const Floats of_row = counted ? lanes_at(scale, k) : zero;
@@ -107,18 +163,23 @@ inline void gradients(const Lanes* tile, Lanes* e, int bins, const BinSums& s, c
       gradient -= (Floats)((bin_right == bin) & (Ints)right);
       return gradient;
     };
-  });
+  };
+  bin_gradients(tile, e, bins, s, gradient, out);
 }
 
 template <class T>
 void backward(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflGradients& out,
-              int64_t begin, int64_t end) {
+              const DflKept& kept, int64_t begin, int64_t end) {
   const int bins = static_cast<int>(in.pred.bins);
   Lanes tile[kMaxBins], e[kMaxBins];
   for_row_groups<T>(in.pred, begin, end, [&](const RowGroup<T>& group) {
-    load_tile(group, in.pred.stride_bin, bins, tile);
     BinSums s;
-    bin_softmax<true>(tile, bins, s, e);
+    const float* from = recalled(kept, group, bins, s, e);
+    if (from == nullptr) {
+      load_tile(group, in.pred.stride_bin, bins, tile);
+      bin_softmax<true>(tile, bins, s, e[0].at);
+      from = e[0].at;
+    }
     BinPairs pairs;
     pairs_of(in, group, pairs);
     Lanes scale, scale_distance{};
@@ -138,10 +199,10 @@ void backward(const DflInput& in, const float* grad_loss, const float* grad_dist
     }
     if (out.pred == nullptr) return;
     if (grad_distance == nullptr) {
-      gradients<false>(tile, e, bins, s, pairs, scale, scale_distance);
+      gradients<false>(tile, from, bins, s, pairs, scale, scale_distance, e);
     } else {
       load_rows(grad_distance, group, scale_distance);
-      gradients<true>(tile, e, bins, s, pairs, scale, scale_distance);
+      gradients<true>(tile, from, bins, s, pairs, scale, scale_distance, e);
     }
     store_tile(e, group, bins, static_cast<T*>(out.pred));
   });
@@ -150,13 +211,24 @@ void backward(const DflInput& in, const float* grad_loss, const float* grad_dist
 }  // namespace
 
 void dfl_forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end) {
-  dispatch_float(in.pred.dtype, [&](auto t) { forward<decltype(t)>(in, loss, distance, begin, end); });
+  dispatch_float(in.pred.dtype,
+                 [&](auto t) { forward<decltype(t), false>(in, loss, distance, {}, begin, end); });
 }
 
 void dfl_backward(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflGradients& out,
                   int64_t begin, int64_t end) {
   dispatch_float(in.pred.dtype,
-                 [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_distance, out, begin, end); });
+                 [&](auto t) { backward<decltype(t)>(in, grad_loss, grad_distance, out, {}, begin, end); });
+}
+
+void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin,
+                         int64_t end) {
+  forward<float, true>(in, loss, distance, kept, begin, end);
+}
+
+void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+                int64_t begin, int64_t end) {
+  backward<float>(in, grad_loss, grad_distance, {kept.exponentials, nullptr, nullptr, nullptr}, kept, begin, end);
 }
 
 }  // namespace gfl::GFL_ISA

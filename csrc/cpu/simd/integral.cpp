@@ -28,7 +28,7 @@ void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64
   for_row_groups<T>(pred, begin, end, [&](const RowGroup<T>& group) {
     load_tile(group, pred.stride_bin, bins, tile);
     BinSums s;
-    bin_softmax<true>(tile, bins, s, e);
+    bin_softmax<true>(tile, bins, s, e[0].at);
     Lanes scale;
     if (given.of_rows == nullptr) {
       load_rows(given.scales, group, scale);
@@ -38,11 +38,12 @@ void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64
       given.of_rows(given.context, group.row, group.count, mean.at, scale.at);
       for (int k = group.count; k < kLanes; ++k) scale[k] = 0.0f;
     }
-    bin_gradients(tile, e, bins, s, [&](int k) {
+    const auto gradient = [&](int k) {
       const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k);
       const Floats from_peak = lanes_at(s.moment, k) / total, slope = lanes_at(scale, k) / total;
       return [=](float bin, Floats value) { return slope * (value * ((bin - peak) - from_peak)); };
-    });
+    };
+    bin_gradients(tile, e[0].at, bins, s, gradient, e);
     if (grad_pred != nullptr) store_tile(e, group, bins, grad_pred);
   });
 }

@@ -31,12 +31,26 @@ struct DflGradients {
   void* weight_right;  // [rows] of A
 };
 
+// What an fp32 forward pass keeps, so that backward needs neither maxima nor exponentials again.
+struct DflKept {
+  float* exponentials;  // [rows, bins]; how they lie is the kernels' own affair
+  float* sums;          // [3, rows]
+  int64_t rows;
+};
+
 namespace cpu {
 // Rows [begin, end). loss, distance: [rows] of A; distance may be null.
 void dfl_forward(const DflInput& in, void* loss, void* distance, int64_t begin, int64_t end);
 // grad_loss, grad_distance: [rows] of A; grad_distance may be null.
 void dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_distance, const DflGradients& out,
                   int64_t begin, int64_t end);
+
+// The same of fp32 logits, with what `settle` needs. Keeping and settling have to go through the same chunks.
+void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin,
+                         int64_t end);
+// Puts the gradient of `pred`, contiguous, into the place of the exponentials; bit for bit what backward gives.
+void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+                int64_t begin, int64_t end);
 }  // namespace cpu
 
 #if defined(GFL_WITH_CUDA)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The softmax that forward keeps for backward: the same bits as computing it twice, whatever is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gfl_ops
+from gfl_ops import _kept_softmax
+
+if not _kept_softmax._SERVED:
+    pytest.skip("the compiled extension is not there", allow_module_level=True)
+
+
+def twice(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(_kept_softmax, "_SERVED", False)
+        return call()
+
+
+def logits(layout: str, rows: int, bins: int, generator: torch.Generator) -> Tensor:
+    """With a row that has a NaN, and some with logits beyond what counts."""
+    if layout == "dense":
+        pred = torch.randn(rows, bins, generator=generator) * 3
+    elif layout == "sliced":
+        pred = torch.randn(rows, bins + 9, generator=generator)[:, 4 : 4 + bins] * 3
+    else:
+        pred = (torch.randn(bins, rows, generator=generator) * 3).t()
+    for row, values in ((5, [float("inf")]), (18, [-float("inf"), 1e38]), (40, [float("nan"), float("inf")])):
+        for j, value in enumerate(values if row < rows else []):
+            pred[row, j] = value
+    return pred
+
+
+def targets(rows: int, bins: int, generator: torch.Generator) -> Tensor:
+    target = torch.rand(rows, generator=generator) * (bins + 3) - 2
+    target[3::7] = float("nan")
+    return target
+
+
+@pytest.mark.parametrize("layout", ["dense", "sliced", "planar"])
+@pytest.mark.parametrize(("rows", "bins"), [(0, 17), (1, 2), (15, 17), (16, 3), (53, 17), (2005, 17), (300, 129)])
+@pytest.mark.parametrize("out_of_range", ["clamp", "ignore"])
+@pytest.mark.parametrize("with_distance", [False, True])
+def test_kept_or_computed_twice_is_the_same(
+    layout: str, rows: int, bins: int, out_of_range: str, with_distance: bool,
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    leaf = logits(layout, rows, bins, generator).requires_grad_()
+    target, mixed = targets(rows, bins, generator), torch.randn(2, rows, generator=generator)
+
+    def results() -> list[Tensor]:
+        if with_distance:
+            outputs = gfl_ops.dfl_integral(leaf, target, reduction="none", out_of_range=out_of_range)
+        else:
+            loss = gfl_ops.distribution_focal_loss(leaf, target, reduction="none", out_of_range=out_of_range)
+            outputs = (loss,)
+        gradients = [
+            torch.autograd.grad(outputs, leaf, mixed[: len(outputs)].unbind(), retain_graph=True)[0] for _ in range(2)
+        ]
+        return [*(o.detach() for o in outputs), *gradients]
+
+    got = results()
+    assert got[-1].data_ptr() != got[-2].data_ptr() or rows == 0
+    for ours, theirs in zip(got, twice(monkeypatch, results), strict=True):
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_threads_change_no_bit(generator: torch.Generator) -> None:
+    leaf = logits("dense", 5003, 17, generator).requires_grad_()
+    target = targets(5003, 17, generator)
+    mixed = torch.randn(2, 5003, generator=generator).unbind()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            outputs = gfl_ops.dfl_integral(leaf, target, reduction="none")
+            found.append([*outputs, *torch.autograd.grad(outputs, leaf, mixed)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def test_the_graph_lets_go_of_what_it_gave_away(generator: torch.Generator) -> None:
+    leaf = torch.randn(40, 17, generator=generator, requires_grad=True)
+    target = torch.rand(40, generator=generator) * 16
+    loss = gfl_ops.distribution_focal_loss(leaf, target)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    before = first.clone()
+    (second,) = torch.autograd.grad(3 * loss, leaf)
+    assert torch.equal(first, before)
+    torch.testing.assert_close(second, 3 * before)
+
+
+def test_a_changed_input_is_noticed(generator: torch.Generator) -> None:
+    leaf = torch.randn(9, 17, generator=generator, requires_grad=True)
+    pred = leaf * 1
+    loss = gfl_ops.distribution_focal_loss(pred, torch.rand(9, generator=generator) * 16)
+    with torch.no_grad():
+        pred.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused(generator: torch.Generator) -> None:
+    leaf = torch.randn(9, 17, generator=generator, requires_grad=True)
+    loss, distance = gfl_ops.dfl_integral(leaf, torch.rand(9, generator=generator) * 16)
+    (gradient,) = torch.autograd.grad(loss + distance.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_the_operators_keep_torchs_rules(generator: torch.Generator) -> None:
+    pred, target = torch.randn(35, 17, generator=generator), torch.rand(35, generator=generator) * 16
+    grad = torch.randn(35, generator=generator)
+    for with_distance in (False, True):
+        torch.library.opcheck(torch.ops.gfl.dfl_keep, (pred, target, False, with_distance))
+        kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, with_distance)[2:]
+        of_distance = grad if with_distance else None
+        torch.library.opcheck(torch.ops.gfl.dfl_settle, (kept, sums, grad, of_distance, pred, target, False))
+
+
+def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
+    pred, target = torch.randn(8, 17, generator=generator), torch.rand(8, generator=generator)
+    kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, False)[2:]
+    with pytest.raises(TypeError, match="`pred` must be"):
+        torch.ops.gfl.dfl_keep(pred.half(), target, False, False)
+    with pytest.raises(ValueError, match="`sums` must have shape"):
+        torch.ops.gfl.dfl_settle(kept, sums[:2], target, None, pred, target, False)
+    with pytest.raises(ValueError, match="`kept` must be contiguous"):
+        torch.ops.gfl.dfl_settle(kept.t().contiguous().t(), sums, target, None, pred, target, False)
