@@ -31,6 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write what the checkpoint detects to this JSON file, in COCO's format",
     )
+    parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="evaluate the detector with its norms folded in, as in `gfl detect`: quicker",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N [cuda if there is one]")
     configuration.add_options(parser, "data", "test")
 
@@ -54,8 +59,8 @@ def _of_file(options: argparse.Namespace) -> int:
 
     if options.annotations is None:
         raise ValueError("`--detections` needs --annotations FILE")
-    if options.checkpoint is not None or options.save_detections is not None:
-        raise ValueError("`--detections` goes without a CHECKPOINT and --save-detections")
+    if options.checkpoint is not None or options.save_detections is not None or options.optimize:
+        raise ValueError("`--detections` goes without a CHECKPOINT, --save-detections and --optimize")
     annotations = read_annotations(options.annotations)
     detections = read_detections(options.detections, annotations)
     _say(f"{len(detections)} detections, {len(annotations.image_ids)} images", annotations.problems)
@@ -70,11 +75,14 @@ def _of_checkpoint(options: argparse.Namespace) -> int:
     from ..data.loader import validation_dataset
     from ..engine import evaluate
     from ..engine.distributed import processes
+    from ..models.fused import FusedGFL
 
     model, stored, classes, _ = model_from(options.checkpoint)
     config = configuration.overrides(stored, options)
     dataset = validation_dataset(config)
     _check_classes(options.checkpoint, classes, dataset)
+    if options.optimize:
+        model = FusedGFL(model)
     with processes(options.device) as process:
         metrics, detections = evaluate.evaluate(model.to(process.device), dataset, config, process.device)
         if not process.main:

@@ -364,12 +364,11 @@ def _initial_weights(model: models.GFL, config: Config) -> list[str]:
 def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     settings = config.train
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rest: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if device.type == "cuda":
-        # All weights by a few kernels; and a rate that a graph reads when it runs.
-        rest["fused"] = True
-        if settings.graph:
-            rest["lr"] = torch.tensor(settings.lr, device=device)
+    # All weights by a few kernels, or by one walk each on the CPU.
+    rest: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
+    if settings.graph and device.type == "cuda":
+        # A rate that a graph reads when it runs.
+        rest["lr"] = torch.tensor(settings.lr, device=device)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), **rest)
     return torch.optim.SGD(parameters, momentum=settings.momentum, **rest)

@@ -226,6 +226,7 @@ def test_malformed_detections(
         ([], "a CHECKPOINT is needed, or --detections FILE and --annotations FILE"),
         (["--detections", "d.json"], "`--detections` needs --annotations FILE"),
         (["--detections", "d.json", "--annotations", "a.json", "c.pth"], "goes without a CHECKPOINT"),
+        (["--detections", "d.json", "--annotations", "a.json", "--optimize"], "goes without a CHECKPOINT"),
         (["c.pth", "--annotations", "a.json"], "`--annotations` is for --detections"),
         (["--detections", "d.json", "--annotations", "a.json"], "a.json"),
         (

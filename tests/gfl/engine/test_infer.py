@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl import Detector, checkpoint
+from gfl import Detector, checkpoint, cli
 from gfl.config import Config
 from gfl.data import transforms
 from gfl.data.loader import validation_dataset
@@ -108,7 +110,7 @@ def trained(small: Callable[..., Config], tmp_path: Path) -> tuple[Path, Config]
     return tmp_path / "run" / LAST, config
 
 
-def test_average_precision_and_detections_are_the_plain_models(trained: tuple[Path, Config]) -> None:
+def test_average_precision_and_detections_are_the_plain_models(trained: tuple[Path, Config], tmp_path: Path) -> None:
     file, config = trained
     model = checkpoint.model_from(file)[0]
     dataset = validation_dataset(config)
@@ -116,6 +118,10 @@ def test_average_precision_and_detections_are_the_plain_models(trained: tuple[Pa
     fast, _ = evaluate(FusedGFL(model), dataset, config, "cpu", progress=False)
     assert plain["AP50"] > 0.1
     assert fast == pytest.approx(plain, abs=1e-3, nan_ok=True)
+    output = tmp_path / "metrics.json"
+    command = ["eval", str(file), "--optimize", "--device", "cpu", "--val-annotations", config.data.val_annotations]
+    assert cli.main([*command, "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {k: None if math.isnan(v) else v for k, v in fast.items()}
     images = [str(dataset.path(i)) for i in range(len(dataset))]
     for one, other in zip(Detector(model)(images), Detector(model, optimize=True, batch_size=3)(images)):
         assert one.path == other.path and one.size == other.size
