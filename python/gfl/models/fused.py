@@ -148,12 +148,17 @@ class FusedDeform(nn.Module):
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the norm after it, as it is in evaluation, in fp64."""
+    """Weight and bias of a convolution with the norm after it, as it is in evaluation, in fp64.
+
+    Raises:
+        ValueError: a norm that keeps no statistics is another function of each batch.
+    """
     weight = weight.detach().double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
     if norm is None:
         return weight, bias
-    assert norm.running_mean is not None and norm.running_var is not None
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("gfl: a batch norm without running statistics can't be folded; detect without `optimize`")
     factor = (norm.running_var.double() + norm.eps).rsqrt() * norm.weight.detach().double()
     return weight * factor[:, None, None, None], (bias - norm.running_mean.double()) * factor + norm.bias.detach()
 

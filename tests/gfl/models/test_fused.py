@@ -140,6 +140,13 @@ def test_a_norm_of_no_variance_and_a_bias_are_folded(generator: torch.Generator)
     torch.testing.assert_close(nn.functional.conv2d(x.double(), weight, bias, padding=1), want)
 
 
+def test_a_norm_without_statistics_is_refused() -> None:
+    model = create_model("gfl_tiny", num_classes=6)
+    model.backbone.bn1 = nn.BatchNorm2d(model.backbone.bn1.num_features, track_running_stats=False)
+    with pytest.raises(ValueError, match="without running statistics"):
+        FusedGFL(model)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("summand", [False, True])
 @pytest.mark.parametrize(("size", "stride", "channels"), [(3, 1, 64), (3, 2, 64), (1, 1, 16), (7, 2, 3)])
