@@ -31,6 +31,15 @@ MUST_NOT_SPILL = re.compile(
     r"qfl|score_loss|dfl|ld_|decode|iou|distance|atss|gfl_loss|postprocess|nms|multiclass", re.IGNORECASE
 )
 
+# Why some kernels have no 16-byte loads, for the report.
+WITHOUT_16 = """\
+Loads of 16 bytes are not to be had, or of no use, where rows of 17 bins begin at any address (`dfl`, `integral`,
+`decode`: neighbouring threads read neighbouring numbers); where a thread has an element, a box or a key of its own; and
+in second stages, which read partial sums. Of the losses of scores, kernels with `Any` in their names serve exponents
+other than 2, probabilities and fp64, those of `qfl` that end in `false` rows that are not aligned, and `NormsAlone`
+reads positives alone. Triton finds none for channels-last maps of `group_norm_relu`. Its kernels are compiled for calls
+that stand for an operator's use where the script knows some, else for the largest of the test samples."""
+
 
 @dataclass
 class Kernel:
@@ -144,6 +153,10 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
     logits, bins = torch.zeros(n, 80, dtype=dtype), torch.zeros(n, 17, dtype=dtype)
     maps = torch.zeros(2, 68, 100, 168, dtype=dtype).permute(0, 2, 3, 1)
     rows = torch.zeros(n, 68, dtype=dtype)
+    tower, affine = (
+        torch.zeros(2, 256, 100, 168, dtype=dtype),
+        (torch.ones(256, dtype=acc), torch.zeros(256, dtype=acc)),
+    )
     boxes = torch.zeros(5000, 4, dtype=dtype)
     dense = torch.zeros(n, 80, dtype=acc)
     calls: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -160,6 +173,10 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
             "maps": (maps, torch.zeros(2, 100, 168, 2, dtype=acc), torch.ones(2, 100, 168, dtype=acc), 16, None),
         },
         "nms": {"": (boxes, score[:5000], label[:5000], 0.6, False)},
+        "group_norm_relu": {
+            "planar": ([tower], *affine, 32, 1e-5, True),
+            "channels last": ([tower.contiguous(memory_format=torch.channels_last)], *affine, 32, 1e-5, True),
+        },
         "score_loss": {
             "sparse": (logits, label, score, None, score[0], 1.0, 0, 1.0, 2.0, False, True),
             "varifocal": (logits, None, dense, None, score[0], 1.0, 2, 0.75, 2.0, False, True),
@@ -372,8 +389,12 @@ def written(kernels: list[Kernel], sass: bool, markdown: bool) -> str:
     names = ", ".join(f"{name} {version}" for name, version in said.items() if version)
     return (
         f"# What each GPU kernel takes of the machine\n\nBy {names}; no GPU has run them. `occ`: share of a"
-        " multiprocessor's warps that the registers can hold;\n`ldg128`: 16-byte loads from global memory in the"
-        " machine code; `local`: accesses to local memory there.\n\n```\n" + table(kernels, sass) + "\n```\n"
+        " multiprocessor's warps that the registers can hold;\n`shared`: what is static, of CUDA kernels; `ldg128`:"
+        " 16-byte loads from global memory in the machine code; `local`: accesses to\nlocal memory there.\n\n"
+        + WITHOUT_16
+        + "\n\n```\n"
+        + table(kernels, sass)
+        + "\n```\n"
     )
 
 
