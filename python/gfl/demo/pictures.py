@@ -23,7 +23,7 @@ _EDGES = "what each edge was read from: sharp where it is seen, spread where it 
 def detections(detector: Detector, scenes: CocoDataset, columns: int = 3, rows: int = 2) -> Image.Image:
     """The first held-out scenes with what is found in them."""
     paths = [scenes.path(i) for i in range(min(len(scenes), columns * rows))]
-    return contact_sheet([r.draw(SHOWN, scale=2) for r in detector.stream(paths)], columns, title=_DETECTIONS)
+    return contact_sheet([r.draw(SHOWN, scale=2.5) for r in detector.stream(paths)], columns, title=_DETECTIONS)
 
 
 def distributions(
