@@ -2,7 +2,7 @@
 // Divergence of a teacher's distribution from a student's, both softened by a temperature; formulas in gfl/ld.h.
 //
 //   a[j] = (pred[j] − max pred) / T   b[j] = (teacher[j] − max teacher) / T   P = Σ e^a   Q = Σ e^b
-//   Σ q (log q − log p) = Σ e^b·(b − a) / Q + log P − log Q     p = e^a / P     q = e^b / Q
+//   Σ q (log q − log p) = Σ e^b·(b − a) / Q + log(P / Q)     p = e^a / P     q = e^b / Q
 //
 // Logits are subtracted before they are divided, so that those near the largest lose nothing; equal rows give exactly 0.
 #pragma once
@@ -36,7 +36,8 @@ template <class A> struct LdSums {
   A max_pred, max_teacher, total_pred, total_teacher, cross;  // cross is Σ e^b·(b − a)
 
   GFL_HOST_DEVICE A divergence() const {
-    return cross / total_teacher + (std::log(total_pred) - std::log(total_teacher));
+    // The quotient lies within [1/n, n], and near 1 for distributions alike: two logarithms would cancel there.
+    return cross / total_teacher + std::log(total_pred / total_teacher);
   }
 };
 
