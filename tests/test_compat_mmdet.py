@@ -171,8 +171,8 @@ def test_a_loss(name: str, options: dict[str, Any], dtype: str, case: str, gener
 
     truth = evaluate(call, [leaf.double() for leaf in leaves])
     ours, theirs = both(lambda: evaluate(call, leaves))
-    # Sums of up to 41 losses, in another order.
-    assert_as_exact(ours, theirs, truth, share=20.0)
+    # Sums of up to 41 losses, in another order. A divergence is a hundredth of the logarithms that cancel in it.
+    assert_as_exact(ours, theirs, truth, share=100.0 if name == "KnowledgeDistillationKLDivLoss" else 20.0)
 
 
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, many in LOSSES.items() for o in many], ids=str)
