@@ -379,7 +379,7 @@ template <bool kBounded> inline bool bin_peaks(const Lanes* tile, int bins, BinS
 }
 
 template <bool kKeep, bool kBounded> inline void bin_exponentials(const Lanes* tile, int bins, BinSums& s, float* e) {
-  // One register after the other: constants and sums of two do not fit the register file.
+  // One register after the other: two at once, whose constants and sums are more than AVX2's registers, are no faster.
   for (int k = 0; k < kLanes; k += kWidth) {
     Floats total{}, moment{}, from_peak = -lanes_at(s.peak, k);
     const Floats max = lanes_at(s.max, k);
