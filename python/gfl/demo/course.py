@@ -79,7 +79,7 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     if (out / "training").exists():
         raise ValueError(f"{out} holds a demo: choose another folder for this one")
     clock = _Clock()
-    amp = "bf16" if device != "cpu" or _computes_bf16() else "none"
+    amp = "bf16" if device != "cpu" or computes_bf16() else "none"
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     held_out = max(8, min(300, iterations // 8))
     _say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
@@ -131,7 +131,7 @@ class _Clock:
         return self._last - before
 
 
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX); where it is emulated, fp32 is faster."""
     return any(
         bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
