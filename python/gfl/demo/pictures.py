@@ -16,6 +16,8 @@ from ..draw import contact_sheet
 
 # Detections that are shown; distributions are shown of sure ones that match a true box.
 SHOWN, SURE, MATCH = 0.5, 0.5, 0.7
+# Of a scene in the picture of detections, so that the small ones are seen.
+SCALE = 2.5
 _DETECTIONS = "what the network finds in scenes it has never seen: class and score"
 _EDGES = "what each edge was read from: sharp where it is seen, spread where it must be guessed; dashed: the true box"
 
@@ -23,7 +25,7 @@ _EDGES = "what each edge was read from: sharp where it is seen, spread where it 
 def detections(detector: Detector, scenes: CocoDataset, columns: int = 3, rows: int = 2) -> Image.Image:
     """The first held-out scenes with what is found in them."""
     paths = [scenes.path(i) for i in range(min(len(scenes), columns * rows))]
-    return contact_sheet([r.draw(SHOWN, scale=2.5) for r in detector.stream(paths)], columns, title=_DETECTIONS)
+    return contact_sheet([r.draw(SHOWN, scale=SCALE) for r in detector.stream(paths)], columns, title=_DETECTIONS)
 
 
 def distributions(

@@ -87,4 +87,5 @@ def test_nothing_to_show(scenes, monkeypatch):
 
 
 def test_detections_are_of_the_first_scenes(scenes):
-    assert pictures.detections(Sure(scenes), scenes, 3, 2).size == (3 * 384 + 20, 36 + 2 * 384 + 10)
+    side = int(Image.open(scenes.path(0)).width * pictures.SCALE)
+    assert pictures.detections(Sure(scenes), scenes, 3, 2).size == (3 * side + 20, 36 + 2 * side + 10)
