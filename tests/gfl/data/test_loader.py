@@ -223,7 +223,9 @@ def test_undecodable_images_in_training(workers: int, dataset: Make) -> None:
     reading = loader.training_loader(data, config)
     with pytest.warns(UserWarning, match=r"\.png can't be decoded: .*; it is passed over") as warned:
         batches = list(reading)
-    assert sorted(str(w.message).split()[0] for w in warned) == [str(path) for path in broken]
+    # Not what Python 3.12 says of the fork of a process with threads.
+    ours = [w for w in warned if issubclass(w.category, UserWarning)]
+    assert sorted(str(w.message).split()[0] for w in ours) == [str(path) for path in broken]
     expected = [[data.image_ids[5 if i in (3, 4) else i] for i in b] for b in loader.training_batches(data, 3, 0, 0)]
     assert [batch.image_ids for batch in batches] == expected
     assert data.problems["images that can't be decoded, passed over"] == 2
