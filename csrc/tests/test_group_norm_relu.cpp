@@ -129,6 +129,8 @@ Results by_loops(const Shape& s, const Levels& x, const Levels& grad_y, const st
 std::vector<double> clear_biases(Generator& generator, const Shape& s, const Levels& x, DType dtype,
                                  const std::vector<double>& weight, double eps) {
   const Levels xhat = normalised(s, x, statistics_by_loops(s, x, eps));
+  // A mean of many deviations leaves its own roundings, about 1e-7 of it, in what is left when it is taken away.
+  const double close = std::max(1e-5, 1e-6 * std::fabs(s.mean) / s.scale);
   std::vector<double> bias(weight.size());
   std::vector<bool> clear(weight.size(), false);
   for (int round = 0; round < 100; ++round) {
@@ -139,7 +141,7 @@ std::vector<double> clear_biases(Generator& generator, const Shape& s, const Lev
     clear.assign(bias.size(), true);
     for_values(s, [&](size_t l, int64_t, int64_t c, size_t at) {
       const size_t channel = static_cast<size_t>(c);
-      if (std::fabs(xhat[l][at] * weight[channel] + bias[channel]) < 1e-5) clear[channel] = false;
+      if (std::fabs(xhat[l][at] * weight[channel] + bias[channel]) < close) clear[channel] = false;
     });
   }
   return bias;
