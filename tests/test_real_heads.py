@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
+import real_data
 import torch
 from torch import Tensor
 
 import gfl_ops
 from gfl_ops import Detections, _backend
-
-sys.path.append(str(Path(__file__).parent))
-import real_data
 
 pytestmark = pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
 
