@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import real_data
 import torch
+from postprocess_loops import loops
 from torch import Tensor
 
 import gfl_ops
@@ -193,8 +194,6 @@ def test_what_is_below_the_threshold_has_no_effect(backend: str, full: real_data
 
 @pytest.mark.parametrize("variant", ["pair", "anchor-100", "legacy", "legacy-anchor-50"])
 def test_reference_agrees_with_loops_on_a_photo(variant: str, full: real_data.Photos) -> None:
-    from test_postprocess import loops
-
     keywords = {
         "score_threshold": 0.05,
         "nms_pre": 0,
