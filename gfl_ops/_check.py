@@ -11,6 +11,8 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (int, torch.SymInt)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 REDUCTIONS = ("none", "mean", "sum")
 
 # Checks that would make the host wait for the device run only when asked for.
@@ -33,6 +35,8 @@ def tensor(op: str, argument: str, value: object, dtypes: Sequence[torch.dtype] 
 def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int | None]) -> None:
     """`value` has the given sizes; None admits any. `names` is the shape as the documentation writes it, "[N, C]"."""
     found = value.shape
+    if found == sizes:
+        return
     if len(found) == len(sizes):
         for got, want in zip(found, sizes):  # not all(…): a generator costs a microsecond
             if want is not None and got != want:
@@ -46,7 +50,7 @@ def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int
 
 
 def same_device(op: str, argument: str, value: Tensor, other_argument: str, other: Tensor) -> None:
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         raise ValueError(
             message(op, argument, f"must be on the device of `{other_argument}`, {other.device}", value.device)
         )
@@ -89,7 +93,7 @@ def number(
     integer: bool = False,
 ) -> None:
     """`value` is a plain number within [minimum, maximum]; `exclusive` leaves `minimum` itself out."""
-    kinds = (int, torch.SymInt) if integer else (int, float, torch.SymInt, torch.SymFloat)
+    kinds = _INTEGERS if integer else _NUMBERS
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "an integer" if integer else "a number"
         raise TypeError(message(op, argument, f"must be {kind}", type(value).__name__))

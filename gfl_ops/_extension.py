@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -127,3 +128,12 @@ def serves(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel(operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
         operator, device_type.upper()
     )
+
+
+def direct(entry_point: str) -> Callable[..., Any] | None:
+    """The compiled entry point without the dispatcher, None if there is none.
+
+    It returns None, having done nothing, where the dispatcher would do more than run the kernel: record a gradient, or
+    show the call to a mode, a transform, a tracer, a profiler or a subclass. The compiler must not meet it.
+    """
+    return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)

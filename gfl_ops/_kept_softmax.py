@@ -64,7 +64,7 @@ class _Kept(torch.autograd.Function):
 
 def dfl(stem: str, pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Any:
     """What the operator `stem`, "dfl" or "dfl_integral", gives; None where it has to be called itself."""
-    if not (pred.requires_grad and pred.dtype == torch.float32 and pred.device.type == "cpu" and _SERVED):
+    if not (pred.requires_grad and pred.dtype == torch.float32 and pred.is_cpu and _SERVED):
         return None
     # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import _backend, _extension
 from ._reduce import AVG_FACTOR_EPS
 from ._spec import define
-from ._types import accumulator, as_dtype
+from ._types import accumulator, as_dtype, device_type
 
 # What the operators call the losses.
 QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
@@ -74,6 +74,7 @@ _NATIVE = tuple(device for device in ("cpu", "cuda") if _extension.serves("score
 if _NATIVE:
     _define("gfl", None)
 _define("gfl_triton", _triton)
+_DIRECT = _extension.direct("score_loss_forward")
 
 
 class _Foretold(torch.autograd.Function):
@@ -89,7 +90,7 @@ class _Foretold(torch.autograd.Function):
         constants: tuple[Any, ...],
     ) -> Tensor:
         store = pred.dtype != torch.float16
-        loss, gradient = operators.score_loss_fwd(pred, label, target, weight, norm, *constants, store)
+        loss, gradient = _forward(operators, pred, label, target, weight, norm, *constants, store)
         ctx.save_for_backward(pred, label, target, weight, norm)
         ctx.operators, ctx.constants = operators, constants
         # Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
@@ -137,20 +138,23 @@ def score_loss(
     acc = target.dtype
     norm, factor = None, 1.0
     if reduction == "mean":
-        if isinstance(avg_factor, Tensor) and avg_factor.device == pred.device:
+        if avg_factor is None:
+            factor = _reciprocal(pred.numel() if kind != QUALITY else pred.shape[:1].numel() * pred.shape[2:].numel())
+        elif isinstance(avg_factor, Tensor) and avg_factor.device == pred.device:
             norm = avg_factor.detach().reshape(()).to(acc)
-        elif avg_factor is not None:
-            factor = _reciprocal(float(avg_factor) + AVG_FACTOR_EPS)
         else:
-            rows = pred.numel() if kind != QUALITY else pred.numel() // pred.shape[1] if pred.shape[1] else len(pred)
-            factor = _reciprocal(rows)
+            factor = _reciprocal(float(avg_factor) + AVG_FACTOR_EPS)
     if weight is not None:
         weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
     tensors, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
     if pred.requires_grad and torch.is_grad_enabled():
         return _Foretold.apply(operators, *tensors, constants)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operators.score_loss_fwd(*tensors, *constants, False)[0]
+    return _forward(operators, *tensors, *constants, False)[0]
+
+
+def _forward(operators: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    results = _DIRECT(*arguments) if _DIRECT is not None and operators is torch.ops.gfl else None
+    return operators.score_loss_fwd(*arguments) if results is None else results
 
 
 def _reciprocal(x: float) -> float:
@@ -169,9 +173,12 @@ def _operators(
     # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
     if reduction == "none" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    rows = pred.shape[:1] + pred.shape[2:]
-    if pred.dim() not in (2, 3) or (weight is not None and weight.shape not in (rows, (*rows, 1))):
+    if pred.dim() not in (2, 3):
         return None
+    if weight is not None:
+        rows = pred.shape[:1] + pred.shape[2:]
+        if weight.shape not in (rows, (*rows, 1)):
+            return None
     # The gradient reaches the scores alone; a subclass may stand for no numbers at all.
     factor = avg_factor if isinstance(avg_factor, Tensor) else None
     for other in (target, weight, factor):
@@ -181,7 +188,8 @@ def _operators(
         factor is not None and factor.device.type not in ("cpu", pred.device.type)
     ):
         return None
-    backend = _backend.serving(stem, pred.device.type)
-    if backend == "native" and pred.device.type in _NATIVE:
+    device = device_type(pred)
+    backend = _backend.serving(stem, device)
+    if backend == "native" and device in _NATIVE:
         return torch.ops.gfl
     return torch.ops.gfl_triton if backend == "triton" else None

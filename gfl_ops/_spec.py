@@ -70,11 +70,13 @@ class OpSpec:
     magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
     results: int = field(init=False)
+    _direct: Callable[..., Any] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parsed = torch._C.parse_schema(f"gfl::{self.stem}{self.schema}")
         object.__setattr__(self, "arguments", tuple(a.name for a in parsed.arguments))
         object.__setattr__(self, "results", len(parsed.returns))
+        object.__setattr__(self, "_direct", _extension.direct(f"{self.stem}_forward"))
 
     @property
     def forward_name(self) -> str:
@@ -114,12 +116,11 @@ class OpSpec:
         """Run the operator by the backend that is set."""
         backend = _backend.serving(self.stem, device_type)
         if backend == "native":
-            operator = getattr(torch.ops.gfl, self.forward_name)
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return operator(*args)
-            # Without gradients there is no need to pass through the formula for them, which is Python.
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*args)
+            if self._direct is not None and not torch.compiler.is_compiling():
+                results = self._direct(*args)
+                if results is not None:
+                    return results
+            return getattr(torch.ops.gfl, self.forward_name)(*args)
         if backend == "triton":
             return getattr(torch.ops.gfl_triton, self.forward_name)(*args)
         if self.differentiable:

@@ -12,9 +12,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def device_type(x: Tensor) -> str:
+    """``x.device.type``, which costs half a microsecond, in a quarter of that on the CPU."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, whose call costs two microseconds even where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def detached(x: Tensor) -> Tensor:
+    """``x.detach()``, at no cost where there is nothing to detach from."""
+    return x.detach() if x.requires_grad else x
 
 
 def clamp_infinite(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 #include <ATen/ops/sort.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "common.h"
@@ -12,6 +13,8 @@
 
 namespace gfl::binding {
 namespace {
+
+constexpr int64_t kBoxesPerChunk = 1024;  // of classes of an even size: fewer do not pay for waking a thread
 
 at::Tensor nms_on_cpu(const NmsInput& in, const at::Tensor& scores, const OptionalTensor& classes) {
   const auto longs = at::TensorOptions().dtype(at::kLong);
@@ -34,7 +37,7 @@ at::Tensor nms_on_cpu(const NmsInput& in, const at::Tensor& scores, const Option
 
   const at::Tensor keep = at::empty({in.count}, longs.dtype(at::kByte));
   uint8_t* flag = keep.mutable_data_ptr<uint8_t>();
-  for_chunks(segments, 1, [&](int64_t begin, int64_t end) {
+  for_chunks(segments, std::max<int64_t>(1, segments * kBoxesPerChunk / in.count), [&](int64_t begin, int64_t end) {
     cpu::nms(in, grouped.const_data_ptr<int64_t>(), bound, flag, begin, end);
   });
 

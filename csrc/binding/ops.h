@@ -109,6 +109,11 @@ std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, con
                                                 const OptionalTensor& label, const at::Tensor& target, double beta,
                                                 bool activated, Needs2 needs);
 
+std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, const OptionalTensor& label,
+                                                      const at::Tensor& target, const OptionalTensor& weight,
+                                                      const OptionalTensor& norm, double factor, int64_t kind,
+                                                      double alpha, double exponent, bool activated, bool store);
+
 std::tuple<at::Tensor, at::Tensor> soft_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
                                                     const OptionalTensor& idxs, double iou_threshold, double sigma,
                                                     double min_score, bool gaussian);

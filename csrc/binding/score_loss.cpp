@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "common.h"
+#include "ops.h"
 
 namespace gfl::binding {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Strides = int64_t[3];
 
 struct Prepared {
@@ -167,6 +167,8 @@ void differentiate(at::Tensor& grad, const at::Tensor& grad_loss, const at::Tens
   walk_on_cpu(p, arriving * scale_on_cpu(factor, norm, pred), &grad);
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, const OptionalTensor& label,
                                                       const at::Tensor& target, const OptionalTensor& weight,
                                                       const OptionalTensor& norm, double factor, int64_t kind,
@@ -191,6 +193,8 @@ std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, co
   const double sum = walk_on_cpu(p, scale, store ? &grad : nullptr);
   return {at::scalar_tensor(scale * sum, pred.options().dtype(accumulator_of(pred))), grad};
 }
+
+namespace {
 
 at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label,
                                const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& norm,

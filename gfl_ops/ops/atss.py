@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _boxes, _check
 from .._samples import boxes as draw_boxes
 from .._spec import OpSpec, Sample, register
+from .._types import device_type
 
 # Distances of so many (box, cell) pairs are held at a time.
 _PAIRS = 1 << 23
@@ -335,7 +336,7 @@ def atss_assign(
     flat = [size for item in level_sizes for size in item]
     return Assignment(
         *ATSS(
-            gt_boxes.device.type,
+            device_type(gt_boxes),
             flat,
             stride_list,
             gt_boxes.detach().float(),

@@ -12,7 +12,7 @@ from .. import _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
-from .._types import as_dtype, hold
+from .._types import as_dtype, device_type, hold
 
 
 def box_of(points: Tensor, distance: Tensor, limit: Tensor | None) -> Tensor:
@@ -106,7 +106,7 @@ def expand_to(op: str, argument: str, value: Tensor, leading: torch.Size, *trail
         names = "[…, " + ", ".join(map(str, trailing)) + "]" if trailing else "[…]"
         rule = f"must have shape {names}, broadcasting to {list(shape)}"
         raise ValueError(_check.message(op, argument, rule, list(own)))
-    return value.expand(shape)
+    return torch.broadcast_to(value, shape)
 
 
 def limit_of(
@@ -190,7 +190,7 @@ def distance_to_box(points: Tensor, distance: Tensor, max_shape: Tensor | Sequen
     op = "distance_to_box"
     points, distance = _aligned(op, points, "distance", distance)
     limit = limit_of(op, max_shape, distance.shape[:-1], distance.dtype, distance.device)
-    return DISTANCE_TO_BOX(points.device.type, points, distance, limit)
+    return DISTANCE_TO_BOX(device_type(points), points, distance, limit)
 
 
 def box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | None = None, eps: float = 0.1) -> Tensor:
@@ -225,4 +225,4 @@ def box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | None = 
         _check.number(op, "max_distance", max_distance)
         max_distance = float(max_distance)
     _check.number(op, "eps", eps)
-    return BOX_TO_DISTANCE(points.device.type, points, boxes, max_distance, float(eps))
+    return BOX_TO_DISTANCE(device_type(points), points, boxes, max_distance, float(eps))

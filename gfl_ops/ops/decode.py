@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, as_dtype
+from .._types import accumulator, as_dtype, device_type
 from .boxes import box_of, check_coordinates, expand_to, limit_of
 from .integral import bounded_logits, check_distributions, expectation, spread
 
@@ -120,10 +120,9 @@ def decode(
     if isinstance(stride, Tensor):
         _check.tensor(op, "stride", stride, _check.FLOATING + _check.INTEGER)
         _check.same_device(op, "stride", stride, "pred", pred)
-        pixels = stride.detach().to(acc)
+        pixels = expand_to(op, "stride", stride.detach().to(acc), leading)
     else:
         _check.number(op, "stride", stride, 0, exclusive=True)
-        pixels = torch.full((), float(stride), dtype=acc, device=pred.device)
-    pixels = expand_to(op, "stride", pixels, leading)
+        pixels = torch.full((), float(stride), dtype=acc, device=pred.device).broadcast_to(leading)
     limit = limit_of(op, max_shape, leading, acc, pred.device)
-    return DECODE(pred.device.type, pred, points, pixels, reg_max, limit)
+    return DECODE(device_type(pred), pred, points, pixels, reg_max, limit)

@@ -13,7 +13,7 @@ from .. import _check, _kept_softmax
 from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, as_dtype, hold
+from .._types import accumulator, as_dtype, device_type, hold
 from .integral import bounded_logits, check_reg_max
 
 OUT_OF_RANGE = ("clamp", "ignore", "error")
@@ -129,7 +129,7 @@ def check_bins(op: str, pred: Tensor) -> int:
 def check_position(op: str, target: Tensor, pred: Tensor, reg_max: int, out_of_range: str) -> None:
     """`target` is floating ``[M]``; under "error" and GFL_OPS_CHECK=1 also within [0, R]."""
     _check.tensor(op, "target", target)
-    _check.shape(op, "target", target, "[M]", (pred.shape[0],))
+    _check.shape(op, "target", target, "[M]", pred.shape[:1])
     _check.same_device(op, "target", target, "pred", pred)
     _check.choice(op, "out_of_range", out_of_range, OUT_OF_RANGE)
     if out_of_range == "error" and _check.SYNCHRONISING:
@@ -201,7 +201,7 @@ def distribution_focal_loss(
         arguments = (pred, as_dtype(position, acc), out_of_range == "ignore")
         loss = _kept_softmax.dfl("dfl", *arguments)
         if loss is None:
-            loss = DFL(pred.device.type, *arguments)
+            loss = DFL(device_type(pred), *arguments)
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if len(target) != 3:
@@ -224,5 +224,5 @@ def distribution_focal_loss(
         if out_of_range == "error":
             _raise_for_first(op, "target[0]", f"and the bin after it must lie in [0, R] = [0, {reg_max}]", left, wrong)
         weight_left, weight_right = (torch.where(wrong, 0.0, w) for w in (weight_left, weight_right))
-    loss = DFL_TWO_BIN(pred.device.type, pred, left, weight_left.to(acc), weight_right.to(acc))
+    loss = DFL_TWO_BIN(device_type(pred), pred, left, weight_left.to(acc), weight_right.to(acc))
     return reduce_loss(loss, weight, reduction, avg_factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _kept_softmax
 from .._reduce import check_reduction, reduce_loss
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, as_dtype
+from .._types import accumulator, as_dtype, device_type
 from . import dfl
 from .integral import bounded_logits, expectation, spread
 
@@ -86,5 +86,5 @@ def dfl_integral(
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
     arguments = (pred, as_dtype(target, accumulator(pred.dtype)), out_of_range == "ignore")
     kept = _kept_softmax.dfl("dfl_integral", *arguments)
-    loss, distance = DFL_INTEGRAL(pred.device.type, *arguments) if kept is None else kept
+    loss, distance = DFL_INTEGRAL(device_type(pred), *arguments) if kept is None else kept
     return reduce_loss(loss, weight, reduction, avg_factor), distance

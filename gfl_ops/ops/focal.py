@@ -14,7 +14,7 @@ from .._samples import normal, uniform
 from .._score_loss import FOCAL as FOCAL_KIND
 from .._score_loss import score_loss
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, device_type
 from .qfl import binary_cross_entropy, finite_power
 
 TARGETS = _check.FLOATING + _check.INTEGER + (torch.bool,)
@@ -109,7 +109,7 @@ def focal_loss(
     reduced = score_loss("focal", FOCAL_KIND, pred, None, target, *constants, weight, reduction, avg_factor)
     if reduced is not None:
         return reduced
-    return reduce_loss(FOCAL(pred.device.type, pred, target, *constants), weight, reduction, avg_factor)
+    return reduce_loss(FOCAL(device_type(pred), pred, target, *constants), weight, reduction, avg_factor)
 
 
 def sigmoid_focal_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _check
 from .._samples import normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, device_type
 
 OP = "group_norm_relu"
 
@@ -226,5 +226,5 @@ def group_norm_relu(
     acc = accumulator(first.dtype)
     if weight.dtype != bias.dtype or weight.dtype not in (first.dtype, acc):
         weight, bias = weight.to(acc), bias.to(acc)
-    outputs, _ = GROUP_NORM_RELU(first.device.type, list(levels), weight, bias, num_groups, float(eps), bool(relu))
+    outputs, _ = GROUP_NORM_RELU(device_type(first), list(levels), weight, bias, num_groups, float(eps), bool(relu))
     return outputs[0] if isinstance(inputs, Tensor) else list(outputs)

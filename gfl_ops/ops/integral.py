@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._samples import normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, device_type
 
 # The compiled and the Triton kernels hold whole rows of bins on chip; published models use 17.
 MAX_REG_MAX = 128
@@ -121,4 +121,4 @@ def integral(pred: Tensor, reg_max: int) -> Tensor:
         input's dtype. Repeatable bit for bit. Empty input gives an empty result, attached to the graph.
     """
     check_distributions("integral", pred, reg_max)
-    return INTEGRAL(pred.device.type, pred, reg_max)
+    return INTEGRAL(device_type(pred), pred, reg_max)

@@ -13,7 +13,7 @@ from .. import _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import boxes, normal
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, as_dtype, hold
+from .._types import accumulator, as_dtype, device_type, hold
 
 KINDS = ("iou", "giou", "diou", "ciou")
 # Beside the losses of KINDS: the IoU itself, for losses of it other than 1 − IoU, which a subtraction would round.
@@ -103,12 +103,13 @@ IOU = register(
 
 def pairs(op: str, pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
     """Loss of each pair in the accumulator's dtype, after the checks."""
-    for name, value in (("pred", pred), ("target", target)):
-        _check.tensor(op, name, value)
-        _check.shape(op, name, value, "[N, 4]", (None if name == "pred" else pred.shape[0], 4))
+    _check.tensor(op, "pred", pred)
+    _check.shape(op, "pred", pred, "[N, 4]", (None, 4))
+    _check.tensor(op, "target", target)
+    _check.shape(op, "target", target, "[N, 4]", pred.shape)
     _check.same_device(op, "target", target, "pred", pred)
     _check.number(op, "eps", eps, 0)
-    return IOU(pred.device.type, pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps))
+    return IOU(device_type(pred), pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps))
 
 
 def box_iou_loss(

@@ -12,7 +12,7 @@ from .. import _boxes, _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, detached, device_type
 from .nms import reference as nms_reference
 
 
@@ -121,5 +121,10 @@ def multiclass_nms(
     _check.number(op, "iou_threshold", iou_threshold)
     _check.number(op, "max_detections", max_detections, integer=True)
     return MULTICLASS_NMS(
-        boxes.device.type, boxes.detach(), scores.detach(), float(score_threshold), float(iou_threshold), max_detections
+        device_type(boxes),
+        detached(boxes),
+        detached(scores),
+        float(score_threshold),
+        float(iou_threshold),
+        max_detections,
     )

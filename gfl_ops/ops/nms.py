@@ -12,6 +12,7 @@ from .. import _boxes, _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
+from .._types import as_dtype, detached, device_type
 
 
 def reference(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, legacy: bool) -> Tensor:
@@ -85,13 +86,13 @@ def check_boxes(op: str, boxes: Tensor, scores: Tensor) -> None:
     _check.tensor(op, "boxes", boxes)
     _check.shape(op, "boxes", boxes, "[N, 4]", (None, 4))
     _check.tensor(op, "scores", scores)
-    _check.shape(op, "scores", scores, "[N]", (boxes.shape[0],))
+    _check.shape(op, "scores", scores, "[N]", boxes.shape[:1])
     _check.same_device(op, "scores", scores, "boxes", boxes)
 
 
 def check_classes(op: str, idxs: Tensor, boxes: Tensor) -> None:
     _check.tensor(op, "idxs", idxs, _check.INTEGER)
-    _check.shape(op, "idxs", idxs, "[N]", (boxes.shape[0],))
+    _check.shape(op, "idxs", idxs, "[N]", boxes.shape[:1])
     _check.same_device(op, "idxs", idxs, "boxes", boxes)
 
 
@@ -127,7 +128,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, legacy: bool = F
     op = "nms"
     check_boxes(op, boxes, scores)
     _check.number(op, "iou_threshold", iou_threshold)
-    return NMS(boxes.device.type, boxes.detach(), scores.detach(), None, float(iou_threshold), legacy)
+    return NMS(device_type(boxes), detached(boxes), detached(scores), None, float(iou_threshold), legacy)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, legacy: bool = False) -> Tensor:
@@ -162,4 +163,5 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     check_boxes(op, boxes, scores)
     check_classes(op, idxs, boxes)
     _check.number(op, "iou_threshold", iou_threshold)
-    return NMS(boxes.device.type, boxes.detach(), scores.detach(), idxs.long(), float(iou_threshold), legacy)
+    classes = as_dtype(idxs, torch.int64)
+    return NMS(device_type(boxes), detached(boxes), detached(scores), classes, float(iou_threshold), legacy)

@@ -14,6 +14,7 @@ from .. import _check
 from .._boxes import aligned_iou, rounded
 from .._samples import normal, uniform
 from .._spec import OpSpec, Sample, register
+from .._types import device_type
 from .integral import bounded_logits, check_reg_max, expectation
 
 OP = "postprocess"
@@ -441,7 +442,7 @@ def postprocess(
     # Detections have no gradient, and the dispatcher would warn of that at every call with maps that want one.
     with torch.no_grad():
         results = POSTPROCESS(
-            cls.device.type,
+            device_type(cls),
             list(cls_scores),
             list(reg_preds),
             [float(s) for s in strides],

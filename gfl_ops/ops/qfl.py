@@ -14,7 +14,7 @@ from .._reduce import check_reduction, reduce_loss
 from .._samples import normal, uniform
 from .._score_loss import QUALITY, score_loss
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator, as_dtype, clamp_infinite
+from .._types import accumulator, as_dtype, clamp_infinite, device_type
 
 
 def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple[Tensor, Tensor]:
@@ -152,15 +152,16 @@ def quality_focal_loss(
         label, score = target
         _check.tensor(op, "target[0]", label, _check.INTEGER)
         _check.tensor(op, "target[1]", score)
+        rows = pred.shape[:1]
         for name, value in (("target[0]", label), ("target[1]", score)):
-            _check.shape(op, name, value, "[N]", (pred.shape[0],))
+            _check.shape(op, name, value, "[N]", rows)
             _check.same_device(op, name, value, "pred", pred)
-        check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
-        arguments = (pred, label.long(), as_dtype(score, acc))
+        check_reduction(op, rows, "[N]", pred, weight, reduction, avg_factor)
+        arguments = (pred, as_dtype(label, torch.int64), as_dtype(score, acc))
         reduced = score_loss("qfl", QUALITY, *arguments, 1.0, float(beta), activated, weight, reduction, avg_factor)
         if reduced is not None:
             return reduced
-        loss = QFL(pred.device.type, *arguments, float(beta), activated)
+        loss = QFL(device_type(pred), *arguments, float(beta), activated)
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if pred.dim() < 2:
@@ -181,5 +182,5 @@ def quality_focal_loss(
             return reduced
     flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
     flat_target = target.movedim(1, -1).reshape(-1, pred.shape[1]).to(acc)
-    loss = QFL(pred.device.type, flat_pred, None, flat_target, float(beta), activated).reshape(rows)
+    loss = QFL(device_type(pred), flat_pred, None, flat_target, float(beta), activated).reshape(rows)
     return reduce_loss(loss, weight, reduction, avg_factor)

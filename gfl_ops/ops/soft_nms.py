@@ -12,7 +12,7 @@ from .. import _boxes, _check
 from .._samples import boxes as draw_boxes
 from .._samples import uniform
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, detached, device_type
 from .nms import check_boxes, check_classes
 
 METHODS = ("linear", "gaussian")
@@ -172,4 +172,4 @@ def soft_nms(
     _check.number(op, "min_score", min_score)
     _check.choice(op, "method", method, METHODS)
     arguments = (float(iou_threshold), float(sigma), float(min_score), method == "gaussian")
-    return SOFT_NMS(boxes.device.type, boxes.detach(), scores.detach(), idxs, *arguments)
+    return SOFT_NMS(device_type(boxes), detached(boxes), detached(scores), idxs, *arguments)

@@ -12,7 +12,7 @@ from .. import _check
 from .._reduce import check_element_reduction, reduce_loss
 from .._score_loss import VARIFOCAL, VARIFOCAL_UNWEIGHTED, score_loss
 from .._spec import OpSpec, Sample, register
-from .._types import accumulator
+from .._types import accumulator, device_type
 from .focal import TARGETS, element_samples
 from .qfl import absolute_power, binary_cross_entropy
 
@@ -116,5 +116,5 @@ def varifocal_loss(
     reduced = score_loss("vfl", kind, pred, None, target, *constants, weight, reduction, avg_factor)
     if reduced is not None:
         return reduced
-    loss = VFL(pred.device.type, pred, target, float(alpha), float(gamma), bool(iou_weighted), activated)
+    loss = VFL(device_type(pred), pred, target, float(alpha), float(gamma), bool(iou_weighted), activated)
     return reduce_loss(loss, weight, reduction, avg_factor)
