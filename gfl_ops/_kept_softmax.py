@@ -24,7 +24,7 @@ def _fake_keep(pred: Tensor, target: Tensor, ignore: bool, distance: bool) -> tu
     rows = pred.shape[0]
     return (
         pred.new_empty(rows), pred.new_empty(rows if distance else 0), pred.new_empty(pred.shape),
-        pred.new_empty((3, rows)),
+        pred.new_empty((2, rows)),
     )  # fmt: skip
 
 

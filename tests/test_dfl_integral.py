@@ -41,3 +41,24 @@ def test_either_result_may_be_left_out(generator: torch.Generator) -> None:
     (alone,) = torch.autograd.grad(distance.sum(), pred)
     (want,) = torch.autograd.grad(gfl_ops.integral(pred.reshape(2, 68), 16).sum(), pred)
     torch.testing.assert_close(alone, want)
+
+
+@pytest.mark.parametrize("value", [-31.0, 88.0, 1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("layout", ["dense", "planar"])
+def test_a_row_does_not_feel_its_neighbours(value: float, layout: str, generator: torch.Generator) -> None:
+    """Kernels that take rows together go another way where one has large logits; the others keep their bits."""
+    calm = torch.randn(37, 17, generator=generator) * 3
+    target, mixed = torch.rand(37, generator=generator) * 16, torch.randn(2, 37, generator=generator).unbind()
+    wild = calm.clone()
+    disturbed = torch.randperm(37, generator=generator)[:6]
+    wild[disturbed, torch.randint(17, (6,), generator=generator)] = value
+    kept = torch.ones(37, dtype=torch.bool)
+    kept[disturbed] = False
+
+    def results(pred: torch.Tensor) -> list[torch.Tensor]:
+        leaf = (pred if layout == "dense" else pred.t().contiguous().t()).requires_grad_()
+        outputs = gfl_ops.dfl_integral(leaf, target, reduction="none")
+        return [x.detach()[kept] for x in (*outputs, *torch.autograd.grad(outputs, leaf, mixed))]
+
+    for got, want in zip(results(wild), results(calm), strict=True):
+        assert torch.equal(got, want)

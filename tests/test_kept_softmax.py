@@ -133,6 +133,6 @@ def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
     with pytest.raises(TypeError, match="`pred` must be"):
         torch.ops.gfl.dfl_keep(pred.half(), target, False, False)
     with pytest.raises(ValueError, match="`sums` must have shape"):
-        torch.ops.gfl.dfl_settle(kept, sums[:2], target, None, pred, target, False)
+        torch.ops.gfl.dfl_settle(kept, sums[:1], target, None, pred, target, False)
     with pytest.raises(ValueError, match="`kept` must be contiguous"):
         torch.ops.gfl.dfl_settle(kept.t().contiguous().t(), sums, target, None, pred, target, False)

@@ -156,7 +156,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Te
   check_dtype(pred, at::kFloat, "pred");
   const Prepared p = prepare(pred, target, ignore_out_of_range);
   const at::Tensor loss = empty_rows(pred), distance = at::empty({with_distance ? pred.size(0) : 0}, pred.options()),
-                   kept = at::empty(pred.sizes(), pred.options()), sums = at::empty({3, pred.size(0)}, pred.options());
+                   kept = at::empty(pred.sizes(), pred.options()), sums = at::empty({2, pred.size(0)}, pred.options());
   const DflKept keep{kept.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>(), pred.size(0)};
   float* const to_loss = loss.mutable_data_ptr<float>();
   float* const to_distance = with_distance ? distance.mutable_data_ptr<float>() : nullptr;
@@ -173,7 +173,7 @@ void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_
   check_dtype(pred, at::kFloat, "pred");
   Prepared p = prepare(pred, target, ignore_out_of_range);
   check_kept(kept, pred, pred.sizes(), "kept");
-  check_kept(sums, pred, {3, pred.size(0)}, "sums");
+  check_kept(sums, pred, {2, pred.size(0)}, "sums");
   const float* of_loss = static_cast<const float*>(p.keep(grad_loss, pred, at::kFloat, "grad_loss"));
   const float* of_distance = nullptr;
   if (grad_distance.has_value()) {

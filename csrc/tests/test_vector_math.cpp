@@ -46,14 +46,25 @@ int main() {
   using namespace gfl::portable;
   const float least = std::numeric_limits<float>::min();
   const double exp_error = worst(least, 87.0f, -1.0f, exp_of_negative<float>, [](double x) { return std::exp(x); });
+  const double up_error = worst(least, 87.0f, 1.0f, exp_of_moderate<float>, [](double x) { return std::exp(x); });
   const double unit_error = worst(least, 1.0f, 1.0f, log1p_of_unit<float>, [](double x) { return std::log1p(x); });
   const double log_error = worst(1.0f, 1e38f, 1.0f, log_of_sum, [](double x) { return std::log(x); });
-  std::printf("worst ulp: exp_of_negative %.2f on [-87, 0], log1p_of_unit %.2f on [0, 1], log_of_sum %.2f on [1, 1e38]\n",
-              exp_error, unit_error, log_error);
-  int failures = !(exp_error <= 1.1) + !(unit_error <= 2.1) + !(log_error <= 2.1);
+  const auto less_nothing = [](float x) { return log_less(x, 0.0f); };
+  const double less_error = worst(2.0f, 1e38f, 1.0f, less_nothing, [](double x) { return std::log(x); });
+  std::printf("worst ulp: exp_of_negative %.2f on [-87, 0], exp_of_moderate %.2f on [0, 87], log1p_of_unit %.2f on [0, 1], "
+              "log_of_sum %.2f on [1, 1e38], log_less %.2f of log on [2, 1e38]\n",
+              exp_error, up_error, unit_error, log_error, less_error);
+  int failures = !(exp_error <= 1.1) + !(up_error <= 1.1) + !(less_error <= 2.1) + !(unit_error <= 2.1) + !(log_error <= 2.1);
   failures += exp_of_negative(0.0f) != 1.0f || log1p_of_unit(0.0f) != 0.0f || log_of_sum(1.0f) != 0.0f;
   failures += !(exp_of_negative(-1e30f) < 1.7e-38f) || !std::isnan(exp_of_negative(NAN));
   failures += !std::isnan(log1p_of_unit(NAN)) || !std::isnan(log_of_sum(NAN)) || !std::isnan(log_of_sum(-NAN));
+  // Close to the logarithm the difference is exact but for log1p's error, which is that of a number below ln 2.
+  for (uint32_t bits = bits_of(1e-12f); bits <= bits_of(1e15f); bits += 4099) {
+    const float x = float_of(bits), y = static_cast<float>(std::log(static_cast<double>(x)));
+    const double want = std::log(static_cast<double>(x)) - static_cast<double>(y);
+    failures += !(std::fabs(log_less(x, y) - want) <= 2e-7);
+  }
+  failures += !std::isnan(log_less(NAN, 0.0f)) || !std::isnan(log_less(2.0f, NAN));
   // A register's lanes have the bits of single floats.
   for (uint32_t bits = bits_of(1e-30f); bits <= bits_of(100.0f); bits += 4099) {
     const Floats x = splat<Floats>(-float_of(bits));

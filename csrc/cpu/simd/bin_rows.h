@@ -6,10 +6,17 @@
 // wherever it is computed. Conv outputs are read in place: where locations lie side by side in memory, the lanes are
 // neighbouring locations of one side; where bins do, blocks of 4×4 are transposed in registers.
 #pragma once
+#include <type_traits>
+
 #include "gfl/rows.h"
 #include "vector_math.h"
 
 namespace gfl::GFL_ISA {
+
+// A kernel's inner parts, which belong into its loop whatever the compiler makes of their size: called, they would have
+// their addresses and their number of bins in memory.
+#define GFL_INLINE inline __attribute__((always_inline))
+#define GFL_INLINED __attribute__((always_inline))  // the same of a lambda
 
 struct alignas(64) Lanes {
   float at[kLanes];
@@ -26,18 +33,32 @@ inline Floats lanes_at(const Lanes& lanes, int k) { return load_floats(lanes.at 
 
 // ---- rows in memory ----
 
-// Up to kLanes rows: where each is, and its index. Lanes beyond `count` repeat the last row.
+// Up to kLanes rows: where each is, and its index. Lanes beyond `count` repeat the last row. Of consecutive rows that lie
+// evenly spaced only the first is written down: a group of them costs next to nothing to make and to read.
 template <class T> struct RowGroup {
   const T* from[kLanes];
   int64_t row[kLanes];
   int count;
   bool consecutive;  // kLanes rows, each the next of the one before
+  bool spaced;       // and they lie `pitch` elements apart
+  int64_t pitch;
 
+  const T* from_at(int k) const { return spaced ? from[0] + k * pitch : from[k]; }
+  int64_t row_at(int k) const { return spaced ? row[0] + k : row[k]; }
+  // Of a group that is to be written down, after `count` of them were.
   void fill_up() {
     for (int k = count; k < kLanes; ++k) {
       from[k] = from[count - 1];
       row[k] = row[count - 1];
     }
+    spaced = false;
+  }
+  void set_spaced(const T* first, int64_t first_row, int64_t step) {
+    from[0] = first;
+    row[0] = first_row;
+    count = kLanes;
+    consecutive = spaced = true;
+    pitch = step;
   }
 };
 
@@ -70,25 +91,30 @@ struct RowCursor {
 // Neighbouring locations that are read side by side: as many cache lines of every bin's plane as it takes to be quick.
 constexpr int kNeighbours = 8 * kLanes;
 
+// What lies so many bytes after the row group at hand, and will be needed: the hardware does not see the order in which
+// the tile reads its rows.
+constexpr int kAhead = 2048;
+inline void fetch_ahead(const void* from, int64_t bytes) {
+  const char* at = static_cast<const char*>(from) + kAhead;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // Calls body(group) for all rows [begin, end), in an order that suits the layout.
 template <class T, class Body> void for_row_groups(const BinRows& v, int64_t begin, int64_t end, const Body& body) {
   const T* data = static_cast<const T*>(v.data);
   RowGroup<T> group;
-  const bool plain = v.sides == 1 && v.count_outer == 1;
+  const bool even = v.count_outer == 1 && (v.sides == 1 || v.stride_location.inner == v.sides * v.stride_side);
+  const int64_t pitch = v.sides == 1 ? v.stride_location.inner : v.stride_side;
   const auto in_order = [&](int64_t first, int64_t last) {
-    RowCursor cursor(v, first);
-    for (int64_t row = first; row < last; row += kLanes) {
+    int64_t row = first;
+    for (; even && row + kLanes <= last; row += kLanes) {
+      group.set_spaced(data + row * pitch, row, pitch);
+      body(group);
+    }
+    RowCursor cursor(v, row);
+    for (; row < last; row += kLanes) {
       group.count = static_cast<int>(last - row < kLanes ? last - row : kLanes);
       group.consecutive = group.count == kLanes;
-      if (plain && group.consecutive) {
-        for (int k = 0; k < kLanes; ++k) {
-          group.from[k] = data + (row + k) * v.stride_location.inner;
-          group.row[k] = row + k;
-        }
-        body(group);
-        continue;
-      }
-      if (plain) cursor.inner = row;
       for (int k = 0; k < group.count; ++k, cursor.next_row()) {
         group.from[k] = data + cursor.offset();
         group.row[k] = row + k;
@@ -125,6 +151,12 @@ template <class T, class Body> void for_row_groups(const BinRows& v, int64_t beg
   if (last * v.sides < end) in_order(last * v.sides, end);
 }
 
+// Calls body(bins) with a constant for the 17 bins that nearly every detector has: loops over them unroll. Functions that take `Bins` take an int or such a constant.
+template <class Body> inline void with_bins(int64_t bins, const Body& body) {
+  if (bins == 17) return body(std::integral_constant<int, 17>{});
+  body(static_cast<int>(bins));
+}
+
 // ---- between memory and a tile ----
 
 // Four columns of several rows: the halves of a register, where it has two, hold different rows and are transposed each
@@ -137,24 +169,29 @@ constexpr int kBlockRows = 4;
 using Block = float __attribute__((vector_size(4 * kBlockRows)));
 using BlockIndex = int32_t __attribute__((vector_size(4 * kBlockRows)));
 
-// Four columns of the rows 0 and 4 of `rows`; of narrow registers, of row 0.
-inline Block load_block(const float* const* rows, int column) {
+// Rows that lie evenly spaced: their addresses need no memory.
+template <class P> struct SpacedRows {
+  P first;
+  int64_t pitch;
+  P operator[](int k) const { return first + k * pitch; }
+};
+
+// Four columns from `low` and from `high`, rows that are four apart; of narrow registers, from `low`.
+inline Block load_block(const float* low, const float* high) {
 #if defined(__AVX__)
-  const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(rows[0] + column));
-  return _mm256_insertf128_ps(low, _mm_loadu_ps(rows[4] + column), 1);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
 #else
   Block v;
-  std::memcpy(&v, rows[0] + column, sizeof v);
+  std::memcpy(&v, low, sizeof v);
   return v;
 #endif
 }
-inline void store_block(Block v, float* const* rows, int column, int count) {
-  if (count <= 0) return;
+inline void store_block(Block v, float* low, float* high, bool to_high) {
 #if defined(__AVX__)
-  _mm_storeu_ps(rows[0] + column, _mm256_castps256_ps128(v));
-  if (count > 4) _mm_storeu_ps(rows[4] + column, _mm256_extractf128_ps(v, 1));
+  _mm_storeu_ps(low, _mm256_castps256_ps128(v));
+  if (to_high) _mm_storeu_ps(high, _mm256_extractf128_ps(v, 1));
 #else
-  std::memcpy(rows[0] + column, &v, sizeof v);
+  std::memcpy(low, &v, sizeof v);
 #endif
 }
 
@@ -190,23 +227,25 @@ inline void transpose(Block& a, Block& b, Block& c, Block& d) {
 #undef GFL_HIGH_PAIRS
 
 // Calls body(first column) for blocks of four columns: the last moves back, over columns that were there before.
-template <class Body> inline void for_four_columns(int bins, const Body& body) {
+template <class Bins, class Body> GFL_INLINE void for_four_columns(Bins bins, const Body& body) {
   for (int j = 0; j + 4 < bins; j += 4) body(j);
   body(bins - 4);
 }
 
-// Rows of `bins` floats -> tile, and back to the first `count` rows.
-inline void gather_rows(const float* const (&rows)[kLanes], int bins, Lanes* tile) {
+// Rows of `bins` floats -> tile, and back to the first `count` rows. Rows are pointers or SpacedRows.
+template <class Rows, class Bins> GFL_INLINE void gather_rows(const Rows& rows, Bins bins, Lanes* tile) {
   if (bins < 4) {
     for (int j = 0; j < bins; ++j) {
       for (int k = 0; k < kLanes; ++k) tile[j][k] = rows[k][j];
     }
     return;
   }
-  for_four_columns(bins, [&](int j) {
+  for_four_columns(bins, [&](int j) GFL_INLINED {
     for (int k = 0; k < kLanes; k += kBlockRows) {
-      Block a = load_block(rows + k, j), b = load_block(rows + k + 1, j), c = load_block(rows + k + 2, j),
-            d = load_block(rows + k + 3, j);
+      const auto block = [&](int i) GFL_INLINED {
+        return load_block(rows[k + i] + j, rows[k + i + kBlockRows - 4] + j);
+      };
+      Block a = block(0), b = block(1), c = block(2), d = block(3);
       transpose(a, b, c, d);
       std::memcpy(tile[j].at + k, &a, sizeof a);
       std::memcpy(tile[j + 1].at + k, &b, sizeof b);
@@ -216,27 +255,37 @@ inline void gather_rows(const float* const (&rows)[kLanes], int bins, Lanes* til
   });
 }
 
-inline void scatter_rows(const Lanes* tile, int bins, int count, float* const (&rows)[kLanes]) {
-  if (bins < 4) {
-    for (int j = 0; j < bins; ++j) {
-      for (int k = 0; k < count; ++k) rows[k][j] = tile[j][k];
-    }
-    return;
-  }
-  for_four_columns(bins, [&](int j) {
-    for (int k = 0; k < count; k += kBlockRows) {
+template <bool kAll, class Rows, class Bins>
+GFL_INLINE void scatter_columns(const Lanes* tile, Bins bins, int count, const Rows& rows) {
+  for_four_columns(bins, [&](int j) GFL_INLINED {
+    for (int k = 0; k < (kAll ? kLanes : count); k += kBlockRows) {
       Block a, b, c, d;
       std::memcpy(&a, tile[j].at + k, sizeof a);
       std::memcpy(&b, tile[j + 1].at + k, sizeof b);
       std::memcpy(&c, tile[j + 2].at + k, sizeof c);
       std::memcpy(&d, tile[j + 3].at + k, sizeof d);
       transpose(a, b, c, d);
-      store_block(a, rows + k, j, count - k);
-      store_block(b, rows + k + 1, j, count - k - 1);
-      store_block(c, rows + k + 2, j, count - k - 2);
-      store_block(d, rows + k + 3, j, count - k - 3);
+      const auto put = [&](int i, Block v) GFL_INLINED {
+        const int low = k + i, high = low + kBlockRows - 4;
+        if (kAll || low < count) store_block(v, rows[low] + j, rows[high] + j, kAll || high < count);
+      };
+      put(0, a);
+      put(1, b);
+      put(2, c);
+      put(3, d);
     }
   });
+}
+template <class Rows, class Bins>
+GFL_INLINE void scatter_rows(const Lanes* tile, Bins bins, int count, const Rows& rows) {
+  if (bins < 4) {
+    for (int j = 0; j < bins; ++j) {
+      for (int k = 0; k < count; ++k) rows[k][j] = tile[j][k];
+    }
+    return;
+  }
+  if (count == kLanes) return scatter_columns<true>(tile, bins, count, rows);
+  scatter_columns<false>(tile, bins, count, rows);
 }
 
 // `count` elements of any dtype, and floats.
@@ -251,56 +300,62 @@ template <class T> inline void narrow_row(const float* from, int count, T* to) {
   for (; j < count; ++j) store(to + j, from[j]);
 }
 
-// Where 16-bit rows pass as floats, row by row.
+// Where 16-bit rows pass as floats, one after the other.
 struct Staging {
   float values[kLanes * kMaxBins];
-  float* row[kLanes];
-  explicit Staging(int bins) {
-    for (int k = 0; k < kLanes; ++k) row[k] = values + k * bins;
-  }
 };
 
-// Whether element k of the pointers lies k · pitch after the first.
-template <class P> inline bool evenly_spaced(P const (&at)[kLanes], int64_t pitch) {
+// Whether row k lies k · pitch after the first.
+template <class T> inline bool evenly_spaced(const RowGroup<T>& group, int64_t pitch) {
+  if (group.spaced) return group.pitch == pitch;
   bool even = true;
-  for (int k = 1; k < kLanes; ++k) even = even && at[k] == at[0] + k * pitch;
+  for (int k = 1; k < kLanes; ++k) even = even && group.from[k] == group.from[0] + k * pitch;
   return even;
 }
 
-template <class T> void load_tile(const RowGroup<T>& group, int64_t stride_bin, int bins, Lanes* tile) {
+template <class T, class Bins>
+GFL_INLINE void load_tile(const RowGroup<T>& group, int64_t stride_bin, Bins bins, Lanes* tile) {
   if (stride_bin == 1) {
     if constexpr (sizeof(T) == sizeof(float)) {
-      gather_rows(group.from, bins, tile);
+      if (group.spaced) {
+        fetch_ahead(group.from[0], kLanes * bins * sizeof(T));
+        gather_rows(SpacedRows<const T*>{group.from[0], group.pitch}, bins, tile);
+      } else {
+        gather_rows(group.from, bins, tile);
+      }
     } else {
-      Staging staged(bins);
-      if (evenly_spaced(group.from, bins)) widen_row(group.from[0], kLanes * bins, staged.values);
-      else for (int k = 0; k < kLanes; ++k) widen_row(group.from[k], bins, staged.row[k]);
-      const float* rows[kLanes];
-      for (int k = 0; k < kLanes; ++k) rows[k] = staged.row[k];
-      gather_rows(rows, bins, tile);
+      Staging staged;
+      if (evenly_spaced(group, bins)) widen_row(group.from[0], kLanes * bins, staged.values);
+      else for (int k = 0; k < kLanes; ++k) widen_row(group.from_at(k), bins, staged.values + k * bins);
+      gather_rows(SpacedRows<const float*>{staged.values, bins}, bins, tile);
     }
-  } else if (evenly_spaced(group.from, 1)) {
+  } else if (evenly_spaced(group, 1)) {
     for (int j = 0; j < bins; ++j) load_lanes(group.from[0] + j * stride_bin, kLanes, 0.0f, tile[j].at);
   } else {
     for (int j = 0; j < bins; ++j) {
-      for (int k = 0; k < kLanes; ++k) tile[j][k] = load(group.from[k] + j * stride_bin);
+      for (int k = 0; k < kLanes; ++k) tile[j][k] = load(group.from_at(k) + j * stride_bin);
     }
   }
 }
 
 // To `out` [rows, bins], contiguous.
-template <class T> void store_tile(const Lanes* tile, const RowGroup<T>& group, int bins, T* out) {
+template <class T, class Bins>
+GFL_INLINE void store_tile(const Lanes* tile, const RowGroup<T>& group, Bins bins, T* out) {
   if constexpr (sizeof(T) == sizeof(float)) {
+    if (group.consecutive) {
+      scatter_rows(tile, bins, kLanes, SpacedRows<float*>{out + group.row[0] * bins, bins});
+      return;
+    }
     float* rows[kLanes];
     for (int k = 0; k < kLanes; ++k) rows[k] = out + group.row[k] * bins;
     scatter_rows(tile, bins, group.count, rows);
   } else {
-    Staging staged(bins);
-    scatter_rows(tile, bins, group.count, staged.row);
-    if (group.row[group.count - 1] - group.row[0] == group.count - 1) {
+    Staging staged;
+    scatter_rows(tile, bins, group.count, SpacedRows<float*>{staged.values, bins});
+    if (group.row_at(group.count - 1) - group.row[0] == group.count - 1) {
       narrow_row(staged.values, group.count * bins, out + group.row[0] * bins);
     } else {
-      for (int k = 0; k < group.count; ++k) narrow_row(staged.row[k], bins, out + group.row[k] * bins);
+      for (int k = 0; k < group.count; ++k) narrow_row(staged.values + k * bins, bins, out + group.row[k] * bins);
     }
   }
 }
@@ -323,14 +378,19 @@ template <class T> inline void store_rows(const Lanes& lanes, const RowGroup<T>&
 
 // ---- softmax ----
 
-// What BinSoftmax of common/bins.h holds, of kLanes rows.
+// A row's softmax, of kLanes rows: `total` is Σ exp(x − origin), `moment` Σ j·exp(x − origin). The origin is 0 where all
+// logits of the row are so moderate that no exponential can run out of range, which is the rule and spares the search for
+// the highest; else it is the highest logit.
 struct BinSums {
-  Lanes max, peak, total, moment;
+  Lanes origin, total, moment;
   bool beyond;  // a logit is beyond what counts
 
   // The expected bin.
-  void mean(Lanes& to) const { GFL_LANES(k) to[k] = peak[k] + moment[k] / total[k]; }
+  void mean(Lanes& to) const { GFL_LANES(k) to[k] = moment[k] / total[k]; }
 };
+
+// Far enough from the ends of fp32's range that a gradient may be divided by such a sum.
+constexpr float kModerateLogit = 30.0f;
 
 inline Floats larger_of(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -351,64 +411,59 @@ inline bool any_of(Ints condition) {
 #endif
 }
 
-// Highest logits and their bins. Without kBounded the logits count as they are, and it returns whether one is beyond what
-// counts; it is only then that each has to be looked at.
-template <bool kBounded> inline bool bin_peaks(const Lanes* tile, int bins, BinSums& s) {
-  Floats max[kParts], peak[kParts] = {}, largest[kParts] = {};
-  for (int part = 0; part < kParts; ++part) {
-    max[part] = lanes_at(tile[0], part * kWidth);
-    if (kBounded) max[part] = bounded(max[part]);
-    else largest[part] = larger_of(absolute_of(max[part]), largest[part]);
+// The exponentials of kWidth rows whose logits are moderate. Returns the largest absolute value of each row's logits,
+// which says whether they are; NaN does not count.
+template <bool kKeep, class Bins>
+GFL_INLINE Floats moderate_exponentials(const Lanes* tile, int k, Bins bins, BinSums& s, float* e) {
+  Floats total{}, moment{}, bin{}, extent{};
+  for (int j = 0; j < bins; ++j) {
+    const Floats x = lanes_at(tile[j], k);
+    extent = larger_of(absolute_of(x), extent);
+    const Floats value = exp_of_moderate(x);
+    total += value;
+    moment = multiply_add(value, bin, moment);
+    bin += 1.0f;
+    if (kKeep) store_floats(value, e + j * kLanes + k);
   }
-  for (int j = 1; j < bins; ++j) {
-    for (int part = 0; part < kParts; ++part) {
-      Floats x = lanes_at(tile[j], part * kWidth);
-      if (kBounded) x = bounded(x);
-      else largest[part] = larger_of(absolute_of(x), largest[part]);
-      peak[part] = x > max[part] ? splat<Floats>(static_cast<float>(j)) : peak[part];
-      max[part] = larger_of(x, max[part]);
-    }
-  }
-  Ints beyond{};
-  for (int part = 0; part < kParts; ++part) {
-    beyond |= largest[part] > kLargestLogit;
-    store_floats(max[part], s.max.at + part * kWidth);
-    store_floats(peak[part], s.peak.at + part * kWidth);
-  }
-  return !kBounded && any_of(beyond);
+  store_floats(total, s.total.at + k);
+  store_floats(moment, s.moment.at + k);
+  store_floats(Floats{}, s.origin.at + k);
+  return extent;
 }
 
-template <bool kKeep, bool kBounded> inline void bin_exponentials(const Lanes* tile, int bins, BinSums& s, float* e) {
-  // One register after the other: two at once, whose constants and sums are more than AVX2's registers, are no faster.
-  for (int k = 0; k < kLanes; k += kWidth) {
-    Floats total{}, moment{}, from_peak = -lanes_at(s.peak, k);
-    const Floats max = lanes_at(s.max, k);
-    for (int j = 0; j < bins; ++j) {
-      Floats x = lanes_at(tile[j], k);
-      if (kBounded) x = bounded(x);
-      const Floats value = exp_of_negative(x - max);
-      total += value;
-      moment = multiply_add(value, from_peak, moment);
-      from_peak += 1.0f;
-      if (kKeep) store_floats(value, e + j * kLanes + k);
-    }
-    store_floats(total, s.total.at + k);
-    store_floats(moment, s.moment.at + k);
+// The same of any logits. The rows among them whose logits are moderate get the same bits as above.
+template <bool kKeep>
+[[gnu::noinline]] void any_exponentials(const Lanes* tile, int k, int bins, Floats extent, BinSums& s, float* e) {
+  Floats highest = bounded(lanes_at(tile[0], k)), total{}, moment{}, bin{};
+  for (int j = 1; j < bins; ++j) highest = larger_of(bounded(lanes_at(tile[j], k)), highest);
+  const Floats origin = extent > kModerateLogit ? highest : Floats{};
+  for (int j = 0; j < bins; ++j) {
+    const Floats value = exp_of_negative(bounded(lanes_at(tile[j], k)) - origin);
+    total += value;
+    moment = multiply_add(value, bin, moment);
+    bin += 1.0f;
+    if (kKeep) store_floats(value, e + j * kLanes + k);
   }
+  store_floats(total, s.total.at + k);
+  store_floats(moment, s.moment.at + k);
+  store_floats(origin, s.origin.at + k);
 }
 
 // Of the logits in a tile; the exponentials go to `e` [bins, kLanes], if they are to be kept.
-template <bool kKeep> inline void bin_softmax(const Lanes* tile, int bins, BinSums& s, float* e) {
-  s.beyond = bin_peaks<false>(tile, bins, s);
-  if (!s.beyond) return bin_exponentials<kKeep, false>(tile, bins, s, e);
-  bin_peaks<true>(tile, bins, s);
-  bin_exponentials<kKeep, true>(tile, bins, s, e);
+template <bool kKeep, class Bins> GFL_INLINE void bin_softmax(const Lanes* tile, Bins bins, BinSums& s, float* e) {
+  s.beyond = false;
+  for (int k = 0; k < kLanes; k += kWidth) {
+    const Floats extent = moderate_exponentials<kKeep>(tile, k, bins, s, e);
+    if (!any_of(extent > kModerateLogit)) continue;
+    any_exponentials<kKeep>(tile, k, bins, extent, s, e);
+    s.beyond = s.beyond || any_of(extent > kLargestLogit);
+  }
 }
 
 // The gradient by the logits: what `gradient(k)` makes of the bin and its exponential, of `e` [bins, kLanes], for the
 // lanes from k on, and 0 where a logit is beyond what counts. `out` may be where `e` is.
-template <class Gradient>
-inline void bin_gradients(const Lanes* tile, const float* e, int bins, const BinSums& s, const Gradient& gradient,
+template <class Gradient, class Bins>
+GFL_INLINE void bin_gradients(const Lanes* tile, const float* e, Bins bins, const BinSums& s, const Gradient& gradient,
                           Lanes* out) {
   for (int k = 0; k < kLanes; k += kWidth) {
     const auto of_bin = gradient(k);

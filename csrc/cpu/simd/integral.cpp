@@ -8,8 +8,8 @@
 namespace gfl::GFL_ISA {
 namespace {
 
-template <class T> void forward(const BinRows& pred, float* distance, int64_t begin, int64_t end) {
-  const int bins = static_cast<int>(pred.bins);
+template <class T, class Bins>
+void forward(const BinRows& pred, Bins bins, float* distance, int64_t begin, int64_t end) {
   Lanes tile[kMaxBins];
   for_row_groups<T>(pred, begin, end, [&](const RowGroup<T>& group) {
     load_tile(group, pred.stride_bin, bins, tile);
@@ -21,9 +21,8 @@ template <class T> void forward(const BinRows& pred, float* distance, int64_t be
   });
 }
 
-template <class T>
-void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64_t begin, int64_t end) {
-  const int bins = static_cast<int>(pred.bins);
+template <class T, class Bins>
+void backward(const BinRows& pred, Bins bins, const SlopeOfMean& given, T* grad_pred, int64_t begin, int64_t end) {
   Lanes tile[kMaxBins], e[kMaxBins];
   for_row_groups<T>(pred, begin, end, [&](const RowGroup<T>& group) {
     load_tile(group, pred.stride_bin, bins, tile);
@@ -35,13 +34,15 @@ void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64
     } else {
       Lanes mean;
       s.mean(mean);
-      given.of_rows(given.context, group.row, group.count, mean.at, scale.at);
+      int64_t rows[kLanes];
+      for (int k = 0; k < kLanes; ++k) rows[k] = group.row_at(k);
+      given.of_rows(given.context, rows, group.count, mean.at, scale.at);
       for (int k = group.count; k < kLanes; ++k) scale[k] = 0.0f;
     }
     const auto gradient = [&](int k) {
-      const Floats total = lanes_at(s.total, k), peak = lanes_at(s.peak, k);
-      const Floats from_peak = lanes_at(s.moment, k) / total, slope = lanes_at(scale, k) / total;
-      return [=](float bin, Floats value) { return slope * (value * ((bin - peak) - from_peak)); };
+      const Floats total = lanes_at(s.total, k);
+      const Floats mean = lanes_at(s.moment, k) / total, slope = lanes_at(scale, k) / total;
+      return [=](float bin, Floats value) GFL_INLINED { return slope * (value * (bin - mean)); };
     };
     bin_gradients(tile, e[0].at, bins, s, gradient, e);
     if (grad_pred != nullptr) store_tile(e, group, bins, grad_pred);
@@ -51,12 +52,15 @@ void backward(const BinRows& pred, const SlopeOfMean& given, T* grad_pred, int64
 }  // namespace
 
 void integral_forward(const BinRows& pred, float* distance, int64_t begin, int64_t end) {
-  dispatch_float(pred.dtype, [&](auto t) { forward<decltype(t)>(pred, distance, begin, end); });
+  dispatch_float(pred.dtype, [&](auto t) {
+    with_bins(pred.bins, [&](auto bins) { forward<decltype(t)>(pred, bins, distance, begin, end); });
+  });
 }
 
 void integral_backward(const BinRows& pred, const SlopeOfMean& slope, void* grad_pred, int64_t begin, int64_t end) {
   dispatch_float(pred.dtype, [&](auto t) {
-    backward(pred, slope, static_cast<decltype(t)*>(grad_pred), begin, end);
+    with_bins(pred.bins,
+              [&](auto bins) { backward(pred, bins, slope, static_cast<decltype(t)*>(grad_pred), begin, end); });
   });
 }
 

@@ -41,12 +41,17 @@ inline float divergence(float total_pred, float total_teacher, float cross) {
 // ---- rows side by side ----
 
 template <class T> RowGroup<T> group_at(const void* data, int64_t stride, int64_t first, int64_t end) {
+  const T* from = static_cast<const T*>(data) + first * stride;
   RowGroup<T> group;
-  group.count = static_cast<int>(end - first < kLanes ? end - first : kLanes);
-  group.consecutive = group.count == kLanes;
+  if (end - first >= kLanes) {
+    group.set_spaced(from, first, stride);
+    return group;
+  }
+  group.count = static_cast<int>(end - first);
+  group.consecutive = false;
   for (int k = 0; k < group.count; ++k) {
     group.row[k] = first + k;
-    group.from[k] = static_cast<const T*>(data) + (first + k) * stride;
+    group.from[k] = from + k * stride;
   }
   group.fill_up();
   return group;

@@ -3,8 +3,8 @@
 //
 // Loops over kLanes elements at a time call them; -fno-trapping-math lets the compiler turn their conditions into
 // blends. Worst errors, measured over every 16th float of the range by csrc/tests/test_vector_math.cpp for each
-// instruction set: exp_of_negative 1.1 ulp on [-87, 0]; log1p_of_unit on [0, 1] 1.7 ulp with fused multiply-add and 2.1
-// without; log_of_sum on [1, 1e38] the same.
+// instruction set: exp_of_negative 1.1 ulp on [-87, 0], exp_of_moderate the same on [-87, 87]; log1p_of_unit on [0, 1]
+// 1.7 ulp with fused multiply-add and 2.1 without; log_of_sum on [1, 1e38] the same.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -97,8 +97,8 @@ template <class F> inline F clamp_infinite(F x) {
   return at_least(-largest, at_most(largest, x));
 }
 
-// e^x for x <= 0; 0 below −87, where the result would vanish in every sum that it appears in.
-template <class F> inline F exp_of_negative(F x) {
+// e^x where it is a normal number, for x in [−87, 87].
+template <class F> inline F exp_of_moderate(F x) {
   // Adding 1.5·2^23 rounds to the nearest integer, and leaves it in the lowest bits.
   const F shifted = multiply_add(x, splat<F>(1.44269504f), 12582912.0f);
   const F n = shifted - 12582912.0f;
@@ -110,7 +110,12 @@ template <class F> inline F exp_of_negative(F x) {
   const F r2 = r * r;
   const F high = multiply_add(splat<F>(0.0013950600f), r2, multiply_add(r, splat<F>(0.0083689541f), 0.041666206f));
   const F p = multiply_add(high, r2, multiply_add(r, splat<F>(0.16666518f), 0.5f));
-  const F e = times_power(multiply_add(p, r2, r) + 1.0f, shifted);
+  return times_power(multiply_add(p, r2, r) + 1.0f, shifted);
+}
+
+// e^x for x <= 0; 0 below −87, where the result would vanish in every sum that it appears in.
+template <class F> inline F exp_of_negative(F x) {
+  const F e = exp_of_moderate(x);
   return x < -87.0f ? splat<F>(0.0f) : e;
 }
 
@@ -127,17 +132,33 @@ template <class F> inline F log1p_of_unit(F e) {
   return multiply_add(multiply_add(high, e4, low), e2, e);
 }
 
-// log(x) for x in [1, 2^127]: x is 2^n · m, and both n · ln 2 and log m count upwards, so that nothing cancels.
-// NaN stays.
-inline float log_of_sum(float x) {
+// x >= 2^-126 as 2^n · m with m in [1, 2).
+struct Parts {
+  float n, m;
+};
+inline Parts parts_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const int32_t n = static_cast<int32_t>(bits >> 23) - 127;
   bits = static_cast<uint32_t>(127 - n) << 23;
   float inverse;
   std::memcpy(&inverse, &bits, sizeof inverse);
-  const float exponent = static_cast<float>(n), m = x * inverse;
-  return multiply_add(exponent, 0.693359375f, multiply_add(exponent, -2.12194440e-4f, log1p_of_unit(m - 1.0f)));
+  return {static_cast<float>(n), x * inverse};
+}
+
+// log(x) for x in [1, 2^127]: x is 2^n · m, and both n · ln 2 and log m count upwards, so that nothing cancels.
+// NaN stays.
+inline float log_of_sum(float x) {
+  const Parts x_is = parts_of(x);
+  const float above = multiply_add(x_is.n, -2.12194440e-4f, log1p_of_unit(x_is.m - 1.0f));
+  return multiply_add(x_is.n, 0.693359375f, above);
+}
+
+// log(x) − y, where y may be close to the logarithm: n · ln 2 goes off y first, which loses nothing.
+inline float log_less(float x, float y) {
+  const Parts x_is = parts_of(x);
+  const float rest = multiply_add(x_is.n, 2.12194440e-4f, multiply_add(x_is.n, -0.693359375f, y));
+  return log1p_of_unit(x_is.m - 1.0f) - rest;
 }
 
 // The sum of a register's floats: in a tree, halves first, which goes on with the order of the tree that adds up the

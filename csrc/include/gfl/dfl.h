@@ -34,7 +34,7 @@ struct DflGradients {
 // What an fp32 forward pass keeps, so that backward needs neither maxima nor exponentials again.
 struct DflKept {
   float* exponentials;  // [rows, bins]; how they lie is the kernels' own affair
-  float* sums;          // [3, rows]
+  float* sums;          // [2, rows]
   int64_t rows;
 };
 
