@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._types import as_dtype
 
 # mmdet adds float32's epsilon to the average factor, so that a batch without positives divides by it instead of by 0.
 AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
@@ -30,6 +31,24 @@ def check_reduction(
             raise ValueError(_check.message(op, "avg_factor", "must hold one number", list(avg_factor.shape)))
     else:
         _check.number(op, "avg_factor", avg_factor)
+
+
+def factor_and_norm(
+    reduction: str, avg_factor: float | Tensor | None, count: int, pred: Tensor, dtype: torch.dtype
+) -> tuple[float, Tensor | None]:
+    """What a kernel multiplies the sum of `count` losses by, and the number, None for none, that it divides it by after
+    adding AVG_FACTOR_EPS: a factor on the device of `pred` stays there."""
+    if reduction != "mean":
+        return 1.0, None
+    if avg_factor is None:
+        return _reciprocal(count), None
+    if isinstance(avg_factor, Tensor) and avg_factor.device == pred.device:
+        return 1.0, as_dtype(avg_factor.detach().reshape(()), dtype)
+    return _reciprocal(float(avg_factor) + AVG_FACTOR_EPS), None
+
+
+def _reciprocal(x: float) -> float:
+    return 1.0 / x if x else float("inf")
 
 
 def check_element_reduction(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _extension
-from ._reduce import AVG_FACTOR_EPS
+from ._reduce import factor_and_norm
 from ._spec import define
 from ._types import accumulator, as_dtype, device_type
 
@@ -136,14 +136,8 @@ def score_loss(
     if operators is None:
         return None
     acc = target.dtype
-    norm, factor = None, 1.0
-    if reduction == "mean":
-        if avg_factor is None:
-            factor = _reciprocal(pred.numel() if kind != QUALITY else pred.shape[:1].numel() * pred.shape[2:].numel())
-        elif isinstance(avg_factor, Tensor) and avg_factor.device == pred.device:
-            norm = avg_factor.detach().reshape(()).to(acc)
-        else:
-            factor = _reciprocal(float(avg_factor) + AVG_FACTOR_EPS)
+    count = pred.numel() if kind != QUALITY else pred.shape[:1].numel() * pred.shape[2:].numel()
+    factor, norm = factor_and_norm(reduction, avg_factor, count, pred, acc)
     if weight is not None:
         weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
     tensors, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
@@ -155,10 +149,6 @@ def score_loss(
 def _forward(operators: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     results = _DIRECT(*arguments) if _DIRECT is not None and operators is torch.ops.gfl else None
     return operators.score_loss_fwd(*arguments) if results is None else results
-
-
-def _reciprocal(x: float) -> float:
-    return 1.0 / x if x else float("inf")
 
 
 def _operators(

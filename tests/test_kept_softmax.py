@@ -12,6 +12,7 @@ from torch import Tensor
 
 import gfl_ops
 from gfl_ops import _kept_softmax
+from gfl_ops._reduce import reduce_loss
 
 if not _kept_softmax._SERVED:
     pytest.skip("the compiled extension is not there", allow_module_level=True)
@@ -120,19 +121,66 @@ def test_second_derivatives_are_refused(generator: torch.Generator) -> None:
 def test_the_operators_keep_torchs_rules(generator: torch.Generator) -> None:
     pred, target = torch.randn(35, 17, generator=generator), torch.rand(35, generator=generator) * 16
     grad = torch.randn(35, generator=generator)
+    rows, one = (None, None, 1.0, False), (grad.abs(), torch.tensor(3.0), 0.5, True)
     for with_distance in (False, True):
-        torch.library.opcheck(torch.ops.gfl.dfl_keep, (pred, target, False, with_distance))
-        kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, with_distance)[2:]
-        of_distance = grad if with_distance else None
-        torch.library.opcheck(torch.ops.gfl.dfl_settle, (kept, sums, grad, of_distance, pred, target, False))
+        for by, of_loss in ((rows, grad), (one, grad[0])):
+            torch.library.opcheck(torch.ops.gfl.dfl_keep, (pred, target, False, with_distance, *by))
+            kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, with_distance, *by)[2:]
+            of_distance = grad if with_distance else None
+            given = (kept, sums, of_loss, of_distance, pred, target, False, *by)
+            torch.library.opcheck(torch.ops.gfl.dfl_settle, given)
 
 
 def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
     pred, target = torch.randn(8, 17, generator=generator), torch.rand(8, generator=generator)
-    kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, False)[2:]
+    rows, keep, settle = (None, None, 1.0, False), torch.ops.gfl.dfl_keep, torch.ops.gfl.dfl_settle
+    kept, sums = keep(pred, target, False, False, *rows)[2:]
     with pytest.raises(TypeError, match="`pred` must be"):
-        torch.ops.gfl.dfl_keep(pred.half(), target, False, False)
+        keep(pred.half(), target, False, False, *rows)
+    with pytest.raises(ValueError, match="`weight` must have shape"):
+        keep(pred, target, False, False, target[:5], None, 1.0, True)
     with pytest.raises(ValueError, match="`sums` must have shape"):
-        torch.ops.gfl.dfl_settle(kept, sums[:1], target, None, pred, target, False)
+        settle(kept, sums[:1], target, None, pred, target, False, *rows)
+    with pytest.raises(ValueError, match="`grad_loss` must have shape"):
+        settle(kept, sums, target, None, pred, target, False, None, None, 1.0, True)
     with pytest.raises(ValueError, match="`kept` must be contiguous"):
-        torch.ops.gfl.dfl_settle(kept.t().contiguous().t(), sums, target, None, pred, target, False)
+        settle(kept.t().contiguous().t(), sums, target, None, pred, target, False, *rows)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "avg_factor"), [("sum", None), ("mean", None), ("mean", 7.5), ("mean", "tensor")]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [1, 37, 2011])
+def test_one_number_is_the_reduced_rows(
+    reduction: str, avg_factor: Any, weighted: bool, rows: int, generator: torch.Generator
+) -> None:
+    """Loss, gradient, a second gradient and the gradient of a graph, against the single losses reduced by torch."""
+    leaf = (torch.randn(rows, 17, generator=generator) * 2).requires_grad_()
+    target, mixed = torch.rand(rows, generator=generator) * 16, torch.randn(rows, generator=generator)
+    weight = torch.rand(rows, generator=generator) if weighted else None
+    factor = torch.tensor(rows * 0.7) if avg_factor == "tensor" else avg_factor
+    loss, distance = gfl_ops.dfl_integral(leaf, target, weight, reduction, factor)
+    single, want_distance = gfl_ops.dfl_integral(leaf, target, reduction="none")
+    want = reduce_loss(single, weight, reduction, factor)
+    # Sums of fp32 in another order: sqrt(2011) roundings of terms of one sign stay below 16 ulp.
+    torch.testing.assert_close(loss, want, rtol=2e-6, atol=0)
+    assert torch.equal(distance, want_distance)
+    (want_gradient,) = torch.autograd.grad(2.5 * want + (want_distance * mixed).sum(), leaf)
+    total = 2.5 * loss + (distance * mixed).sum()
+    found = [
+        torch.autograd.grad(total, leaf, retain_graph=True, create_graph=graph)[0] for graph in (False, False, True)
+    ]
+    assert torch.equal(found[0], found[1])
+    for gradient in found:
+        # A row's factor is rounded two or three times more, and a gradient is a difference of terms up to its size.
+        scale = float(want_gradient.abs().max())
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_a_weight_that_wants_a_gradient_gets_it(generator: torch.Generator) -> None:
+    leaf = torch.randn(33, 17, generator=generator, requires_grad=True)
+    target, weight = torch.rand(33, generator=generator) * 16, torch.rand(33, generator=generator, requires_grad=True)
+    loss = gfl_ops.distribution_focal_loss(leaf, target, weight, "sum")
+    (got,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(got, gfl_ops.distribution_focal_loss(leaf, target, reduction="none"))

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/dfl.h"
 
+#include <algorithm>
+#include <vector>
+
 #include <torch/library.h>
 
 #include "common.h"
+#include "gfl/score_loss.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -53,9 +57,12 @@ at::Tensor empty_rows(const at::Tensor& pred) {
 }
 
 // Whole groups of rows a chunk, for all but the last.
+constexpr int64_t kGroup = 16, kMostRows = 8192;
+int64_t chunk_of_rows(const at::Tensor& pred) {
+  return std::clamp(rows_per_chunk(pred.size(1)) / kGroup * kGroup, kGroup, kMostRows);
+}
 template <class Body> void for_row_chunks(const at::Tensor& pred, const Body& body) {
-  constexpr int64_t kGroup = 16;
-  for_chunks(pred.size(0), std::max(kGroup, rows_per_chunk(pred.size(1)) / kGroup * kGroup), body);
+  for_chunks(pred.size(0), chunk_of_rows(pred), body);
 }
 
 void run_forward(const at::Tensor& pred, const DflInput& in, void* loss, void* distance) {
@@ -150,39 +157,85 @@ void check_kept(const at::Tensor& t, const at::Tensor& pred, at::IntArrayRef sha
   TORCH_CHECK_VALUE(t.is_contiguous(), "gfl: `", argument, "` must be contiguous");
 }
 
+// How the losses of rows become one number: factor · Σ weight · loss, over norm + epsilon where there is a norm.
+struct Reduction {
+  const float* weight = nullptr;  // [rows], or null
+  float scale = 1.0f;
+
+  float of_row(int64_t row) const { return weight != nullptr ? weight[row] : 1.0f; }
+};
+
+Reduction reduction_of(Prepared& p, const at::Tensor& pred, const OptionalTensor& weight, const OptionalTensor& norm,
+                       double factor) {
+  Reduction by;
+  if (weight.has_value()) by.weight = static_cast<const float*>(p.keep(*weight, pred, at::kFloat, "weight"));
+  if (norm.has_value()) {
+    check_kept(*norm, pred, {}, "norm");
+    factor /= *norm->const_data_ptr<float>() + static_cast<float>(kScoreNormEps);
+  }
+  by.scale = static_cast<float>(factor);
+  return by;
+}
+
 // Exponentials and sums of fp32 logits on the CPU go with loss and distance, for dfl_settle.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Tensor& pred, const at::Tensor& target,
-                                                                    bool ignore_out_of_range, bool with_distance) {
+                                                                    bool ignore_out_of_range, bool with_distance,
+                                                                    const OptionalTensor& weight,
+                                                                    const OptionalTensor& norm, double factor,
+                                                                    bool reduced) {
   check_dtype(pred, at::kFloat, "pred");
-  const Prepared p = prepare(pred, target, ignore_out_of_range);
-  const at::Tensor loss = empty_rows(pred), distance = at::empty({with_distance ? pred.size(0) : 0}, pred.options()),
-                   kept = at::empty(pred.sizes(), pred.options()), sums = at::empty({2, pred.size(0)}, pred.options());
-  const DflKept keep{kept.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>(), pred.size(0)};
-  float* const to_loss = loss.mutable_data_ptr<float>();
+  Prepared p = prepare(pred, target, ignore_out_of_range);
+  const Reduction by = reduction_of(p, pred, weight, norm, factor);
+  const int64_t rows = pred.size(0), step = chunk_of_rows(pred);
+  const at::Tensor losses = reduced ? at::Tensor() : empty_rows(pred),
+                   distance = at::empty({with_distance ? rows : 0}, pred.options()),
+                   kept = at::empty(pred.sizes(), pred.options()), sums = at::empty({2, rows}, pred.options());
+  const DflKept keep{kept.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>(), rows};
+  float* const to_losses = reduced ? nullptr : losses.mutable_data_ptr<float>();
   float* const to_distance = with_distance ? distance.mutable_data_ptr<float>() : nullptr;
-  for_row_chunks(pred, [&](int64_t begin, int64_t end) {
-    cpu::dfl_forward_keeping(p.in, to_loss, to_distance, keep, begin, end);
+  std::vector<double> totals(reduced ? (rows + step - 1) / step : 0);
+  for_chunks(rows, step, [&](int64_t begin, int64_t end) {
+    if (!reduced) return cpu::dfl_forward_keeping(p.in, to_losses, to_distance, keep, begin, end);
+    float of_chunk[kMostRows];
+    // The kernel counts rows from the tensor's first.
+    cpu::dfl_forward_keeping(p.in, of_chunk - begin, to_distance, keep, begin, end);
+    double total = 0;
+    for (int64_t row = begin; row < end; ++row) total += of_chunk[row - begin] * by.of_row(row);
+    totals[begin / step] = total;
   });
+  if (!reduced) return {losses, distance, kept, sums};
+  double total = 0;
+  for (const double of_chunk : totals) total += of_chunk;
+  const at::Tensor loss = at::empty({}, pred.options());
+  *loss.mutable_data_ptr<float>() = static_cast<float>(by.scale * total);
   return {loss, distance, kept, sums};
 }
 
-// Turns what was kept into the gradient of `pred`.
+// Turns what was kept into the gradient of `pred`. `grad_loss` is one number where the loss is.
 void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_loss,
                 const OptionalTensor& grad_distance, const at::Tensor& pred, const at::Tensor& target,
-                bool ignore_out_of_range) {
+                bool ignore_out_of_range, const OptionalTensor& weight, const OptionalTensor& norm, double factor,
+                bool reduced) {
   check_dtype(pred, at::kFloat, "pred");
   Prepared p = prepare(pred, target, ignore_out_of_range);
+  const Reduction by = reduction_of(p, pred, weight, norm, factor);
   check_kept(kept, pred, pred.sizes(), "kept");
   check_kept(sums, pred, {2, pred.size(0)}, "sums");
-  const float* of_loss = static_cast<const float*>(p.keep(grad_loss, pred, at::kFloat, "grad_loss"));
+  if (reduced) check_kept(grad_loss, pred, {}, "grad_loss");
+  const float* of_losses = reduced ? nullptr
+                                   : static_cast<const float*>(p.keep(grad_loss, pred, at::kFloat, "grad_loss"));
   const float* of_distance = nullptr;
   if (grad_distance.has_value()) {
     of_distance = static_cast<const float*>(p.keep(*grad_distance, pred, at::kFloat, "grad_distance"));
   }
+  const float arriving = reduced ? *grad_loss.const_data_ptr<float>() * by.scale : 0.0f;
   // Settling reads the sums alone.
   const DflKept keep{kept.mutable_data_ptr<float>(), const_cast<float*>(sums.const_data_ptr<float>()), pred.size(0)};
-  for_row_chunks(pred, [&](int64_t begin, int64_t end) {
-    cpu::dfl_settle(p.in, of_loss, of_distance, keep, begin, end);
+  for_chunks(pred.size(0), chunk_of_rows(pred), [&](int64_t begin, int64_t end) {
+    if (!reduced) return cpu::dfl_settle(p.in, of_losses, of_distance, keep, begin, end);
+    float of_chunk[kMostRows];
+    for (int64_t row = begin; row < end; ++row) of_chunk[row - begin] = arriving * by.of_row(row);
+    cpu::dfl_settle(p.in, of_chunk - begin, of_distance, keep, begin, end);
   });
 }
 

@@ -199,9 +199,10 @@ def distribution_focal_loss(
         check_position(op, position, pred, reg_max, out_of_range)
         check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
         arguments = (pred, as_dtype(position, acc), out_of_range == "ignore")
-        loss = _kept_softmax.dfl("dfl", *arguments)
-        if loss is None:
-            loss = DFL(device_type(pred), *arguments)
+        loss = _kept_softmax.dfl("dfl", *arguments, weight, reduction, avg_factor)
+        if loss is not None:
+            return loss
+        loss = DFL(device_type(pred), *arguments)
         return reduce_loss(loss, weight, reduction, avg_factor)
 
     if len(target) != 3:

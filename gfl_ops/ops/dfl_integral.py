@@ -85,6 +85,8 @@ def dfl_integral(
     dfl.check_position(op, target, pred, reg_max, out_of_range)
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
     arguments = (pred, as_dtype(target, accumulator(pred.dtype)), out_of_range == "ignore")
-    kept = _kept_softmax.dfl("dfl_integral", *arguments)
-    loss, distance = DFL_INTEGRAL(device_type(pred), *arguments) if kept is None else kept
+    kept = _kept_softmax.dfl("dfl_integral", *arguments, weight, reduction, avg_factor)
+    if kept is not None:
+        return kept
+    loss, distance = DFL_INTEGRAL(device_type(pred), *arguments)
     return reduce_loss(loss, weight, reduction, avg_factor), distance
