@@ -91,14 +91,6 @@ struct RowCursor {
 // Neighbouring locations that are read side by side: as many cache lines of every bin's plane as it takes to be quick.
 constexpr int kNeighbours = 8 * kLanes;
 
-// What lies so many bytes after the row group at hand, and will be needed: the hardware does not see the order in which
-// the tile reads its rows.
-constexpr int kAhead = 2048;
-inline void fetch_ahead(const void* from, int64_t bytes) {
-  const char* at = static_cast<const char*>(from) + kAhead;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-}
-
 // Calls body(group) for all rows [begin, end), in an order that suits the layout.
 template <class T, class Body> void for_row_groups(const BinRows& v, int64_t begin, int64_t end, const Body& body) {
   const T* data = static_cast<const T*>(v.data);
@@ -318,7 +310,6 @@ GFL_INLINE void load_tile(const RowGroup<T>& group, int64_t stride_bin, Bins bin
   if (stride_bin == 1) {
     if constexpr (sizeof(T) == sizeof(float)) {
       if (group.spaced) {
-        fetch_ahead(group.from[0], kLanes * bins * sizeof(T));
         gather_rows(SpacedRows<const T*>{group.from[0], group.pitch}, bins, tile);
       } else {
         gather_rows(group.from, bins, tile);

@@ -127,7 +127,6 @@ inline void kept_rows(const DflKept& kept, const RowGroup<T>& group, int bins, f
 template <class T, class Bins>
 inline void softmax_and_keep(const Lanes* tile, const RowGroup<T>& group, Bins bins, BinSums& s, const DflKept& kept) {
   if (group.consecutive) {
-    fetch_ahead(kept_tile(kept, group, bins), kLanes * bins * sizeof(float));
     bin_softmax<true>(tile, bins, s, kept_tile(kept, group, bins));
   } else {
     Lanes e[kMaxBins];
