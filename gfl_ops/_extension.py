@@ -134,6 +134,20 @@ def direct(entry_point: str) -> Callable[..., Any] | None:
     """The compiled entry point without the dispatcher, None if there is none.
 
     It returns None, having done nothing, where the dispatcher would do more than run the kernel: record a gradient, or
-    show the call to a mode, a transform, a tracer, a profiler or a subclass. The compiler must not meet it.
+    show the call to a mode, a transform, a tracer, a profiler or a subclass. One without a result returns True. The
+    compiler must not meet it.
     """
     return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
+
+
+def past_dispatcher(entry_point: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, but past the dispatcher where that would only run the kernel."""
+    straight = direct(entry_point)
+    if straight is None:
+        return operator
+
+    def call(*arguments: Any) -> Any:
+        results = straight(*arguments)
+        return operator(*arguments) if results is None else results
+
+    return call

@@ -45,6 +45,8 @@ if _SERVED:
     define("dfl_keep", keep, _fake_keep)
     settle = f"(Tensor(a!) kept, Tensor sums, Tensor grad_loss, Tensor? grad_distance, {_INPUT}, {_REDUCTION}) -> ()"
     define("dfl_settle", settle, _fake_settle)
+    _keep = _extension.past_dispatcher("dfl_keep", torch.ops.gfl.dfl_keep)
+    _settle = _extension.past_dispatcher("dfl_settle", torch.ops.gfl.dfl_settle)
 
 
 class _Kept(torch.autograd.Function):
@@ -54,7 +56,7 @@ class _Kept(torch.autograd.Function):
         with_distance: bool, factor: float, reduced: bool,
     ) -> Any:  # fmt: skip
         by = (weight, norm, factor, reduced)
-        loss, distance, kept, sums = torch.ops.gfl.dfl_keep(pred, target, ignore, with_distance, *by)
+        loss, distance, kept, sums = _keep(pred, target, ignore, with_distance, *by)
         ctx.save_for_backward(pred, target, sums, weight, norm)
         # Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
         ctx.kept, ctx.constants = kept, (ignore, factor, reduced)
@@ -76,8 +78,8 @@ class _Kept(torch.autograd.Function):
         else:
             by, of_distance = (weight, norm, factor, reduced), grads[1] if len(grads) > 1 else None
             if kept is None:
-                kept, sums = torch.ops.gfl.dfl_keep(pred, target, ignore, False, *by)[2:]
-            torch.ops.gfl.dfl_settle(kept, sums, grads[0], of_distance, pred, target, ignore, *by)
+                kept, sums = _keep(pred, target, ignore, False, *by)[2:]
+            _settle(kept, sums, grads[0], of_distance, pred, target, ignore, *by)
         return kept, *[None] * 7
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +52,22 @@ def _second(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _define(namespace: str, kernels: Callable[[str], Any] | None) -> None:
+class _Operators(NamedTuple):
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    settle: Callable[..., Any]
+
+
+def _define(namespace: str, kernels: Callable[[str], Any] | None) -> _Operators:
+    names = {"forward": "score_loss_fwd", "backward": "score_loss_bwd", "settle": "score_loss_settle"}
     for name, schema, fake in (
         ("forward", f"({_INPUT}, bool store) -> (Tensor loss, Tensor grad)", _fake_forward),
         ("backward", f"(Tensor grad_loss, {_INPUT}) -> Tensor", _fake_backward),
         ("settle", f"(Tensor(a!) grad, Tensor grad_loss, {_INPUT}) -> ()", _fake_settle),
     ):
-        define(_OPERATORS[name], schema, fake, namespace, kernels(name) if kernels else None)
+        define(names[name], schema, fake, namespace, kernels(name) if kernels else None)
     torch.library.register_autograd(f"{namespace}::score_loss_bwd", _second)
+    return _Operators(*(getattr(getattr(torch.ops, namespace), name) for name in names.values()))
 
 
 def _triton(direction: str) -> Callable[..., Any]:
@@ -69,19 +77,21 @@ def _triton(direction: str) -> Callable[..., Any]:
     return kernel
 
 
-_OPERATORS = {"forward": "score_loss_fwd", "backward": "score_loss_bwd", "settle": "score_loss_settle"}
-_NATIVE = tuple(device for device in ("cpu", "cuda") if _extension.serves("score_loss_fwd", device))
-if _NATIVE:
-    _define("gfl", None)
-_define("gfl_triton", _triton)
-_DIRECT = _extension.direct("score_loss_forward")
+_DEVICES = tuple(device for device in ("cpu", "cuda") if _extension.serves("score_loss_fwd", device))
+_TRITON = _define("gfl_triton", _triton)
+if _DEVICES:
+    _NATIVE = _define("gfl", None)
+    _NATIVE = _NATIVE._replace(
+        forward=_extension.past_dispatcher("score_loss_forward", _NATIVE.forward),
+        settle=_extension.past_dispatcher("score_loss_settle", _NATIVE.settle),
+    )
 
 
 class _Foretold(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        operators: Any,
+        operators: _Operators,
         pred: Tensor,
         label: Tensor | None,
         target: Tensor,
@@ -90,7 +100,7 @@ class _Foretold(torch.autograd.Function):
         constants: tuple[Any, ...],
     ) -> Tensor:
         store = pred.dtype != torch.float16
-        loss, gradient = _forward(operators, pred, label, target, weight, norm, *constants, store)
+        loss, gradient = operators.forward(pred, label, target, weight, norm, *constants, store)
         ctx.save_for_backward(pred, label, target, weight, norm)
         ctx.operators, ctx.constants = operators, constants
         # Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
@@ -103,9 +113,9 @@ class _Foretold(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         # A graph of the gradient is the operator's to refuse.
         if gradient is None or torch.is_grad_enabled():
-            gradient = ctx.operators.score_loss_bwd(*arguments)
+            gradient = ctx.operators.backward(*arguments)
         else:
-            ctx.operators.score_loss_settle(gradient, *arguments)
+            ctx.operators.settle(gradient, *arguments)
         return None, gradient, None, None, None, None, None
 
 
@@ -143,12 +153,7 @@ def score_loss(
     tensors, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
     if pred.requires_grad and torch.is_grad_enabled():
         return _Foretold.apply(operators, *tensors, constants)
-    return _forward(operators, *tensors, *constants, False)[0]
-
-
-def _forward(operators: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    results = _DIRECT(*arguments) if _DIRECT is not None and operators is torch.ops.gfl else None
-    return operators.score_loss_fwd(*arguments) if results is None else results
+    return operators.forward(*tensors, *constants, False)[0]
 
 
 def _operators(
@@ -158,8 +163,8 @@ def _operators(
     weight: Tensor | None,
     reduction: str,
     avg_factor: float | Tensor | None,
-) -> Any:
-    """The namespace of operators that can serve the call, or None."""
+) -> _Operators | None:
+    """The operators that can serve the call, or None."""
     # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
     if reduction == "none" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -180,6 +185,6 @@ def _operators(
         return None
     device = device_type(pred)
     backend = _backend.serving(stem, device)
-    if backend == "native" and device in _NATIVE:
-        return torch.ops.gfl
-    return torch.ops.gfl_triton if backend == "triton" else None
+    if backend == "native" and device in _DEVICES:
+        return _NATIVE
+    return _TRITON if backend == "triton" else None

@@ -177,6 +177,8 @@ Reduction reduction_of(Prepared& p, const at::Tensor& pred, const OptionalTensor
   return by;
 }
 
+}  // namespace
+
 // Exponentials and sums of fp32 logits on the CPU go with loss and distance, for dfl_settle.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Tensor& pred, const at::Tensor& target,
                                                                     bool ignore_out_of_range, bool with_distance,
@@ -238,8 +240,6 @@ void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_
     cpu::dfl_settle(p.in, of_chunk - begin, of_distance, keep, begin, end);
   });
 }
-
-}  // namespace
 
 GFL_IMPL_CPU("dfl_keep", dfl_keep)
 GFL_IMPL_CPU("dfl_settle", dfl_settle)

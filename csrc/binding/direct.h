@@ -2,8 +2,9 @@
 // The compiled entry points in Python, each in two forms under one name:
 //
 //   gfl_ops._C.<name>         the entry point
-//   gfl_ops._C.direct.<name>  the same where the dispatcher would do no more than run it, else None. A call costs a
-//                             fifth of the dispatcher's, which on a few rows is most of an operator's time.
+//   gfl_ops._C.direct.<name>  the same where the dispatcher would do no more than run it, else None; True for one that
+//                             returns nothing. A call costs a fifth of the dispatcher's, which on a few rows is most
+//                             of an operator's time.
 //
 // The dispatcher has more to do where a gradient is recorded, where a mode, a transform or a profiler wants to see the
 // call, and where a tensor is of a subclass or a view that has to be resolved first.
@@ -67,11 +68,16 @@ template <class T> using Held = typename Holder<T>::type;
 template <class R, class... A, size_t... I>
 pybind11::object call(R (*function)(A...), const pybind11::args& args, std::index_sequence<I...>) {
   const std::tuple<Held<A>...> values{pybind11::cast<Held<A>>(args[I])...};
-  R result = [&] {
+  const auto run = [&] {
     const pybind11::gil_scoped_release released;
     return std::apply(function, values);
-  }();
-  return pybind11::cast(std::move(result));
+  };
+  if constexpr (std::is_void_v<R>) {
+    run();
+    return pybind11::bool_(true);
+  } else {
+    return pybind11::cast(run());
+  }
 }
 
 class Entries {
@@ -80,7 +86,7 @@ class Entries {
       : all_(all), direct_(all.def_submodule("direct", "The entry points; None where a call is the dispatcher's.")) {}
 
   template <class R, class... A> void add(const char* name, R (*function)(A...)) {
-    all_.def(name, [function](const Held<A>&... values) { return function(values...); });
+    all_.def(name, [function](const Held<A>&... values) -> R { return function(values...); });
     direct_.def(name, [function](const pybind11::args& args) -> pybind11::object {
       if (args.size() != sizeof...(A) || !nothing_listens() || !is_plain(args.ptr())) return pybind11::none();
       HANDLE_TH_ERRORS

@@ -20,6 +20,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   entries.add("dfl_integral_backward", &dfl_integral_backward);
   entries.add("dfl_two_bin_forward", &dfl_two_bin_forward);
   entries.add("dfl_two_bin_backward", &dfl_two_bin_backward);
+  entries.add("dfl_keep", &dfl_keep);
+  entries.add("dfl_settle", &dfl_settle);
   entries.add("distance_to_box_forward", &distance_to_box_forward);
   entries.add("distance_to_box_backward", &distance_to_box_backward);
   entries.add("focal_forward", &focal_forward);
@@ -40,6 +42,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   entries.add("qfl_forward", &qfl_forward);
   entries.add("qfl_backward", &qfl_backward);
   entries.add("score_loss_forward", &score_loss_forward);
+  entries.add("score_loss_settle", &score_loss_settle);
   entries.add("soft_nms_forward", &soft_nms_forward);
   entries.add("vfl_forward", &vfl_forward);
   entries.add("vfl_backward", &vfl_backward);

@@ -42,6 +42,15 @@ std::tuple<at::Tensor, at::Tensor> dfl_integral_backward(const at::Tensor& grad_
                                                          const at::Tensor& pred, const at::Tensor& target,
                                                          bool ignore_out_of_range, Needs2 needs);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Tensor& pred, const at::Tensor& target,
+                                                                    bool ignore_out_of_range, bool with_distance,
+                                                                    const OptionalTensor& weight,
+                                                                    const OptionalTensor& norm, double factor,
+                                                                    bool reduced);
+void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_loss,
+                const OptionalTensor& grad_distance, const at::Tensor& pred, const at::Tensor& target,
+                bool ignore_out_of_range, const OptionalTensor& weight, const OptionalTensor& norm, double factor,
+                bool reduced);
 at::Tensor dfl_two_bin_forward(const at::Tensor& pred, const at::Tensor& left, const at::Tensor& weight_left,
                                const at::Tensor& weight_right);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dfl_two_bin_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
@@ -113,6 +122,11 @@ std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, co
                                                       const at::Tensor& target, const OptionalTensor& weight,
                                                       const OptionalTensor& norm, double factor, int64_t kind,
                                                       double alpha, double exponent, bool activated, bool store);
+
+void score_loss_settle(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
+                       const OptionalTensor& label, const at::Tensor& target, const OptionalTensor& weight,
+                       const OptionalTensor& norm, double factor, int64_t kind, double alpha, double exponent,
+                       bool activated);
 
 std::tuple<at::Tensor, at::Tensor> soft_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
                                                     const OptionalTensor& idxs, double iou_threshold, double sigma,

@@ -194,6 +194,13 @@ std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, co
   return {at::scalar_tensor(scale * sum, pred.options().dtype(accumulator_of(pred))), grad};
 }
 
+void score_loss_settle(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
+                       const OptionalTensor& label, const at::Tensor& target, const OptionalTensor& weight,
+                       const OptionalTensor& norm, double factor, int64_t kind, double alpha, double exponent,
+                       bool activated) {
+  differentiate(grad, grad_loss, pred, label, target, weight, norm, factor, kind, alpha, exponent, activated, true);
+}
+
 namespace {
 
 at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label,
@@ -202,13 +209,6 @@ at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pr
   at::Tensor grad = at::empty_like(pred);
   differentiate(grad, grad_loss, pred, label, target, weight, norm, factor, kind, alpha, exponent, activated, false);
   return grad;
-}
-
-void score_loss_settle(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
-                       const OptionalTensor& label, const at::Tensor& target, const OptionalTensor& weight,
-                       const OptionalTensor& norm, double factor, int64_t kind, double alpha, double exponent,
-                       bool activated) {
-  differentiate(grad, grad_loss, pred, label, target, weight, norm, factor, kind, alpha, exponent, activated, true);
 }
 
 }  // namespace

@@ -143,7 +143,8 @@ template <class T, class Body> void for_row_groups(const BinRows& v, int64_t beg
   if (last * v.sides < end) in_order(last * v.sides, end);
 }
 
-// Calls body(bins) with a constant for the 17 bins that nearly every detector has: loops over them unroll. Functions that take `Bins` take an int or such a constant.
+// Calls body(bins) with a constant for the 17 bins that nearly every detector has: loops over them unroll. Functions that
+// take `Bins` take an int or such a constant.
 template <class Body> inline void with_bins(int64_t bins, const Body& body) {
   if (bins == 17) return body(std::integral_constant<int, 17>{});
   body(static_cast<int>(bins));
