@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _boxes, _check
 from .._reduce import check_reduction, reduce_loss
 from .._samples import boxes, normal
 from .._spec import OpSpec, Sample, register
@@ -70,12 +70,14 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             near_id = f"near-tied-{name}" if name == "ciou" else f"near-{name}"
             yield Sample(f"{near_id}-n{n}", (near.to(dtype), target, kind, eps))
             if n == 7:
+                # Drawn apart, they may meet: there CIoU has that alpha too.
                 apart = boxes(n, device, dtype, generator)
+                apart = torch.where(_boxes.aligned_iou(apart, target)[:, None] > 0.4, apart + 1000, apart)
                 yield Sample(f"apart-{name}-n{n}", (apart, target, kind, eps))
                 strides_id = f"strides-tied-{name}" if name == "ciou" else f"strides-{name}"
                 small = torch.cat([near[:, :2] / 64, near[:, 2:] / 64], 1).to(dtype)
                 yield Sample(f"{strides_id}-n{n}", (small, target / 64, kind, 1e-6))
-                sides_first = boxes(n, device, dtype, generator).t().contiguous().t()
+                sides_first = apart.t().contiguous().t()
                 yield Sample(f"strided-{name}-n{n}", (sides_first, target, kind, eps))
         # Equal, sharing sides, touching, one within the other, without area, points, turned round.
         special = [
