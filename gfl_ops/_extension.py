@@ -130,24 +130,20 @@ def serves(name: str, device_type: str) -> bool:
     )
 
 
-def direct(entry_point: str) -> Callable[..., Any] | None:
-    """The compiled entry point without the dispatcher, None if there is none.
+def past_dispatcher(entry_point: str, operator: str) -> Callable[..., Any]:
+    """A function that runs the operator ``gfl::<operator>``, past the dispatcher where that would only run the kernel.
 
-    It returns None, having done nothing, where the dispatcher would do more than run the kernel: record a gradient, or
-    show the call to a mode, a transform, a tracer, a profiler or a subclass. One without a result returns True. The
-    compiler must not meet it.
+    The compiled entry point is asked first. It declines, having done nothing, where the dispatcher has more to do: to
+    record a gradient, or to show the call to a mode, a transform, a tracer, a profiler or a subclass.
     """
-    return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
-
-
-def past_dispatcher(entry_point: str, operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, but past the dispatcher where that would only run the kernel."""
-    straight = direct(entry_point)
-    if straight is None:
-        return operator
+    direct = getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
 
     def call(*arguments: Any) -> Any:
-        results = straight(*arguments)
-        return operator(*arguments) if results is None else results
+        # The compiler can't look into an entry point.
+        if direct is not None and not torch.compiler.is_compiling():
+            results = direct(*arguments)
+            if results is not None:
+                return results
+        return getattr(torch.ops.gfl, operator)(*arguments)
 
     return call

@@ -45,8 +45,8 @@ if _SERVED:
     define("dfl_keep", keep, _fake_keep)
     settle = f"(Tensor(a!) kept, Tensor sums, Tensor grad_loss, Tensor? grad_distance, {_INPUT}, {_REDUCTION}) -> ()"
     define("dfl_settle", settle, _fake_settle)
-    _keep = _extension.past_dispatcher("dfl_keep", torch.ops.gfl.dfl_keep)
-    _settle = _extension.past_dispatcher("dfl_settle", torch.ops.gfl.dfl_settle)
+    _keep = _extension.past_dispatcher("dfl_keep", "dfl_keep")
+    _settle = _extension.past_dispatcher("dfl_settle", "dfl_settle")
 
 
 class _Kept(torch.autograd.Function):

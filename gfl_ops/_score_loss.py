@@ -82,8 +82,8 @@ _TRITON = _define("gfl_triton", _triton)
 if _DEVICES:
     _NATIVE = _define("gfl", None)
     _NATIVE = _NATIVE._replace(
-        forward=_extension.past_dispatcher("score_loss_forward", _NATIVE.forward),
-        settle=_extension.past_dispatcher("score_loss_settle", _NATIVE.settle),
+        forward=_extension.past_dispatcher("score_loss_forward", "score_loss_fwd"),
+        settle=_extension.past_dispatcher("score_loss_settle", "score_loss_settle"),
     )
 
 

@@ -70,13 +70,14 @@ class OpSpec:
     magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
     results: int = field(init=False)
-    _direct: Callable[..., Any] | None = field(init=False, repr=False)
+    _native: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parsed = torch._C.parse_schema(f"gfl::{self.stem}{self.schema}")
         object.__setattr__(self, "arguments", tuple(a.name for a in parsed.arguments))
         object.__setattr__(self, "results", len(parsed.returns))
-        object.__setattr__(self, "_direct", _extension.direct(f"{self.stem}_forward"))
+        native = _extension.past_dispatcher(f"{self.stem}_forward", self.forward_name)
+        object.__setattr__(self, "_native", native)
 
     @property
     def forward_name(self) -> str:
@@ -116,11 +117,7 @@ class OpSpec:
         """Run the operator by the backend that is set."""
         backend = _backend.serving(self.stem, device_type)
         if backend == "native":
-            if self._direct is not None and not torch.compiler.is_compiling():
-                results = self._direct(*args)
-                if results is not None:
-                    return results
-            return getattr(torch.ops.gfl, self.forward_name)(*args)
+            return self._native(*args)
         if backend == "triton":
             return getattr(torch.ops.gfl_triton, self.forward_name)(*args)
         if self.differentiable:
