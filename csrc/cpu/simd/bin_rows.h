@@ -403,34 +403,12 @@ inline bool any_of(Ints condition) {
 #endif
 }
 
-// The exponentials of kWidth rows whose logits are moderate. Returns the largest absolute value of each row's logits,
-// which says whether they are; NaN does not count.
-template <bool kKeep, class Bins>
-GFL_INLINE Floats moderate_exponentials(const Lanes* tile, int k, Bins bins, BinSums& s, float* e) {
-  Floats total{}, moment{}, bin{}, extent{};
+// The sums of kWidth rows whose exponentials `exponential(bin)` gives, and where they are kept.
+template <bool kKeep, class Bins, class Exponential>
+GFL_INLINE void bin_sums(int k, Bins bins, Floats origin, BinSums& s, float* e, const Exponential& exponential) {
+  Floats total{}, moment{}, bin{};
   for (int j = 0; j < bins; ++j) {
-    const Floats x = lanes_at(tile[j], k);
-    extent = larger_of(absolute_of(x), extent);
-    const Floats value = exp_of_moderate(x);
-    total += value;
-    moment = multiply_add(value, bin, moment);
-    bin += 1.0f;
-    if (kKeep) store_floats(value, e + j * kLanes + k);
-  }
-  store_floats(total, s.total.at + k);
-  store_floats(moment, s.moment.at + k);
-  store_floats(Floats{}, s.origin.at + k);
-  return extent;
-}
-
-// The same of any logits. The rows among them whose logits are moderate get the same bits as above.
-template <bool kKeep>
-[[gnu::noinline]] void any_exponentials(const Lanes* tile, int k, int bins, Floats extent, BinSums& s, float* e) {
-  Floats highest = bounded(lanes_at(tile[0], k)), total{}, moment{}, bin{};
-  for (int j = 1; j < bins; ++j) highest = larger_of(bounded(lanes_at(tile[j], k)), highest);
-  const Floats origin = extent > kModerateLogit ? highest : Floats{};
-  for (int j = 0; j < bins; ++j) {
-    const Floats value = exp_of_negative(bounded(lanes_at(tile[j], k)) - origin);
+    const Floats value = exponential(j);
     total += value;
     moment = multiply_add(value, bin, moment);
     bin += 1.0f;
@@ -439,6 +417,30 @@ template <bool kKeep>
   store_floats(total, s.total.at + k);
   store_floats(moment, s.moment.at + k);
   store_floats(origin, s.origin.at + k);
+}
+
+// The exponentials of kWidth rows whose logits are moderate. Returns the largest absolute value of each row's logits,
+// which says whether they are; NaN does not count.
+template <bool kKeep, class Bins>
+GFL_INLINE Floats moderate_exponentials(const Lanes* tile, int k, Bins bins, BinSums& s, float* e) {
+  Floats extent{};
+  bin_sums<kKeep>(k, bins, Floats{}, s, e, [&](int j) GFL_INLINED {
+    const Floats x = lanes_at(tile[j], k);
+    extent = larger_of(absolute_of(x), extent);
+    return exp_of_moderate(x);
+  });
+  return extent;
+}
+
+// The same of any logits. The rows among them whose logits are moderate get the same bits as above.
+template <bool kKeep>
+[[gnu::noinline]] void any_exponentials(const Lanes* tile, int k, int bins, Floats extent, BinSums& s, float* e) {
+  Floats highest = bounded(lanes_at(tile[0], k));
+  for (int j = 1; j < bins; ++j) highest = larger_of(bounded(lanes_at(tile[j], k)), highest);
+  const Floats origin = extent > kModerateLogit ? highest : Floats{};
+  bin_sums<kKeep>(k, bins, origin, s, e, [&](int j) GFL_INLINED {
+    return exp_of_negative(bounded(lanes_at(tile[j], k)) - origin);
+  });
 }
 
 // Of the logits in a tile; the exponentials go to `e` [bins, kLanes], if they are to be kept.
