@@ -130,18 +130,26 @@ def serves(name: str, device_type: str) -> bool:
     )
 
 
+def direct(entry_point: str) -> Callable[..., Any] | None:
+    """The compiled entry point past the dispatcher, if the extension is there.
+
+    It declines by None, having done nothing, where the dispatcher has more to do: to record a gradient, or to show the
+    call to a mode, a transform, a tracer, a profiler or a subclass.
+    """
+    return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
+
+
 def past_dispatcher(entry_point: str, operator: str) -> Callable[..., Any]:
     """A function that runs the operator ``gfl::<operator>``, past the dispatcher where that would only run the kernel.
 
-    The compiled entry point is asked first. It declines, having done nothing, where the dispatcher has more to do: to
-    record a gradient, or to show the call to a mode, a transform, a tracer, a profiler or a subclass.
+    The compiled entry point is asked first, which may decline.
     """
-    direct = getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
+    function = direct(entry_point)
 
     def call(*arguments: Any) -> Any:
         # The compiler can't look into an entry point.
-        if direct is not None and not torch.compiler.is_compiling():
-            results = direct(*arguments)
+        if function is not None and not torch.compiler.is_compiling():
+            results = function(*arguments)
             if results is not None:
                 return results
         return getattr(torch.ops.gfl, operator)(*arguments)

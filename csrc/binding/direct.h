@@ -7,7 +7,8 @@
 //                             of an operator's time.
 //
 // The dispatcher has more to do where a gradient is recorded, where a mode, a transform or a profiler wants to see the
-// call, and where a tensor is of a subclass or a view that has to be resolved first.
+// call, and where a tensor is of a subclass or a view that has to be resolved first. Some entry points record the gradient
+// themselves.
 #pragma once
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
@@ -44,20 +45,20 @@ inline bool nothing_listens() {
          !at::hasCallbacks();
 }
 
-// Whether `value` is no tensor, or one that is no more than its numbers.
-inline bool is_plain(PyObject* value) {
+// Whether `value` is no tensor, or one that is no more than its numbers; `recorded` admits one whose gradient is wanted.
+inline bool is_plain(PyObject* value, bool recorded) {
   if (PyList_Check(value) || PyTuple_Check(value)) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
     PyObject** items = PySequence_Fast_ITEMS(value);
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!is_plain(items[i])) return false;
+      if (!is_plain(items[i], recorded)) return false;
     }
     return true;
   }
   if (!THPVariable_CheckExact(value)) return !THPVariable_Check(value);
   const at::Tensor& t = THPVariable_Unpack(value);
   return is_unheeded(t.key_set()) && !t._fw_grad(0).defined() &&
-         !(t.requires_grad() && at::GradMode::is_enabled());
+         (recorded || !(t.requires_grad() && at::GradMode::is_enabled()));
 }
 
 // What holds a parameter's value: a vector for a view of one.
@@ -85,10 +86,11 @@ class Entries {
   explicit Entries(pybind11::module_& all)
       : all_(all), direct_(all.def_submodule("direct", "The entry points; None where a call is the dispatcher's.")) {}
 
-  template <class R, class... A> void add(const char* name, R (*function)(A...)) {
+  // `records`: the function itself records the gradient.
+  template <class R, class... A> void add(const char* name, R (*function)(A...), bool records = false) {
     all_.def(name, [function](const Held<A>&... values) -> R { return function(values...); });
-    direct_.def(name, [function](const pybind11::args& args) -> pybind11::object {
-      if (args.size() != sizeof...(A) || !nothing_listens() || !is_plain(args.ptr())) return pybind11::none();
+    direct_.def(name, [function, records](const pybind11::args& args) -> pybind11::object {
+      if (args.size() != sizeof...(A) || !nothing_listens() || !is_plain(args.ptr(), records)) return pybind11::none();
       HANDLE_TH_ERRORS
       return call(function, args, std::index_sequence_for<A...>{});
       END_HANDLE_TH_ERRORS_PYBIND

@@ -42,6 +42,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   entries.add("qfl_forward", &qfl_forward);
   entries.add("qfl_backward", &qfl_backward);
   entries.add("score_loss_forward", &score_loss_forward);
+  entries.add("score_loss_recorded", &score_loss_recorded, true);
   entries.add("score_loss_settle", &score_loss_settle);
   entries.add("soft_nms_forward", &soft_nms_forward);
   entries.add("vfl_forward", &vfl_forward);

@@ -123,6 +123,11 @@ std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, co
                                                       const OptionalTensor& norm, double factor, int64_t kind,
                                                       double alpha, double exponent, bool activated, bool store);
 
+// The loss with its gradient recorded; no operator, but what the losses call instead of score_loss_forward.
+at::Tensor score_loss_recorded(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
+                               const OptionalTensor& weight, const OptionalTensor& norm, double factor, int64_t kind,
+                               double alpha, double exponent, bool activated);
+
 void score_loss_settle(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
                        const OptionalTensor& label, const at::Tensor& target, const OptionalTensor& weight,
                        const OptionalTensor& norm, double factor, int64_t kind, double alpha, double exponent,
