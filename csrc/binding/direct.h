@@ -36,8 +36,11 @@ constexpr c10::DispatchKeySet kUnheeded =
     c10::DispatchKeySet(c10::BackendComponent::CPUBit) | c10::DispatchKeySet(c10::BackendComponent::CUDABit) |
     c10::autocast_dispatch_keyset;
 
+// A copy, for torch 2.6 gives the bits of no constant.
+inline uint64_t bits_of(c10::DispatchKeySet keys) { return keys.raw_repr(); }
+
 // By the bits: a difference of key sets keeps the backends.
-inline bool is_unheeded(c10::DispatchKeySet keys) { return (keys.raw_repr() & ~kUnheeded.raw_repr()) == 0; }
+inline bool is_unheeded(c10::DispatchKeySet keys) { return (bits_of(keys) & ~bits_of(kUnheeded)) == 0; }
 
 inline bool nothing_listens() {
   return is_unheeded(c10::impl::tls_local_dispatch_key_set().included_) &&
