@@ -345,7 +345,8 @@ def test_commands_by_kind_of_source(tmp_path: Path) -> None:
     link = ninja_build.link_command(made, [s.output for s in todo], tmp_path / "_C.so")
     assert {"-lc10_cuda", "-ltorch_cuda", "/x/libcudart.so"} <= set(link)
     without = plan.Plan(torch, made.compiler, None, (), "", "off")
-    assert not any("cuda" in word for word in ninja_build.link_command(without, [], tmp_path / "_C.so"))
+    words = ninja_build.link_command(without, [], tmp_path / "_C.so")
+    assert not any("cuda" in word.replace(str(tmp_path), "") for word in words)
 
 
 def test_flags_keep_ieee_arithmetic() -> None:
