@@ -39,6 +39,9 @@ class Exportable(nn.Module):
         dtype: of the network; inputs and decoded outputs are fp32.
     """
 
+    bins: Tensor
+    limit: Tensor
+
     def __init__(self, model: GFL, size: tuple[int, int], outputs: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         network = FusedGFL(model)
@@ -79,11 +82,12 @@ class Exportable(nn.Module):
 
     def _boxes(self, reg_pred: Tensor, level: int) -> Tensor:
         """``[B, H·W, 4]`` xyxy, clipped to the input."""
-        point, stride = self.get_buffer(f"points{level}"), self.get_buffer(f"strides{level}")
+        # Not get_buffer, which torch 2.6 can't export.
+        point, stride = getattr(self, f"points{level}"), getattr(self, f"strides{level}")
         side = reg_pred.float().flatten(2).transpose(1, 2).unflatten(2, (4, self.config.reg_max + 1))
-        distance = torch.matmul(side.softmax(-1), self.get_buffer("bins")) * stride
+        distance = torch.matmul(side.softmax(-1), self.bins) * stride
         box = torch.cat([point - distance[..., :2], point + distance[..., 2:]], -1)
-        return torch.minimum(box.clamp(min=0), self.get_buffer("limit"))
+        return torch.minimum(box.clamp(min=0), self.limit)
 
     def _best(self, box: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, scores and labels of the `nms_pre` pairs of the highest scores."""
