@@ -70,15 +70,25 @@ def test_results_have_the_memory_format_of_the_maps(
 
 def test_layouts_agree(backend: str, device: torch.device, generator: torch.Generator) -> None:
     maps, weight, bias = drawn(generator, device, "nchw", torch.float32)
-    results = []
+    results, of_parameters = [], []
     for layout in LAYOUTS.values():
         leaves = [m.detach().contiguous(memory_format=layout).requires_grad_() for m in maps]
         parameters = [p.detach().requires_grad_() for p in (weight, bias)]
         found = gfl_ops.group_norm_relu(leaves, 6, *parameters)
         # Results that nothing is made of have no gradient, or one of zeros.
-        results.append((*found, *torch.autograd.grad((found[0] ** 2).sum() + found[2].sum(), leaves[::2] + parameters)))
+        grads = torch.autograd.grad((found[0] ** 2).sum() + found[2].sum(), leaves[::2] + parameters)
+        results.append((*found, *grads[:-2]))
+        of_parameters.append(grads[-2:])
     # fp32 sums of a few hundred terms in another order.
     torch.testing.assert_close(results[0], results[1], rtol=2e-5, atol=2e-5)
+    # What the parameters' gradients sum has both signs and may leave next to nothing: it is the terms that are rounded.
+    of_weight = of_bias = torch.zeros_like(weight)
+    for m, arriving in ((maps[0], 2.0), (maps[2], 0.0)):
+        normed = F.group_norm(m, 6).abs()
+        term = 1 + arriving * (normed * weight.abs()[:, None, None] + bias.abs()[:, None, None])
+        of_weight, of_bias = of_weight + (term * normed).sum((0, 2, 3)), of_bias + term.sum((0, 2, 3))
+    for a, b, total in zip(*of_parameters, (of_weight, of_bias), strict=True):
+        assert bool(((a - b).abs() <= 10 * torch.finfo(torch.float32).eps * total).all())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
