@@ -19,11 +19,7 @@ from gfl_ops._spec import SPECS, OpSpec
 
 STEM = "qfl"
 
-
-def direct(name: str) -> Callable[..., Any] | None:
-    return getattr(getattr(_extension.EXTENSION.module, "direct", None), name, None)
-
-
+direct = _extension.direct
 pytestmark = pytest.mark.skipif(direct("qfl_forward") is None, reason="the compiled extension is not there")
 
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/score_loss.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
