@@ -27,6 +27,17 @@ def test_it_is_the_formula(backend: str, device: torch.device, generator: torch.
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_the_loss_of_a_sure_logit_keeps_its_digits(
+    backend: str, device: torch.device, generator: torch.Generator, dtype: torch.dtype, rtol: float
+) -> None:
+    logits = (torch.rand(400, generator=generator) * 60 - 30).to(device, dtype)
+    right = (logits > 0).to(dtype)
+    got = sigmoid_focal_loss(logits, right, alpha=-1, gamma=0)
+    want = torch.log1p(torch.exp(-logits.double().abs())).to(dtype)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=0)
+
+
 def test_extreme_logits(backend: str, device: torch.device) -> None:
     pred = torch.tensor([1e4, -1e4, 1e4, -1e4, INF, -INF, INF, -INF], device=device, requires_grad=True)
     target = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0.0], device=device)

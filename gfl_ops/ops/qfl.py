@@ -21,7 +21,11 @@ def binary_cross_entropy(pred: Tensor, target: Tensor, activated: bool) -> tuple
     """Probability and element-wise binary cross entropy of logits, or of probabilities if `activated`."""
     if not activated:
         pred = clamp_infinite(pred)
-        return pred.sigmoid(), F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+        # −log q and −log p, between them by the target: one of them alone is a one-hot target's loss. torch's own takes
+        # (1 − t)x − log p, where two terms of x's size leave the e^x of a logit far below 0. Linear above 40, where
+        # fp64 does not tell log(1 + e^x) from x.
+        negative, positive = (F.softplus(x, threshold=40.0) for x in (pred, -pred))
+        return pred.sigmoid(), torch.lerp(negative, positive, target)
     # torch's own cross entropy stops the program where input or target leave [0, 1], refuses autocast, and floors the
     # logarithms at −100 in the value but not in its derivative by the target, infinite where a bf16 sigmoid saturates.
     # It is linear in the target, so that the two ends of the line serve any target, floored in both.
