@@ -28,6 +28,7 @@ from . import _launch
 
 SLAB, TILE = 64, 2048  # channels of a program; elements of a tile
 FEWEST_STEPS, MOST_PIECES = 8, 64
+MOST_ROWS_INTERPRETED = 64
 
 
 @triton.jit
@@ -251,8 +252,8 @@ def _walk(x: Tensor, groups: int) -> Walk:
     each, locations = channels // groups, height * width
     padded = _launch.power_of_two(each)
     together = min(max(SLAB // padded, 1), _launch.power_of_two(groups))
-    # The interpreter pays by the operation.
-    block = max((16 if _launch.INTERPRETS else 1) * TILE // (together * padded), 1)
+    # The interpreter pays by the operation, but sums a tile row after row, not by halves: long tiles would lose digits.
+    block = MOST_ROWS_INTERPRETED if _launch.INTERPRETS else max(TILE // (together * padded), 1)
     block = min(block, _launch.power_of_two(locations))
     fewest = 2 if _launch.INTERPRETS else FEWEST_STEPS
     steps = max(_launch.power_of_two(_launch.programs(locations, block * MOST_PIECES)), fewest)
