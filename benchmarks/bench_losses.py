@@ -31,7 +31,7 @@ import torch
 import cases
 import inputs
 import report
-from gfl_ops._spec import SPECS
+from gfl_ops.core.registry import SPECS
 from harness import DTYPES, Bench, Clock, Machine, Result
 
 PROVIDERS = tuple(report.COLOURS)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 import formulas
 import formulas_head
 import gfl_ops
-from gfl_ops._spec import SPECS
+from gfl_ops.core.registry import SPECS
 from harness import Case, tensors
 from inputs import CLASSES, REG_MAX, STRIDES, Scene, boxes_for_nms, centres, flatten, level_sizes
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 import gfl_ops
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-BACKENDS = tuple(b for b in _backend.BACKENDS if b != "auto")
+BACKENDS = tuple(b for b in backends.BACKENDS if b != "auto")
 # ‖got − want‖ / ‖want‖. fp32: sums of millions of terms of one sign, and boxes of a thousand pixels a few pixels wide.
 # 16 bits: a gradient is rounded once to its dtype, which is half an ulp of each element, and may be summed in it.
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 4e-3, "bf16": 1e-2}
@@ -41,7 +41,7 @@ class Case:
     """One computation, its inputs, and who else can do it.
 
     Attributes:
-        stem: the operator in `gfl_ops._spec.SPECS`.
+        stem: the operator in `gfl_ops.core.registry.SPECS`.
         name: what is timed; a stem may have several.
         what: the size, for people.
         inputs: keyword arguments of `ours` and of every peer: tensors, lists of tensors, or anything else.
@@ -328,7 +328,7 @@ class Bench:
                 mode = "max-autotune-no-cudagraphs" if self.machine.cuda else "default"
                 yield "compiled", torch.compile(case.dense, dynamic=False, mode=mode), "auto", ""
         for backend in BACKENDS:
-            why = _backend.unavailable(backend, case.stem, self.machine.device.type)
+            why = backends.unavailable(backend, case.stem, self.machine.device.type)
             if backend == "triton" and not self.machine.cuda and why is None:
                 why = "Triton's interpreter is not worth timing"
             yield backend, None if why else case.ours, backend, why or ""

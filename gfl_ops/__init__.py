@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused losses, decoding, assignment and NMS of Generalized Focal Loss (arXiv 2006.04388) for PyTorch detectors."""
 
-from ._backend import explain_backend, get_backend, set_backend
+from .core.backends import get_backend, set_backend
+from .doctor import explain_backend
 from .functional import *  # noqa: F403
 from .functional import __all__ as _functions
 from .losses import *  # noqa: F403

@@ -11,26 +11,26 @@ from typing import Any
 
 import torch
 
-from . import _backend, _extension
-from ._spec import SPECS
 from ._version import __version__
+from .core import backends, extension
+from .core.registry import SPECS
 
 WIDTH = 80
 
 
-def report() -> str:
-    """The whole report, at most 80 columns wide."""
+def explain_backend() -> str:
+    """What runs each operator on this machine, and why another backend does not; a text of a few dozen lines."""
     return "\n\n".join(["\n".join(_facts()), "\n".join(_table()), "\n".join(_reasons())]) + "\n"
 
 
 def _facts() -> list[str]:
-    info = _extension.EXTENSION.info
+    info = extension.EXTENSION.info
     facts = [
         ("gfl-ops", f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {_cuda_of_torch()}, {torch.get_num_threads()} CPU threads"),
         ("GPU", _gpus()),
-        ("extension", _extension.why_not("cpu") or f"compiled by {info['compiler']} for torch {info['torch']}"),
+        ("extension", extension.why_not("cpu") or f"compiled by {info['compiler']} for torch {info['torch']}"),
         ("CPU kernels", _cpu_kernels()),
         ("its CUDA part", _cuda_part(info)),
         ("Triton", _triton()),
@@ -56,13 +56,13 @@ def _gpus() -> str:
 
 
 def _cpu_kernels() -> str:
-    module = _extension.EXTENSION.module
+    module = extension.EXTENSION.module
     return f"{module.cpu_isa()}; GFL_OPS_CPU_ISA=portable, avx2 or avx512 asks for less" if module else "none"
 
 
 def _cuda_part(info: dict[str, Any]) -> str:
-    if _extension.EXTENSION.cuda_reason:
-        return f"none: {_extension.EXTENSION.cuda_reason}"
+    if extension.EXTENSION.cuda_reason:
+        return f"none: {extension.EXTENSION.cuda_reason}"
     return f"compiled by {info['nvcc']} for {', '.join(info['archs'])}"
 
 
@@ -71,20 +71,20 @@ def _triton() -> str:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-    return f"{version}{', interpreting (TRITON_INTERPRET=1)' if _backend.TRITON_INTERPRETS else ''}"
+    return f"{version}{', interpreting (TRITON_INTERPRET=1)' if backends.TRITON_INTERPRETS else ''}"
 
 
 def _chosen() -> str:
-    source = " (GFL_OPS_BACKEND)" if os.environ.get("GFL_OPS_BACKEND") == _backend.get_backend() else ""
-    return f"{_backend.get_backend()}{source}"
+    source = " (GFL_OPS_BACKEND)" if os.environ.get("GFL_OPS_BACKEND") == backends.get_backend() else ""
+    return f"{backends.get_backend()}{source}"
 
 
 def _table() -> list[str]:
     """Which backend "auto" takes for each operator on each kind of device."""
     lines = [f"{'operator':<18}{'cpu':<12}{'cuda':<12}has kernels for", "-" * WIDTH]
     for stem in SPECS:
-        serving = [_backend.automatic(stem, device) for device in ("cpu", "cuda")]
-        kernels = _backend.kernels(stem)
+        serving = [backends.automatic(stem, device) for device in ("cpu", "cuda")]
+        kernels = backends.kernels(stem)
         compiled = [f"native {device}" for device in kernels.native]
         also = ", ".join([*compiled, *(["triton"] if kernels.triton else [])]) or "-"
         lines.append(f"{stem:<18}{serving[0]:<12}{serving[1]:<12}{also}")
@@ -97,7 +97,7 @@ def _reasons() -> list[str]:
     for stem in SPECS:
         for device in ("cpu", "cuda"):
             for backend in ("native", "triton"):
-                reason = _backend.unavailable(backend, stem, device)
+                reason = backends.unavailable(backend, stem, device)
                 if reason is not None:
                     held.setdefault((backend, device, reason.replace(stem, "it")), []).append(stem)
     lines = ["why another backend does not serve:"]

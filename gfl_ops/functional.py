@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
-from .ops.atss import Assignment, atss_assign
-from .ops.boxes import box_to_distance, distance_to_box
-from .ops.decode import decode
-from .ops.dfl import distribution_focal_loss
-from .ops.dfl_integral import dfl_integral
-from .ops.focal import sigmoid_focal_loss
-from .ops.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
-from .ops.group_norm_relu import group_norm_relu
-from .ops.integral import integral
-from .ops.iou import box_iou_loss, giou_loss
-from .ops.ld import distillation_loss
-from .ops.multiclass_nms import multiclass_nms
-from .ops.nms import batched_nms, nms
-from .ops.postprocess import Detections, UncertainDetections, postprocess
-from .ops.qfl import quality_focal_loss
-from .ops.soft_nms import soft_nms
-from .ops.vfl import varifocal_loss
+from .ops.bins.decode import decode
+from .ops.bins.dfl import distribution_focal_loss
+from .ops.bins.dfl_integral import dfl_integral
+from .ops.bins.integral import integral
+from .ops.bins.ld import distillation_loss
+from .ops.boxes.distance import box_to_distance, distance_to_box
+from .ops.boxes.iou import box_iou_loss, giou_loss
+from .ops.head.atss import Assignment, atss_assign
+from .ops.head.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
+from .ops.head.group_norm_relu import group_norm_relu
+from .ops.score.focal import sigmoid_focal_loss
+from .ops.score.qfl import quality_focal_loss
+from .ops.score.vfl import varifocal_loss
+from .ops.select.multiclass_nms import multiclass_nms
+from .ops.select.nms import batched_nms, nms
+from .ops.select.postprocess import Detections, UncertainDetections, postprocess
+from .ops.select.soft_nms import soft_nms
 
 __all__ = [
     "Assignment",

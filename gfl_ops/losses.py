@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _check
-from ._reduce import check_element_reduction, check_reduction, reduce_loss
-from ._types import accumulator
-from .ops.dfl import distribution_focal_loss
-from .ops.focal import focal_loss
-from .ops.integral import integral
-from .ops.iou import OVERLAP, box_iou_loss, pairs
-from .ops.ld import distillation_loss
-from .ops.qfl import quality_focal_loss
-from .ops.vfl import varifocal_loss
+from .core import checks
+from .core.dtypes import accumulator
+from .core.reduction import check_element_reduction, check_reduction, reduce_loss
+from .ops.bins.dfl import distribution_focal_loss
+from .ops.bins.integral import integral
+from .ops.bins.ld import distillation_loss
+from .ops.boxes.iou import OVERLAP, box_iou_loss, pairs
+from .ops.score.focal import focal_loss
+from .ops.score.qfl import quality_focal_loss
+from .ops.score.vfl import varifocal_loss
 
 __all__ = [
     "CIoULoss",
@@ -44,14 +44,14 @@ class _Loss(nn.Module):
 
     def __init__(self, reduction: str, loss_weight: float) -> None:
         super().__init__()
-        _check.choice(type(self).__name__, "reduction", reduction, _check.REDUCTIONS)
+        checks.choice(type(self).__name__, "reduction", reduction, checks.REDUCTIONS)
         self.reduction = reduction
         self.loss_weight = loss_weight
 
     def _reduction(self, override: str | None) -> str:
         if not override:
             return self.reduction
-        _check.choice(type(self).__name__, "reduction_override", override, _check.REDUCTIONS)
+        checks.choice(type(self).__name__, "reduction_override", override, checks.REDUCTIONS)
         return override
 
     def extra_repr(self) -> str:
@@ -134,12 +134,12 @@ class DistributionFocalLoss(_Loss):
 
 def _pair_weight(op: str, pred: Tensor, weight: Tensor | None) -> Tensor | None:
     """mmdet also takes a weight a coordinate ``[N, 4]``, and means it over the four."""
-    _check.tensor(op, "pred", pred)
+    checks.tensor(op, "pred", pred)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return weight
     if weight.shape != pred.shape:
         rule = f"must have shape [N] = {list(pred.shape[:1])} or pred's, {list(pred.shape)}"
-        raise ValueError(_check.message(op, "weight", rule, list(weight.shape)))
+        raise ValueError(checks.message(op, "weight", rule, list(weight.shape)))
     return weight.to(accumulator(pred.dtype)).mean(-1)
 
 
@@ -243,7 +243,7 @@ class IoULoss(_Loss):
         mode: str = "log",
     ) -> None:
         super().__init__(reduction, loss_weight)
-        _check.choice("IoULoss", "mode", mode, ("linear", "square", "log"))
+        checks.choice("IoULoss", "mode", mode, ("linear", "square", "log"))
         if linear:
             mode = "linear"
             warnings.warn("IoULoss: linear=True is deprecated; say mode='linear'", DeprecationWarning, stacklevel=2)
@@ -298,7 +298,7 @@ class VarifocalLoss(_Loss):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(reduction, loss_weight)
-        _check.number("VarifocalLoss", "alpha", alpha, 0)
+        checks.number("VarifocalLoss", "alpha", alpha, 0)
         self.use_sigmoid = use_sigmoid
         self.alpha = alpha
         self.gamma = gamma
@@ -373,12 +373,12 @@ class FocalLoss(_Loss):
             reduction_override: takes the place of `reduction` in this call.
         """
         op = "FocalLoss"
-        _check.tensor(op, "pred", pred)
+        checks.tensor(op, "pred", pred)
         if isinstance(target, Tensor) and target.dim() != pred.dim():
-            _check.shape(op, "pred", pred, "[N, C]", (None, None))
-            _check.tensor(op, "target", target, _check.INTEGER)
-            _check.shape(op, "target", target, "[N]", (pred.shape[0],))
-            _check.same_device(op, "target", target, "pred", pred)
+            checks.shape(op, "pred", pred, "[N, C]", (None, None))
+            checks.tensor(op, "target", target, checks.INTEGER)
+            checks.shape(op, "target", target, "[N]", (pred.shape[0],))
+            checks.same_device(op, "target", target, "pred", pred)
             target = target[:, None] == torch.arange(pred.shape[1], device=pred.device)
         activated = self.activated or not self.use_sigmoid
         flat = isinstance(weight, Tensor) and weight.shape == (pred.numel(),) != pred.shape[:1]
@@ -404,7 +404,7 @@ class KnowledgeDistillationKLDivLoss(_Loss):
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, T: float = 10) -> None:
         super().__init__(reduction, loss_weight)
-        _check.number("KnowledgeDistillationKLDivLoss", "T", T, 0, exclusive=True)
+        checks.number("KnowledgeDistillationKLDivLoss", "T", T, 0, exclusive=True)
         self.T = T
 
     def forward(
@@ -440,17 +440,17 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        _check.number("Integral", "reg_max", reg_max, 1, integer=True)
+        checks.number("Integral", "reg_max", reg_max, 1, integer=True)
         self.reg_max = reg_max
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[…, 4(R+1)]``, or of any shape of as many, -> distances ``[-1, 4]`` in bins, order l, t, r, b."""
-        _check.tensor("Integral", "x", x)
+        checks.tensor("Integral", "x", x)
         width = 4 * (self.reg_max + 1)
         if x.numel() % width:
             rule = f"must hold a multiple of 4(R+1) = {width} logits"
-            raise ValueError(_check.message("Integral", "x", rule, list(x.shape)))
+            raise ValueError(checks.message("Integral", "x", rule, list(x.shape)))
         return integral(x.reshape(x.numel() // width, width), self.reg_max)
 
     def extra_repr(self) -> str:

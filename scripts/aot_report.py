@@ -144,8 +144,8 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
     """Arguments of representative calls, named where there are several; else those of the largest sample."""
     import torch
 
-    from gfl_ops._spec import SPECS
-    from gfl_ops._types import accumulator
+    from gfl_ops.core.dtypes import accumulator
+    from gfl_ops.core.registry import SPECS
 
     acc = accumulator(dtype)
     n = 22400  # locations of an image of 800×1344
@@ -193,7 +193,7 @@ def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
     import torch
     from torch.utils._pytree import tree_map
 
-    from gfl_ops._spec import SPECS
+    from gfl_ops.core.registry import SPECS
     from gfl_ops.triton import _launch
 
     spec = SPECS.get(stem)
@@ -203,7 +203,7 @@ def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
         with _launch.record() as launches:
             results = module.forward(*args)
             if spec is None:
-                module.settle(results[1], results[0], *args[:-1])
+                module.finish(results[1], results[0], *args[:-1])
             elif spec.differentiable:
                 results = results if isinstance(results, tuple) else (results,)
                 grads = [tree_map(torch.zeros_like, results[i]) for i in spec.grads]
@@ -257,7 +257,7 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gfl_ops._spec import SPECS
+    from gfl_ops.core.registry import SPECS
     from gfl_ops.triton import _launch
 
     if _launch.INTERPRETS:
@@ -349,7 +349,7 @@ def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
         command = [
             nvcc, f"-std=c++{flags['std']}", *flags["nvcc"], "-DGFL_WITH_CUDA", "-Xptxas", "-v", "-cubin",
             "-gencode", f"arch=compute_{arch},code=sm_{arch}",
-            "-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "common"), "-o", str(cubin), str(source),
+            "-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source),
         ]  # fmt: skip
         said = subprocess.run(command, capture_output=True, text=True)
         if said.returncode != 0:
@@ -460,9 +460,9 @@ def main(arguments: list[str] | None = None) -> int:
                     except RuntimeError as error:
                         failures.append(str(error))
         if options.only != "cuda":
-            from gfl_ops import _backend
+            from gfl_ops.core import backends
 
-            if reason := _backend.why_no_triton():
+            if reason := backends.why_no_triton():
                 raise MissingCompilerError(f"{reason}; --only cuda leaves Triton out")
             kernels += triton_kernels(options.arch, options.dtype, options.kernels, options.sass)
     except MissingCompilerError as error:

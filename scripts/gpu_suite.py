@@ -286,10 +286,10 @@ def markdown(record: dict[str, Any], outcomes: Iterable[Outcome]) -> str:
 
 PROBE = """
 import json, gfl_ops
-from gfl_ops import _backend, _extension
-from gfl_ops._spec import SPECS
-serving = {stem: _backend.automatic(stem, "cuda") for stem in SPECS}
-extension = _extension.EXTENSION
+from gfl_ops.core import backends, extension
+from gfl_ops.core.registry import SPECS
+serving = {stem: backends.automatic(stem, "cuda") for stem in SPECS}
+extension = extension.EXTENSION
 print("PROBE " + json.dumps({"reason": extension.cuda_reason, "info": extension.info, "cuda": serving}))
 """
 
@@ -372,7 +372,7 @@ def compile_tests(suite: Suite, nvcc: str) -> dict[str, Path]:
     flags = json.loads((ROOT / "build_backend" / "gfl_build" / "flags.json").read_text())
     common = [nvcc, *flags["nvcc"], f"-std=c++{flags['std']}", "-lineinfo", f"-arch={suite.gpu.arch}"]
     common += ["-Xcompiler", ",".join(flags["nvcc_host"]), "-DGFL_WITH_CUDA", "-DGFL_TEST_CUDA"]
-    common += [f"-I{ROOT / 'csrc' / name}" for name in ("include", "common", "tests")]
+    common += [f"-I{ROOT / 'csrc' / name}" for name in ("include", ".", "tests")]
     kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     stems = [k.stem for k in kernels if (ROOT / "csrc" / "tests" / f"test_{k.stem}.cpp").is_file()]
     for kernel in kernels:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gfl_ops._spec import SPECS, OpSpec
+from gfl_ops.core.registry import SPECS, OpSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPAT = "gfl_ops.compat"
@@ -23,8 +23,8 @@ def compiled() -> dict[str, set[str]]:
     """The devices that the binding registers a kernel for, by operator: read off the sources, not off this build."""
     found: dict[str, set[str]] = {}
     for source in (ROOT / "csrc" / "binding").glob("*.cpp"):
-        for device, name in re.findall(r"GFL_IMPL_(CPU|CUDA)\(\"(\w+)\"", source.read_text()):
-            found.setdefault(name, set()).add(device)
+        for cpu_only, name in re.findall(r"^GFL_OPERATOR(_CPU)?\((\w+), \w+\)", source.read_text(), re.M):
+            found[name] = {"CPU"} if cpu_only else {"CPU", "CUDA"}
     return found
 
 

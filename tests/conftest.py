@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gfl_ops
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
 SEED = int(os.environ.get("GFL_TEST_SEED", random.randrange(2**31)))
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=["native", "triton", "reference"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """Each backend in turn, set for the operator that the file names STEM; skipped with the reason if it can't run."""
-    reason = _backend.unavailable(request.param, request.module.STEM, device.type)
+    reason = backends.unavailable(request.param, request.module.STEM, device.type)
     if reason is not None:
         pytest.skip(reason)
     with gfl_ops.set_backend(request.param):

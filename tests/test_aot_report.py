@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "aot_report.py"
 
@@ -116,7 +116,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def triton() -> ModuleType:
-    reason = _backend.why_no_triton()
+    reason = backends.why_no_triton()
     if reason is not None:
         pytest.skip(reason)
     return importlib.import_module("triton")
@@ -162,7 +162,7 @@ def test_decisions_are_made_without_fused_arithmetic(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gfl_ops._spec import SPECS
+    from gfl_ops.core.registry import SPECS
     from gfl_ops.triton import _launch
 
     if _launch.INTERPRETS:

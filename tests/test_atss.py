@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import gfl_ops
-from gfl_ops import _backend
-from gfl_ops._samples import boxes as draw_boxes
-from gfl_ops._spec import SPECS
+from gfl_ops.core import backends
+from gfl_ops.core.random_inputs import boxes as draw_boxes
+from gfl_ops.core.registry import SPECS
 
-BACKENDS = ["reference"] + (["native"] if _backend.unavailable("native", "atss", "cpu") is None else [])
+BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "atss", "cpu") is None else [])
 STRIDES = [8, 16, 32, 64, 128]
 SIZES = [(20, 30), (10, 15), (5, 8), (3, 4), (2, 2)]
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from gfl_ops._spec import SPECS
+from gfl_ops.core.registry import SPECS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (96, 160)

@@ -400,10 +400,10 @@ def test_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 def copy_of_the_package(folder: Path, **changes: object) -> Path:
     """The installed package as a tree of its own, with another record; returns its parent folder."""
     import gfl_ops
-    from gfl_ops import _extension
+    from gfl_ops.core import extension
 
     shutil.copytree(Path(gfl_ops.__file__).parent, folder / "gfl_ops", ignore=shutil.ignore_patterns("__pycache__"))
-    info = {**record(plan.Plan(None, None, None, (), "nothing", "nothing")), **_extension.EXTENSION.info, **changes}
+    info = {**record(plan.Plan(None, None, None, (), "nothing", "nothing")), **extension.EXTENSION.info, **changes}
     (folder / "gfl_ops" / "_build_info.py").write_text(f"BUILD_INFO = {info!r}\n")
     return folder
 
@@ -411,7 +411,7 @@ def copy_of_the_package(folder: Path, **changes: object) -> Path:
 def import_there(folder: Path) -> str:
     # No other installed package: the copy would rightly be told to stand in its way.
     code = "import importlib.metadata as m; m.distributions = lambda **_: []; "
-    code += "import gfl_ops, gfl_ops._extension as e; print(e.EXTENSION.module is None, e.why_not('cpu'))"
+    code += "import gfl_ops, gfl_ops.core.extension as e; print(e.EXTENSION.module is None, e.why_not('cpu'))"
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "always::RuntimeWarning", "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -422,7 +422,7 @@ def import_there(folder: Path) -> str:
 def test_torch_changed_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from gfl_ops import _extension
+    from gfl_ops.core import extension
 
     fitting = {
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -431,14 +431,14 @@ def test_torch_changed_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "cuda": None,
         "cxx11_abi": torch.compiled_with_cxx11_abi(),
     }
-    assert _extension._mismatch(fitting) == ""
+    assert extension._mismatch(fitting) == ""
     for change in (
         {"torch": "2.5.0"},
         {"cxx11_abi": not torch.compiled_with_cxx11_abi()},
         {"cuda": "11.8", "torch_cuda": "11.8"},
     ):
-        assert "it was built with torch" in _extension._mismatch({**fitting, **change})
-    assert "built for Python 3.9" in _extension._mismatch({**fitting, "python": "3.9"})
+        assert "it was built with torch" in extension._mismatch({**fitting, **change})
+    assert "built for Python 3.9" in extension._mismatch({**fitting, "python": "3.9"})
 
     said = import_there(copy_of_the_package(tmp_path, **{**fitting, "extension": True, "torch": "2.5.0+cu121"}))
     assert said.startswith("True") and said.count("RuntimeWarning") == 1
@@ -446,31 +446,31 @@ def test_torch_changed_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_source_tree_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gfl_ops import _extension
+    from gfl_ops.core import extension
 
     (tmp_path / "gfl_ops").mkdir()
     (tmp_path / "gfl_ops" / "_build_info.py").touch()
     (tmp_path / "gfl_ops-9.dist-info").mkdir()
     (tmp_path / "gfl_ops-9.dist-info" / "METADATA").write_text("Name: gfl-ops\nVersion: 9\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    said = _extension._shadowed()
-    assert str(_extension._FOLDER) in said and str(tmp_path / "gfl_ops") in said
+    said = extension._shadowed()
+    assert str(extension._FOLDER) in said and str(tmp_path / "gfl_ops") in said
 
 
 def test_missing_cuda_part_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from gfl_ops import _extension
+    from gfl_ops.core import extension
 
-    built = _extension.Extension(sys, "", "no nvcc was found")
+    built = extension.Extension(sys, "", "no nvcc was found")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.warns(RuntimeWarning, match="CUDA part is not there: no nvcc was found") as said:
-        _extension._say_what_is_missing(built)
+        extension._say_what_is_missing(built)
     assert len(said) == 1
     monkeypatch.setattr(torch.version, "cuda", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _extension._say_what_is_missing(built)
+        extension._say_what_is_missing(built)
 
 
 # --- whole builds ----------------------------------------------------------------------------------------------------

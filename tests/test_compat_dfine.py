@@ -14,8 +14,8 @@ from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import dfine as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 CPU = torch.device("cpu")
 UP, SCALE = torch.tensor([0.5], dtype=torch.float64), 4.0

@@ -17,8 +17,8 @@ from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import mmdet as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:

@@ -14,8 +14,8 @@ from peers import mmdet_stub
 from peers.compare import evaluate
 from torch import Tensor
 
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import mmdet as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None or importlib.util.find_spec("mmyolo") is None:

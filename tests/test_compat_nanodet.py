@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import nanodet as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 CPU = torch.device("cpu")
 

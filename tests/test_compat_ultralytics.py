@@ -15,8 +15,8 @@ import torch
 from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import ultralytics as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("ultralytics") is None:

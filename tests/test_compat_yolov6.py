@@ -15,8 +15,8 @@ from peers.compare import assert_as_exact, evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
-from gfl_ops._samples import boxes as draw_boxes
 from gfl_ops.compat import yolov6 as compat
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gfl_ops import _extension
+from gfl_ops.core import extension
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULE = _extension.EXTENSION.module
+MODULE = extension.EXTENSION.module
 ISAS = ("portable", "avx2", "avx512")
 # What is compiled once for each instruction set.
 STEMS = sorted(path.stem for path in (ROOT / "csrc" / "cpu" / "simd").glob("*.cpp"))
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(MODULE is None, reason="the compiled extension i
 
 
 def used(isa: str) -> str:
-    code = "from gfl_ops import _extension; print(_extension.EXTENSION.module.cpu_isa())"
+    code = "from gfl_ops.core import extension; print(extension.EXTENSION.module.cpu_isa())"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, timeout=300, cwd=ROOT / "tests", env=environment(isa),

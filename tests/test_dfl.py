@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _check
 from gfl_ops import distribution_focal_loss as dfl
+from gfl_ops.core import checks
 
 INFINITY, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and gfl_ops._backend.unavailable("native", "dfl", "cpu") is not None:
+    if request.param == "native" and gfl_ops.core.backends.unavailable("native", "dfl", "cpu") is not None:
         pytest.skip("the extension is not built")
     with gfl_ops.set_backend(request.param):
         yield request.param
@@ -96,7 +96,7 @@ def test_error_looks_only_when_asked_to(
     clamped = dfl(pred, target)
     torch.testing.assert_close(dfl(pred, target, out_of_range="error"), clamped, rtol=0, atol=0)
     dfl(pred, (left, ones, ones), out_of_range="error")
-    monkeypatch.setattr(_check, "SYNCHRONISING", True)
+    monkeypatch.setattr(checks, "SYNCHRONISING", True)
     with pytest.raises(ValueError, match=r"`target` must lie in \[0, R\] = \[0, 16\], got 16.5 at row 1"):
         dfl(pred, target, out_of_range="error")
     with pytest.raises(ValueError, match=r"got nan at row 0"):

@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl_ops
-from gfl_ops import _extension
-from gfl_ops._spec import SPECS, OpSpec
+from gfl_ops.core import extension
+from gfl_ops.core.registry import SPECS, OpSpec
 
 STEM = "qfl"
 
-direct = _extension.direct
+direct = extension.direct
 pytestmark = pytest.mark.skipif(direct("qfl_forward") is None, reason="the compiled extension is not there")
 
 

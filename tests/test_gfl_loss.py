@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import Assignment, _backend
-from gfl_ops._samples import boxes as draw_boxes
+from gfl_ops import Assignment
+from gfl_ops.core import backends
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
-BACKENDS = ["reference"] + (["native"] if _backend.unavailable("native", "gfl_loss", "cpu") is None else [])
+BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "gfl_loss", "cpu") is None else [])
 STRIDES = [8.0, 16.0, 32.0]
 SIZES = [(9, 13), (5, 7), (1, 3)]
 SLOTS, REG_MAX = 4, 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gfl_ops import box_iou_loss, giou_loss
-from gfl_ops._samples import boxes
+from gfl_ops.core.random_inputs import boxes
 
 STEM = "iou"
 NAN = float("nan")

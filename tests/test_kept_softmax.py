@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _kept_softmax
-from gfl_ops._reduce import reduce_loss
+from gfl_ops.core.reduction import reduce_loss
+from gfl_ops.ops.bins import kept_softmax
 
-if not _kept_softmax._SERVED:
+if not kept_softmax._SERVED:
     pytest.skip("the compiled extension is not there", allow_module_level=True)
 
 
 def twice(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(_kept_softmax, "_SERVED", False)
+        patch.setattr(kept_softmax, "_SERVED", False)
         return call()
 
 
@@ -128,23 +128,23 @@ def test_the_operators_keep_torchs_rules(generator: torch.Generator) -> None:
             kept, sums = torch.ops.gfl.dfl_keep(pred, target, False, with_distance, *by)[2:]
             of_distance = grad if with_distance else None
             given = (kept, sums, of_loss, of_distance, pred, target, False, *by)
-            torch.library.opcheck(torch.ops.gfl.dfl_settle, given)
+            torch.library.opcheck(torch.ops.gfl.dfl_finish, given)
 
 
 def test_what_does_not_fit_is_refused(generator: torch.Generator) -> None:
     pred, target = torch.randn(8, 17, generator=generator), torch.rand(8, generator=generator)
-    rows, keep, settle = (None, None, 1.0, False), torch.ops.gfl.dfl_keep, torch.ops.gfl.dfl_settle
+    rows, keep, finish = (None, None, 1.0, False), torch.ops.gfl.dfl_keep, torch.ops.gfl.dfl_finish
     kept, sums = keep(pred, target, False, False, *rows)[2:]
     with pytest.raises(TypeError, match="`pred` must be"):
         keep(pred.half(), target, False, False, *rows)
     with pytest.raises(ValueError, match="`weight` must have shape"):
         keep(pred, target, False, False, target[:5], None, 1.0, True)
     with pytest.raises(ValueError, match="`sums` must have shape"):
-        settle(kept, sums[:1], target, None, pred, target, False, *rows)
+        finish(kept, sums[:1], target, None, pred, target, False, *rows)
     with pytest.raises(ValueError, match="`grad_loss` must have shape"):
-        settle(kept, sums, target, None, pred, target, False, None, None, 1.0, True)
+        finish(kept, sums, target, None, pred, target, False, None, None, 1.0, True)
     with pytest.raises(ValueError, match="`kept` must be contiguous"):
-        settle(kept.t().contiguous().t(), sums, target, None, pred, target, False, *rows)
+        finish(kept.t().contiguous().t(), sums, target, None, pred, target, False, *rows)
 
 
 @pytest.mark.parametrize(

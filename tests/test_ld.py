@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gfl_ops
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
-BACKENDS = [b for b in ("native", "triton", "reference") if _backend.unavailable(b, "ld", "cpu") is None]
+BACKENDS = [b for b in ("native", "triton", "reference") if backends.unavailable(b, "ld", "cpu") is None]
 
 
 def by_definition(pred: torch.Tensor, teacher: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,8 @@ from peers import mmdet_stub
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend
-from gfl_ops._samples import boxes as draw_boxes
+from gfl_ops.core import backends
+from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
@@ -33,7 +33,7 @@ from mmdet.models.task_modules.prior_generators import AnchorGenerator  # noqa: 
 from mmengine.config import ConfigDict  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-BACKENDS = ["reference"] + (["native"] if _backend.unavailable("native", "atss", "cpu") is None else [])
+BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "atss", "cpu") is None else [])
 STRIDES = [8, 16, 32, 64, 128]
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _boxes, _samples
+from gfl_ops.core import backends, random_inputs
+from gfl_ops.ops.boxes import box_ops
 
-BACKENDS = [b for b in ("native", "reference") if _backend.unavailable(b, "multiclass_nms", "cpu") is None]
+BACKENDS = [b for b in ("native", "reference") if backends.unavailable(b, "multiclass_nms", "cpu") is None]
 
 
 def loop(
@@ -20,15 +21,15 @@ def loop(
 ) -> list[tuple[list[float], float, int]]:
     """Detections one by one, in Python's numbers."""
     n, c = scores.shape
-    minimum = _boxes.rounded(score_threshold, scores.dtype)
-    limit_iou = _boxes.rounded(iou_threshold, boxes.dtype)
+    minimum = box_ops.rounded(score_threshold, scores.dtype)
+    limit_iou = box_ops.rounded(iou_threshold, boxes.dtype)
     shared = boxes.shape[1] == 4
     pairs = [(i, j) for i in range(n) for j in range(c) if scores[i, j].item() > minimum]
     pairs.sort(key=lambda pair: -scores[pair].item())
     kept: list[tuple[Tensor, float, int]] = []
     for i, j in pairs:
         box = boxes[i] if shared else boxes[i, 4 * j : 4 * j + 4]
-        if not any(label == j and _boxes.aligned_iou(box, other).item() > limit_iou for other, _, label in kept):
+        if not any(label == j and box_ops.aligned_iou(box, other).item() > limit_iou for other, _, label in kept):
             kept.append((box, scores[i, j].item(), j))
     kept = kept[:limit] if limit > 0 else kept
     return [(box.tolist(), score, label) for box, score, label in kept]
@@ -62,7 +63,7 @@ def test_it_is_the_loop(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_and_shapes(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    boxes = _samples.boxes(40, torch.device("cpu"), dtype, generator)
+    boxes = random_inputs.boxes(40, torch.device("cpu"), dtype, generator)
     scores = torch.rand((40, 3), generator=generator).to(torch.bfloat16)
     with gfl_ops.set_backend(backend):
         found, score, label = gfl_ops.multiclass_nms(boxes.requires_grad_(), scores, 0.2, 0.6, 7)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _boxes, _samples
-from gfl_ops.ops.nms import NMS
+from gfl_ops.core import backends, random_inputs
+from gfl_ops.ops.boxes import box_ops
+from gfl_ops.ops.select.nms import NMS
 
-BACKENDS = [b for b in ("native", "reference", "triton") if _backend.unavailable(b, "nms", "cpu") is None]
+BACKENDS = [b for b in ("native", "reference", "triton") if backends.unavailable(b, "nms", "cpu") is None]
 # The CUDA kernels, compiled for the host: the walk in panels, and a block a class.
 EVERYWHERE = [*BACKENDS, "cuda-panels", "cuda-classes"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -25,9 +26,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 def loop(boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float) -> list[int]:
     """The definition, pair by pair, in Python's numbers."""
 
-    iou, values = _boxes.pairwise_iou(boxes, boxes).tolist(), scores.tolist()
+    iou, values = box_ops.pairwise_iou(boxes, boxes).tolist(), scores.tolist()
     classes = [0] * len(values) if idxs is None else idxs.tolist()
-    limit = _boxes.rounded(threshold, boxes.dtype)
+    limit = box_ops.rounded(threshold, boxes.dtype)
 
     def before(i: int) -> tuple[bool, float, int]:
         return (not math.isnan(values[i]), 0.0 if math.isnan(values[i]) else -values[i], i)
@@ -82,7 +83,7 @@ def test_kept_boxes_are_apart_and_every_dropped_one_overlaps_a_kept_better_one(b
     keep = run(backend, *call)
     place = torch.empty(len(boxes), dtype=torch.int64)
     place[torch.sort(scores, stable=True, descending=True).indices] = torch.arange(len(boxes))
-    hit = _boxes.pairwise_iou(boxes, boxes) > _boxes.rounded(threshold, torch.float32)
+    hit = box_ops.pairwise_iou(boxes, boxes) > box_ops.rounded(threshold, torch.float32)
     if idxs is not None:
         hit &= idxs[:, None] == idxs
     kept = torch.zeros(len(boxes), dtype=torch.bool)
@@ -111,7 +112,7 @@ def test_kept_boxes_are_apart_and_dropped_ones_overlap_a_better(
     backend: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     n, threshold = 400, 0.4
-    boxes = _samples.boxes(n, torch.device("cpu"), dtype, generator, extent=150.0) - 75
+    boxes = random_inputs.boxes(n, torch.device("cpu"), dtype, generator, extent=150.0) - 75
     scores = torch.rand(n, generator=generator).to(dtype)
     idxs = torch.randint(0, 3, (n,), generator=generator)
     with gfl_ops.set_backend(backend):
@@ -120,7 +121,7 @@ def test_kept_boxes_are_apart_and_dropped_ones_overlap_a_better(
     place = torch.empty_like(ranked)
     place[ranked] = torch.arange(n)
     assert place[keep].tolist() == sorted(place[keep].tolist())
-    hit = (_boxes.pairwise_iou(boxes, boxes) > _boxes.rounded(threshold, dtype)) & (idxs[:, None] == idxs)
+    hit = (box_ops.pairwise_iou(boxes, boxes) > box_ops.rounded(threshold, dtype)) & (idxs[:, None] == idxs)
     kept = torch.zeros(n, dtype=torch.bool)
     kept[keep] = True
     assert 0 < int(kept.sum()) < n
@@ -135,7 +136,7 @@ def test_kept_boxes_are_apart_and_dropped_ones_overlap_a_better(
 def test_backends_agree_to_the_index(dtype: torch.dtype, legacy: bool, generator: torch.Generator) -> None:
     """Integer boxes tie exactly at the threshold; nearly equal ones come within an ulp of it."""
     n = 600
-    boxes = _samples.boxes(n, torch.device("cpu"), dtype, generator, extent=200.0)
+    boxes = random_inputs.boxes(n, torch.device("cpu"), dtype, generator, extent=200.0)
     boxes[: n // 2] = boxes[: n // 2].round()
     boxes[-100:] = boxes[:100] * (1 + 1e-6)
     scores = torch.randint(0, 150, (n,), generator=generator).to(dtype) / 150
@@ -194,7 +195,7 @@ def test_empty(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_input_is_left_alone_and_may_need_a_gradient(backend: str, generator: torch.Generator) -> None:
-    boxes = _samples.boxes(50, torch.device("cpu"), torch.float32, generator).requires_grad_()
+    boxes = random_inputs.boxes(50, torch.device("cpu"), torch.float32, generator).requires_grad_()
     scores = torch.rand(50, generator=generator, requires_grad=True)
     before = boxes.detach().clone(), scores.detach().clone()
     with gfl_ops.set_backend(backend):
@@ -211,7 +212,7 @@ def test_the_count_may_change_in_one_compiled_graph(generator: torch.Generator) 
     torch._dynamo.reset()
     compiled = torch.compile(best, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (40, 77, 5):
-        boxes = _samples.boxes(n, torch.device("cpu"), torch.float32, generator, extent=60.0)
+        boxes = random_inputs.boxes(n, torch.device("cpu"), torch.float32, generator, extent=60.0)
         scores, idxs = torch.rand(n, generator=generator), torch.randint(0, 2, (n,), generator=generator)
         torch.testing.assert_close(compiled(boxes, scores, idxs), best(boxes, scores, idxs), rtol=0, atol=0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not CUDA, reason="there is no GPU that torch can use")
@@ -22,7 +22,7 @@ STRIDES, SIZES, CLASSES, REG_MAX, IMAGES, SLOTS = [8.0, 16.0, 32.0], [(16, 24), 
 
 def needs(backend: str, *stems: str) -> None:
     for stem in stems:
-        if reason := _backend.unavailable(backend, stem, "cuda"):
+        if reason := backends.unavailable(backend, stem, "cuda"):
             pytest.skip(reason)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gfl_ops import Assignment, HeadLoss, _one_pass, gfl_loss, set_backend
-from gfl_ops._samples import boxes as draw_boxes
+from gfl_ops import Assignment, HeadLoss, gfl_loss, set_backend
+from gfl_ops.core.random_inputs import boxes as draw_boxes
+from gfl_ops.ops.head import one_pass
 
-DEVICES = [d for d in ("cpu", "cuda") if d in _one_pass._DEVICES and (d == "cpu" or torch.cuda.is_available())]
+DEVICES = [d for d in ("cpu", "cuda") if d in one_pass._DEVICES and (d == "cpu" or torch.cuda.is_available())]
 if not DEVICES:
     pytest.skip("the compiled extension is not there", allow_module_level=True)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,13 +44,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    monkeypatch.setattr(_one_pass, "torch", Torch())
+    monkeypatch.setattr(one_pass, "torch", Torch())
     return names
 
 
 def in_two_passes(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(_one_pass, "_DEVICES", ())
+        patch.setattr(one_pass, "_DEVICES", ())
         return call()
 
 
@@ -106,7 +107,7 @@ def test_the_head_has_the_bits_of_two_passes(
         return [*(v.detach() for v in losses), *gradients]
 
     got = call()
-    assert told == ["fwd_and_grad", "settle"]
+    assert told == ["fwd_and_grad", "finish"]
     for g, w in zip(got, in_two_passes(monkeypatch, call)):
         assert torch.equal(g, w) and g.stride() == w.stride() and g.dtype == w.dtype
 
@@ -132,7 +133,7 @@ def test_the_head_serves_every_gradient_that_arrives(
         return found
 
     found = call()
-    assert told == ["fwd_and_grad", "settle", "bwd"] * len(factors) + ["fwd_and_grad", "settle"] * 3
+    assert told == ["fwd_and_grad", "finish", "bwd"] * len(factors) + ["fwd_and_grad", "finish"] * 3
     for got, want in zip(found, in_two_passes(monkeypatch, call), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
@@ -176,7 +177,7 @@ def test_the_head_with_maps_that_need_no_gradient(head: Head, told: list[str]) -
         got = iter(torch.autograd.grad(losses.cls + losses.box + losses.dfl, wanted))
         for i, g in enumerate(want):
             assert i in frozen or torch.equal(next(got), g)
-    assert told == ["fwd_and_grad", "settle"] * 4
+    assert told == ["fwd_and_grad", "finish"] * 4
 
 
 def test_where_the_head_does_not_use_it(head: Head, told: list[str]) -> None:
@@ -229,7 +230,7 @@ def test_the_heads_operators_keep_torchs_rules(head: Head) -> None:
             assert torch.equal(got, want)
         one = torch.ones((), dtype=acc, device=labels.device)
         settled = ([m.clone() for m in of_scores], [m.clone() for m in of_preds], one, 2 * one, one, scales, *arguments)
-        torch.library.opcheck(torch.ops.gfl.gfl_loss_settle, (*settled, (True, True)))
+        torch.library.opcheck(torch.ops.gfl.gfl_loss_finish, (*settled, (True, True)))
         wanted = torch.ops.gfl.gfl_loss_bwd(one, one, one, *arguments, (True, True))
         for got, want in zip(of_scores + of_preds, wanted[0] + wanted[1], strict=True):
             assert torch.equal(got, want)

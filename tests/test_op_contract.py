@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import gfl_ops
-from gfl_ops import _backend
-from gfl_ops._spec import SPECS, OpSpec, Sample
+from gfl_ops.core import backends
+from gfl_ops.core.registry import SPECS, OpSpec, Sample
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -26,14 +26,14 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ULPS = {torch.float32: 64, torch.float64: 512}
 
 
-def cases(backends: tuple[str, ...] = ("native", "triton")) -> list[Any]:
+def cases(names: tuple[str, ...] = ("native", "triton")) -> list[Any]:
     """(spec, backend, device) that is served; what is not served here is not a case, and the doctor says why."""
     return [
         pytest.param(spec, backend, device, id=f"{spec.stem}-{backend}-{device}")
         for spec in SPECS.values()
-        for backend in backends
+        for backend in names
         for device in DEVICES
-        if _backend.unavailable(backend, spec.stem, device) is None
+        if backends.unavailable(backend, spec.stem, device) is None
     ]
 
 
@@ -341,7 +341,7 @@ def test_gradients_that_are_not_wanted_are_not_computed(spec: OpSpec, backend: s
 @pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.differentiable], ids=lambda s: s.stem)
 def test_the_operator_computes_without_a_kernel(spec: OpSpec, seed: int) -> None:
     """The fallback of `gfl::` where no kernel is compiled: the reference and its vector-Jacobian product."""
-    from gfl_ops._spec import _reference_backward
+    from gfl_ops.core.registry import _reference_backward
 
     sample = next(s for s in drawn(spec, "cpu", torch.float32, seed) if all(t.numel() for t in tensors(s.args)))
     given = backward_arguments(spec, sample.args, torch.ones_like)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gfl_ops
-from gfl_ops._spec import SPECS
+from gfl_ops.core.registry import SPECS
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,15 +14,15 @@ from postprocess_loops import loops
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _check
-from gfl_ops.ops.postprocess import Detections, UncertainDetections, ranking_threshold
+from gfl_ops.core import backends, checks
+from gfl_ops.ops.select.postprocess import Detections, UncertainDetections, ranking_threshold
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 RUNS = [
     pytest.param(b, d, id=f"{b}-{d}")
     for b in ("reference", "native", "triton")
     for d in DEVICES
-    if not _backend.unavailable(b, "postprocess", d)
+    if not backends.unavailable(b, "postprocess", d)
 ]
 BACKENDS = [run.values[0] for run in RUNS if run.values[1] == "cpu"]
 
@@ -344,7 +344,7 @@ def test_it_compiles_into_one_graph(backend: str, device: str, generator: torch.
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no CUDA graph to capture")
 @pytest.mark.skipif(
-    _backend.unavailable("native", "postprocess", "cuda") is not None, reason="the extension has no CUDA part"
+    backends.unavailable("native", "postprocess", "cuda") is not None, reason="the extension has no CUDA part"
 )
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("topk_mode", ["pair", "anchor"])
@@ -435,7 +435,7 @@ def test_bad_input(backend: str, argument: str, change: Any, keywords: Any, erro
 def test_values_are_checked_when_asked(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = (*flat([(2, 3)])[:3], [(0, 10)])
     assert run(backend, "cpu", args).count.tolist() == [0]
-    monkeypatch.setattr(_check, "SYNCHRONISING", True)
+    monkeypatch.setattr(checks, "SYNCHRONISING", True)
     with pytest.raises(ValueError, match="`image_sizes` must be positive and finite"):
         run(backend, "cpu", args)
 

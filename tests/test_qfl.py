@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, quality_focal_loss
+from gfl_ops import quality_focal_loss
+from gfl_ops.core import backends
 
 STEM = "qfl"
 INF, NAN = float("inf"), float("nan")
@@ -339,7 +340,7 @@ def test_bad_input_is_said(change: dict[str, Any], error: type[Exception], text:
 
 def test_the_operator_itself_is_safe_to_call_wrongly() -> None:
     """A direct call has shorter messages, and never reads out of bounds. (The reference is memory-safe by nature.)"""
-    reason = _backend.unavailable("native", STEM, "cpu")
+    reason = backends.unavailable("native", STEM, "cpu")
     if reason is not None:
         pytest.skip(reason)
     operator = torch.ops.gfl.qfl_fwd

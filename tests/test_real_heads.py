@@ -13,7 +13,8 @@ from postprocess_loops import loops
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import Detections, _backend
+from gfl_ops import Detections
+from gfl_ops.core import backends
 
 pytestmark = pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(real_data.missing() is not None, reason=str(real
 EVERYTHING = {"reg_max": real_data.REG_MAX, "nms_pre": 0}
 NEAR = 1e-5
 # Triton's interpreter is slow: it sees a few photos.
-BACKENDS = [b for b in ("native", "triton") if not _backend.unavailable(b, "postprocess", "cpu")]
+BACKENDS = [b for b in ("native", "triton") if not backends.unavailable(b, "postprocess", "cpu")]
 VARIANTS = {
     "pair": {},
     "pair-1000": {"nms_pre": 1000},

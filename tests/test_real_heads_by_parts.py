@@ -19,7 +19,7 @@ from cuda_sources import address, numbers
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend
+from gfl_ops.core import backends
 
 PHOTOS, THRESHOLD, OVERLAP, SLOTS = 3, 0.05, 0.6, 100
 
@@ -66,8 +66,8 @@ def assert_same_detections(decode: Decode, suppress: Suppress) -> None:
 
 
 @pytest.mark.skipif(
-    _backend.unavailable("triton", "decode", "cpu") is not None,
-    reason=f"Triton: {_backend.unavailable('triton', 'decode', 'cpu')}",
+    backends.unavailable("triton", "decode", "cpu") is not None,
+    reason=f"Triton: {backends.unavailable('triton', 'decode', 'cpu')}",
 )
 def test_triton_finds_the_same() -> None:
     def decode(rows: Tensor, points: Tensor, strides: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _score_loss, quality_focal_loss, sigmoid_focal_loss, varifocal_loss
+from gfl_ops import quality_focal_loss, sigmoid_focal_loss, varifocal_loss
+from gfl_ops.core import backends
+from gfl_ops.ops.score import score_loss
 
 # (backend, device) that can run; Triton on the CPU needs its interpreter.
 PLACES = [
     pytest.param((backend, device), id=f"{backend}-{device}")
     for backend in ("native", "triton")
     for device in ("cpu", "cuda")
-    if (device == "cpu" or torch.cuda.is_available()) and _backend.unavailable(backend, "qfl", device) is None
+    if (device == "cpu" or torch.cuda.is_available()) and backends.unavailable(backend, "qfl", device) is None
 ]
 if not PLACES:
     pytest.skip("neither the compiled extension nor Triton can run here", allow_module_level=True)
@@ -36,7 +38,7 @@ def device(request: pytest.FixtureRequest):
 def node(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two autograd nodes records the loss."""
     if request.param == "python":
-        monkeypatch.setattr(_score_loss, "_NATIVE", _score_loss._NATIVE._replace(recorded=None), raising=False)
+        monkeypatch.setattr(score_loss, "_NATIVE", score_loss._NATIVE._replace(recorded=None), raising=False)
     elif gfl_ops.get_backend() != "native":
         pytest.skip("the other node is the extension's")
     return str(request.param)
@@ -52,7 +54,7 @@ class Told(list[str]):
 @pytest.fixture
 def told(node: str, monkeypatch: pytest.MonkeyPatch) -> Told:
     names = Told()
-    chosen = _score_loss._operators
+    chosen = score_loss._operators
 
     class Watched:
         def __init__(self, operators: Any) -> None:
@@ -71,7 +73,7 @@ def told(node: str, monkeypatch: pytest.MonkeyPatch) -> Told:
         operators = chosen(*arguments)
         return None if operators is None else Watched(operators)
 
-    monkeypatch.setattr(_score_loss, "_operators", watched)
+    monkeypatch.setattr(score_loss, "_operators", watched)
     return names
 
 
@@ -142,7 +144,7 @@ def test_it_is_the_references(
     pred = pred.to(dtype).requires_grad_()
     got = loss(pred, **options)
     gradient = torch.autograd.grad(got, pred)[0]
-    assert told.are("forward", "settle")
+    assert told.are("forward", "finish")
     with torch.no_grad():
         assert torch.equal(loss(pred, **options), got)
     wide = pred.detach().double().requires_grad_()
@@ -178,7 +180,7 @@ def test_every_gradient_that_arrives_is_served(
                     assert torch.equal(got, factor * want), (first, second)
                 else:
                     assert got.isnan().all(), (first, second)
-    assert told.are(*["forward", "settle", "backward"] * 16)
+    assert told.are(*["forward", "finish", "backward"] * 16)
 
 
 def test_a_gradient_that_was_handed_out_is_its_owners(
@@ -257,7 +259,7 @@ def test_any_layout(layout: str, device: torch.device, told: Told, generator: to
         }[layout]()
     pred.requires_grad_()
     got = torch.autograd.grad(loss(pred), pred)[0]
-    assert told.are("forward", "settle")
+    assert told.are("forward", "finish")
     wide = pred.detach().double().requires_grad_()
     with gfl_ops.set_backend("reference"):
         want = torch.autograd.grad(loss(wide), wide)[0]
@@ -329,5 +331,5 @@ def test_the_operators_keep_torchs_rules(device: torch.device, generator: torch.
         torch.library.opcheck(operators.score_loss_fwd, (*arguments, True))
         torch.library.opcheck(operators.score_loss_bwd, (norm, *arguments))
         gradient = operators.score_loss_fwd(*arguments, True)[1]
-        torch.library.opcheck(operators.score_loss_settle, (gradient.clone(), norm, *arguments))
+        torch.library.opcheck(operators.score_loss_finish, (gradient.clone(), norm, *arguments))
         assert gradient.stride() == tensors[0].stride()

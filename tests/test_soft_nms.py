@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _boxes, _samples
+from gfl_ops.core import backends, random_inputs
+from gfl_ops.ops.boxes import box_ops
 
-BACKENDS = [b for b in ("native", "reference") if _backend.unavailable(b, "soft_nms", "cpu") is None]
+BACKENDS = [b for b in ("native", "reference") if backends.unavailable(b, "soft_nms", "cpu") is None]
 METHODS = ("linear", "gaussian")
 
 
@@ -22,7 +23,7 @@ def loop(
     boxes: Tensor, scores: Tensor, idxs: list[int], threshold: float, sigma: float, minimum: float, method: str
 ) -> dict[int, float]:
     """Index to final score, in Python's doubles; the best box is taken whatever its score."""
-    iou = _boxes.pairwise_iou(boxes, boxes).tolist()
+    iou = box_ops.pairwise_iou(boxes, boxes).tolist()
     left = dict(enumerate(scores.tolist()))
     taken: dict[int, float] = {}
     while left:
@@ -74,7 +75,7 @@ def test_it_is_the_loop(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_backends_agree_to_the_index(method: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     n = 300
-    boxes = _samples.boxes(n, torch.device("cpu"), dtype, generator, extent=120.0)
+    boxes = random_inputs.boxes(n, torch.device("cpu"), dtype, generator, extent=120.0)
     boxes[:100] = boxes[:100].round()
     scores = torch.randint(1, 200, (n,), generator=generator).to(dtype) / 200
     idxs = torch.randint(-1, 3, (n,), generator=generator)

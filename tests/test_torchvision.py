@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops._samples import boxes
+from gfl_ops.core.random_inputs import boxes
 
 pytestmark = [
     pytest.mark.peers,

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend, _boxes, _samples
+from gfl_ops.core import backends, random_inputs
+from gfl_ops.ops.boxes import box_ops
 
 torchvision_boxes = pytest.importorskip("torchvision.ops.boxes", reason="torchvision is not installed")
 pytestmark = pytest.mark.peers
 
-BACKENDS = [b for b in ("native", "reference") if _backend.unavailable(b, "nms", "cpu") is None]
+BACKENDS = [b for b in ("native", "reference") if backends.unavailable(b, "nms", "cpu") is None]
 THRESHOLDS = (0.3, 0.5, 0.6, 0.75)
 
 
 def clear_cut(boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float, ulps: float) -> Tensor:
     """Indices of boxes that can be told apart by either: no IoU near the threshold, no equal scores."""
-    near = (_boxes.pairwise_iou(boxes, boxes) - threshold).abs() <= ulps * torch.finfo(torch.float32).eps * threshold
+    near = (box_ops.pairwise_iou(boxes, boxes) - threshold).abs() <= ulps * torch.finfo(torch.float32).eps * threshold
     if idxs is not None:
         near &= idxs[:, None] == idxs
     unique = (scores[:, None] == scores).sum(1) == 1
@@ -29,7 +30,7 @@ def clear_cut(boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: flo
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("extent", [40.0, 300.0])
 def test_nms(backend: str, extent: float, generator: torch.Generator) -> None:
-    boxes = _samples.boxes(600, torch.device("cpu"), torch.float32, generator, extent=extent)
+    boxes = random_inputs.boxes(600, torch.device("cpu"), torch.float32, generator, extent=extent)
     boxes[::3] = boxes[::3].round() - 20
     scores = torch.rand(600, generator=generator)
     for threshold in THRESHOLDS:
@@ -43,7 +44,7 @@ def test_nms(backend: str, extent: float, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strategy", ["_batched_nms_vanilla", "_batched_nms_coordinate_trick"])
 def test_batched_nms(backend: str, strategy: str, generator: torch.Generator) -> None:
-    boxes = _samples.boxes(900, torch.device("cpu"), torch.float32, generator, extent=120.0)
+    boxes = random_inputs.boxes(900, torch.device("cpu"), torch.float32, generator, extent=120.0)
     scores = torch.rand(900, generator=generator)
     idxs = torch.randint(0, 7, (900,), generator=generator)
     # An offset of up to 7·121 rounds coordinates to 2⁻¹⁵, which moves the IoU of small boxes by far more than 2 ulp.

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import _backend
-from gfl_ops._samples import boxes as draw_boxes
-from gfl_ops._samples import normal, uniform
-from gfl_ops._spec import SPECS
+from gfl_ops.core import backends
+from gfl_ops.core.random_inputs import boxes as draw_boxes
+from gfl_ops.core.random_inputs import normal, uniform
+from gfl_ops.core.registry import SPECS
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-if not _backend.TRITON_INTERPRETS:
+if not backends.TRITON_INTERPRETS:
     pytest.skip("Triton runs on the CPU in its interpreter alone: needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402

@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def record(plan: Plan, abi: Abi | None = None) -> dict[str, Any]:
-    """What the doctor prints, and what `gfl_ops._extension` compares with the torch it meets."""
+    """What the doctor prints, and what `gfl_ops.core.extension` compares with the torch it meets."""
     torch = plan.torch
     return {
         "extension": torch is not None,

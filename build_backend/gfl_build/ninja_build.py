@@ -58,7 +58,7 @@ def job_count() -> int:
 def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
     """One step for each source; for those in csrc/cpu/simd, one for each instruction set."""
     assert plan.torch is not None and plan.compiler is not None
-    kernels = ["-I" + str(root / "csrc" / name) for name in ("include", "common")]
+    kernels = ["-I" + str(root / "csrc" / "include"), "-I" + str(root / "csrc")]
     define = ["-DGFL_WITH_CUDA"] if plan.cuda else []
     std = f"-std=c++{FLAGS['std']}"
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -72,7 +72,6 @@ def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
     binding = [
         *cxx,
         f"-std=c++{plan.torch.standard}",
-        "-I" + str(root / "csrc"),
         *("-isystem", str(torch_include), "-isystem", str(torch_include / "torch" / "csrc" / "api" / "include")),
         *("-isystem", sysconfig.get_paths()["include"]),
         "-DTORCH_EXTENSION_NAME=_C",

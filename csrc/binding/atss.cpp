@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/atss.h"
 
-#include <torch/library.h>
-
 #include <vector>
 
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -88,7 +85,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
   return {labels, matched, iou};
 }
 
-GFL_IMPL_CPU("atss", atss_forward)
-GFL_IMPL_CUDA("atss", atss_forward)
+GFL_OPERATOR(atss, atss_forward)
 
 }  // namespace gfl::binding

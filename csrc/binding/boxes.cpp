@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/boxes.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -153,13 +151,9 @@ std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& gr
   return {grad_points, grad_boxes};
 }
 
-GFL_IMPL_CPU("box_to_distance_fwd", box_to_distance_forward)
-GFL_IMPL_CPU("box_to_distance_bwd", box_to_distance_backward)
-GFL_IMPL_CPU("distance_to_box_fwd", distance_to_box_forward)
-GFL_IMPL_CPU("distance_to_box_bwd", distance_to_box_backward)
-GFL_IMPL_CUDA("box_to_distance_fwd", box_to_distance_forward)
-GFL_IMPL_CUDA("box_to_distance_bwd", box_to_distance_backward)
-GFL_IMPL_CUDA("distance_to_box_fwd", distance_to_box_forward)
-GFL_IMPL_CUDA("distance_to_box_bwd", distance_to_box_backward)
+GFL_OPERATOR(box_to_distance_fwd, box_to_distance_forward)
+GFL_OPERATOR(box_to_distance_bwd, box_to_distance_backward)
+GFL_OPERATOR(distance_to_box_fwd, distance_to_box_forward)
+GFL_OPERATOR(distance_to_box_bwd, distance_to_box_backward)
 
 }  // namespace gfl::binding

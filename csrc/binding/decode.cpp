@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/decode.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -82,9 +80,7 @@ std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_boxes,
   return {grad_pred, grad_points};
 }
 
-GFL_IMPL_CPU("decode_fwd", decode_forward)
-GFL_IMPL_CPU("decode_bwd", decode_backward)
-GFL_IMPL_CUDA("decode_fwd", decode_forward)
-GFL_IMPL_CUDA("decode_bwd", decode_backward)
+GFL_OPERATOR(decode_fwd, decode_forward)
+GFL_OPERATOR(decode_bwd, decode_backward)
 
 }  // namespace gfl::binding

@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <vector>
 
-#include <torch/library.h>
-
-#include "common.h"
 #include "gfl/score_loss.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -179,7 +177,7 @@ Reduction reduction_of(Prepared& p, const at::Tensor& pred, const OptionalTensor
 
 }  // namespace
 
-// Exponentials and sums of fp32 logits on the CPU go with loss and distance, for dfl_settle.
+// Exponentials and sums of fp32 logits on the CPU go with loss and distance, for dfl_finish.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Tensor& pred, const at::Tensor& target,
                                                                     bool ignore_out_of_range, bool with_distance,
                                                                     const OptionalTensor& weight,
@@ -214,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dfl_keep(const at::Te
 }
 
 // Turns what was kept into the gradient of `pred`. `grad_loss` is one number where the loss is.
-void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_loss,
+void dfl_finish(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_loss,
                 const OptionalTensor& grad_distance, const at::Tensor& pred, const at::Tensor& target,
                 bool ignore_out_of_range, const OptionalTensor& weight, const OptionalTensor& norm, double factor,
                 bool reduced) {
@@ -234,26 +232,20 @@ void dfl_settle(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_
   // Settling reads the sums alone.
   const DflKept keep{kept.mutable_data_ptr<float>(), const_cast<float*>(sums.const_data_ptr<float>()), pred.size(0)};
   for_chunks(pred.size(0), chunk_of_rows(pred), [&](int64_t begin, int64_t end) {
-    if (!reduced) return cpu::dfl_settle(p.in, of_losses, of_distance, keep, begin, end);
+    if (!reduced) return cpu::dfl_finish(p.in, of_losses, of_distance, keep, begin, end);
     float of_chunk[kMostRows];
     for (int64_t row = begin; row < end; ++row) of_chunk[row - begin] = arriving * by.of_row(row);
-    cpu::dfl_settle(p.in, of_chunk - begin, of_distance, keep, begin, end);
+    cpu::dfl_finish(p.in, of_chunk - begin, of_distance, keep, begin, end);
   });
 }
 
-GFL_IMPL_CPU("dfl_keep", dfl_keep)
-GFL_IMPL_CPU("dfl_settle", dfl_settle)
-GFL_IMPL_CPU("dfl_fwd", dfl_forward)
-GFL_IMPL_CPU("dfl_bwd", dfl_backward)
-GFL_IMPL_CPU("dfl_integral_fwd", dfl_integral_forward)
-GFL_IMPL_CPU("dfl_integral_bwd", dfl_integral_backward)
-GFL_IMPL_CPU("dfl_two_bin_fwd", dfl_two_bin_forward)
-GFL_IMPL_CPU("dfl_two_bin_bwd", dfl_two_bin_backward)
-GFL_IMPL_CUDA("dfl_fwd", dfl_forward)
-GFL_IMPL_CUDA("dfl_bwd", dfl_backward)
-GFL_IMPL_CUDA("dfl_integral_fwd", dfl_integral_forward)
-GFL_IMPL_CUDA("dfl_integral_bwd", dfl_integral_backward)
-GFL_IMPL_CUDA("dfl_two_bin_fwd", dfl_two_bin_forward)
-GFL_IMPL_CUDA("dfl_two_bin_bwd", dfl_two_bin_backward)
+GFL_OPERATOR_CPU(dfl_keep, dfl_keep)
+GFL_OPERATOR_CPU(dfl_finish, dfl_finish)
+GFL_OPERATOR(dfl_fwd, dfl_forward)
+GFL_OPERATOR(dfl_bwd, dfl_backward)
+GFL_OPERATOR(dfl_integral_fwd, dfl_integral_forward)
+GFL_OPERATOR(dfl_integral_bwd, dfl_integral_backward)
+GFL_OPERATOR(dfl_two_bin_fwd, dfl_two_bin_forward)
+GFL_OPERATOR(dfl_two_bin_bwd, dfl_two_bin_backward)
 
 }  // namespace gfl::binding

@@ -30,7 +30,7 @@
 namespace gfl::binding {
 
 // What a tensor and a thread may carry without changing a call of ours: none has a rule for autocast.
-constexpr c10::DispatchKeySet kUnheeded =
+constexpr c10::DispatchKeySet kIgnorableKeys =
     c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect,
                          c10::DispatchKey::AutogradFunctionality}) |
     c10::DispatchKeySet(c10::BackendComponent::CPUBit) | c10::DispatchKeySet(c10::BackendComponent::CUDABit) |
@@ -40,10 +40,10 @@ constexpr c10::DispatchKeySet kUnheeded =
 inline uint64_t bits_of(c10::DispatchKeySet keys) { return keys.raw_repr(); }
 
 // By the bits: a difference of key sets keeps the backends.
-inline bool is_unheeded(c10::DispatchKeySet keys) { return (bits_of(keys) & ~bits_of(kUnheeded)) == 0; }
+inline bool is_ignorable(c10::DispatchKeySet keys) { return (bits_of(keys) & ~bits_of(kIgnorableKeys)) == 0; }
 
-inline bool nothing_listens() {
-  return is_unheeded(c10::impl::tls_local_dispatch_key_set().included_) &&
+inline bool dispatcher_is_passthrough() {
+  return is_ignorable(c10::impl::tls_local_dispatch_key_set().included_) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
          !at::hasCallbacks();
 }
@@ -60,7 +60,7 @@ inline bool is_plain(PyObject* value, bool recorded) {
   }
   if (!THPVariable_CheckExact(value)) return !THPVariable_Check(value);
   const at::Tensor& t = THPVariable_Unpack(value);
-  return is_unheeded(t.key_set()) && !t._fw_grad(0).defined() &&
+  return is_ignorable(t.key_set()) && !t._fw_grad(0).defined() &&
          (recorded || !(t.requires_grad() && at::GradMode::is_enabled()));
 }
 
@@ -93,7 +93,7 @@ class Entries {
   template <class R, class... A> void add(const char* name, R (*function)(A...), bool records = false) {
     all_.def(name, [function](const Held<A>&... values) -> R { return function(values...); });
     direct_.def(name, [function, records](const pybind11::args& args) -> pybind11::object {
-      if (args.size() != sizeof...(A) || !nothing_listens() || !is_plain(args.ptr(), records)) return pybind11::none();
+      if (args.size() != sizeof...(A) || !dispatcher_is_passthrough() || !is_plain(args.ptr(), records)) return pybind11::none();
       HANDLE_TH_ERRORS
       return call(function, args, std::index_sequence_for<A...>{});
       END_HANDLE_TH_ERRORS_PYBIND
@@ -102,6 +102,16 @@ class Entries {
 
  private:
   pybind11::module_ all_, direct_;
+};
+
+// Each GFL_OPERATOR adds itself here while the library loads; the Python module walks the list once.
+struct EntryPoint {
+  using Add = void (*)(Entries&);
+  explicit EntryPoint(Add add) { all().push_back(add); }
+  static std::vector<Add>& all() {
+    static std::vector<Add> list;
+    return list;
+  }
 };
 
 }  // namespace gfl::binding

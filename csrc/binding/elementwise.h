@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensors of the element-wise losses: `pred` of any shape, `target` of the same shape in the accumulator's dtype.
 #pragma once
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/focal.h"
 
-#include <torch/library.h>
-
-#include "common.h"
 #include "elementwise.h"
-#include "ops.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -52,9 +50,7 @@ std::tuple<at::Tensor, at::Tensor> focal_backward(const at::Tensor& grad_loss, c
   return {g.grad_pred, g.grad_target};
 }
 
-GFL_IMPL_CPU("focal_fwd", focal_forward)
-GFL_IMPL_CPU("focal_bwd", focal_backward)
-GFL_IMPL_CUDA("focal_fwd", focal_forward)
-GFL_IMPL_CUDA("focal_bwd", focal_backward)
+GFL_OPERATOR(focal_fwd, focal_forward)
+GFL_OPERATOR(focal_bwd, focal_backward)
 
 }  // namespace gfl::binding

@@ -3,14 +3,13 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 
-#include "common.h"
 #include "gfl/rows.h"
-#include "ops.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -355,7 +354,7 @@ gfl_loss_forward_and_gradient(at::TensorList cls_scores, at::TensorList reg_pred
 }
 
 // The gradients that the above has written become those for what arrives; nothing is touched where that is 1.
-void gfl_loss_settle(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
+void gfl_loss_finish(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
                      const at::Tensor& grad_box, const at::Tensor& grad_dfl, const at::Tensor& scales,
                      at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
                      const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
@@ -374,7 +373,7 @@ void gfl_loss_settle(at::TensorList grad_scores, at::TensorList grad_preds, cons
     const GflLossGrads grads = grads_of({grad_cls, grad_box, grad_dfl}, cls_scores[0]);
     TORCH_CHECK_VALUE(cuda::gfl_loss_fits(p.in), "gfl: these maps do not fit");
     on_stream_of(cls_scores[0], [&](cudaStream_t stream) {
-      return cuda::gfl_loss_settle(p.in, pointer_to(scales), grads, gradients.levels.data(), stream);
+      return cuda::gfl_loss_finish(p.in, pointer_to(scales), grads, gradients.levels.data(), stream);
     });
     return;
   }
@@ -392,13 +391,9 @@ void gfl_loss_settle(at::TensorList grad_scores, at::TensorList grad_preds, cons
 
 }  // namespace
 
-GFL_IMPL_CPU("gfl_loss_fwd_and_grad", gfl_loss_forward_and_gradient)
-GFL_IMPL_CPU("gfl_loss_settle", gfl_loss_settle)
-GFL_IMPL_CUDA("gfl_loss_fwd_and_grad", gfl_loss_forward_and_gradient)
-GFL_IMPL_CUDA("gfl_loss_settle", gfl_loss_settle)
-GFL_IMPL_CPU("gfl_loss_fwd", gfl_loss_forward)
-GFL_IMPL_CPU("gfl_loss_bwd", gfl_loss_backward)
-GFL_IMPL_CUDA("gfl_loss_fwd", gfl_loss_forward)
-GFL_IMPL_CUDA("gfl_loss_bwd", gfl_loss_backward)
+GFL_OPERATOR(gfl_loss_fwd_and_grad, gfl_loss_forward_and_gradient)
+GFL_OPERATOR(gfl_loss_finish, gfl_loss_finish)
+GFL_OPERATOR(gfl_loss_fwd, gfl_loss_forward)
+GFL_OPERATOR(gfl_loss_bwd, gfl_loss_backward)
 
 }  // namespace gfl::binding

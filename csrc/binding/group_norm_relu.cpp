@@ -2,13 +2,12 @@
 #include "gfl/group_norm_relu.h"
 
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
-#include "common.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -253,9 +252,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> group_norm_relu_back
   return {std::move(grad_inputs), grad_weight, grad_bias};
 }
 
-GFL_IMPL_CPU("group_norm_relu_fwd", group_norm_relu_forward)
-GFL_IMPL_CPU("group_norm_relu_bwd", group_norm_relu_backward)
-GFL_IMPL_CUDA("group_norm_relu_fwd", group_norm_relu_forward)
-GFL_IMPL_CUDA("group_norm_relu_bwd", group_norm_relu_backward)
+GFL_OPERATOR(group_norm_relu_fwd, group_norm_relu_forward)
+GFL_OPERATOR(group_norm_relu_bwd, group_norm_relu_backward)
 
 }  // namespace gfl::binding

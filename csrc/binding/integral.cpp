@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/integral.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -63,9 +61,7 @@ at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& 
   return grad_pred;
 }
 
-GFL_IMPL_CPU("integral_fwd", integral_forward)
-GFL_IMPL_CPU("integral_bwd", integral_backward)
-GFL_IMPL_CUDA("integral_fwd", integral_forward)
-GFL_IMPL_CUDA("integral_bwd", integral_backward)
+GFL_OPERATOR(integral_fwd, integral_forward)
+GFL_OPERATOR(integral_bwd, integral_backward)
 
 }  // namespace gfl::binding

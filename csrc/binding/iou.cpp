@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/iou.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -71,9 +68,7 @@ std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, con
   return {grad_pred, grad_target};
 }
 
-GFL_IMPL_CPU("iou_fwd", iou_forward)
-GFL_IMPL_CPU("iou_bwd", iou_backward)
-GFL_IMPL_CUDA("iou_fwd", iou_forward)
-GFL_IMPL_CUDA("iou_bwd", iou_backward)
+GFL_OPERATOR(iou_fwd, iou_forward)
+GFL_OPERATOR(iou_bwd, iou_backward)
 
 }  // namespace gfl::binding

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/ld.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
 #include "rows.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -60,9 +58,7 @@ at::Tensor ld_backward(const at::Tensor& grad_loss, const at::Tensor& pred, cons
   return result;
 }
 
-GFL_IMPL_CPU("ld_fwd", ld_forward)
-GFL_IMPL_CPU("ld_bwd", ld_backward)
-GFL_IMPL_CUDA("ld_fwd", ld_forward)
-GFL_IMPL_CUDA("ld_bwd", ld_backward)
+GFL_OPERATOR(ld_fwd, ld_forward)
+GFL_OPERATOR(ld_bwd, ld_backward)
 
 }  // namespace gfl::binding

@@ -2,14 +2,16 @@
 #include "gfl/multiclass_nms.h"
 
 #include <ATen/ops/index_select.h>
-#include <torch/library.h>
 
 #include <cmath>
 
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
+
+at::Tensor nms_forward(const at::Tensor& boxes, const at::Tensor& scores, const OptionalTensor& idxs, double iou_threshold,
+                       bool legacy);
+
 namespace {
 
 // Every pair of a box and a class whose score is above the threshold, in order.
@@ -75,7 +77,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::
   return {at::index_select(found, 0, keep), at::index_select(found_scores, 0, keep), at::index_select(labels, 0, keep)};
 }
 
-GFL_IMPL_CPU("multiclass_nms", multiclass_nms_forward)
-GFL_IMPL_CUDA("multiclass_nms", multiclass_nms_forward)
+GFL_OPERATOR(multiclass_nms, multiclass_nms_forward)
 
 }  // namespace gfl::binding

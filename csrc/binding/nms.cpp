@@ -3,13 +3,11 @@
 
 #include <ATen/ops/masked_select.h>
 #include <ATen/ops/sort.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -111,7 +109,6 @@ at::Tensor nms_forward(const at::Tensor& boxes, const at::Tensor& scores, const 
   return nms_on_cpu(in, scores, classes);
 }
 
-GFL_IMPL_CPU("nms", nms_forward)
-GFL_IMPL_CUDA("nms", nms_forward)
+GFL_OPERATOR(nms, nms_forward)
 
 }  // namespace gfl::binding

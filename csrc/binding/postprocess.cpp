@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/postprocess.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -106,7 +103,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> postproce
   return {boxes, scores, labels, count, spread};
 }
 
-GFL_IMPL_CPU("postprocess", postprocess_forward)
-GFL_IMPL_CUDA("postprocess", postprocess_forward)
+GFL_OPERATOR(postprocess, postprocess_forward)
 
 }  // namespace gfl::binding

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/qfl.h"
 
-#include <torch/library.h>
-
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -78,9 +75,7 @@ std::tuple<at::Tensor, at::Tensor> qfl_backward(const at::Tensor& grad_loss, con
   return {grad_pred, grad_target};
 }
 
-GFL_IMPL_CPU("qfl_fwd", qfl_forward)
-GFL_IMPL_CPU("qfl_bwd", qfl_backward)
-GFL_IMPL_CUDA("qfl_fwd", qfl_forward)
-GFL_IMPL_CUDA("qfl_bwd", qfl_backward)
+GFL_OPERATOR(qfl_fwd, qfl_forward)
+GFL_OPERATOR(qfl_bwd, qfl_backward)
 
 }  // namespace gfl::binding

@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "common.h"
+#include "operator.h"
 #include "gfl/rows.h"
 
 namespace gfl::binding {

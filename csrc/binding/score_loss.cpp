@@ -5,15 +5,13 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "common.h"
-#include "ops.h"
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -144,10 +142,10 @@ ScoreLossScale scale_on_cuda(const Prepared& p, double factor, const OptionalTen
 }
 #endif
 
-// grad = grad_loss · d loss/d pred, where it does not already hold that: `foretold` says that it does if grad_loss is 1.
+// grad = grad_loss · d loss/d pred, where it does not already hold that: `grad_stored` says that it does if grad_loss is 1.
 void differentiate(at::Tensor& grad, const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label,
                    const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& norm, double factor,
-                   int64_t kind, double alpha, double exponent, bool activated, bool foretold) {
+                   int64_t kind, double alpha, double exponent, bool activated, bool grad_stored) {
   const Prepared p = prepare(pred, label, target, weight, kind, alpha, exponent, activated);
   check_number(grad_loss, pred, "grad_loss");
   check_shape(grad, pred.sizes(), "grad");
@@ -159,14 +157,14 @@ void differentiate(at::Tensor& grad, const at::Tensor& grad_loss, const at::Tens
     Strides stride;
     copy_strides(grad, stride);
     on_stream_of(pred, [&](cudaStream_t stream) {
-      return cuda::score_loss_backward(p.in, by, grad_loss.const_data_ptr(), foretold, grad.mutable_data_ptr(), stride,
+      return cuda::score_loss_backward(p.in, by, grad_loss.const_data_ptr(), grad_stored, grad.mutable_data_ptr(), stride,
                                        stream);
     });
     return;
   }
 #endif
   const double arriving = number_of(grad_loss);
-  if (foretold && arriving == 1.0) return;
+  if (grad_stored && arriving == 1.0) return;
   walk_on_cpu(p, arriving * scale_on_cpu(factor, norm, pred), &grad);
 }
 
@@ -197,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor> score_loss_forward(const at::Tensor& pred, co
   return {at::scalar_tensor(scale * sum, pred.options().dtype(accumulator_of(pred))), grad};
 }
 
-void score_loss_settle(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
+void score_loss_finish(at::Tensor grad, const at::Tensor& grad_loss, const at::Tensor& pred,
                        const OptionalTensor& label, const at::Tensor& target, const OptionalTensor& weight,
                        const OptionalTensor& norm, double factor, int64_t kind, double alpha, double exponent,
                        bool activated) {
@@ -217,8 +215,8 @@ at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pr
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// _Foretold of _score_loss.py, which says what the backward passes do.
-class Foretold : public torch::autograd::Function<Foretold> {
+// _GradInForward of ops/score/score_loss.py, which says what the backward passes do.
+class GradInForward : public torch::autograd::Function<GradInForward> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pred, const OptionalTensor& label,
                             const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& norm,
@@ -252,7 +250,7 @@ class Foretold : public torch::autograd::Function<Foretold> {
       grad = backward_of_scores.call(grads[0], saved[0], given(1), saved[2], given(3), given(4), factor, kind, alpha,
                                      exponent, activated);
     } else {
-      score_loss_settle(grad, grads[0], saved[0], given(1), saved[2], given(3), given(4), factor, kind, alpha, exponent,
+      score_loss_finish(grad, grads[0], saved[0], given(1), saved[2], given(3), given(4), factor, kind, alpha, exponent,
                         activated);
     }
     variable_list found(10);
@@ -266,14 +264,12 @@ class Foretold : public torch::autograd::Function<Foretold> {
 at::Tensor score_loss_recorded(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
                                const OptionalTensor& weight, const OptionalTensor& norm, double factor, int64_t kind,
                                double alpha, double exponent, bool activated) {
-  return Foretold::apply(pred, label, target, weight, norm, factor, kind, alpha, exponent, activated);
+  return GradInForward::apply(pred, label, target, weight, norm, factor, kind, alpha, exponent, activated);
 }
 
-GFL_IMPL_CPU("score_loss_fwd", score_loss_forward)
-GFL_IMPL_CPU("score_loss_bwd", score_loss_backward)
-GFL_IMPL_CPU("score_loss_settle", score_loss_settle)
-GFL_IMPL_CUDA("score_loss_fwd", score_loss_forward)
-GFL_IMPL_CUDA("score_loss_bwd", score_loss_backward)
-GFL_IMPL_CUDA("score_loss_settle", score_loss_settle)
+GFL_OPERATOR(score_loss_fwd, score_loss_forward)
+GFL_OPERATOR(score_loss_bwd, score_loss_backward)
+GFL_OPERATOR(score_loss_finish, score_loss_finish)
+GFL_ENTRY_POINT(score_loss_recorded, true)
 
 }  // namespace gfl::binding

@@ -4,13 +4,12 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/sort.h>
-#include <torch/library.h>
 
 #include <cmath>
 
-#include "common.h"
 #include "gfl/nms.h"
-#include "ops.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -105,7 +104,6 @@ std::tuple<at::Tensor, at::Tensor> soft_nms_forward(const at::Tensor& boxes, con
   return soft_nms_on_cpu(in, boxes, classes);
 }
 
-GFL_IMPL_CPU("soft_nms", soft_nms_forward)
-GFL_IMPL_CUDA("soft_nms", soft_nms_forward)
+GFL_OPERATOR(soft_nms, soft_nms_forward)
 
 }  // namespace gfl::binding

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/vfl.h"
 
-#include <torch/library.h>
-
-#include "common.h"
 #include "elementwise.h"
-#include "ops.h"
+
+#include "operator.h"
 
 namespace gfl::binding {
 namespace {
@@ -52,9 +50,7 @@ std::tuple<at::Tensor, at::Tensor> vfl_backward(const at::Tensor& grad_loss, con
   return {g.grad_pred, g.grad_target};
 }
 
-GFL_IMPL_CPU("vfl_fwd", vfl_forward)
-GFL_IMPL_CPU("vfl_bwd", vfl_backward)
-GFL_IMPL_CUDA("vfl_fwd", vfl_forward)
-GFL_IMPL_CUDA("vfl_bwd", vfl_backward)
+GFL_OPERATOR(vfl_fwd, vfl_forward)
+GFL_OPERATOR(vfl_bwd, vfl_backward)
 
 }  // namespace gfl::binding

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "atss.h"
+#include "terms/atss.h"
 
 namespace gfl::cpu {
 namespace {

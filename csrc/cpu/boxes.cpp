@@ -4,8 +4,8 @@
 //   points, limit [locations, 2] A read     distance, boxes [locations, 4] A read or written     gradients A write
 #include "gfl/boxes.h"
 
-#include "bins.h"
-#include "distance.h"
+#include "terms/bins.h"
+#include "terms/distance.h"
 
 namespace gfl::cpu {
 namespace {

@@ -11,8 +11,8 @@
 #include <algorithm>
 
 #include "bin_means.h"
-#include "bins.h"
-#include "distance.h"
+#include "terms/bins.h"
+#include "terms/distance.h"
 #include "gfl/integral.h"
 
 namespace gfl::cpu {

@@ -9,7 +9,7 @@
 // fp64 is served here, every other dtype by the vector code of simd/dfl.cpp.
 #include "gfl/dfl.h"
 
-#include "bins.h"
+#include "terms/bins.h"
 #include "isa.h"
 
 namespace gfl {
@@ -18,7 +18,7 @@ GFL_DECLARE_PER_ISA(void dfl_backward(const DflInput& in, const float* grad_loss
                                       const DflGradients& out, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept,
                                              int64_t begin, int64_t end))
-GFL_DECLARE_PER_ISA(void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance,
+GFL_DECLARE_PER_ISA(void dfl_finish(const DflInput& in, const float* grad_loss, const float* grad_distance,
                                     const DflKept& kept, int64_t begin, int64_t end))
 }  // namespace gfl
 
@@ -91,9 +91,9 @@ void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const
   GFL_BY_ISA(dfl_forward_keeping, in, loss, distance, kept, begin, end);
 }
 
-void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+void dfl_finish(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
                 int64_t begin, int64_t end) {
-  GFL_BY_ISA(dfl_settle, in, grad_loss, grad_distance, kept, begin, end);
+  GFL_BY_ISA(dfl_finish, in, grad_loss, grad_distance, kept, begin, end);
 }
 
 }  // namespace gfl::cpu

@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
-#include "focal.h"
-#include "scalar.h"
+#include "terms/focal.h"
+#include "terms/scalar.h"
 
 namespace gfl::cpu {
 

@@ -12,11 +12,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "focal.h"
-#include "gfl_loss.h"
+#include "terms/focal.h"
+#include "terms/gfl_loss.h"
 #include "head_tile.h"
 #include "isa.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes,

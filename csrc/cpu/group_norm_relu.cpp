@@ -16,7 +16,7 @@
 #include <limits>
 
 #include "isa.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void norm_row_moments(const cpu::NormRows& in, float* shift, float* sum, float* squares))

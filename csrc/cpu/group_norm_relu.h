@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "gfl/group_norm_relu.h"
-#include "host_device.h"
+#include "terms/host_device.h"
 
 namespace gfl::cpu {
 

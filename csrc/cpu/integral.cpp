@@ -7,7 +7,7 @@
 #include "gfl/integral.h"
 
 #include "bin_means.h"
-#include "bins.h"
+#include "terms/bins.h"
 
 namespace gfl::cpu {
 namespace {

@@ -5,8 +5,8 @@
 //   grad_pred [rows, 4] dtype write     grad_target [rows, 4] A write
 #include "gfl/iou.h"
 
-#include "iou.h"
-#include "scalar.h"
+#include "terms/iou.h"
+#include "terms/scalar.h"
 
 namespace gfl::cpu {
 namespace {

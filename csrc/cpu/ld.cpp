@@ -7,7 +7,7 @@
 #include "gfl/ld.h"
 
 #include "isa.h"
-#include "ld.h"
+#include "terms/ld.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void ld_forward(const LdInput& in, float* loss, int64_t begin, int64_t end))

@@ -2,7 +2,7 @@
 // The candidates of multiclass NMS: one walk over the scores to count, one to gather.
 #include "gfl/multiclass_nms.h"
 
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cpu {
 namespace {

@@ -14,10 +14,10 @@
 #include <functional>
 #include <vector>
 
-#include "bins.h"
-#include "box.h"
-#include "ranking.h"
-#include "scalar.h"
+#include "terms/bins.h"
+#include "terms/box.h"
+#include "terms/ranking.h"
+#include "terms/scalar.h"
 
 namespace gfl::cpu {
 namespace {

@@ -7,9 +7,9 @@
 // A row's sum runs over the classes in a fixed order in the accumulator type, so it does not depend on the chunk it is in.
 #include "gfl/qfl.h"
 
-#include "focal.h"
+#include "terms/focal.h"
 #include "isa.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void qfl_forward(const QflInput& in, float* loss, int64_t begin, int64_t end))

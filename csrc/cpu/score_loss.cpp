@@ -8,7 +8,7 @@
 #include "gfl/focal.h"
 #include "gfl/qfl.h"
 #include "gfl/vfl.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cpu {
 namespace {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 #include "sort.h"
 
 namespace gfl {

@@ -13,7 +13,7 @@
 
 #include <cstring>
 
-#include "atss.h"
+#include "terms/atss.h"
 #include "launch.h"
 #include "warp.h"
 

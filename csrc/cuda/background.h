@@ -4,39 +4,39 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "focal.h"
-#include "scalar.h"
+#include "terms/focal.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 
 // What people train with: squares, of logits, in fp32. The term is short then, and many can be under way at once.
-struct Usual {
+struct FastPath {
   static constexpr bool wide = true, activated = false;
   static constexpr float exponent = 2;
 };
 // Anything else: a power, logits or probabilities. Long terms, above all in fp64: one at a time.
-template <class A> struct Any {
+template <class A> struct General {
   static constexpr bool wide = false;
   A exponent;
   bool activated;
 };
 
-inline bool is_usual(double exponent, bool activated) { return exponent == Usual::exponent && !activated; }
+inline bool is_fast_path(double exponent, bool activated) { return exponent == FastPath::exponent && !activated; }
 
 // Calls f with what serves these parameters and elements of T.
 template <class T, class F> void dispatch_terms(double exponent, bool activated, const F& f) {
   if constexpr (sizeof(T) < 8) {
-    if (is_usual(exponent, activated)) return f(Usual{});
+    if (is_fast_path(exponent, activated)) return f(FastPath{});
   }
-  f(Any<acc_t<T>>{static_cast<acc_t<T>>(exponent), activated});
+  f(General<acc_t<T>>{static_cast<acc_t<T>>(exponent), activated});
 }
 
 // The loss of a score and its derivative by that, from one exponential; one alone costs no more than it must.
-template <class A> __device__ __forceinline__ Term<A> background_term(const Any<A>& by, A x) {
+template <class A> __device__ __forceinline__ Term<A> background_term(const General<A>& by, A x) {
   return qfl_term(x, A(0), by.exponent, by.activated);
 }
 // β = 2 has a form of its own: p²·BCE, p²·(2(1 − p)·BCE + p).
-__device__ __forceinline__ Term<float> background_term(const Usual&, float x) {
+__device__ __forceinline__ Term<float> background_term(const FastPath&, float x) {
   const float largest = std::numeric_limits<float>::max();
   const bool infinite = absolute(x) > largest;
   if (x > largest) x = largest;

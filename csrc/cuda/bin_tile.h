@@ -6,9 +6,9 @@
 #pragma once
 #include "gfl/rows.h"
 
-#include "bins.h"
+#include "terms/bins.h"
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 

@@ -8,8 +8,8 @@
 // double). Accumulator: the type itself; every coordinate is one rounded operation. The bits repeat.
 #include "gfl/boxes.h"
 
-#include "bins.h"
-#include "distance.h"
+#include "terms/bins.h"
+#include "terms/distance.h"
 #include "fours.h"
 
 namespace gfl::cuda {

@@ -12,7 +12,7 @@
 #include "gfl/decode.h"
 
 #include "bin_tile.h"
-#include "distance.h"
+#include "terms/distance.h"
 
 namespace gfl::cuda {
 namespace {

@@ -9,9 +9,9 @@
 #pragma once
 #include <cstdint>
 
-#include "focal.h"
+#include "terms/focal.h"
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 

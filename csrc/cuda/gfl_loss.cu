@@ -135,12 +135,12 @@ template <class A> __device__ __forceinline__ double arriving(const void* grad) 
 }
 
 // A tile's partial sums, without losses those that norms are made of alone; and its gradients.
-template <class T, class Part, class By>
+template <class T, class Part, class Params>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
-    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, By terms,
-                         const HeadScales* scales, GflLossGrads grads, bool foretold, Partial* partials) {
+    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, Params terms,
+                         const HeadScales* scales, GflLossGrads grads, bool grad_stored, Partial* partials) {
   using A = acc_t<T>;
-  if (part.gradients && foretold && arriving<A>(grads.cls) == 1 && arriving<A>(grads.box) == 1 &&
+  if (part.gradients && grad_stored && arriving<A>(grads.cls) == 1 && arriving<A>(grads.box) == 1 &&
       arriving<A>(grads.dfl) == 1) {
     return;
   }
@@ -157,13 +157,13 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   T* grad = part.gradients ? static_cast<T*>(out.cls) : nullptr;
   if (part.losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
-    constexpr bool wide = By::wide;
+    constexpr bool wide = Params::wide;
     MapTile shape =
         map_tile<T, wide>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
     MapTile target{};
     if (grad != nullptr) {
       target = map_tile<T, wide>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
-      shape.walk_beside(target);
+      shape.match_layout(target);
     }
     const A factor = part.gradients ? static_cast<A>(arriving<A>(grads.cls) * scales->cls) : A(0);
     A sum = 0;
@@ -338,14 +338,14 @@ dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast
 // The walks over tiles, each a launch.
 template <class T, class Part>
 void walk(const GflLossInput& in, const Head& head, Part part, const HeadScales* scales, const GflLossGrads& grads,
-          bool foretold, Partial* partials, cudaStream_t stream) {
+          bool grad_stored, Partial* partials, cudaStream_t stream) {
   if (head.tiles * in.images == 0) return;
   const auto launch = [&](auto wanted, auto terms) {
     GFL_LAUNCH((gfl_loss_tile_kernel<T, decltype(wanted), decltype(terms)>), grid_of(in, head), dim3(kMapThreads),
-               sizeof(Tile), stream, in, head, wanted, terms, scales, grads, foretold, partials);
+               sizeof(Tile), stream, in, head, wanted, terms, scales, grads, grad_stored, partials);
   };
   if constexpr (std::is_same_v<Part, NormsAlone>) {
-    launch(part, Any<acc_t<T>>{});  // of which none is asked for
+    launch(part, General<acc_t<T>>{});  // of which none is asked for
   } else {
     dispatch_terms<T>(in.beta, false, [&](auto terms) {
       if constexpr (terms.wide) launch(part, terms);
@@ -412,7 +412,7 @@ cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossS
   return cudaGetLastError();
 }
 
-cudaError_t gfl_loss_settle(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
                             const HeadGradients* gradients, cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One positive of the head's loss by a warp, eight lanes a side of its box; the arithmetic is that of common/gfl_loss.h.
 #pragma once
-#include "bins.h"
-#include "gfl_loss.h"
-#include "scalar.h"
+#include "terms/bins.h"
+#include "terms/gfl_loss.h"
+#include "terms/scalar.h"
 #include "warp.h"
 
 namespace gfl::cuda {

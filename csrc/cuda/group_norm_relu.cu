@@ -17,9 +17,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "host_device.h"
+#include "terms/host_device.h"
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 #include "warp.h"
 
 namespace gfl::cuda {

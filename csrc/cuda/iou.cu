@@ -9,7 +9,7 @@
 #include "gfl/iou.h"
 
 #include "fours.h"
-#include "iou.h"
+#include "terms/iou.h"
 
 namespace gfl::cuda {
 namespace {

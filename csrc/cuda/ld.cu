@@ -14,7 +14,7 @@
 #include <cstring>
 
 #include "bin_tile.h"
-#include "ld.h"
+#include "terms/ld.h"
 #include "warp.h"
 
 namespace gfl::cuda {

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 
@@ -46,7 +46,7 @@ struct MapTile {
     lines = planar ? channels : count;
   }
   // Has elements walked one at a time, unless the runs of another map of the same shape lie there as they do in this one.
-  __device__ __forceinline__ void walk_beside(const MapTile& other) {
+  __device__ __forceinline__ void match_layout(const MapTile& other) {
     if (!other.vectors() || planar != other.planar) divide(1);
   }
 };

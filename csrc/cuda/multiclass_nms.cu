@@ -9,7 +9,7 @@
 #include "gfl/multiclass_nms.h"
 
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 #include "warp.h"
 
 namespace gfl::cuda {

@@ -18,10 +18,10 @@
 // whatever their order.
 #include "gfl/nms.h"
 
-#include "box.h"
+#include "terms/box.h"
 #include "class_segments.h"
 #include "launch.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 #include "warp.h"
 
 namespace gfl::cuda {

@@ -18,8 +18,8 @@
 // memory changes from run to run, their set and the sorted order do not.
 #include "gfl/postprocess.h"
 
-#include "bins.h"
-#include "box.h"
+#include "terms/bins.h"
+#include "terms/box.h"
 #include "launch.h"
 #include "map_tile.h"
 #include "postprocess_plan.h"

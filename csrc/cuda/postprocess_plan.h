@@ -6,10 +6,10 @@
 
 #include "gfl/postprocess.h"
 
-#include "box.h"
+#include "terms/box.h"
 #include "launch.h"
-#include "ranking.h"
-#include "scalar.h"
+#include "terms/ranking.h"
+#include "terms/scalar.h"
 
 namespace gfl::cuda {
 

@@ -75,15 +75,15 @@ __device__ __forceinline__ void for_classes(const QflInput& in, int64_t row, int
 }
 
 // What the elements of a row are held against.
-template <class T, class By> struct RowTarget {
+template <class T, class Params> struct RowTarget {
   using A = acc_t<T>;
-  static constexpr int ahead = By::wide ? kAhead : 1;
-  By terms;
+  static constexpr int ahead = Params::wide ? kAhead : 1;
+  Params terms;
   const A* dense;  // null with labels
   int64_t label;   // −1 for background
   A score;
 
-  __device__ __forceinline__ RowTarget(const QflInput& in, const By& by, int64_t row)
+  __device__ __forceinline__ RowTarget(const QflInput& in, const Params& by, int64_t row)
       : terms(by), dense(nullptr), label(-1), score(0) {
     const A* target = static_cast<const A*>(in.target);
     if (in.label == nullptr) {
@@ -95,22 +95,22 @@ template <class T, class By> struct RowTarget {
     }
   }
   __device__ __forceinline__ Term<A> term(A x, int64_t c) const {
-    if (By::wide && dense == nullptr && c != label) return background_term(terms, x);
+    if (Params::wide && dense == nullptr && c != label) return background_term(terms, x);
     const A t = dense != nullptr ? dense[c] : (c == label ? score : A(0));
     return qfl_term(x, t, static_cast<A>(terms.exponent), terms.activated);
   }
 };
 
-template <class T, class By, bool vectors>
+template <class T, class Params, bool vectors>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    qfl_forward_kernel(QflInput in, By terms, int lanes, acc_t<T>* loss) {
+    qfl_forward_kernel(QflInput in, Params terms, int lanes, acc_t<T>* loss) {
   using A = acc_t<T>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
   for (int64_t first = int64_t(blockIdx.x) * of_block; first < in.rows; first += int64_t(gridDim.x) * of_block) {
     const int64_t row = first + thread / lanes;
     A sum = 0;
     if (row < in.rows) {
-      const RowTarget<T, By> target(in, terms, row);
+      const RowTarget<T, Params> target(in, terms, row);
       for_classes<T, target.ahead, vectors>(in, row, lane, lanes, [&](const auto& element, int64_t begin) {
 #pragma unroll
         for (int v = 0; v < (vectors ? kRun<T> : 1); ++v) {
@@ -124,15 +124,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 }
 
-template <class T, class By, bool vectors>
+template <class T, class Params, bool vectors>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    qfl_backward_kernel(QflInput in, By terms, int lanes, const acc_t<T>* grad_loss, T* grad_pred,
+    qfl_backward_kernel(QflInput in, Params terms, int lanes, const acc_t<T>* grad_loss, T* grad_pred,
                         acc_t<T>* grad_target) {
   using A = acc_t<T>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
   for (int64_t row = int64_t(blockIdx.x) * of_block + thread / lanes; row < in.rows;
        row += int64_t(gridDim.x) * of_block) {
-    const RowTarget<T, By> target(in, terms, row);
+    const RowTarget<T, Params> target(in, terms, row);
     const A scale = grad_loss[row];
     if (grad_target != nullptr && target.dense == nullptr && target.label < 0 && lane == 0) grad_target[row] = 0;
     for_classes<T, target.ahead, vectors>(in, row, lane, lanes, [&](auto& element, int64_t begin) {
@@ -168,17 +168,17 @@ cudaError_t qfl_forward(const QflInput& in, void* loss, cudaStream_t stream) {
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_terms<T>(in.beta, in.activated, [&](auto terms) {
-      using By = decltype(terms);
+      using Params = decltype(terms);
       const bool vectors = terms.wide && by_vectors<T>(in, nullptr);
       const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
       const auto launch = [&](auto kernel) {
         GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, terms, lanes,
                    static_cast<acc_t<T>*>(loss));
       };
-      if constexpr (By::wide) {
-        if (vectors) return launch(qfl_forward_kernel<T, By, true>);
+      if constexpr (Params::wide) {
+        if (vectors) return launch(qfl_forward_kernel<T, Params, true>);
       }
-      launch(qfl_forward_kernel<T, By, false>);
+      launch(qfl_forward_kernel<T, Params, false>);
     });
   });
   return cudaGetLastError();
@@ -191,17 +191,17 @@ cudaError_t qfl_backward(const QflInput& in, const void* grad_loss, void* grad_p
     using T = decltype(t);
     using A = acc_t<T>;
     dispatch_terms<T>(in.beta, in.activated, [&](auto terms) {
-      using By = decltype(terms);
+      using Params = decltype(terms);
       const bool vectors = terms.wide && by_vectors<T>(in, grad_pred);
       const int lanes = lanes_for(in, in.classes / (vectors ? kRun<T> : 1));
       const auto launch = [&](auto kernel) {
         GFL_LAUNCH(kernel, grid_for(in.rows, lanes), dim3(kThreads), 0, stream, in, terms, lanes,
                    static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
       };
-      if constexpr (By::wide) {
-        if (vectors) return launch(qfl_backward_kernel<T, By, true>);
+      if constexpr (Params::wide) {
+        if (vectors) return launch(qfl_backward_kernel<T, Params, true>);
       }
-      launch(qfl_backward_kernel<T, By, false>);
+      launch(qfl_backward_kernel<T, Params, false>);
     });
   });
   return cudaGetLastError();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Losses of class scores down to one number, with the gradient from the same walk: two launches forward, one backward,
-// which leaves at once where the gradient that arrives is the one that was foretold.
+// which leaves at once where the gradient that arrives is the one that was grad_stored.
 //
 //   pred     [images, classes, locations]  dtype read      label [images, locations] int64 read
 //   target   [images, locations], or pred's shape  A read  weight [images, locations] A read
@@ -26,30 +26,30 @@ constexpr int kWarps = kMapThreads / kWarp;
 constexpr int kSumThreads = 512;
 constexpr int kNoLabel = -1;
 // Blocks of a backward pass that most likely has nothing to do: enough to fill any GPU, few enough to be gone at once.
-constexpr int64_t kForetoldBlocks = 1024;
+constexpr int64_t kFinishBlocks = 1024;
 
 struct Layout { int64_t stride[3]; };
 
 // The parameters of a walk: the loss, and what its terms hang on.
-template <ScoreLoss loss> struct UsualScore : Usual {
+template <ScoreLoss loss> struct FastScore : FastPath {
   static constexpr ScoreLoss kind = loss;
   static constexpr int blocks = 3;
   float alpha;
 };
-struct UsualQuality : UsualScore<ScoreLoss::quality> {};
-struct UsualVarifocal : UsualScore<ScoreLoss::varifocal> {};
-struct UsualFocal : UsualScore<ScoreLoss::focal> {
+struct FastQuality : FastScore<ScoreLoss::quality> {};
+struct FastVarifocal : FastScore<ScoreLoss::varifocal> {};
+struct FastFocal : FastScore<ScoreLoss::focal> {
   static constexpr int blocks = 2;
 };
-template <class A> struct AnyScore : Any<A> {
+template <class A> struct GeneralScore : General<A> {
   static constexpr int blocks = 3;
   ScoreLoss kind;
   A alpha;
 };
 // Blocks an SM, asked of the compiler: the most for which it spills nothing.
-template <class T, class By> constexpr int kBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 ? By::blocks : 2;
+template <class T, class Params> constexpr int kBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 ? Params::blocks : 2;
 
-template <class A, class By> __device__ __forceinline__ Term<A> score_term(const By& by, A x, A t) {
+template <class A, class Params> __device__ __forceinline__ Term<A> score_term(const Params& by, A x, A t) {
   const A exponent = static_cast<A>(by.exponent);
   if (by.kind == ScoreLoss::quality) return qfl_term(x, t, exponent, by.activated);
   if (by.kind == ScoreLoss::focal) return focal_term(x, t, by.alpha, exponent, by.activated);
@@ -81,7 +81,7 @@ __device__ __forceinline__ bool read_rows(const ScoreLossInput& in, int64_t firs
 }
 
 // The targets beside a run, where its elements and they lie alike.
-template <class T, bool wide> struct Beside {
+template <class T, bool wide> struct TargetVec {
   acc_t<T> value[Run<T, wide>::length];
   __device__ __forceinline__ void read(const acc_t<T>* from, bool vectors) {
     if constexpr (wide) {
@@ -99,13 +99,13 @@ template <class T, bool wide> struct Beside {
 };
 
 // `grad_loss` null: forward, with the sum of the losses. `grad` may be null then.
-template <class T, class By, bool sparse>
-__global__ void __launch_bounds__(kMapThreads, (kBlocks<T, By>))
-    score_loss_kernel(ScoreLossInput in, By terms, ScoreLossScale by, const acc_t<T>* grad_loss, bool foretold,
+template <class T, class Params, bool sparse>
+__global__ void __launch_bounds__(kMapThreads, (kBlocks<T, Params>))
+    score_loss_kernel(ScoreLossInput in, Params terms, ScoreLossScale by, const acc_t<T>* grad_loss, bool grad_stored,
                       int64_t tiles, double* partials, T* grad, Layout grad_layout) {
   using A = acc_t<T>;
-  constexpr bool wide = By::wide;
-  if (foretold && *grad_loss == A(1)) return;
+  constexpr bool wide = Params::wide;
+  if (grad_stored && *grad_loss == A(1)) return;
   Tile<A>& tile = *shared<Tile<A>>();
   const T* map = static_cast<const T*>(in.pred);
   const A* targets = static_cast<const A*>(in.target);
@@ -121,18 +121,18 @@ __global__ void __launch_bounds__(kMapThreads, (kBlocks<T, By>))
     MapTile shape = map_tile<T, wide>(map, stride, image, 1, in.locations, begin, in.classes), out{}, aim{};
     if (grad != nullptr) {
       out = map_tile<T, wide>(grad, out_stride, image, 1, in.locations, begin, in.classes);
-      shape.walk_beside(out);
+      shape.match_layout(out);
     }
     if (!sparse) {
       aim = map_tile<A, wide>(targets, aim_stride, image, 1, in.locations, begin, in.classes);
-      shape.walk_beside(aim);
+      shape.match_layout(aim);
     }
     const bool labelled = read_rows(in, image * in.locations + begin, shape.count, tile);
     A sum = 0;
     for_runs<T, wide>(
         shape, [&](Run<T, wide>& run) { load_run(map, shape, run); },
         [&](Run<T, wide>& run) {
-          Beside<T, wide> near;
+          TargetVec<T, wide> near;
           if (!sparse) near.read(targets + aim.element(run.location, run.channel), shape.vectors());
           int v = 0;
           for_elements(shape, run, [&](T& element, int location, int channel) {
@@ -194,34 +194,34 @@ int64_t tiles_of(const ScoreLossInput& in) {
 
 // One walk: the loss where there are partials, the gradient where it is wanted.
 template <class T>
-void walk(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss, bool foretold, double* partials,
+void walk(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss, bool grad_stored, double* partials,
           void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t tiles = tiles_of(in), blocks = tiles * in.images;
   if (blocks == 0) return;
-  const dim3 grid(static_cast<unsigned>(foretold && blocks > kForetoldBlocks ? kForetoldBlocks : blocks));
+  const dim3 grid(static_cast<unsigned>(grad_stored && blocks > kFinishBlocks ? kFinishBlocks : blocks));
   const Layout layout{{grad_stride[0], grad_stride[1], grad_stride[2]}};
   const A alpha = static_cast<A>(in.alpha);
   const auto launch = [&](auto kernel, auto terms) {
     GFL_LAUNCH(kernel, grid, dim3(kMapThreads), sizeof(Tile<A>), stream, in, terms, by,
-               static_cast<const A*>(grad_loss), foretold, tiles, partials, static_cast<T*>(grad), layout);
+               static_cast<const A*>(grad_loss), grad_stored, tiles, partials, static_cast<T*>(grad), layout);
   };
   const bool sparse = in.label != nullptr;
   if constexpr (sizeof(T) < 8) {
-    if (is_usual(in.exponent, in.activated)) {
-      if (sparse) return launch(score_loss_kernel<T, UsualQuality, true>, UsualQuality{{{}, alpha}});
+    if (is_fast_path(in.exponent, in.activated)) {
+      if (sparse) return launch(score_loss_kernel<T, FastQuality, true>, FastQuality{{{}, alpha}});
       switch (in.kind) {
-        case ScoreLoss::quality: return launch(score_loss_kernel<T, UsualQuality, false>, UsualQuality{{{}, alpha}});
-        case ScoreLoss::focal: return launch(score_loss_kernel<T, UsualFocal, false>, UsualFocal{{{}, alpha}});
+        case ScoreLoss::quality: return launch(score_loss_kernel<T, FastQuality, false>, FastQuality{{{}, alpha}});
+        case ScoreLoss::focal: return launch(score_loss_kernel<T, FastFocal, false>, FastFocal{{{}, alpha}});
         case ScoreLoss::varifocal:
-          return launch(score_loss_kernel<T, UsualVarifocal, false>, UsualVarifocal{{{}, alpha}});
+          return launch(score_loss_kernel<T, FastVarifocal, false>, FastVarifocal{{{}, alpha}});
         case ScoreLoss::varifocal_unweighted: break;  // is not: by the walk below
       }
     }
   }
-  const AnyScore<A> terms{{static_cast<A>(in.exponent), in.activated}, in.kind, alpha};
-  if (sparse) launch(score_loss_kernel<T, AnyScore<A>, true>, terms);
-  else launch(score_loss_kernel<T, AnyScore<A>, false>, terms);
+  const GeneralScore<A> terms{{static_cast<A>(in.exponent), in.activated}, in.kind, alpha};
+  if (sparse) launch(score_loss_kernel<T, GeneralScore<A>, true>, terms);
+  else launch(score_loss_kernel<T, GeneralScore<A>, false>, terms);
 }
 
 }  // namespace
@@ -246,10 +246,10 @@ cudaError_t score_loss_forward(const ScoreLossInput& in, const ScoreLossScale& b
 }
 
 cudaError_t score_loss_backward(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss,
-                                bool foretold, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
+                                bool grad_stored, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
   if (!score_loss_fits(in)) return cudaErrorInvalidValue;
   dispatch(in.dtype, [&](auto t) {
-    walk<decltype(t)>(in, by, grad_loss, foretold, nullptr, grad, grad_stride, stream);
+    walk<decltype(t)>(in, by, grad_loss, grad_stored, nullptr, grad, grad_stride, stream);
   });
   return cudaGetLastError();
 }

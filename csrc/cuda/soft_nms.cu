@@ -11,10 +11,10 @@
 // the greatest of (score, lower index) does not depend on who looks first.
 #include "gfl/soft_nms.h"
 
-#include "box.h"
+#include "terms/box.h"
 #include "class_segments.h"
-#include "ranking.h"
-#include "scalar.h"
+#include "terms/ranking.h"
+#include "terms/scalar.h"
 #include "warp.h"
 
 namespace gfl::cuda {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "atss.h"
+#include "terms/atss.h"
 #include "testing.h"
 
 namespace {

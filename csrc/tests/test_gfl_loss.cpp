@@ -190,7 +190,7 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   const auto settled = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
     const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
-    CHECK_CUDA(cuda::gfl_loss_settle(in, by.data(), of_losses, gradients.data(), nullptr));
+    CHECK_CUDA(cuda::gfl_loss_finish(in, by.data(), of_losses, gradients.data(), nullptr));
     return read();
   };
   const std::vector<std::vector<T>> want = computed({1, 1, 1}), scaled = computed({-2, 0, 0.75});
@@ -204,7 +204,7 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   }
   CHECK(got[3] == sums[3] && got[4] == sums[4], "%s: counts beside the gradient", name);
   same(settled({-2, 0, 0.75}), scaled, "what arrives is not served");
-  same(settled({1, 1, 1}), scaled, "what was foretold is written");  // the maps still hold those of before
+  same(settled({1, 1, 1}), scaled, "what was grad_stored is written");  // the maps still hold those of before
   same(settled({1, 1, 1.5}), computed({1, 1, 1.5}), "one of three is not served");
 }
 

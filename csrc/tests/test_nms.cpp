@@ -6,7 +6,7 @@
 #include <limits>
 #include <numeric>
 
-#include "box.h"
+#include "terms/box.h"
 #include "testing.h"
 
 namespace {

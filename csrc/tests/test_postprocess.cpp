@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "gfl/parallel.h"
-#include "ranking.h"
+#include "terms/ranking.h"
 #include "testing.h"
 
 namespace {

@@ -134,7 +134,7 @@ template <class T> void check(const Case& c, DType dtype, double epsilon, Genera
     CHECK_CUDA(cuda::score_loss_backward(in, scale, one.data(), false, computed.data(), beside, nullptr));
     same_gradient(widened(computed.read()), arriving, "computed anew");
     if (arriving == 1.0) {
-      CHECK(widened(kept.read()) == widened(pattern), "%s: what was foretold was written", c.name.c_str());
+      CHECK(widened(kept.read()) == widened(pattern), "%s: what was grad_stored was written", c.name.c_str());
       CHECK(equal(computed, grad), "%s: both ways differ", c.name.c_str());
     } else {
       same_gradient(widened(kept.read()), arriving, "in place");

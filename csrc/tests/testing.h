@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "gfl/types.h"
-#include "scalar.h"
+#include "terms/scalar.h"
 
 #if defined(GFL_TEST_CUDA)
 #include <cuda_runtime.h>

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check
-from .._types import accumulator
+from ..core import checks
+from ..core.dtypes import accumulator
 from ..functional import distillation_loss, distribution_focal_loss
 
 __all__ = [
@@ -47,7 +47,7 @@ def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor | float) -> T
     """
     if reg_max < 4 or reg_max % 2:
         rule = "must be even and at least 4"
-        raise ValueError(_check.message("compat.dfine.weighting_function", "reg_max", rule, reg_max))
+        raise ValueError(checks.message("compat.dfine.weighting_function", "reg_max", rule, reg_max))
     scale: Any = abs(reg_scale)
     bound = up.reshape(-1)[:1].abs() * scale
     power = torch.arange(1, reg_max // 2, device=up.device, dtype=up.dtype)
@@ -182,10 +182,10 @@ def decoupled_distillation_loss(
         ValueError: a shape or number outside the above.
     """
     op = "compat.dfine.decoupled_distillation_loss"
-    _check.tensor(op, "pred", pred)
-    _check.shape(op, "pred", pred, "[M, R+1]", (None, None))
-    _check.tensor(op, "matched", matched, (torch.bool,))
-    _check.shape(op, "matched", matched, "[M]", (pred.shape[0],))
+    checks.tensor(op, "pred", pred)
+    checks.shape(op, "pred", pred, "[M, R+1]", (None, None))
+    checks.tensor(op, "matched", matched, (torch.bool,))
+    checks.shape(op, "matched", matched, "[M]", (pred.shape[0],))
     acc = accumulator(pred.dtype)
     # A sum over the bins, where distillation_loss has their mean.
     rows = distillation_loss(pred, teacher, weight, temperature, "none") * pred.shape[1]

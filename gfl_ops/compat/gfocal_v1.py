@@ -13,8 +13,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .. import _check, functional
-from .._reduce import AVG_FACTOR_EPS
+from .. import functional
+from ..core import checks
+from ..core.reduction import AVG_FACTOR_EPS
 from ..losses import DistributionFocalLoss, GIoULoss, Integral
 
 __all__ = [
@@ -61,16 +62,16 @@ def quality_focal_loss(
         TypeError, ValueError: as `gfl_ops.quality_focal_loss`.
     """
     op = "compat.gfocal_v1.quality_focal_loss"
-    _check.tensor(op, "pred", pred)
-    _check.shape(op, "pred", pred, "[N, C]", (None, None))
-    _check.tensor(op, "label", label, _check.INTEGER)
-    _check.choice(op, "reduction", reduction, _check.REDUCTIONS)
+    checks.tensor(op, "pred", pred)
+    checks.shape(op, "pred", pred, "[N, C]", (None, None))
+    checks.tensor(op, "label", label, checks.INTEGER)
+    checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
     if reduction == "sum" and avg_factor is not None:
         raise ValueError('avg_factor can not be used with reduction="sum"')
     n, classes = pred.shape
     if weight is not None and weight.shape not in ((n, classes), (n, 1)):
         rule = f"must have shape [N, C] = [{n}, {classes}] or [N, 1]"
-        raise ValueError(_check.message(op, "weight", rule, list(weight.shape)))
+        raise ValueError(checks.message(op, "weight", rule, list(weight.shape)))
     if reduction == "none" or (weight is not None and weight.shape[1] != 1):
         # One class a row: its own sum.
         here = label.long()[:, None] == torch.arange(1, classes + 1, device=pred.device)
@@ -105,7 +106,7 @@ class QualityFocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_sigmoid is not True:
-            raise NotImplementedError(_check.message(type(self).__name__, "use_sigmoid", "must be True", use_sigmoid))
+            raise NotImplementedError(checks.message(type(self).__name__, "use_sigmoid", "must be True", use_sigmoid))
         self.use_sigmoid = use_sigmoid
         self.beta = beta
         self.reduction = reduction

@@ -24,9 +24,9 @@ from torch import Tensor
 from .. import losses
 from ..functional import atss_assign, nms, postprocess
 from ..functional import batched_nms as classwise_nms
-from ..ops.atss import centres
-from ..ops.integral import MAX_REG_MAX
-from ..ops.postprocess import MAX_LEVELS
+from ..ops.bins.integral import MAX_REG_MAX
+from ..ops.head.atss import centres
+from ..ops.select.postprocess import MAX_LEVELS
 from ._patch import Change, Patch, Replaced, graft
 
 __all__ = ["patch", "unpatch"]

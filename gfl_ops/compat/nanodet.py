@@ -3,7 +3,7 @@
 
 The losses are mmdet's: labels 0 to C − 1, anything else is background. In place of its own modules::
 
-    from gfl_ops.compat.nanodet import DistributionFocalLoss, GIoULoss, Integral, QualityFocalLoss, multiclass_nms
+    from .nanodet import DistributionFocalLoss, GIoULoss, Integral, QualityFocalLoss, multiclass_nms
 
 For `gfl_ops.postprocess` and `gfl_ops.atss_assign`: NanoDet's centres are those of the cells, ``center_offset=0.5``,
 and its priors' side is `octave_base_scale` of its configs, in strides (``anchor_scale``); reg_max is 7.
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _check, functional
+from .. import functional
+from ..core import checks
 from ..losses import DistributionFocalLoss, GIoULoss, QualityFocalLoss
 
 __all__ = ["DistributionFocalLoss", "GIoULoss", "Integral", "QualityFocalLoss", "multiclass_nms"]
@@ -33,7 +34,7 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        _check.number("Integral", "reg_max", reg_max, 1, integer=True)
+        checks.number("Integral", "reg_max", reg_max, 1, integer=True)
         self.reg_max = reg_max
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 
@@ -74,7 +75,7 @@ def multiclass_nms(
     config.pop("split_thr", None)
     if kind != "nms" or threshold is None or config:
         rule = "must have `iou_threshold`, and of others `type`, `class_agnostic` and `split_thr` only"
-        raise ValueError(_check.message("compat.nanodet.multiclass_nms", "nms_cfg", rule, nms_cfg))
+        raise ValueError(checks.message("compat.nanodet.multiclass_nms", "nms_cfg", rule, nms_cfg))
     scores = multi_scores[:, :-1]
     if score_factors is None and not agnostic:
         found = functional.multiclass_nms(multi_bboxes, scores, score_thr, float(threshold), max_num)

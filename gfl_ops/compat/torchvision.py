@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .. import _check
+from ..core import checks
 from ..functional import batched_nms, nms, sigmoid_focal_loss
-from ..ops.iou import KINDS, pairs
+from ..ops.boxes.iou import KINDS, pairs
 from ._patch import Change, Patch, Replaced, stand_in
 
 __all__ = ["batched_nms", "generalized_box_iou_loss", "nms", "patch", "sigmoid_focal_loss", "unpatch"]
@@ -46,12 +46,12 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
         a box of 0.02 square pixels, but seen in boxes whose image is of side 1.
     """
     op = "generalized_box_iou_loss"
-    _check.choice(op, "reduction", reduction, _check.REDUCTIONS)
-    _check.tensor(op, "boxes1", boxes1)
-    _check.tensor(op, "boxes2", boxes2)
+    checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.tensor(op, "boxes1", boxes1)
+    checks.tensor(op, "boxes2", boxes2)
     if boxes1.dim() < 1 or boxes1.shape[-1] != 4 or boxes2.shape != boxes1.shape:
         rule = f"must have the shape of `boxes1`, [..., 4] = {list(boxes1.shape)}"
-        raise ValueError(_check.message(op, "boxes2", rule, list(boxes2.shape)))
+        raise ValueError(checks.message(op, "boxes2", rule, list(boxes2.shape)))
     loss = pairs(op, boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), KINDS.index("giou"), eps)
     if reduction == "none":
         return loss.reshape(boxes1.shape[:-1])

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _check
-from .._types import accumulator
+from ..core import checks
+from ..core.dtypes import accumulator
 from ..functional import batched_nms, distribution_focal_loss, integral
-from ..ops.integral import MAX_REG_MAX
-from ..ops.iou import KINDS, OVERLAP, pairs
+from ..ops.bins.integral import MAX_REG_MAX
+from ..ops.boxes.iou import KINDS, OVERLAP, pairs
 from ._patch import Change, Patch, Replaced, graft
 
 __all__ = ["DFL", "BboxLoss", "DFLoss", "complete_iou_loss", "non_max_suppression", "patch", "unpatch"]
@@ -77,7 +77,7 @@ class DFLoss(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        _check.number("DFLoss", "reg_max", reg_max, 2, MAX_REG_MAX + 1, integer=True)
+        checks.number("DFLoss", "reg_max", reg_max, 2, MAX_REG_MAX + 1, integer=True)
         self.reg_max = reg_max
 
     def __call__(self, pred_dist: Tensor, target: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class DFL(nn.Module):
 
     def __init__(self, c1: int = 16) -> None:
         super().__init__()
-        _check.number("DFL", "c1", c1, 2, MAX_REG_MAX + 1, integer=True)
+        checks.number("DFL", "c1", c1, 2, MAX_REG_MAX + 1, integer=True)
         self.conv = nn.Conv2d(c1, 1, 1, bias=False).requires_grad_(False)
         self.conv.weight.data.copy_(torch.arange(c1).reshape(1, c1, 1, 1))
         self.c1 = c1
@@ -206,12 +206,12 @@ def non_max_suppression(
     """
     op = "non_max_suppression"
     maps = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
-    _check.tensor(op, "prediction", maps)
-    _check.number(op, "conf_thres", conf_thres, 0, 1)
-    _check.number(op, "iou_thres", iou_thres, 0, 1)
+    checks.tensor(op, "prediction", maps)
+    checks.number(op, "conf_thres", conf_thres, 0, 1)
+    checks.number(op, "iou_thres", iou_thres, 0, 1)
     count = nc or (maps.shape[1] - 4 if maps.dim() == 3 else 0)
     if maps.dim() != 3 or maps.shape[1] < 4 + count or count < 1:
-        raise ValueError(_check.message(op, "prediction", "must have shape [B, 4 + C + M, A]", list(maps.shape)))
+        raise ValueError(checks.message(op, "prediction", "must have shape [B, 4 + C + M, A]", list(maps.shape)))
     maps = maps.detach()
     scores = maps[:, 4 : 4 + count].transpose(1, 2)
     if multi_label and count > 1:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import _check
-from .._types import accumulator
+from ..core import checks
+from ..core.dtypes import accumulator
 from ..functional import distribution_focal_loss, integral, varifocal_loss
-from ..ops.iou import KINDS, pairs
+from ..ops.boxes.iou import KINDS, pairs
 
 __all__ = ["BboxLoss", "VarifocalLoss", "integral"]
 
@@ -65,8 +65,8 @@ class BboxLoss(nn.Module):
     def __init__(self, num_classes: int, reg_max: int, use_dfl: bool = False, iou_type: str = "giou") -> None:
         super().__init__()
         if iou_type in ("ciou", "siou"):
-            raise NotImplementedError(_check.message("BboxLoss", "iou_type", "must be 'giou' or 'diou'", iou_type))
-        _check.choice("BboxLoss", "iou_type", iou_type, ("giou", "diou"))
+            raise NotImplementedError(checks.message("BboxLoss", "iou_type", "must be 'giou' or 'diou'", iou_type))
+        checks.choice("BboxLoss", "iou_type", iou_type, ("giou", "diou"))
         self.num_classes = num_classes
         self.reg_max = reg_max
         self.use_dfl = use_dfl

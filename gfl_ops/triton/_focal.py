@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Element terms of the focal family with their derivatives, in forms that stay finite for logits of ±1e4.
 
-Everything is in the accumulator type, fp32, or fp64 for fp64 logits. The same formulas as csrc/common/focal.h.
+Everything is in the accumulator type, fp32, or fp64 for fp64 logits. The same formulas as csrc/terms/focal.h.
 """
 
 from __future__ import annotations

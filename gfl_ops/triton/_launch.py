@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import TRITON_INTERPRETS as INTERPRETS
+from ..core.backends import TRITON_INTERPRETS as INTERPRETS
 
 
 class Launch(NamedTuple):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._types import accumulator
+from ..core.dtypes import accumulator
 from . import _launch
 from ._bins import at_bin, softmax_tile
 from .dfl import tiles

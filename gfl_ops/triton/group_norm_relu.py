@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._types import accumulator
+from ..core.dtypes import accumulator
 from . import _launch
 
 SLAB, TILE = 64, 2048  # channels of a program; elements of a tile

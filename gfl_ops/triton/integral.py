@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._types import accumulator
+from ..core.dtypes import accumulator
 from . import _launch
 from ._bins import expected_bin, expected_bin_gradient, softmax_tile
 

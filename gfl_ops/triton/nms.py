@@ -10,7 +10,7 @@ boxes: it tests the tile against the boxes kept so far, settles the tile within 
 the kept list. Within a tile all boxes are settled at once, by repeating keep(j) = no kept i before j suppresses j
 until nothing changes: the greedy choice is the one fixed point, and it is reached after as many rounds as the longest
 chain of suppressions. A segment of more than CHAIN boxes is walked in panels of PANEL instead: a program decides a
-panel, then the whole grid clears further on what its kept boxes suppress. Memory is O(N). IoU as csrc/common/box.h, in
+panel, then the whole grid clears further on what its kept boxes suppress. Memory is O(N). IoU as csrc/terms/box.h, in
 fp32 (fp64 for fp64), without fused multiply-adds and with IEEE division: the same indices as on every other backend,
 and bit for bit the same in every run. Only the size of the result makes the host wait, and with more than CHAIN boxes
 of several classes, which of these are large."""
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._boxes import rounded
-from .._types import accumulator
+from ..core.dtypes import accumulator
+from ..ops.boxes.box_ops import rounded
 from . import _launch
 
 TILE = 64

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._types import accumulator
+from ..core.dtypes import accumulator
 from . import _launch
 from ._focal import qfl_gradient, qfl_value
 

@@ -11,7 +11,7 @@
 
 A program owns BLOCK_N rows and walks over the classes in tiles of BLOCK_C; another launch adds up what they found.
 Bytes an element: loss and gradient 2 sizeof(pred), the loss alone sizeof(pred), the gradient anew 2 sizeof(pred), or
-nothing where it was foretold and 1 arrives; a dense target adds sizeof(A). Accumulator A: fp32, fp64 for fp64, and fp64
+nothing where it was grad_stored and 1 arrives; a dense target adds sizeof(A). Accumulator A: fp32, fp64 for fp64, and fp64
 over the programs. Repeatable bit for bit: every sum has a fixed order."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._reduce import AVG_FACTOR_EPS
-from .._score_loss import FOCAL, QUALITY, VARIFOCAL
-from .._types import accumulator
+from ..core.dtypes import accumulator
+from ..core.reduction import AVG_FACTOR_EPS
+from ..ops.score.score_loss import FOCAL, QUALITY, VARIFOCAL
 from . import _launch
 from ._focal import focal_gradient, focal_value, qfl_gradient, qfl_value, vfl_gradient, vfl_value
 
@@ -138,13 +138,13 @@ def score_loss_backward_kernel(
     grad_loss, pred, label, target, weight, norm, factor_high, factor_low, grad, n, c, locations,
     stride_pred_b, stride_pred_c, stride_pred_p, stride_label, stride_target_b, stride_target_c, stride_target_p,
     stride_grad_b, stride_grad_c, stride_grad_p,
-    FORETOLD: tl.constexpr, NORMED: tl.constexpr,
+    GRAD_STORED: tl.constexpr, NORMED: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, EXPONENT: tl.constexpr, ACTIVATED: tl.constexpr,
     SPARSE: tl.constexpr, WEIGHTED: tl.constexpr, IMAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     arriving = tl.load(grad_loss)
-    if (not FORETOLD) or arriving != 1.0:
+    if (not GRAD_STORED) or arriving != 1.0:
         scale = arriving * _scale(norm, factor_high, factor_low, target.dtype.element_ty, NORMED)
         _walk(
             pred, label, target, weight, scale, grad, grad, n, c, locations,
@@ -206,11 +206,11 @@ class _Call:
         locations = self.pred.shape[2] if self.pred.dim() == 3 else self.rows
         return (self.rows, self.classes, locations, *_strides(self.pred), by_label, *aim, *_strides(grad))
 
-    def differentiate(self, grad: Tensor, grad_loss: Tensor, foretold: bool) -> None:
+    def differentiate(self, grad: Tensor, grad_loss: Tensor, grad_stored: bool) -> None:
         _launch.launch(
             score_loss_backward_kernel, self.programs, self.pred,
             grad_loss, self.pred, self.label, self.target, self.weight, self.norm, *self.factor, grad,
-            *self.sizes(grad), FORETOLD=foretold, **self.constants,
+            *self.sizes(grad), GRAD_STORED=grad_stored, **self.constants,
         )  # fmt: skip
 
 
@@ -247,16 +247,16 @@ def forward(pred: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def backward(grad_loss: Tensor, pred: Tensor, *arguments: Any) -> Tensor:
     grad = _written(pred)
-    _Call(pred, *arguments).differentiate(grad, grad_loss, foretold=False)
+    _Call(pred, *arguments).differentiate(grad, grad_loss, grad_stored=False)
     return _launch.finished(grad, pred)
 
 
-def settle(grad: Tensor, grad_loss: Tensor, pred: Tensor, *arguments: Any) -> None:
+def finish(grad: Tensor, grad_loss: Tensor, pred: Tensor, *arguments: Any) -> None:
     written = _written(pred)
     if written.dtype == grad.dtype:
         written = grad
     else:
         written.copy_(grad)
-    _Call(pred, *arguments).differentiate(written, grad_loss, foretold=True)
+    _Call(pred, *arguments).differentiate(written, grad_loss, grad_stored=True)
     if written is not grad:
         grad.copy_(written)

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL:
         target = Path(folder) / "cuda_sources.so"
         command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
         command += ["-DGFL_CUDA_ON_HOST", "-DGFL_WITH_CUDA", f"-I{HOST / 'include'}"]
-        command += [f"-I{ROOT / 'csrc' / name}" for name in ("include", "common")]
+        command += [f"-I{ROOT / 'csrc' / name}" for name in ("include", ".")]
         command += ["-x", "c++", str(ROOT / "tests" / "cuda_on_host" / "photo.cpp")]
         command += [str(ROOT / "csrc" / "cuda" / name) for name in ("decode.cu", "nms.cu", "postprocess.cu")]
         command += [str(HOST / name) for name in ("api.cpp", "fiber.cpp", "runtime.cpp")]

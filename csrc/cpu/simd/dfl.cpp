@@ -274,7 +274,7 @@ void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const
   with_bins(in.pred.bins, [&](auto bins) { forward<float, true>(in, bins, loss, distance, kept, begin, end); });
 }
 
-void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+void dfl_finish(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
                 int64_t begin, int64_t end) {
   with_bins(in.pred.bins, [&](auto bins) {
     backward<float>(in, bins, grad_loss, grad_distance, {kept.exponentials, nullptr, nullptr, nullptr}, kept, begin,

@@ -5,7 +5,7 @@
 #include "gfl/ld.h"
 
 #include "bin_rows.h"
-#include "ld.h"
+#include "terms/ld.h"
 #include "row_sum.h"
 
 namespace gfl::GFL_ISA {

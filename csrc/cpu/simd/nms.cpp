@@ -5,7 +5,7 @@
 // set decides alike.
 #include "gfl/nms.h"
 
-#include "box.h"
+#include "terms/box.h"
 #include "vector_math.h"
 
 namespace gfl::GFL_ISA {

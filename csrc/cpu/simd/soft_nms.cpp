@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "box.h"
+#include "terms/box.h"
 #include "vector_math.h"
 
 namespace gfl::GFL_ISA {

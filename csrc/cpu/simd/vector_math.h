@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "scalar.h"
+#include "terms/scalar.h"
 
 #if !defined(GFL_ISA)
 #error "files in csrc/cpu/simd are compiled once for each instruction set, with GFL_ISA naming it"

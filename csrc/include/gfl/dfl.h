@@ -49,7 +49,7 @@ void dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_di
 void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin,
                          int64_t end);
 // Puts the gradient of `pred`, contiguous, into the place of the exponentials; bit for bit what backward gives.
-void dfl_settle(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
+void dfl_finish(const DflInput& in, const float* grad_loss, const float* grad_distance, const DflKept& kept,
                 int64_t begin, int64_t end);
 }  // namespace cpu
 

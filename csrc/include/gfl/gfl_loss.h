@@ -101,13 +101,13 @@ size_t gfl_loss_workspace_bytes(const GflLossInput& in);
 cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
                              const GflLossOutput& out, cudaStream_t stream);
 // Losses and the gradients of their sum in four launches, three with both norms given. `scales`: on the device; what the
-// gradients were multiplied with, for `gfl_loss_settle`. Every element of the gradients that are wanted is written.
+// gradients were multiplied with, for `gfl_loss_finish`. Every element of the gradients that are wanted is written.
 cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
                                           const GflLossOutput& out, HeadScales* scales,
                                           const HeadGradients* gradients, cudaStream_t stream);
 // One launch. The gradients that the above has written become those for `grads`; where they are all 1, which the device
 // finds out, nothing is touched.
-cudaError_t gfl_loss_settle(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
                             const HeadGradients* gradients, cudaStream_t stream);
 // The gradients alone: three launches, two with both norms given. `scales`: memory on the device for the time of the call.
 cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,

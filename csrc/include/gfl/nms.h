@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Greedy non-maximum suppression: walking the boxes by falling score (ties by lower
 // index, NaN first), keep a box unless its IoU with a kept box of its class is above the threshold. Classes are
-// compared as such; coordinates are not shifted. IoU and the comparison are defined in csrc/common/box.h.
+// compared as such; coordinates are not shifted. IoU and the comparison are defined in csrc/terms/box.h.
 #pragma once
 #include <cstddef>
 

@@ -47,10 +47,10 @@ int64_t score_loss_workspace(const ScoreLossInput& in);
 // Two launches. loss: one number of A. grad: d loss/d pred, [images, classes, locations] dtype in strides of its own; or null.
 cudaError_t score_loss_forward(const ScoreLossInput& in, const ScoreLossScale& by, double* workspace, void* loss,
                                void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream);
-// One launch. grad becomes *grad_loss · d loss/d pred. With `foretold` it holds d loss/d pred, and the kernel leaves at
+// One launch. grad becomes *grad_loss · d loss/d pred. With `grad_stored` it holds d loss/d pred, and the kernel leaves at
 // once where *grad_loss, which the host does not read, is 1.
 cudaError_t score_loss_backward(const ScoreLossInput& in, const ScoreLossScale& by, const void* grad_loss,
-                                bool foretold, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream);
+                                bool grad_stored, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream);
 }  // namespace cuda
 #endif
 

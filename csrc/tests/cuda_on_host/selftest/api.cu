@@ -4,7 +4,7 @@
 
 #include <cstdio>
 
-#include "../../../common/launch.h"
+#include "../../../cuda/launch.h"
 
 namespace {
 

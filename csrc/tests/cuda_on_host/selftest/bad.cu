@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../../common/launch.h"
+#include "../../../cuda/launch.h"
 
 namespace {
 

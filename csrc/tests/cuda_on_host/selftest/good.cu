@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../../common/launch.h"
+#include "../../../cuda/launch.h"
 
 namespace {
 

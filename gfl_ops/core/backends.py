@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves an operator: the user's choice, what is there, and why another can't."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import extension
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Where an operator has kernels: devices of the compiled extension, and whether it has a Triton one."""
+
+    native: tuple[str, ...]
+    triton: bool
+
+
+_KERNELS: dict[str, _Kernels] = {}
+_AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
+OLDEST_TRITON = (3, 6)  # the oldest that the kernels were run with
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+_TRITON = _triton_version()
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
+_backend = "auto"
+
+
+def declare(stem: str, native: Iterable[str], triton: bool) -> None:
+    """Say where an operator has kernels. Called once an operator, when it is registered."""
+    _KERNELS[stem] = _Kernels(tuple(native), triton)
+    for device_type in ("cpu", "cuda"):
+        _AUTOMATIC[stem, device_type] = automatic(stem, device_type)
+
+
+def kernels(stem: str) -> _Kernels:
+    """Where the operator has kernels, whether or not this machine can run them."""
+    return _KERNELS[stem]
+
+
+def why_no_triton() -> str | None:
+    """Why no Triton kernel can be compiled or interpreted here; None if they can."""
+    if _TRITON is None:
+        return "the package triton is not installed"
+    if _TRITON < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later"
+    return None
+
+
+def unavailable(backend: str, stem: str, device_type: str) -> str | None:
+    """Why `backend` can't run the operator there; None if it can. Serves "auto", the doctor and the errors alike."""
+    kernels = _KERNELS[stem]
+    if backend == "native":
+        if device_type in kernels.native:
+            return None
+        return extension.why_not(device_type) or f"the extension has no {device_type} kernel for {stem}"
+    if backend == "triton":
+        if not kernels.triton:
+            return f"there is no Triton kernel for {stem}"
+        if reason := why_no_triton():
+            return reason
+        if device_type == "cuda" or TRITON_INTERPRETS:
+            return None
+        return f"Triton runs on {device_type} only in its interpreter; set TRITON_INTERPRET=1 before Python starts"
+    return None
+
+
+def automatic(stem: str, device_type: str) -> str:
+    """The fastest backend that works there. Triton's interpreter is for testing and never chosen unasked."""
+    if unavailable("native", stem, device_type) is None:
+        return "native"
+    if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
+        return "triton"
+    return "reference"
+
+
+def serving(stem: str, device_type: str) -> str:
+    """The backend that runs the operator there: "native", "triton" or "reference"."""
+    if _backend == "auto":
+        return _AUTOMATIC.get((stem, device_type), "reference")
+    reason = unavailable(_backend, stem, device_type)
+    if reason is not None:
+        raise RuntimeError(f"gfl_ops: backend {_backend!r} can't run {stem} on {device_type}: {reason}")
+    return _backend
+
+
+class _Restore(contextlib.AbstractContextManager[None]):
+    def __init__(self, previous: str) -> None:
+        self._previous = previous
+
+    def __exit__(self, *exception: object) -> None:
+        set_backend(self._previous)
+
+
+def set_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose what runs the operators, for the whole process; as a context manager, until the block ends.
+
+    Args:
+        name: "native" (the compiled extension), "triton" (Triton kernels, on a GPU or in Triton's interpreter),
+            "reference" (plain PyTorch) or "auto" (the fastest that works, operator by operator). The environment
+            variable ``GFL_OPS_BACKEND`` sets what a process starts with.
+
+    Raises:
+        ValueError: no backend of that name. A backend that can't run an operator raises RuntimeError with the reason
+            when the operator is called.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"gfl_ops.set_backend: `name` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    previous, _backend = _backend, name
+    return _Restore(previous)
+
+
+def get_backend() -> str:
+    """The backend that is set: "auto", "native", "triton" or "reference"."""
+    return _backend
+
+
+def _start() -> None:
+    name = os.environ.get("GFL_OPS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"GFL_OPS_BACKEND must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    set_backend(name)
+
+
+_start()

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole loss of a GFL head: quality focal, GIoU and distribution focal loss over all levels and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core import checks
+from ...core.dtypes import accumulator
+from ...core.random_inputs import boxes as draw_boxes
+from ...core.random_inputs import normal
+from ...core.registry import OpSpec, Sample, register
+from ..bins.dfl import two_bin_cross_entropy
+from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
+from ..boxes.iou import KINDS, OVERLAP
+from ..boxes.iou import reference as box_loss
+from ..score.qfl import absolute_power, binary_cross_entropy
+from .atss import Assignment, centres, check_strides, per_level
+from .one_pass import head_loss
+
+# Of the union and of the enclosing box, in cells squared: the value of mmdet's head.
+IOU_EPS = 1e-6
+# Keeps the target of the distribution below its last bin.
+TARGET_MARGIN = 0.1
+
+
+class HeadLoss(NamedTuple):
+    """The scalars that `gfl_loss` returns; the fields' meaning stands there."""
+
+    cls: Tensor
+    box: Tensor
+    dfl: Tensor
+    num_pos: Tensor
+    box_weight: Tensor
+
+
+def rows(level: Tensor) -> Tensor:
+    """``[B, C, H, W] -> [B, H·W, C]``."""
+    return level.flatten(2).transpose(1, 2)
+
+
+def positives(labels: Tensor, matched: Tensor, classes: int, slots: int) -> Tensor:
+    """A class and a box: anything else is background, but for −2, which is not counted at all."""
+    return (labels >= 0) & (labels < classes) & (matched >= 0) & (matched < slots)
+
+
+def _level(
+    cls_score: Tensor,
+    reg_pred: Tensor,
+    stride: float,
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    reg_max: int,
+    beta: float,
+    offset: float,
+    legacy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums of the three losses and of w over one level, and the positives of each image."""
+    images, classes, height, width = cls_score.shape
+    slots = gt_boxes.shape[1] - 1
+    positive = positives(labels, matched, classes, slots)
+
+    # What isn't positive is masked before the softmax, not after the loss: no NaN of it comes through a gradient.
+    logits = bounded_logits(rows(reg_pred).unflatten(2, (4, reg_max + 1)))
+    logits = torch.where(positive[..., None, None], logits, 0.0)
+    distance = expectation(logits)
+    centre = (centres(height, width, stride, offset, legacy, labels.device) / stride).to(distance.dtype)
+    decoded = torch.cat([centre - distance[..., :2], centre + distance[..., 2:]], -1)
+    slot = torch.where(positive, matched, slots)[..., None].expand(-1, -1, 4)
+    target = gt_boxes.gather(1, slot) / stride
+    grown = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=target.dtype, device=target.device) if legacy else 0.0
+    pair = (decoded + grown).flatten(0, 1), (target + grown).flatten(0, 1)
+    quality = box_loss(pair[0].detach(), pair[1], OVERLAP, IOU_EPS).view(images, -1)
+    giou = box_loss(*pair, KINDS.index("giou"), IOU_EPS).view(images, -1)
+
+    side = torch.cat([centre - target[..., :2], target[..., 2:] - centre], -1)
+    position = side.nan_to_num(0.0).clamp(0, reg_max - TARGET_MARGIN)
+    left = position.long()
+    dfl = two_bin_cross_entropy(
+        logits.flatten(0, 2),
+        left.flatten(),
+        left.flatten() + 1,
+        (left + 1 - position).flatten(),
+        (position - left).flatten(),
+    )
+    dfl = torch.where(side.isnan(), 0.0, dfl.view_as(side)).mean(-1)
+
+    counted = labels != -2
+    x = torch.where(counted[..., None], rows(cls_score).to(distance.dtype), 0.0)
+    is_label = positive[..., None] & (labels[..., None] == torch.arange(classes, device=labels.device))
+    score = torch.where(is_label, quality[..., None], 0.0)
+    p, entropy = binary_cross_entropy(x, score, activated=False)
+    quality_focal = torch.where(counted, (absolute_power(score - p, beta) * entropy).sum(-1), 0.0)
+
+    weight = torch.where(positive, x.detach().amax(-1).sigmoid(), 0.0)
+    return (
+        quality_focal.sum(),
+        torch.where(positive, giou * weight, 0.0).sum(),
+        torch.where(positive, dfl * weight, 0.0).sum(),
+        weight.sum(),
+        positive.sum(1),
+    )
+
+
+def reference(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    cls_norm: Tensor | None,
+    box_norm: Tensor | None,
+    reg_max: int,
+    loss_weights: Sequence[float],
+    beta: float,
+    center_offset: Sequence[float],
+    legacy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every location decoded, and masked where it is not positive; in fp32, or in fp64 for fp64 maps."""
+    acc = accumulator(cls_scores[0].dtype)
+    # One more slot, for what has no box.
+    slots = torch.cat([gt_boxes.to(acc), gt_boxes.new_zeros((gt_boxes.shape[0], 1, 4), dtype=acc)], 1)
+    found = []
+    start = 0
+    for cls_score, reg_pred, stride, offset in zip(cls_scores, reg_preds, strides, center_offset):
+        here = slice(start, start + cls_score.shape[2] * cls_score.shape[3])
+        start = here.stop
+        found.append(
+            _level(
+                cls_score,
+                reg_pred,
+                stride,
+                labels[:, here],
+                matched[:, here],
+                slots,
+                reg_max,
+                beta,
+                offset,
+                legacy,
+            )
+        )
+    quality_focal, box, dfl, weight, counts = (torch.stack(parts).sum(0) for parts in zip(*found))
+    if cls_norm is None:
+        cls_norm = counts.clamp(min=1).sum().clamp(min=1).to(acc)
+    if box_norm is None:
+        box_norm = weight.clamp(min=1)
+    return (
+        loss_weights[0] * quality_focal / cls_norm,
+        loss_weights[1] * box / box_norm,
+        loss_weights[2] * dfl / box_norm,
+        counts.sum().to(acc),
+        weight,
+    )
+
+
+def fake(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    cls_norm: Tensor | None,
+    box_norm: Tensor | None,
+    reg_max: int,
+    loss_weights: Sequence[float],
+    beta: float,
+    center_offset: Sequence[float],
+    legacy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scalar = [cls_scores[0].new_empty((), dtype=accumulator(cls_scores[0].dtype)) for _ in range(5)]
+    return scalar[0], scalar[1], scalar[2], scalar[3], scalar[4]
+
+
+def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    acc = accumulator(dtype)
+
+    def drawn(
+        images: int, classes: int, reg_max: int, sizes: list[tuple[int, int]], slots: int, share: float = 0.2
+    ) -> list:
+        """Maps, and an assignment that knows nothing of geometry: centres lie within their boxes and without."""
+        strides = [8.0 * 2**i for i in range(len(sizes))]
+        maps = [normal((images, classes, h, w), device, dtype, generator, 2.0) for h, w in sizes]
+        distributions = [normal((images, 4 * (reg_max + 1), h, w), device, dtype, generator, 2.0) for h, w in sizes]
+        cells = sum(h * w for h, w in sizes)
+        drawn_class = torch.randint(0, classes, (images, cells), generator=generator)
+        kind = torch.rand((images, cells), generator=generator)
+        labels = torch.where(kind < share, drawn_class, torch.where(kind > 0.9, -2, -1))
+        matched = torch.randint(0, max(slots, 1), (images, cells), generator=generator)
+        matched = torch.where(labels < 0, -1, matched)
+        gt = draw_boxes(images * slots, device, acc, generator, extent=8.0 * max(*sizes[0])).view(images, slots, 4)
+        return [maps, distributions, strides, labels.to(device), matched.to(device), gt]
+
+    def rest(reg_max: int, levels: int, beta: float = 2.0, legacy: bool = False, offset: float = 0.0) -> list:
+        return [reg_max, [1.0, 2.0, 0.25], beta, [offset] * levels, legacy]
+
+    # The IoU and w are constants to the gradient, which a numerical difference does not know: hence "detached".
+    yield Sample("background", (*drawn(1, 3, 2, [(3, 4), (2, 2)], 0, 0.0), None, None, *rest(2, 2)))
+    pyramid = [(9, 14), (5, 7), (3, 4), (2, 2), (1, 1)]
+    case = drawn(2, 80, 16, pyramid, 7)
+    norms = [torch.tensor(v, dtype=acc, device=device) for v in (37.5, 11.25)]
+    yield Sample("detached-pyramid", (*case, None, None, *rest(16, 5)))
+    yield Sample("detached-norms", (*case, *norms, *rest(16, 5)))
+    yield Sample("detached-legacy", (*case, None, None, *rest(16, 5, legacy=True)))
+    yield Sample("detached-beta1.5-offset", (*case, norms[0], None, *rest(16, 5, beta=1.5, offset=0.5)))
+    channels_last = [[m.contiguous(memory_format=torch.channels_last) for m in maps] for maps in case[:2]]
+    yield Sample("detached-channels-last", (*channels_last, *case[2:], None, None, *rest(16, 5)))
+    sliced = [[torch.cat([m, m], 1)[:, : m.shape[1]] for m in maps] for maps in case[:2]]
+    yield Sample("detached-sliced", (*sliced, *case[2:], None, None, *rest(16, 5)))
+    yield Sample("detached-one-cell", (*drawn(1, 1, 1, [(1, 1)], 1, 1.0), None, None, *rest(1, 1)))
+    yield Sample("detached-long-rows", (*drawn(1, 5, 7, [(3, 401)], 3), None, None, *rest(7, 1)))
+    yield Sample("detached-all-positive", (*drawn(3, 20, 8, [(4, 4), (2, 2)], 5, 0.9), None, None, *rest(8, 2)))
+    background = drawn(2, 7, 16, [(6, 6)], 3, 0.0)
+    yield Sample("background-with-boxes", (*background, None, None, *rest(16, 1)))
+    outside = [*background[:3], torch.full_like(background[3], -2), *background[4:]]
+    yield Sample("background-outside", (*outside, None, None, *rest(16, 1)))
+    extreme = drawn(2, 7, 4, [(6, 6)], 3)
+    extreme[:2] = [[(m * 2000).clamp(-1e4, 1e4) for m in maps] for maps in extreme[:2]]
+    yield Sample("detached-extreme", (*extreme, None, None, *rest(4, 1)))
+
+
+GFL_LOSS = register(
+    OpSpec(
+        stem="gfl_loss",
+        schema="(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor labels, Tensor matched,"
+        " Tensor gt_boxes, Tensor? cls_norm, Tensor? box_norm, int reg_max, float[] loss_weights, float beta,"
+        " float[] center_offset, bool legacy)"
+        " -> (Tensor cls, Tensor box, Tensor dfl, Tensor num_pos, Tensor box_weight)",
+        reference=reference,
+        fake=fake,
+        samples=samples,
+        summary="the whole head loss over all levels and images",
+        public=("gfl_loss", "head_loss_norms"),
+        differentiable=("cls_scores", "reg_preds"),
+        grad_outputs=(0, 1, 2),
+    )
+)
+
+
+def _check_assignment(
+    op: str, assignment: Assignment | Sequence[Tensor], images: int, cells: int, device: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(assignment, (tuple, list)) or len(assignment) < 2:
+        raise TypeError(checks.message(op, "assignment", "must be what atss_assign returns", type(assignment).__name__))
+    for name, value in zip(("labels", "matched"), assignment):
+        argument = f"assignment.{name}"
+        checks.tensor(op, argument, value, checks.INTEGER)
+        checks.shape(op, argument, value, "[B, A]", (images, cells))
+        checks.same_device(op, argument, value, "cls_scores", device)
+    return assignment[0].long(), assignment[1].long()
+
+
+def _norm(op: str, argument: str, value: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        checks.number(op, argument, value)
+        return torch.full((), float(value), dtype=dtype, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(checks.message(op, argument, "must hold one number", list(value.shape)))
+    checks.same_device(op, argument, value, "cls_scores", like)
+    return value.detach().reshape(()).to(dtype)
+
+
+def gfl_loss(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    assignment: Assignment,
+    gt_boxes: Tensor,
+    *,
+    reg_max: int = 16,
+    loss_weights: Sequence[float] = (1.0, 2.0, 0.25),
+    beta: float = 2.0,
+    cls_norm: float | Tensor | None = None,
+    box_norm: float | Tensor | None = None,
+    center_offset: float | Sequence[float] = 0.0,
+    legacy: bool = False,
+) -> HeadLoss:
+    r"""The whole loss of a GFL head, weighted and normalised: classification, box and distribution.
+
+    .. math::
+        L_{cls} = \frac{w_0}{n_{cls}} \sum_{\text{locations}} \mathrm{QFL}, \quad
+        L_{box} = \frac{w_1}{n_{box}} \sum_{\text{positives}} w \, (1 - \mathrm{GIoU}), \quad
+        L_{dfl} = \frac{w_2}{n_{box}} \sum_{\text{positives}} w \, \frac14 \sum_{\text{sides}} \mathrm{DFL}
+
+    Equation 8 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), as the published detectors compute
+    it: boxes in units of the stride, the quality target the IoU of the decoded box, w the location's largest class
+    probability, the target of a distribution clamped to [0, R − 0.1].
+
+    Args:
+        cls_scores: one tensor a level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
+        reg_preds: one tensor a level, ``[B, 4(R+1), H, W]``: distribution logits, sides left, top, right, bottom, bins
+            innermost. The dtype may differ from that of `cls_scores`. Any memory format; nothing is copied.
+        strides: pixels a cell of each level, > 0.
+        assignment: what `atss_assign` returned: `labels` ``[B, A]`` and `matched` ``[B, A]`` over the A cells of all
+            levels. A label in [0, C) with a slot in [0, G) is a positive; −2 is left out; anything else is background.
+        gt_boxes: ``[B, G, 4]`` xyxy in pixels, the boxes that `matched` counts.
+        reg_max: R, in [1, 128].
+        loss_weights: of the classification, box and distribution loss.
+        beta: exponent of the quality focal loss, >= 0.
+        cls_norm: :math:`n_{cls}`, a number or a tensor of one element, which is not read by the host; by default the
+            sum over the images of max(positives, 1).
+        box_norm: :math:`n_{box}`, the same; by default max(Σ w, 1). A norm that is given is used as it is: with several
+            ranks, pass the means of what `head_loss_norms` gives, the second at least 1.
+        center_offset: place of a centre within its cell, in cells; one number, or one a level.
+        legacy: GFocal v1's geometry: centres (stride − 1)/2 pixels further, + 1 on widths and heights in IoU and GIoU.
+
+    Returns:
+        ``HeadLoss(cls, box, dfl, num_pos, box_weight)``: the three losses, the number of positives and Σ w, as scalars
+        on the maps' device; fp32, or fp64 for fp64 maps.
+
+    The gradient reaches `cls_scores` and `reg_preds`, through the losses alone: not through the norms, w or the IoU
+    that the quality focal loss aims at.
+
+    Raises:
+        TypeError: a dtype or a type that is not taken.
+        ValueError: a shape, device or number outside the above.
+
+    Note:
+        Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. Without positives `box` and
+        `dfl` are 0 and still attached to the graph. Gradients have the memory format of the maps. Agrees with mmdet
+        3.3.0's GFLHead, which divides by its norms plus 1.19e-07.
+    """
+    op = "gfl_loss"
+    checks.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
+    images, _classes = checks.maps(op, "cls_scores", cls_scores)
+    checks.maps(op, "reg_preds", reg_preds)
+    if len(reg_preds) != len(cls_scores):
+        raise ValueError(
+            checks.message(
+                op, "reg_preds", f"must have a level for each of `cls_scores`, {len(cls_scores)}", len(reg_preds)
+            )
+        )
+    for cls_score, reg_pred in zip(cls_scores, reg_preds):
+        height, width = cls_score.shape[2:]
+        checks.shape(op, "reg_preds", reg_pred, "[B, 4(R+1), H, W]", (images, 4 * (reg_max + 1), height, width))
+    first = cls_scores[0]
+    checks.same_device(op, "reg_preds", reg_preds[0], "cls_scores", first)
+    stride_list = check_strides(op, strides, len(cls_scores), "cls_scores")
+    offsets = per_level(op, "center_offset", center_offset, len(cls_scores))
+    cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
+    labels, matched = _check_assignment(op, assignment, images, cells, first)
+    checks.tensor(op, "gt_boxes", gt_boxes)
+    checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
+    checks.same_device(op, "gt_boxes", gt_boxes, "cls_scores", first)
+    if not isinstance(loss_weights, (tuple, list)) or len(loss_weights) != 3:
+        raise ValueError(checks.message(op, "loss_weights", "must hold three numbers", repr(loss_weights)))
+    for weight in loss_weights:
+        checks.number(op, "loss_weights", weight)
+    checks.number(op, "beta", beta, 0)
+
+    # One accumulator for both kinds of maps: fp64 on either side makes the other fp64 too.
+    cls_maps, reg_maps = list(cls_scores), list(reg_preds)
+    if accumulator(first.dtype) != accumulator(reg_maps[0].dtype):
+        cls_maps, reg_maps = [m.double() for m in cls_maps], [m.double() for m in reg_maps]
+    acc = accumulator(cls_maps[0].dtype)
+    cls, box, dfl, num_pos, box_weight = head_loss(
+        cls_maps,
+        reg_maps,
+        stride_list,
+        labels,
+        matched,
+        gt_boxes.detach().to(acc),
+        _norm(op, "cls_norm", cls_norm, first, acc),
+        _norm(op, "box_norm", box_norm, first, acc),
+        reg_max,
+        [float(w) for w in loss_weights],
+        float(beta),
+        offsets,
+        legacy,
+    )
+    return HeadLoss(cls, box, dfl, num_pos.detach(), box_weight.detach())
+
+
+def head_loss_norms(cls_scores: Sequence[Tensor], assignment: Assignment) -> Tensor:
+    """The two sums that `gfl_loss` divides by, before their means over ranks: one tensor for one all-reduce.
+
+    ``mean = all_reduce(head_loss_norms(...)) / ranks``, then ``gfl_loss(..., cls_norm=mean[0],
+    box_norm=mean[1].clamp(min=1))``, as mmdet 3.3.0's GFLHead does.
+
+    Args:
+        cls_scores: one tensor a level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
+        assignment: what `atss_assign` returned.
+
+    Returns:
+        fp32 (fp64 for fp64 maps) ``[2]`` on the maps' device: the sum over the images of max(positives, 1), and the sum
+        over the positives of the location's largest class probability.
+
+    There is no gradient.
+
+    Raises:
+        TypeError: a dtype or a type that is not taken.
+        ValueError: a shape or device outside the above.
+    """
+    op = "head_loss_norms"
+    images, classes = checks.maps(op, "cls_scores", cls_scores)
+    cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
+    labels, matched = _check_assignment(op, assignment, images, cells, cls_scores[0])
+    positive = (labels >= 0) & (labels < classes) & (matched >= 0)
+    acc = accumulator(cls_scores[0].dtype)
+    best = torch.cat([m.detach().amax(1).flatten(1) for m in cls_scores], 1).to(acc)
+    weight = torch.where(positive, best.sigmoid(), 0.0).sum()
+    return torch.stack([positive.sum(1).clamp(min=1).sum().to(acc), weight])

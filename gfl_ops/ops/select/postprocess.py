@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the maps of a detection head to boxes: threshold, top-k, decoding, class-wise NMS, for a whole batch at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ...core import checks
+from ...core.dtypes import device_type
+from ...core.random_inputs import normal, uniform
+from ...core.registry import OpSpec, Sample, register
+from ..bins.integral import bounded_logits, check_reg_max, expectation
+from ..boxes.box_ops import aligned_iou, rounded
+
+OP = "postprocess"
+MAX_LEVELS = 8
+# A candidate's (location, class) pair is 32 bits of its sort key, in every backend.
+MAX_PAIRS = 2**32
+
+
+class Detections(NamedTuple):
+    """What `postprocess` finds, in fixed shapes: B images of K = max_detections slots, the best first.
+
+    Attributes:
+        boxes: fp32 ``[B, K, 4]``, xyxy in pixels; zero in unused slots.
+        scores: fp32 ``[B, K]``, falling; zero in unused slots.
+        labels: int64 ``[B, K]``, in [0, C); −1 in unused slots.
+        count: int32 ``[B]``, how many slots of each image are used.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+
+
+class UncertainDetections(NamedTuple):
+    """`Detections`, and how sure the head is of each side of each box.
+
+    Attributes:
+        boxes, scores, labels, count: as in `Detections`.
+        uncertainty: fp32 ``[B, K, 4, 3]``; of the sides l, t, r, b: the variance of the side's distribution in bins²
+            (times the level's stride², pixels²), its entropy in nats, and the probability of its likeliest bin, its
+            peak. Zero in unused slots.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    uncertainty: Tensor
+
+
+def ranking_threshold(score_threshold: float, activated: bool) -> float:
+    """What a map's value must exceed: the logit of the threshold, or the threshold itself; before rounding to fp32."""
+    if activated:
+        return score_threshold
+    if score_threshold <= 0:
+        return -math.inf
+    if score_threshold >= 1:
+        return math.inf
+    return math.log(score_threshold / (1 - score_threshold))
+
+
+def select(cls_score: Tensor, threshold: float, nms_pre: int, anchor_topk: bool) -> tuple[Tensor, Tensor]:
+    """fp32 values and indices ``location · C + class`` of one level's candidates, the greatest value first."""
+    classes = cls_score.shape[0]
+    flat = cls_score.float().permute(1, 2, 0).reshape(-1)
+    # False for NaN, which is never a candidate.
+    index = (flat > threshold).nonzero().squeeze(1)
+    value = flat[index]
+    if anchor_topk and nms_pre > 0:
+        best = torch.full((flat.numel() // max(classes, 1),), -math.inf, device=flat.device)
+        best.scatter_reduce_(0, index // max(classes, 1), value, "amax")
+        rank = best.sort(descending=True, stable=True).indices
+        chosen = torch.zeros_like(best, dtype=torch.bool)
+        chosen[rank[:nms_pre]] = True
+        kept = chosen[index // max(classes, 1)]
+        index, value = index[kept], value[kept]
+    # `index` rises, so a stable sort leaves equal values in the order of their indices.
+    value, order = value.sort(descending=True, stable=True)
+    if not anchor_topk and nms_pre > 0:
+        value, order = value[:nms_pre], order[:nms_pre]
+    return value, index[order]
+
+
+def spread(logits: Tensor) -> Tensor:
+    """Variance, entropy and peak ``[…, 3]`` of distributions over the last dimension of bounded fp32 logits."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    away = bins - (p * bins).sum(-1, keepdim=True)
+    return torch.stack([(p * away.square()).sum(-1), -(p * log_p).sum(-1), p.amax(-1)], -1)
+
+
+def reference(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor,
+    scale_factors: Tensor | None,
+    reg_max: int,
+    score_threshold: float,
+    nms_pre: int,
+    iou_threshold: float,
+    max_detections: int,
+    center_offset: Sequence[float],
+    anchor_topk: bool,
+    activated: bool,
+    legacy: bool,
+    uncertainty: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Image by image, level by level; fp32 throughout, fp64 maps are rounded to it."""
+    device, batch, classes = cls_scores[0].device, cls_scores[0].shape[0], cls_scores[0].shape[1]
+    boxes = torch.zeros((batch, max_detections, 4), device=device)
+    scores = torch.zeros((batch, max_detections), device=device)
+    labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
+    count = torch.zeros((batch,), dtype=torch.int32, device=device)
+    spreads = torch.zeros((batch, max_detections if uncertainty else 0, 4, 3), device=device)
+    threshold = rounded(ranking_threshold(score_threshold, activated), torch.float32)
+
+    for image in range(batch):
+        limit = image_sizes[image].float().flip(0).repeat(2)  # w, h, w, h
+        if legacy:
+            limit = limit - 1
+        found = []
+        for cls_score, reg_pred, stride, offset in zip(cls_scores, reg_preds, strides, center_offset, strict=True):
+            value, index = select(cls_score[image], threshold, nms_pre, anchor_topk)
+            location, label = index // max(classes, 1), index % max(classes, 1)
+            width = max(cls_score.shape[3], 1)
+            cell = torch.stack([location % width, location // width], 1)
+            if legacy:
+                centre = cell.float() * stride + (stride - 1) / 2
+            else:
+                centre = (cell.float() + offset) * stride
+            logits = reg_pred[image][:, cell[:, 1], cell[:, 0]].t().float()
+            sides = bounded_logits(logits).unflatten(1, (4, reg_max + 1))
+            distance = expectation(sides) * stride
+            box = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
+            box = torch.minimum(box.clamp(min=0), limit)
+            sized = (box[:, 2] - box[:, 0] > 0) & (box[:, 3] - box[:, 1] > 0)
+            found.append((value[sized], label[sized], box[sized], sides[sized]))
+        value, label, box, sides = (torch.cat(parts) for parts in zip(*found, strict=True))
+        # Each level is in its own order already, so a stable sort leaves equal values by level, location and class.
+        value, order = value.sort(descending=True, stable=True)
+        label, box, sides = label[order], box[order], sides[order]
+        kept = _suppress(box, label, iou_threshold, max_detections, legacy)
+        n = kept.numel()
+        boxes[image, :n] = box[kept] if scale_factors is None else box[kept] / scale_factors[image].float().repeat(2)
+        scores[image, :n] = value[kept] if activated else value[kept].sigmoid()
+        labels[image, :n] = label[kept]
+        count[image] = n
+        if uncertainty:
+            spreads[image, :n] = spread(sides[kept])
+    return boxes, scores, labels, count, spreads
+
+
+def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: int, legacy: bool) -> Tensor:
+    """Indices that class-wise NMS keeps of boxes in the order of their rank, at most `max_detections`."""
+    alive = torch.ones_like(label, dtype=torch.bool)
+    threshold = rounded(iou_threshold, torch.float32)
+    kept: list[int] = []
+    while len(kept) < max_detections and bool(alive.any()):
+        best = int(alive.int().argmax())
+        kept.append(best)
+        alive &= (label != label[best]) | ~(aligned_iou(box[best], box, legacy) > threshold)
+        alive[best] = False
+    return torch.tensor(kept, dtype=torch.int64, device=box.device)
+
+
+def fake(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor,
+    scale_factors: Tensor | None,
+    reg_max: int,
+    score_threshold: float,
+    nms_pre: int,
+    iou_threshold: float,
+    max_detections: int,
+    center_offset: Sequence[float],
+    anchor_topk: bool,
+    activated: bool,
+    legacy: bool,
+    uncertainty: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like, batch = cls_scores[0], cls_scores[0].shape[0]
+    return (
+        like.new_empty((batch, max_detections, 4), dtype=torch.float32),
+        like.new_empty((batch, max_detections), dtype=torch.float32),
+        like.new_empty((batch, max_detections), dtype=torch.int64),
+        like.new_empty((batch,), dtype=torch.int32),
+        like.new_empty((batch, max_detections if uncertainty else 0, 4, 3), dtype=torch.float32),
+    )
+
+
+def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    """Small maps; all but the "smooth" ones decode exactly, so that IoUs and what they decide are equal everywhere."""
+
+    def call(
+        id: str,
+        batch: int = 2,
+        classes: int = 5,
+        reg_max: int = 8,
+        sizes: Sequence[tuple[int, int]] = ((9, 13), (5, 7), (1, 1)),
+        shift: float = 0.0,
+        spread: float = 2.0,
+        smooth: bool = False,
+        layout: str = "nchw",
+        scaled: bool = False,
+        score_threshold: float = 0.3,
+        nms_pre: int = 40,
+        iou_threshold: float = 0.6,
+        max_detections: int = 20,
+        offset: float = 0.0,
+        anchor_topk: bool = False,
+        activated: bool = False,
+        legacy: bool = False,
+        uncertainty: bool = False,
+    ) -> Sample:
+        def arranged(values: Tensor) -> Tensor:
+            if layout == "transposed":
+                return values.transpose(2, 3).contiguous().transpose(2, 3)
+            if layout == "channels-last":
+                return values.contiguous(memory_format=torch.channels_last)
+            return values
+
+        def score_map(h: int, w: int) -> Tensor:
+            values = normal((batch, classes, h, w), device, dtype, generator, spread) + shift
+            return arranged(values.sigmoid() if activated else values)
+
+        def distribution_map(h: int, w: int) -> Tensor:
+            if smooth:
+                return arranged(normal((batch, 4 * (reg_max + 1), h, w), device, dtype, generator, 1.5))
+            # Half of the mass in each of two bins, or all in one: every backend's softmax of it is exact.
+            bins = torch.randint(reg_max + 1, (2, batch, 4, 1, h, w), generator=generator)
+            values = torch.full((batch, 4, reg_max + 1, h, w), -1000.0)
+            for chosen in bins:
+                values.scatter_(2, chosen, 0.0)
+            return arranged(values.flatten(1, 2).to(device=device, dtype=dtype))
+
+        # Smaller than the maps, so that boxes are clipped and some lose their extent.
+        image = torch.tensor([[7.5, 11.0], [9.0, 12.5]]).repeat(batch, 1)[:batch].to(device)
+        return Sample(
+            id,
+            (
+                [score_map(h, w) for h, w in sizes],
+                [distribution_map(h, w) for h, w in sizes],
+                [1.0 * 2**level for level in range(len(sizes))],
+                image,
+                uniform((batch, 2), device, torch.float32, generator, 1.0, 3.0) if scaled else None,
+                reg_max,
+                score_threshold,
+                nms_pre,
+                iou_threshold,
+                max_detections,
+                [offset] * len(sizes),
+                anchor_topk,
+                activated,
+                legacy,
+                uncertainty,
+            ),
+        )
+
+    yield call("pair")
+    # An IoU is never above 1: nothing here depends on the last bit of an exponential.
+    yield call("smooth", smooth=True, iou_threshold=1.0, max_detections=60)
+    yield call("smooth-channels-last", smooth=True, iou_threshold=1.0, layout="channels-last", scaled=True, offset=0.5)
+    yield call("uncertainty", uncertainty=True)
+    yield call("smooth-uncertainty", smooth=True, iou_threshold=1.0, layout="channels-last", uncertainty=True)
+    yield call("batch0", batch=0)
+    yield call("batch0-uncertainty", batch=0, uncertainty=True)
+    yield call("one-class-r16", batch=1, classes=1, reg_max=16)
+    yield call("one-cell", batch=1, sizes=((1, 1),))
+    yield call("empty-level", sizes=((0, 4), (5, 7)))
+    yield call("nothing", shift=-50.0)
+    yield call("all", sizes=((4, 5), (2, 3)), shift=8.0, nms_pre=0, iou_threshold=0.9)
+    yield call("channels-last", layout="channels-last", scaled=True)
+    yield call("transposed", layout="transposed", nms_pre=-1)
+    yield call("anchor", anchor_topk=True, nms_pre=15, offset=0.5)
+    yield call("anchor-legacy", anchor_topk=True, nms_pre=15, legacy=True, scaled=True)
+    yield call("activated", activated=True, score_threshold=0.4)
+    yield call("few-slots", max_detections=3)
+    yield call("wide", batch=1, classes=81, reg_max=1, sizes=((6, 11),), score_threshold=0.8)
+    # σ(x) is 1 for many of these, x itself is not equal.
+    yield call("saturated", shift=30.0, spread=9.0, nms_pre=30)
+    yield call("threshold0", sizes=((3, 3),), score_threshold=0.0)
+    yield call("threshold1", score_threshold=1.0)
+
+
+POSTPROCESS = register(
+    OpSpec(
+        stem="postprocess",
+        schema=(
+            "(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor image_sizes, Tensor? scale_factors,"
+            " int reg_max, float score_threshold, int nms_pre, float iou_threshold, int max_detections,"
+            " float[] center_offset, bool anchor_topk, bool activated, bool legacy, bool uncertainty)"
+            " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count, Tensor uncertainty)"
+        ),
+        reference=reference,
+        fake=fake,
+        samples=samples,
+        summary="head maps to detections: threshold, top-k, decoding, class-wise NMS",
+        public=("postprocess",),
+    )
+)
+
+
+@overload
+def postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor | Sequence[Sequence[float]],
+    *,
+    reg_max: int = 16,
+    score_threshold: float = 0.05,
+    nms_pre: int = 1000,
+    iou_threshold: float = 0.6,
+    max_detections: int = 100,
+    center_offset: float | Sequence[float] = 0.0,
+    topk_mode: str = "pair",
+    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+    activated: bool = False,
+    legacy: bool = False,
+    uncertainty: Literal[False] = False,
+) -> Detections: ...
+
+
+@overload
+def postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor | Sequence[Sequence[float]],
+    *,
+    reg_max: int = 16,
+    score_threshold: float = 0.05,
+    nms_pre: int = 1000,
+    iou_threshold: float = 0.6,
+    max_detections: int = 100,
+    center_offset: float | Sequence[float] = 0.0,
+    topk_mode: str = "pair",
+    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+    activated: bool = False,
+    legacy: bool = False,
+    uncertainty: Literal[True],
+) -> UncertainDetections: ...
+
+
+def postprocess(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    image_sizes: Tensor | Sequence[Sequence[float]],
+    *,
+    reg_max: int = 16,
+    score_threshold: float = 0.05,
+    nms_pre: int = 1000,
+    iou_threshold: float = 0.6,
+    max_detections: int = 100,
+    center_offset: float | Sequence[float] = 0.0,
+    topk_mode: str = "pair",
+    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+    activated: bool = False,
+    legacy: bool = False,
+    uncertainty: bool = False,
+) -> Detections | UncertainDetections:
+    r"""Detections of a batch from the maps of a Generalized Focal Loss head.
+
+    Per level, the (location, class) pairs above the threshold, the best `nms_pre` of them; each is decoded to
+
+    .. math:: \bigl(c_x - s\,d_l,\; c_y - s\,d_t,\; c_x + s\,d_r,\; c_y + s\,d_b\bigr), \qquad
+              d = \sum_i i \cdot \mathrm{softmax}(z)_i
+
+    (equations 4 and 5 of Li et al., Generalized Focal Loss, arXiv 2006.04388), clipped to its image, and dropped if
+    that leaves no width or height. Then non-maximum suppression within each class over all levels of the image.
+
+    Args:
+        cls_scores: one to 8 levels of fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: logits, or probabilities if
+            `activated`. Any memory format. NaN and −inf are never candidates.
+        reg_preds: as many levels of ``[B, 4(R+1), H, W]``, logits of the distances left, top, right, bottom, the bins
+            of a side together; their dtype may be another than that of `cls_scores`. Boxes with a NaN are dropped.
+        strides: pixels between neighbouring locations, one number a level, > 0.
+        image_sizes: ``[B, 2]``, height and width of each image without padding, in pixels of the network's input: a
+            tensor (integer or floating; on the maps' device, so that nothing is copied) or a sequence of pairs.
+        reg_max: R, the distance of the last bin, in strides; 1 to 128.
+        score_threshold: a candidate's probability is above it: compared as ``x > fp32(logit(threshold))``. With 0 or
+            less all are candidates, with 1 or more none.
+        nms_pre: how many candidates a level keeps; 0 or less keeps all.
+        iou_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
+        max_detections: K, how many detections an image has at most.
+        center_offset: where in its cell a location's centre is, in cells, one number or one a level: the centre of
+            cell (x, y) is ``((x + offset)·s, (y + offset)·s)``. Not used by `legacy`.
+        topk_mode: "pair" ranks pairs of location and class (mmdet 3); "anchor" ranks locations by their best class
+            and keeps all classes above the threshold of the best `nms_pre` (mmdet 2, GFocal v1).
+        scale_factors: ``[B, 2]``, horizontal and vertical: boxes are divided by it, after suppression.
+        activated: `cls_scores` holds probabilities.
+        legacy: the geometry of GFocal v1: centres ``x·s + (s−1)/2``, clipping at W−1 and H−1, widths and heights in
+            the IoU one pixel greater.
+        uncertainty: return also how spread out the distribution of each side of each detection is.
+
+    Returns:
+        `Detections` ``(boxes [B, K, 4] fp32, scores [B, K] fp32, labels [B, K] int64, count [B] int32)``, the best
+        first; unused slots are zero with label −1. There is no gradient. With `uncertainty` it is
+        `UncertainDetections`, which has one more: ``uncertainty [B, K, 4, 3] fp32``, of the sides left, top, right and
+        bottom the variance (bins²), the entropy (nats) and the peak (greatest probability) of the distribution.
+
+    Raises:
+        TypeError: a dtype or a type that is not taken.
+        ValueError: a shape, device, option or number outside the above.
+        NotImplementedError: `reg_max` above 128, more than 8 levels, or more than 2^32 pairs in one level of an image.
+
+    Note:
+        Ranking is by fp32 logit (by probability if `activated`), since sigmoid saturates; ties go to the lower (level,
+        location, class), location being ``y·W + x``. Arithmetic is in fp32; fp64 maps are rounded to it first.
+        Repeatable bit for bit. B = 0 and levels without a location are taken. `nms_pre` ≤ 0 means all, where mmdet's
+        −1 drops one pair.
+    """
+    levels = _check_maps(cls_scores, reg_preds, reg_max)
+    cls, batch = cls_scores[0], cls_scores[0].shape[0]
+    _check_numbers(strides, "strides", levels, 0.0)
+    if isinstance(center_offset, (list, tuple)):
+        offsets = list(center_offset)
+    else:
+        checks.number(OP, "center_offset", center_offset)
+        offsets = [center_offset] * levels
+    _check_numbers(offsets, "center_offset", levels, None)
+    checks.number(OP, "score_threshold", score_threshold)
+    checks.number(OP, "nms_pre", nms_pre, integer=True)
+    checks.number(OP, "iou_threshold", iou_threshold)
+    checks.number(OP, "max_detections", max_detections, 0, integer=True)
+    checks.choice(OP, "topk_mode", topk_mode, ("pair", "anchor"))
+    sizes = _pairs("image_sizes", image_sizes, cls, batch)
+    factors = None if scale_factors is None else _pairs("scale_factors", scale_factors, cls, batch)
+    # Detections have no gradient, and the dispatcher would warn of that at every call with maps that want one.
+    with torch.no_grad():
+        results = POSTPROCESS(
+            device_type(cls),
+            list(cls_scores),
+            list(reg_preds),
+            [float(s) for s in strides],
+            sizes,
+            factors,
+            reg_max,
+            float(score_threshold),
+            nms_pre,
+            float(iou_threshold),
+            max_detections,
+            [float(o) for o in offsets],
+            topk_mode == "anchor",
+            activated,
+            legacy,
+            uncertainty,
+        )
+    return UncertainDetections(*results) if uncertainty else Detections(*results[:4])
+
+
+def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:
+    """Both lists of maps against each other. Returns the number of levels."""
+    check_reg_max(OP, "reg_max", reg_max)
+    for name, value in (("cls_scores", cls_scores), ("reg_preds", reg_preds)):
+        if not isinstance(value, (list, tuple)):
+            rule = "must be a list or tuple of tensors, one a level"
+            raise TypeError(checks.message(OP, name, rule, type(value).__name__))
+    levels = len(cls_scores)
+    if levels == 0:
+        raise ValueError(checks.message(OP, "cls_scores", "must have at least one level", "an empty list"))
+    if levels > MAX_LEVELS:
+        rule = f"with more than {MAX_LEVELS} levels is not supported"
+        raise NotImplementedError(checks.message(OP, "cls_scores", rule, levels))
+    if len(reg_preds) != levels:
+        raise ValueError(
+            checks.message(OP, "reg_preds", f"must have as many levels as `cls_scores`, {levels}", len(reg_preds))
+        )
+    first_cls, first_reg = cls_scores[0], reg_preds[0]
+    for level, (cls, reg) in enumerate(zip(cls_scores, reg_preds, strict=True)):
+        cls_name, reg_name = f"cls_scores[{level}]", f"reg_preds[{level}]"
+        checks.tensor(OP, cls_name, cls)
+        checks.tensor(OP, reg_name, reg)
+        for name, level_map, first in ((cls_name, cls, first_cls), (reg_name, reg, first_reg)):
+            if level_map.dtype != first.dtype:
+                raise TypeError(
+                    checks.message(OP, name, f"must have the dtype of the first level, {first.dtype}", level_map.dtype)
+                )
+            checks.same_device(OP, name, level_map, "cls_scores[0]", first_cls)
+        batch, classes = (None, None) if level == 0 else first_cls.shape[:2]
+        checks.shape(OP, cls_name, cls, "[B, C, H, W]", (batch, classes, None, None))
+        expected = (cls.shape[0], 4 * (reg_max + 1), cls.shape[2], cls.shape[3])
+        checks.shape(OP, reg_name, reg, "[B, 4(R+1), H, W]", expected)
+        pairs = cls.shape[1] * cls.shape[2] * cls.shape[3]
+        if pairs > MAX_PAIRS:
+            rule = "with more than 2^32 pairs of location and class is not supported"
+            raise NotImplementedError(checks.message(OP, cls_name, rule, pairs))
+    return levels
+
+
+def _check_numbers(values: Sequence[float], name: str, levels: int, above: float | None) -> None:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            checks.message(OP, name, "must be a list or tuple of numbers, one a level", type(values).__name__)
+        )
+    if len(values) != levels:
+        raise ValueError(checks.message(OP, name, f"must have one number a level, {levels}", len(values)))
+    for i, value in enumerate(values):
+        checks.number(OP, f"{name}[{i}]", value, above, exclusive=True)
+
+
+def _pairs(name: str, value: Tensor | Sequence[Sequence[float]], like: Tensor, batch: int) -> Tensor:
+    """`value` as fp32 [B, 2] on the maps' device."""
+    if isinstance(value, Tensor):
+        checks.tensor(OP, name, value, checks.FLOATING + checks.INTEGER)
+        pairs = value
+    else:
+        pairs = _tensor_of_pairs(name, value, batch)
+    checks.shape(OP, name, pairs, "[B, 2]", (batch, 2))
+    # Sizes come from the host as a rule. Capture wants them on the device, and says so itself.
+    pairs = pairs.to(device=like.device, dtype=torch.float32)
+    if checks.SYNCHRONISING and not bool(((pairs > 0) & pairs.isfinite()).all()):
+        raise ValueError(checks.message(OP, name, "must be positive and finite", pairs.tolist()))
+    return pairs
+
+
+def _tensor_of_pairs(name: str, value: Sequence[Sequence[float]], batch: int) -> Tensor:
+    if not isinstance(value, (list, tuple)):
+        rule = "must be a tensor or a list or tuple of pairs"
+        raise TypeError(checks.message(OP, name, rule, type(value).__name__))
+    if len(value) != batch:
+        raise ValueError(checks.message(OP, name, f"must have one pair an image, {batch}", len(value)))
+    for i, pair in enumerate(value):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(checks.message(OP, f"{name}[{i}]", "must be a pair of numbers", repr(pair)))
+        for number in pair:
+            checks.number(OP, f"{name}[{i}]", number)
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 2)
