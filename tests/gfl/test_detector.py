@@ -277,7 +277,7 @@ def test_what_was_started_before_is_finished_first(model, folder, monkeypatch):
     want = detector.stream(find_images(folder))
     detector.device = torch.device("cuda")  # of the stream alone: the engine has its own
     got = detector.stream(find_images(folder))
-    monkeypatch.setattr(Detector, "_as_asked", lambda self: torch.no_grad())
+    monkeypatch.setattr(Detector, "_configured", lambda self: torch.no_grad())
     assert [r.path for r in got] == [r.path for r in want] == find_images(folder)
 
 
