@@ -75,14 +75,11 @@ template <class A> GFL_HOST_DEVICE void add_area(const A (&box)[4], A g, A (&d)[
   for (int axis = 0; axis < 2; ++axis) add_length(g * extent(box, 1 - axis), d[axis], d[axis + 2]);
 }
 
-// I/U, with U = union + ε or max(union, ε).
-template <class A> struct OverlapRatio {
+// I/U, with U = union + ε or max(union, ε), for the intersection I that a kind has found.
+template <class A> struct AreaRatio {
   A value, united, slope;  // `slope`: of U by the union
-  Length<A> inner[2];
 
-  GFL_HOST_DEVICE OverlapRatio(const BoxPair<A>& b, A eps, bool adds_eps) {
-    for (int axis = 0; axis < 2; ++axis) inner[axis] = length_of(b.inner_low[axis], b.inner_high[axis]);
-    const A overlap = inner[0].value * inner[1].value;
+  GFL_HOST_DEVICE AreaRatio(const BoxPair<A>& b, A overlap, A eps, bool adds_eps) {
     const A area = area_of(b.pred) + area_of(b.target) - overlap;
     const Extreme<A> bounded = adds_eps ? Extreme<A>{area + eps, A(1), A(0)} : max_of(area, eps);
     united = bounded.value;
@@ -90,15 +87,30 @@ template <class A> struct OverlapRatio {
     value = overlap / united;
   }
 
-  // Adds the derivatives of a loss whose own ones are `by_value`, and `by_united` where U appears outside of I/U too.
-  GFL_HOST_DEVICE void backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
+  // Adds the derivatives by the boxes of a loss whose own ones are `by_value`, and `by_united` where U appears outside
+  // of I/U too. Returns the one by I.
+  GFL_HOST_DEVICE A backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
     const A by_union = (by_united - by_value * value / united) * slope;
-    const A by_overlap = by_value / united - by_union;
+    add_area(b.pred, by_union, d.pred);
+    add_area(b.target, by_union, d.target);
+    return by_value / united - by_union;
+  }
+};
+
+// The IoU itself.
+template <class A> struct OverlapRatio {
+  Length<A> inner[2];
+  AreaRatio<A> ratio;
+
+  GFL_HOST_DEVICE OverlapRatio(const BoxPair<A>& b, A eps, bool adds_eps)
+      : inner{length_of(b.inner_low[0], b.inner_high[0]), length_of(b.inner_low[1], b.inner_high[1])},
+        ratio(b, inner[0].value * inner[1].value, eps, adds_eps) {}
+
+  GFL_HOST_DEVICE void backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
+    const A by_overlap = ratio.backward(b, by_value, by_united, d);
     for (int axis = 0; axis < 2; ++axis) {
       add_length(by_overlap * inner[1 - axis].value * inner[axis].slope, d.inner_low[axis], d.inner_high[axis]);
     }
-    add_area(b.pred, by_union, d.pred);
-    add_area(b.target, by_union, d.target);
   }
 };
 
@@ -138,6 +150,15 @@ template <class A> struct DistanceIou {
   }
 };
 
+// A loss within [0, 2]; beyond, it has no derivative.
+template <class A> GFL_HOST_DEVICE A bounded_loss(A loss, BoxPair<A>& d) {
+  if (loss < A(0) || loss > A(2)) {
+    d = BoxPair<A>{};
+    return loss < A(0) ? A(0) : A(2);
+  }
+  return loss;
+}
+
 // Every kind has a name and loss(pair, params, d), which adds to the zeros in `d`. A new one is added to `IouKinds` below.
 namespace iou_kind {
 
@@ -146,7 +167,7 @@ struct overlap {
   template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
     const OverlapRatio<A> iou(b, k.eps, false);
     iou.backward(b, A(1), A(0), d);
-    return iou.value;
+    return iou.ratio.value;
   }
 };
 
@@ -155,7 +176,7 @@ struct iou {
   template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
     const OverlapRatio<A> iou(b, k.eps, false);
     iou.backward(b, A(-1), A(0), d);
-    return A(1) - iou.value;
+    return A(1) - iou.ratio.value;
   }
 };
 
@@ -166,11 +187,11 @@ struct giou {
     const Length<A> width = length_of(b.outer_low[0], b.outer_high[0]);
     const Length<A> height = length_of(b.outer_low[1], b.outer_high[1]);
     const Extreme<A> enclosing = max_of(width.value * height.value, k.eps);
-    const A e = enclosing.value, by_enclosing = iou.united / e / e * enclosing.to_a;
+    const A e = enclosing.value, by_enclosing = iou.ratio.united / e / e * enclosing.to_a;
     iou.backward(b, A(-1), A(-1) / e, d);
     add_length(by_enclosing * height.value * width.slope, d.outer_low[0], d.outer_high[0]);
     add_length(by_enclosing * width.value * height.slope, d.outer_low[1], d.outer_high[1]);
-    return A(1) - (iou.value - (e - iou.united) / e);
+    return A(1) - (iou.ratio.value - (e - iou.ratio.united) / e);
   }
 };
 
@@ -179,7 +200,7 @@ struct diou {
   template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
     const DistanceIou<A> diou(b, k.eps);
     diou.backward(b, d);
-    return A(1) - (diou.iou.value - diou.penalty);
+    return A(1) - (diou.iou.ratio.value - diou.penalty);
   }
 };
 
@@ -191,12 +212,9 @@ struct ciou {
     const A pw = extent(b.pred, 0), ph = extent(b.pred, 1) + k.eps;
     const A tw = extent(b.target, 0), th = extent(b.target, 1) + k.eps;
     const A angle = std::atan(tw / th) - std::atan(pw / ph);
-    const A v = factor * angle * angle, rest = A(1) - diou.iou.value + v;
+    const A v = factor * angle * angle, rest = A(1) - diou.iou.ratio.value + v;
     // Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
-    const A alpha = diou.iou.value > A(0.5) && rest != A(0) ? v / rest : A(0);
-    const A value = diou.iou.value - (diou.penalty + alpha * v);
-    if (value > A(1)) return A(0);
-    if (value < A(-1)) return A(2);
+    const A alpha = diou.iou.ratio.value > A(0.5) && rest != A(0) ? v / rest : A(0);
     diou.backward(b, d);
     const A by_angle = alpha * factor * A(2) * angle;
     const A p_norm = pw * pw + ph * ph, t_norm = tw * tw + th * th;
@@ -206,14 +224,19 @@ struct ciou {
     add_length(by_p * pw, d.pred[1], d.pred[3]);
     add_length(by_t * th, d.target[0], d.target[2]);
     add_length(-by_t * tw, d.target[1], d.target[3]);
-    return A(1) - value;
+    return bounded_loss(A(1) - (diou.iou.ratio.value - (diou.penalty + alpha * v)), d);
   }
 };
 
 }  // namespace iou_kind
 
 template <class... Kind> struct IouKindList {};
-using IouKinds = IouKindList<iou_kind::overlap, iou_kind::iou, iou_kind::giou, iou_kind::diou, iou_kind::ciou>;
+using IouKinds = IouKindList<
+    iou_kind::iou,
+    iou_kind::giou,
+    iou_kind::diou,
+    iou_kind::ciou,
+    iou_kind::overlap>;
 
 // Calls f(kind) with the functor of that name; false if there is none.
 template <class F, class... Kind> bool dispatch_iou_kind(IouKindList<Kind...>, const char* name, const F& f) {

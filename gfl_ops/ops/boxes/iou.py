@@ -225,7 +225,8 @@ def box_iou_loss(
     """
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)
-    loss = pairs(op, pred, target, kind, eps)
+    parameters: dict[str, float] = {}
+    loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
     check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
 
