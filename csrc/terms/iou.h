@@ -228,6 +228,31 @@ struct ciou {
   }
 };
 
+struct eiou {  // mmdet's extended IoU, whose intersection is signed where the boxes are apart, under a smooth L1
+  static constexpr const char* name = "eiou";
+  template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
+    A x1[2], x2[2];  // the intersection's sides from the enclosing box's corner
+    Extreme<A> low[2], high[2];
+    for (int a = 0; a < 2; ++a) {
+      x1[a] = b.inner_low[a] - b.outer_low[a];
+      x2[a] = b.inner_high[a] - b.outer_low[a];
+      low[a] = min_of(x1[a], x2[a]);
+      high[a] = max_of(x1[a], x2[a]);
+    }
+    const A overlap = x2[0] * x2[1] + low[0].value * low[1].value - x1[0] * high[1].value - high[0].value * x1[1];
+    const AreaRatio<A> iou(b, overlap, k.eps, true);
+    const A cost = A(1) - iou.value, slope = cost < k.parameter ? cost / k.parameter : A(1);
+    const A by_overlap = iou.backward(b, -slope, A(0), d);
+    for (int a = 0; a < 2; ++a) {
+      const A by_low = by_overlap * low[1 - a].value, by_high = -by_overlap * x1[1 - a];
+      const A by_x1 = -by_overlap * high[1 - a].value, by_x2 = by_overlap * x2[1 - a];
+      add_length(by_x1 + by_low * low[a].to_a + by_high * high[a].to_a, d.outer_low[a], d.inner_low[a]);
+      add_length(by_x2 + by_low * low[a].to_b + by_high * high[a].to_b, d.outer_low[a], d.inner_high[a]);
+    }
+    return cost < k.parameter ? cost * slope / A(2) : cost - k.parameter / A(2);
+  }
+};
+
 }  // namespace iou_kind
 
 template <class... Kind> struct IouKindList {};
@@ -236,6 +261,7 @@ using IouKinds = IouKindList<
     iou_kind::giou,
     iou_kind::diou,
     iou_kind::ciou,
+    iou_kind::eiou,
     iou_kind::overlap>;
 
 // Calls f(kind) with the functor of that name; false if there is none.

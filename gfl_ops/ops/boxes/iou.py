@@ -105,6 +105,15 @@ def _ciou(pair: Pair, eps: float, _: float) -> Tensor:
     return 1 - clamp_passing_grad(iou - (_centre_penalty(pair, eps) + alpha * v), -1.0, 1.0)
 
 
+@_kind("eiou", parameter=0.1)
+def _eiou(pair: Pair, eps: float, smooth_point: float) -> Tensor:
+    x1, x2 = pair.inner_low - pair.outer_low, pair.inner_high - pair.outer_low
+    low, high = torch.minimum(x1, x2), torch.maximum(x1, x2)
+    overlap = _product(x2) + _product(low) - x1[:, 0] * high[:, 1] - high[:, 0] * x1[:, 1]
+    cost = 1 - overlap / (pair.union(overlap) + eps)
+    return torch.where(cost < smooth_point, cost**2 / (2 * smooth_point), cost - smooth_point / 2)
+
+
 # What `box_iou_loss` takes.
 KINDS = tuple(name for name in _FORMULAS if name != "overlap")
 
@@ -183,6 +192,7 @@ def box_iou_loss(
     eps: float = 1e-7,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    smooth_point: float = 0.1,
 ) -> Tensor:
     r"""Loss of predicted boxes against aligned target boxes: one minus their IoU, GIoU, DIoU or CIoU.
 
@@ -225,7 +235,8 @@ def box_iou_loss(
     """
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)
-    parameters: dict[str, float] = {}
+    checks.number(op, "smooth_point", smooth_point, 0, exclusive=True)
+    parameters: dict[str, float] = {"eiou": smooth_point}
     loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
     check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
