@@ -253,6 +253,34 @@ struct eiou {  // mmdet's extended IoU, whose intersection is signed where the b
   }
 };
 
+struct siou {  // mmdet's (arXiv 2205.12740); for s from centre to centre, its angle cost sin 2α is 2|s₀·s₁|/|s|²
+  static constexpr const char* name = "siou";
+  template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
+    const OverlapRatio<A> iou(b, k.eps, true);
+    const A s[2] = {centre_distance(b, 0) / A(2) + k.eps, centre_distance(b, 1) / A(2) + k.eps};
+    const A norm = s[0] * s[0] + s[1] * s[1], angle = A(2) * std::fabs(s[0] * s[1]) / norm;
+    A cost = A(1), by_gamma = A(0), by_s[2];
+    for (int a = 0; a < 2; ++a) {
+      const Length<A> outer = length_of(b.outer_low[a], b.outer_high[a], k.eps);
+      const A rho = s[a] / outer.value, gamma = k.parameter * (A(2) - angle), e = std::exp(gamma * rho * rho) / A(2);
+      const Extreme<A> low = min_of(extent(b.pred, a), extent(b.target, a));
+      const Extreme<A> high = max_of(extent(b.pred, a), extent(b.target, a));
+      const A ratio = (low.value + k.eps) / (high.value + k.eps), o = A(1) - std::exp(ratio - A(1));
+      const A by_low = A(2) * o * o * o * (o - A(1)) / (high.value + k.eps);
+      cost += o * o * o * o / A(2) - e;
+      by_gamma -= e * rho * rho;
+      by_s[a] = -gamma * rho * e / outer.value;
+      add_length(by_low * (low.to_a - ratio * high.to_a), d.pred[a], d.pred[a + 2]);
+      add_length(by_low * (low.to_b - ratio * high.to_b), d.target[a], d.target[a + 2]);
+      add_length(A(-2) * by_s[a] * rho * outer.slope, d.outer_low[a], d.outer_high[a]);
+    }
+    const A g = -k.parameter * by_gamma / norm;
+    for (int a = 0; a < 2; ++a) add_centre_distance(by_s[a] + g * (std::copysign(s[1 - a], s[a]) - angle * s[a]), a, d);
+    iou.backward(b, A(-1), A(0), d);
+    return bounded_loss(A(1) - (iou.ratio.value - cost), d);
+  }
+};
+
 }  // namespace iou_kind
 
 template <class... Kind> struct IouKindList {};
@@ -262,6 +290,7 @@ using IouKinds = IouKindList<
     iou_kind::diou,
     iou_kind::ciou,
     iou_kind::eiou,
+    iou_kind::siou,
     iou_kind::overlap>;
 
 // Calls f(kind) with the functor of that name; false if there is none.

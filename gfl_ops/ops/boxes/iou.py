@@ -114,6 +114,15 @@ def _eiou(pair: Pair, eps: float, smooth_point: float) -> Tensor:
     return torch.where(cost < smooth_point, cost**2 / (2 * smooth_point), cost - smooth_point / 2)
 
 
+@_kind("siou", parameter=1.0)
+def _siou(pair: Pair, eps: float, sign: float) -> Tensor:
+    s = pair.centre_distance / 2 + eps
+    gamma = sign * (2 - 2 * _product(s).abs() / (s**2).sum(1))[:, None]
+    low, high = (f(pair.pred_size, pair.target_size) + eps for f in (torch.minimum, torch.maximum))
+    cost = 2 + ((1 - torch.exp(low / high - 1)) ** 4 - torch.exp(gamma * (s / pair.outer(eps)) ** 2)).sum(1)
+    return 1 - clamp_passing_grad(pair.iou(eps) - cost / 2, -1.0, 1.0)
+
+
 # What `box_iou_loss` takes.
 KINDS = tuple(name for name in _FORMULAS if name != "overlap")
 
@@ -193,6 +202,7 @@ def box_iou_loss(
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     smooth_point: float = 0.1,
+    neg_gamma: bool = False,
 ) -> Tensor:
     r"""Loss of predicted boxes against aligned target boxes: one minus their IoU, GIoU, DIoU or CIoU.
 
@@ -236,7 +246,7 @@ def box_iou_loss(
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)
     checks.number(op, "smooth_point", smooth_point, 0, exclusive=True)
-    parameters: dict[str, float] = {"eiou": smooth_point}
+    parameters: dict[str, float] = {"eiou": smooth_point, "siou": -1.0 if neg_gamma else 1.0}
     loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
     check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
