@@ -281,6 +281,21 @@ struct siou {  // mmdet's (arXiv 2205.12740); for s from centre to centre, its a
   }
 };
 
+struct mpdiou {  // arXiv 2307.07662: the corners' squared distances over the image's squared diagonal, the parameter
+  static constexpr const char* name = "mpdiou";
+  template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
+    const OverlapRatio<A> iou(b, k.eps, true);
+    A penalty = A(0);
+    for (int i = 0; i < 4; ++i) {
+      const A distance = b.pred[i] - b.target[i];
+      penalty += distance * distance / k.parameter;
+      add_length(A(2) * distance / k.parameter, d.target[i], d.pred[i]);
+    }
+    iou.backward(b, A(-1), A(0), d);
+    return A(1) - (iou.ratio.value - penalty);
+  }
+};
+
 }  // namespace iou_kind
 
 template <class... Kind> struct IouKindList {};
@@ -291,6 +306,7 @@ using IouKinds = IouKindList<
     iou_kind::ciou,
     iou_kind::eiou,
     iou_kind::siou,
+    iou_kind::mpdiou,
     iou_kind::overlap>;
 
 // Calls f(kind) with the functor of that name; false if there is none.

@@ -123,6 +123,11 @@ def _siou(pair: Pair, eps: float, sign: float) -> Tensor:
     return 1 - clamp_passing_grad(pair.iou(eps) - cost / 2, -1.0, 1.0)
 
 
+@_kind("mpdiou", parameter=640.0**2)
+def _mpdiou(pair: Pair, eps: float, squared_diagonal: float) -> Tensor:
+    return 1 - (pair.iou(eps) - ((pair.pred - pair.target) ** 2 / squared_diagonal).sum(1))
+
+
 # What `box_iou_loss` takes.
 KINDS = tuple(name for name in _FORMULAS if name != "overlap")
 
@@ -203,6 +208,7 @@ def box_iou_loss(
     avg_factor: float | Tensor | None = None,
     smooth_point: float = 0.1,
     neg_gamma: bool = False,
+    image_size: tuple[float, float] | None = None,
 ) -> Tensor:
     r"""Loss of predicted boxes against aligned target boxes: one minus their IoU, GIoU, DIoU or CIoU.
 
@@ -247,6 +253,12 @@ def box_iou_loss(
     checks.choice(op, "kind", kind, KINDS)
     checks.number(op, "smooth_point", smooth_point, 0, exclusive=True)
     parameters: dict[str, float] = {"eiou": smooth_point, "siou": -1.0 if neg_gamma else 1.0}
+    if kind == "mpdiou":
+        if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
+            raise ValueError(checks.message(op, "image_size", 'must be (height, width) for kind="mpdiou"', image_size))
+        for i, size in enumerate(image_size):
+            checks.number(op, f"image_size[{i}]", size, 0, exclusive=True)
+        parameters["mpdiou"] = float(image_size[0]) ** 2 + float(image_size[1]) ** 2
     loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
     check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
