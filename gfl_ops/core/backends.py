@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,16 +26,18 @@ class _Kernels:
 
 _KERNELS: dict[str, _Kernels] = {}
 _AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
+_DISTRUSTED: dict[tuple[str, str, str], str] = {}  # (backend, stem, device type) -> why
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were run with
 
 
-def _triton_version() -> tuple[int, ...] | None:
+def triton_version() -> tuple[int, ...] | None:
+    """Triton's major and minor version, None where it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
-_TRITON = _triton_version()
+_TRITON = triton_version()
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
@@ -82,11 +85,29 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
 
 def automatic(stem: str, device_type: str) -> str:
     """The fastest backend that works there. Triton's interpreter is for testing and never chosen unasked."""
-    if unavailable("native", stem, device_type) is None:
-        return "native"
-    if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
-        return "triton"
+    for backend in ("native", "triton") if device_type == "cuda" else ("native",):
+        if (backend, stem, device_type) not in _DISTRUSTED and unavailable(backend, stem, device_type) is None:
+            return backend
     return "reference"
+
+
+def distrust(backend: str, stem: str, device_type: str, reason: str) -> None:
+    """Never choose `backend` for the operator there, since its kernel is known to be wrong; says so once."""
+    if (backend, stem, device_type) in _DISTRUSTED:
+        return
+    _DISTRUSTED[backend, stem, device_type] = reason
+    _AUTOMATIC[stem, device_type] = automatic(stem, device_type)
+    warnings.warn(
+        f"gfl_ops: the {backend} kernel of {stem} is not used on {device_type}: {reason}. {stem} runs on the backend"
+        f" {_AUTOMATIC[stem, device_type]!r}; please report this with the output of `gfl doctor --check`.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def distrusted(backend: str, stem: str, device_type: str) -> str | None:
+    """Why "auto" does not choose the backend although it could run; None if it may."""
+    return _DISTRUSTED.get((backend, stem, device_type))
 
 
 def serving(stem: str, device_type: str) -> str:

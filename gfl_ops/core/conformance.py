@@ -113,8 +113,10 @@ def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str, magnitud
         return
     got64, eager64 = got.double(), eager.double()
     special = ~torch.isfinite(oracle) | ~torch.isfinite(eager64)
-    if not torch.equal(got64[special].nan_to_num(0.5), eager64[special].nan_to_num(0.5)):
-        raise Mismatch(f"{what}: an infinity or a NaN is not where eager torch has it")
+    try:
+        torch.testing.assert_close(got64[special], eager64[special], equal_nan=True, rtol=0, atol=0)
+    except AssertionError as error:
+        raise Mismatch(f"{what}, where it is infinite or NaN: {error}") from None
     got64, eager64, oracle = got64[~special], eager64[~special], oracle[~special]
     arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
     scale = oracle.abs().clamp(min=magnitude)
