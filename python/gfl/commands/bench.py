@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfl_ops._version import __version__
-
 from ..config import PRESETS
 from ._size import parse_size
 
 if TYPE_CHECKING:
     from ..engine.bench import Timing
 
-HELP = "time whole detectors, beside the same networks in plain eager PyTorch"
+HELP = "time whole detectors against the same networks in eager PyTorch"
 ALL = "all"
 WIDTH = 80
 # Of each device: models, size and batches where none are given.
@@ -220,6 +218,8 @@ def _cases(options: argparse.Namespace, device: Any) -> list[tuple[Any, str, str
 
 def _stamp(devices: Sequence[Any]) -> dict[str, Any]:
     import torch
+
+    from gfl_ops._version import __version__
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gfl doctor``: what is installed and what serves each operator."""
+"""``gfl doctor``: what is installed and which backend each operator runs on."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "say what is installed, which backend serves each operator on this machine, and why not another"
+HELP = "show what is installed and which backend runs each operator"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

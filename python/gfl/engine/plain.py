@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gfl_ops
 
-from ..config import ModelConfig, TestConfig
+from ..config import InferenceConfig, ModelConfig
 
 Nms = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -34,7 +34,7 @@ def read_maps(
     reg_preds: Sequence[Tensor],
     image_sizes: Sequence[tuple[float, float]],
     config: ModelConfig,
-    test: TestConfig,
+    test: InferenceConfig,
     nms: Nms,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Boxes ``[n, 4]`` xyxy, scores ``[n]`` and labels ``[n]`` of each image, the best first.
