@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -133,6 +134,11 @@ def self_check(device: str | torch.device | None = None, *, save: bool = True) -
     return report
 
 
+def devices() -> list[str]:
+    """The kinds of device that this machine has: "cpu", and "cuda" where torch can use a GPU."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def ensure_checked(device: str | torch.device | None = None) -> Report | None:
     """Check the device unless that was done before on this machine; what the ``gfl`` commands call before first use.
 
@@ -158,6 +164,20 @@ def ensure_checked(device: str | torch.device | None = None) -> Report | None:
         else:
             apply(report)
     return report
+
+
+def _at_first_gpu_call() -> None:
+    if os.environ.get("GFL_OPS_SELF_CHECK", "1") == "0":
+        return
+    report = stored("cuda")
+    if report is not None:
+        apply(report)
+        return
+    warnings.warn(
+        f"gfl_ops: the kernels were not yet checked on {_device_name('cuda')}; `gfl doctor --check` does so.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def stored(device: str) -> Report | None:
@@ -214,6 +234,9 @@ def _build() -> str:
     if module is None or module.__file__ is None:
         return "without extension"
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12]
+
+
+backends.at_first_gpu_call(_at_first_gpu_call)
 
 
 # --- where verdicts are kept ----------------------------------------------------------------------------------------
