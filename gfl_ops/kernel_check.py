@@ -341,9 +341,9 @@ class _Runner:
                     detail = f"{WHOLE_LIMIT:.0f} s were over" if late else f"no answer within {limit:.0f} s"
                     yield Verdict(stem, backend, status, time.monotonic() - began, detail)
                     if late:
-                        yield from (
-                            Verdict(*n.split(":"), SKIPPED, 0.0, detail) for n in names[names.index(current) + 1 :]
-                        )
+                        for name in names[names.index(current) + 1 :]:
+                            later_stem, later_backend = name.split(":")
+                            yield Verdict(later_stem, later_backend, SKIPPED, 0.0, detail)
                     return
                 if line is None:
                     code = process.wait()
