@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import DTYPES
+
 HELP = "detect objects in images: writes pictures and a COCO-format file"
 ANNOTATIONS = "detections.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
