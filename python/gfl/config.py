@@ -37,7 +37,7 @@ class ModelConfig:
     )
     dcn_stages: tuple[int, ...] = _option((3, 4, 5), "backbone stages with deformable convolutions, among 2 to 5")
     frozen_stages: int = _option(1, "freeze the stem and this many backbone stages; -1: train the stem too")
-    norm_eval: bool = _option(True, "keep the running statistics of the backbone's batch norms (affine is trained)")
+    norm_eval: bool = _option(True, "fix the running statistics of the backbone's batch norms; weight and bias train")
     neck_channels: int = _option(256, "channels of each pyramid level")
     head_channels: int = _option(256, "channels of the head's convolutions")
     head_convs: int = _option(4, "convolutions before each of the head's two outputs")
@@ -74,9 +74,9 @@ class TrainConfig:
     """Optimization, schedule, augmentation and logging."""
 
     backbone_weights: str = _option(
-        "", "torchvision, timm, a file, or none (from scratch); required without --init and --resume", "NAME|FILE"
+        "", "initial weights: torchvision, timm, a file, or none (from scratch); needed without --init", "NAME|FILE"
     )
-    init: str = _option("", "checkpoint to start from; its class layer is left out if the classes differ", "FILE")
+    init: str = _option("", "checkpoint to start from, without its class layer if the class count differs", "FILE")
     epochs: int = _option(12, "passes over the training images")
     lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
     schedule: Literal["step", "cosine"] = _option("step", "learning-rate schedule after the warm-up")
