@@ -245,10 +245,10 @@ __device__ __forceinline__ void slab_values(const Slab& s, const SlabView<T>& x,
 }
 
 // body(length) with the number of elements per access: 16 bytes if all maps allow it.
-template <int V> struct Length { static constexpr int value = V; };
+template <int V> struct AccessLength { static constexpr int value = V; };
 template <class T, class Body> __device__ __forceinline__ void by_length(bool vectors, const Body& body) {
-  if (vectors) body(Length<kRun<T>>{});
-  else body(Length<1>{});
+  if (vectors) body(AccessLength<kRun<T>>{});
+  else body(AccessLength<1>{});
 }
 
 }  // namespace gfl::cuda

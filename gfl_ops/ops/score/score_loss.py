@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from ...core import backends, extension
 from ...core.dtypes import accumulator, as_dtype, device_type
 from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.reduction import factor_and_norm
-from ...core.registry import define
+from ...core.registry import define, triton_kernel
 
 # What the operators call the losses.
 QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
@@ -65,15 +64,8 @@ def _define(namespace: str, kernel: Callable[[str], Any] | None) -> Kernels:
     return Kernels(forward, finish, backward)
 
 
-def _triton(direction: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("gfl_ops.triton.score_loss"), direction)(*arguments)
-
-    return kernel
-
-
 _DEVICES = tuple(device for device in ("cpu", "cuda") if extension.serves("score_loss_fwd", device))
-_TRITON = _define("gfl_triton", _triton)
+_TRITON = _define("gfl_triton", lambda direction: triton_kernel("score_loss", direction))
 _NATIVE = _define("gfl", None) if _DEVICES else None
 
 
