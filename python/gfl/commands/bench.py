@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS
+from . import require_folder
 from ._size import parse_size
 
 HELP = "time whole detectors: images per second by model, precision, batch and size"
@@ -56,8 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from ..engine.distributed import choose_device
 
     for file in (options.json, options.plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{file.parent}, the folder of {file}, is not there")
+        require_folder(file)
     if options.seconds <= 0:
         raise ValueError(f"`--seconds` must be positive, got {options.seconds}")
     if options.threads is not None:
