@@ -7,8 +7,7 @@
 
 namespace gfl {
 
-// ---- adaptive training sample selection: which ground-truth box each location learns (arXiv 1912.02424, algorithm 1)
-// ----
+// ---- adaptive training sample selection: which box each location learns (arXiv 1912.02424, algorithm 1) ----
 
 // One level of the pyramid: a grid of square priors, centred at (x + offset)·stride + shift pixels.
 struct AtssLevel {
