@@ -95,7 +95,7 @@ struct Machine {
   Machine() {
     const char* seed = std::getenv("GFL_HOST_SEED");
     random.reset(seed ? std::strtoull(seed, nullptr, 10) : 0);
-    if (const char* seconds = std::getenv("GFL_HOST_TIMEOUT")) timeout = std::atof(seconds);
+    if (const char* seconds = std::getenv("GFL_HOST_TIMEOUT")) timeout = std::strtod(seconds, nullptr);
   }
 };
 
