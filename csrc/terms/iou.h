@@ -2,9 +2,10 @@
 // Losses of the overlap of two boxes xyxy, with their derivatives: one functor per kind.
 //
 //   iou    1 − I/U                                       U = max(union, ε)
-//   giou   iou + (E − U)/E                               Rezatofighi et al., arXiv 1902.09630, E = max(enclosing area, ε)
+//   giou   iou + (E − U)/E, E = max(enclosing area, ε)   Rezatofighi et al., arXiv 1902.09630
 //   diou   1 − I/(union + ε) + ρ²/(c² + ε)               Zheng et al., arXiv 1911.08287, eq. 7
 //   ciou   diou + α·v, within [0, 2]                     Zheng et al., arXiv 2005.03572, α constant in the derivative
+//   eiou, siou, mpdiou: stated at their functors; U = union + ε
 //   overlap  I/U itself, for losses of the IoU other than 1 − IoU, which a subtraction would round
 // Where a max or min ties, each side takes half the derivative, and a clamp at its bound lets it pass, both as torch's.
 #pragma once
@@ -21,8 +22,8 @@ template <class A> struct IouTerm { A value, grad_pred[4], grad_target[4]; };
 // The numbers that a kind is called with; `parameter` is its own, and what it means is said there.
 template <class A> struct IouParams { A eps, parameter; };
 
-// A pair of boxes in the pieces that losses are made of, [0] along x and [1] along y. A second one holds the derivatives
-// by each piece.
+// A pair of boxes in the pieces that losses are made of, [0] along x and [1] along y. A second one holds the
+// derivatives by each piece.
 template <class A> struct BoxPair {
   A pred[4], target[4];
   A inner_low[2], inner_high[2];  // the intersection; high < low where there is none
@@ -159,7 +160,7 @@ template <class A> GFL_HOST_DEVICE A bounded_loss(A loss, BoxPair<A>& d) {
   return loss;
 }
 
-// Every kind has a name and loss(pair, params, d), which adds to the zeros in `d`. A new one is added to `IouKinds` below.
+// Every kind has a name and loss(pair, params, d), which adds to the zeros in `d`. A new one joins `IouKinds` below.
 namespace iou_kind {
 
 struct overlap {
