@@ -147,7 +147,9 @@ def test_losses_and_gradients(
                 call = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
                 scale = normal(*shape, generator=generator) if reduction == "none" else None
                 got = evaluate(ours, leaves, arrange, scale, **call)
-                assert_same(got, evaluate(theirs, leaves, arrange, scale, **call))
+                # SIoU has eps, 1e-6, under widths of 4 and more too.
+                atol = 3e-7 if name == "SIoULoss" else 1e-12
+                assert_same(got, evaluate(theirs, leaves, arrange, scale, **call), atol)
 
 
 @pytest.mark.parametrize("name", NAMES)

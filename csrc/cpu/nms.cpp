@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // NMS on the CPU: sorting and grouping; the walk over a class is vector code in simd/nms.cpp.
-#include "gfl/nms.h"
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <vector>
@@ -37,6 +37,12 @@ void order_by_score(const void* scores, DType dtype, int64_t stride, int64_t cou
 }
 
 int64_t group_by_class(const int64_t* classes, const int64_t* order, int64_t count, int64_t* grouped, int64_t* bounds) {
+  bounds[0] = 0;
+  if (classes == nullptr) {
+    if (grouped != order) std::copy(order, order + count, grouped);
+    bounds[count > 0 ? 1 : 0] = count;
+    return count > 0 ? 1 : 0;
+  }
   std::vector<Keyed<uint64_t>> items(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) items[static_cast<size_t>(i)] = {rising_key(classes[order[i]]), order[i]};
   sort_stable(items);
@@ -56,6 +62,14 @@ void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint
   std::vector<unsigned char> scratch(static_cast<size_t>(portable::nms_class_scratch_bytes(largest, in.dtype)));
   for (int64_t s = begin; s < end; ++s) {
     nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.data(), keep);
+  }
+}
+
+int64_t count_kept(const uint8_t* keep, int64_t count) { return std::count(keep, keep + count, uint8_t(1)); }
+
+void collect_kept(const uint8_t* keep, const int64_t* order, int64_t count, int64_t* kept) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (keep[order[i]] != 0) *kept++ = order[i];
   }
 }
 

@@ -6,7 +6,7 @@
 //   first [tiles] int64   scratch: the number of candidates before each tile
 // A tile is 4096 pairs in a row, a block's work; a candidate's place is the tile's first, what its warps have before it,
 // and what its warp has before it. Three launches, the second of one block. Repeatable: nothing depends on an order.
-#include "gfl/multiclass_nms.h"
+#include "gfl/select.h"
 
 #include "launch.h"
 #include "terms/scalar.h"

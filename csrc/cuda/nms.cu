@@ -16,7 +16,7 @@
 // Bytes moved: the sorted boxes and classes, 24 a box (40 in fp64), written once and read once a panel. Arithmetic:
 // fp32, fp64 for fp64 boxes, as box.h says. Repeatable bit for bit: the only unordered writes are zeros into `keep`,
 // whatever their order.
-#include "gfl/nms.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "class_segments.h"

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "gfl/postprocess.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "launch.h"
@@ -22,14 +22,13 @@ struct alignas(16) KeptBox {
   Box<float> box;
   float area;
   int label;
-  uint32_t index;  // its pair of location and class, as keys count them
 };
 
 struct PostprocessPlan {
   float threshold;
   int64_t locations;                           // of an image
   int64_t start[kPostprocessMaxLevels];        // first location of a level
-  int64_t first[kPostprocessMaxLevels];        // first (location, class) pair of a level, as keys count them
+  int64_t first[kPostprocessMaxLevels];        // first (location, class) pair of a level: start · classes
   int64_t room[kPostprocessMaxLevels], keys_at[kPostprocessMaxLevels];  // of a level's keys within an image's
   int64_t keys_an_image;
   int first_tile[kPostprocessMaxLevels], tiles;

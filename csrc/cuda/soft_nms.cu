@@ -9,7 +9,7 @@
 // finds the best of what is left; the block's best is taken next. Bytes a box taken: the class's scratch once, from the
 // caches. Arithmetic in A, the exponential in double, as on the CPU. Repeatable bit for bit: a class is one block's, and
 // the greatest of (score, lower index) does not depend on who looks first.
-#include "gfl/soft_nms.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "class_segments.h"

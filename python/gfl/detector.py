@@ -18,9 +18,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import gfl_ops
+
 from . import checkpoint, draw
+from .config import ModelConfig
 from .data import transforms
-from .edges import Edges, find_edges
 from .engine.distributed import choose_device
 from .engine.infer import Coming, Engine
 from .models.fused import FusedGFL
@@ -54,7 +56,7 @@ class Result:
     category_ids: list[int]
     size: tuple[int, int]
     path: Path | None
-    edges: Edges | None
+    edges: draw.Edges | None
     # Kept for images without a file only, so that a folder's results stay small.
     _pixels: Tensor | None
 
@@ -258,13 +260,8 @@ class Detector:
         with self._configured():
             batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
             found = self._engine.run(batch)
-        read = []
-        if edges:
-            for i, count in enumerate(found.detections[3].tolist()):
-                cls_scores, reg_preds = ([level[i] for level in maps] for maps in found[1:])
-                boxes, scores, labels = (part[i, :count] for part in found.detections[:3])
-                config, size = self.model.config, batch.sizes[i]
-                read.append(find_edges(cls_scores, reg_preds, config, size, boxes, scores, labels))
+        # The maps are overwritten by the next batch.
+        read = _edges(found.reg_preds, found.detections.locations, self.model.config) if edges else None
         return _Started(images, places, Coming(found.detections), read)
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
@@ -281,8 +278,8 @@ class Detector:
             (height, width), (h, w) = one.size, one.input_size
             factor = torch.tensor([w / width, h / height])
             edges = None
-            if started.edges:
-                here = Edges(*(part.cpu() for part in started.edges[i]))
+            if started.edges is not None:
+                here = draw.Edges(*(part[i, :count].cpu() for part in started.edges))
                 edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
             # Boxes clipped to the scaled image may end an ulp outside the image after the division.
             limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
@@ -326,7 +323,20 @@ class _Started:
     images: Sequence[_Loaded]
     places: list[int]
     coming: Coming
-    edges: list[Edges]
+    edges: draw.Edges | None
+
+
+def _edges(reg_preds: Sequence[Tensor], locations: Tensor, config: ModelConfig) -> draw.Edges:
+    """The distributions at the locations ``[B, K]`` of detections; what stands in unused slots means nothing."""
+    points, strides = [], []
+    for level, stride in zip(reg_preds, config.strides, strict=True):
+        cell = torch.arange(level.shape[2] * level.shape[3], device=level.device)
+        shift = (stride - 1) / 2 if config.legacy else config.center_offset * stride
+        points.append(torch.stack([cell % level.shape[3], cell // level.shape[3]], 1).float() * stride + shift)
+        strides.append(torch.full_like(points[-1], stride))
+    probabilities = gfl_ops.side_distributions(reg_preds, locations, config.reg_max)
+    place = locations.clamp(min=0)
+    return draw.Edges(probabilities, torch.cat(points)[place], torch.cat(strides)[place])
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:

@@ -3,7 +3,7 @@
 // left at the first hit. The kept boxes are a structure of arrays padded to whole groups of lanes, so that a group is
 // one straight-line loop; it needs no division, and what passes it is decided as box.h says, so that every instruction
 // set decides alike.
-#include "gfl/nms.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "vector_math.h"

@@ -3,7 +3,7 @@
 // indices; each group remembers its best score, as an integer that orders like the scores. Taking a box is a vector
 // test of every group for an intersection; only groups that have one are worked on box by box and look for their best
 // again.
-#include "gfl/soft_nms.h"
+#include "gfl/select.h"
 
 #include <cmath>
 

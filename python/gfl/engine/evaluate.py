@@ -147,7 +147,7 @@ def to_results(
     detections: gfl_ops.Detections, image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
-    boxes, scores, labels, count = (tensor.tolist() for tensor in detections)
+    boxes, scores, labels, count = (tensor.tolist() for tensor in detections[:4])
     return [
         {
             "image_id": image_ids[row],

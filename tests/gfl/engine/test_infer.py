@@ -96,7 +96,9 @@ def test_settings_are_part_of_what_is_recorded(small: Callable[..., Config], gen
 
 
 def test_detections_of_the_cpu_are_there_at_once() -> None:
-    detections = gfl_ops.Detections(torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1))
+    detections = gfl_ops.Detections(
+        torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1), torch.zeros(1, 2)
+    )
     assert all(a is b for a, b in zip(Coming(detections).wait(), detections))
 
 
