@@ -38,7 +38,8 @@ struct Groups {
 
 Groups group(const at::Tensor& order, const OptionalTensor& classes) {
   const int64_t count = order.size(0);
-  Groups g{classes.has_value() ? at::empty({count}, order.options()) : order, at::empty({count + 1}, order.options()), 0};
+  Groups g{classes.has_value() ? at::empty({count}, order.options()) : order,
+           at::empty({count + 1}, order.options()), 0};
   g.count = cpu::group_by_class(classes.has_value() ? classes->const_data_ptr<int64_t>() : nullptr,
                                 order.const_data_ptr<int64_t>(), count, g.grouped.mutable_data_ptr<int64_t>(),
                                 g.bounds.mutable_data_ptr<int64_t>());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// NMS on the CPU: sorting and grouping; the walk over a class is vector code in simd/nms.cpp.
+// NMS on the CPU: sorting and grouping; a class is walked by the vector code in simd/nms.cpp.
 #include "gfl/select.h"
 
 #include <algorithm>
@@ -46,14 +46,14 @@ int64_t group_by_class(const int64_t* classes, const int64_t* order, int64_t cou
   std::vector<Keyed<uint64_t>> items(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) items[static_cast<size_t>(i)] = {rising_key(classes[order[i]]), order[i]};
   sort_stable(items);
-  int64_t met = 0;
+  int64_t groups = 0;
   for (int64_t i = 0; i < count; ++i) {
     const size_t at = static_cast<size_t>(i);
     grouped[i] = items[at].index;
-    if (i == 0 || items[at].key != items[at - 1].key) bounds[met++] = i;
+    if (i == 0 || items[at].key != items[at - 1].key) bounds[groups++] = i;
   }
-  bounds[met] = count;
-  return met;
+  bounds[groups] = count;
+  return groups;
 }
 
 void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint8_t* keep, int64_t begin, int64_t end) {

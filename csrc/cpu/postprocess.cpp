@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-processing on the CPU: one walk over the scores, then work on the survivors alone.
+// Post-processing on the CPU: one pass over the scores, then work on the survivors alone.
 //
-//   cls [B, C, H, W] a level           cls_dtype  read once, in the order of memory
-//   reg [B, 4(R+1), H, W] a level      reg_dtype  read where a candidate comes up for suppression
-//   boxes [B, K, 4], scores [B, K]     float      write        labels [B, K] int64, count [B] int32 write
-// An image is one thread's work. Each level's values above the threshold are compacted into 64-bit keys (value, ~index)
-// and cut to nms_pre by selection. Suppression takes candidates from the best down, sorted a block at a time; each is
-// decoded when its turn comes and compared with the kept boxes of its class only, and the walk ends at K kept boxes.
+//   cls [B, C, H, W] per level         cls_dtype  read once, in the order of memory
+//   reg [B, 4(R+1), H, W] per level    reg_dtype  read where a candidate comes up for suppression
+//   boxes [B, K, 4], scores [B, K]     float      write        labels, locations [B, K] int64, count [B] int32 write
+// One thread per image. Each level's values above the threshold are compacted into 64-bit keys (value, ~index)
+// and cut to nms_pre by selection. Suppression takes candidates from the best down, sorted one block at a time; each is
+// decoded when its turn comes and compared with the kept boxes of its class only, until K boxes are kept.
 #include "gfl/select.h"
 
 #include <algorithm>
@@ -24,10 +24,10 @@ namespace {
 
 using Keys = std::vector<uint64_t>;
 
-// Elements that are asked at once whether one of them is a candidate. Nearly always none is.
+// Elements tested together for a candidate; nearly always there is none.
 constexpr int kBlock = 32;
 
-// Says which elements are above the threshold, and what their values are.
+// Tests elements against the threshold, one by one or a block at a time.
 template <class T> struct Above {
   float threshold;
   explicit Above(float limit) : threshold(limit) {}
@@ -212,7 +212,7 @@ struct Decoder {
   }
 };
 
-// The boxes kept so far, in one chain a class.
+// The boxes kept so far, in one chain per class.
 class Kept {
  public:
   Kept(int64_t classes, float threshold, bool legacy)

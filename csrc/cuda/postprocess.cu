@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Post-processing on the GPU: four graph nodes for the whole batch, of which the host learns nothing.
 //
-//   cls [B, C, H, W] per level      cls_dtype  read once, along memory     reg [B, 4(R+1), H, W] per level  reg_dtype  read
+//   cls [B, C, H, W] per level  cls_dtype  read once, along memory     reg [B, 4(R+1), H, W] per level  reg_dtype  read
 //   boxes [B, K, 4], scores [B, K]  float  write     labels, locations [B, K] int64, count [B] int32  write
 // clear   the counters
-// scan    a block a tile of 128 locations with all classes: values above the threshold become 64-bit keys (value, ~pair)
-//         in the segment's memory, a segment being a level of an image
-// select  a block a segment: the key down to which nms_pre candidates (or locations) lie, by radix selection
-// finish  a block an image: the next 2048 or fewer greatest keys, sorted; 128 at a time are decoded, compared with the
-//         boxes kept so far and with each other; it ends at K kept boxes or with the last key
-// Memory is bounded: a segment has room for 16384 keys. Where more is above the threshold, the map itself is walked again
-// instead, up to six times a selection; the result is the same.
-// Bytes: sizeof(cls_dtype) a score, 8 a candidate written and read about three times, 4(R+1)·sizeof(reg_dtype) for each
-// candidate that comes up for suppression. Decisions in float, rounded as on the CPU. Repeatable: the order of keys in
-// memory changes from run to run, their set and the sorted order do not.
+// scan    one block per tile of 128 locations with all classes: values above the threshold become 64-bit keys
+//         (value, ~pair) in the segment's memory, a segment being one level of one image
+// select  one block per segment: the key down to which nms_pre candidates (or locations) lie, by radix selection
+// finish  one block per image: the next 2048 or fewer greatest keys, sorted; 128 at a time are decoded, compared with
+//         the boxes kept so far and with each other; it ends at K kept boxes or with the last key
+// Memory is bounded: a segment has room for 16384 keys. Where more is above the threshold, the map itself is walked
+// again instead, up to six times per selection; the result is the same. Bytes: sizeof(cls_dtype) per score, 8 per
+// candidate written and read about three times, 4(R+1)·sizeof(reg_dtype) for each candidate that comes up for
+// suppression. Decisions in float, rounded as on the CPU. Repeatable: the order of keys in memory changes from run to
+// run, their set and the sorted order do not.
 #include "gfl/select.h"
 
 #include "terms/bins.h"
@@ -28,9 +28,9 @@ namespace {
 
 constexpr int kScanKeys = 512;   // of a tile, before they go to the segment
 constexpr int kChunk = 2048;     // candidates sorted at a time, fewer where a digit's border is near
-constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads each
+constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads per candidate
 constexpr int kWords = kRound / 32;
-static_assert(kRound * 4 == kSelectThreads, "a thread a side");
+static_assert(kRound * 4 == kSelectThreads, "one thread per side");
 
 struct ScanScratch {
   Key keys[kScanKeys];
@@ -324,10 +324,10 @@ PostprocessPlan plan_of(const PostprocessInput& in, void* workspace, Bytes& byte
     plan.first[l] = pairs;
     plan.first_tile[l] = plan.tiles;
     plan.room[l] = here < kSegmentKeys ? here : kSegmentKeys;
-    plan.keys_at[l] = plan.keys_an_image;
+    plan.keys_at[l] = plan.keys_per_image;
     plan.locations += locations;
     plan.tiles += static_cast<int>((locations + kMapTile - 1) / kMapTile);
-    plan.keys_an_image += plan.room[l];
+    plan.keys_per_image += plan.room[l];
     pairs += here;
   }
   char* const base = static_cast<char*>(workspace);
@@ -344,7 +344,7 @@ PostprocessPlan plan_of(const PostprocessInput& in, void* workspace, Bytes& byte
   }
   bytes.cleared = at;
   plan.cut = reinterpret_cast<Key*>(take(sizeof(Key) * segments));
-  plan.keys = reinterpret_cast<Key*>(take(sizeof(Key) * images * static_cast<size_t>(plan.keys_an_image)));
+  plan.keys = reinterpret_cast<Key*>(take(sizeof(Key) * images * static_cast<size_t>(plan.keys_per_image)));
   plan.kept = reinterpret_cast<KeptBox*>(take(sizeof(KeptBox) * images * static_cast<size_t>(in.max_detections)));
   bytes.all = at;
   return plan;

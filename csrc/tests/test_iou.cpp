@@ -52,7 +52,7 @@ Real siou_loss(const Real* p, const Real* t, bool neg_gamma, Real eps) {
   return 1 - std::min<Real>(1, std::max<Real>(-1, value));
 }
 
-// `alpha`: CIoU's factor, which its derivative takes as a constant; negative to have it computed and returned in `used`.
+// `alpha`: CIoU's factor, constant in its derivative; negative to have it computed and returned in `used`.
 Real formula(const Real* p, const Real* t, const Kind& kind, Real eps, Real alpha, Real* used) {
   const std::string& name = kind.name;
   if (name == "eiou") return extended_iou_loss(p, t, kind.parameter, eps);

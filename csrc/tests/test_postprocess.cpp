@@ -193,8 +193,8 @@ template <class T> struct Case {
         CHECK(gfl::testing::close(got_scores[slot], w.score, 4e-7, 1e-37), "%s image %d slot %d: score %.9g, not %.9g",
               name, int(b), int(k), got_scores[slot], w.score);
         for (int side = 0; side < 4; ++side) {
-          CHECK(gfl::testing::close(got_boxes[slot * 4 + side], w.box[side], 0, box_tolerance), "%s image %d slot %d side %d: %.9g, not %.9g",
-                name, int(b), int(k), side, got_boxes[slot * 4 + side], w.box[side]);
+          CHECK(gfl::testing::close(got_boxes[slot * 4 + side], w.box[side], 0, box_tolerance),
+                "%s image %d slot %d side %d: %.9g, not %.9g", name, int(b), int(k), side, got_boxes[slot * 4 + side], w.box[side]);
         }
       }
     }

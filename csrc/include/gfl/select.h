@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which boxes remain: suppression of one class or many, soft suppression, and the whole way from a head's maps.
 //
-//   nms              walking the boxes by falling score (ties by lower index, NaN first), keep a box unless its IoU with
-//                    a kept box of its class is above the threshold; classes are compared as such, coordinates are not
+//   nms              from the best score down (ties by lower index, NaN first), a box is kept unless its IoU with a kept
+//                    box of its class is above the threshold; classes are compared as such, coordinates are not
 //                    shifted; IoU and comparison are those of csrc/terms/box.h
 //   multiclass       every pair of a box and a class whose score is above the threshold, in the order of
 //                    box · classes + class: what `nms` is then given
@@ -96,8 +96,8 @@ namespace cpu {
 void order_by_score(const void* scores, DType dtype, int64_t stride, int64_t count, int64_t* order);
 
 // Rearranges `order` by rising class, each class in the order it has there: grouped [count], which may be `order` where
-// `classes` is null, for one class. Class s has the positions [bounds[s], bounds[s + 1]); bounds has room for count + 1.
-// Returns the number of classes met.
+// `classes` is null, for one class. Class s has the positions [bounds[s], bounds[s + 1]); bounds has room for
+// count + 1. Returns the number of classes.
 int64_t group_by_class(const int64_t* classes, const int64_t* order, int64_t count, int64_t* grouped, int64_t* bounds);
 
 // Classes [begin, end) of `grouped`. keep: [count] by index of the box, 1 or 0. Scratch: O(boxes of a class).
@@ -123,7 +123,8 @@ void soft_nms(const SoftNmsInput& in, const int64_t* grouped, const int64_t* bou
 int64_t soft_nms_collect(const SoftNmsInput& in, const void* final_scores, const uint8_t* keep, int64_t* indices,
                          float* scores);
 
-// Images [begin, end); unused slots are zero with label and location −1. Allocates scratch in proportion to an image's candidates.
+// Images [begin, end); unused slots are zero with label and location −1. Allocates scratch in proportion to the
+// candidates of an image.
 void postprocess(const PostprocessInput& in, const PostprocessOutput& out, int64_t begin, int64_t end);
 
 }  // namespace cpu
@@ -138,7 +139,7 @@ size_t nms_workspace_bytes(int64_t count, DType dtype);
 cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order, void* workspace, uint8_t* keep,
                 cudaStream_t stream);
 
-// The same for many boxes of many classes. grouped: [count] positions in `order`, class by class, rising within a class.
+// The same for many boxes of many classes. grouped: [count] positions in `order`, class by class and rising within each.
 // labels: [count] the classes in that order. too_large: [1], 1 if a class has more than 4096 boxes: then `keep` is not
 // decided, and `nms` has to be called.
 cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t* grouped, const int64_t* labels,
@@ -157,8 +158,8 @@ cudaError_t multiclass_gather(const MulticlassInput& in, const void* workspace, 
 size_t soft_nms_workspace_bytes(int64_t count, DType dtype);
 
 // grouped: [count] indices of the boxes, class by class, rising within a class. labels: [count] the classes in that
-// order, or null for one class. keep and final_scores as above. workspace: soft_nms_workspace_bytes, aligned to 16. Never
-// waits for the device.
+// order, or null for one class. keep and final_scores as above. workspace: soft_nms_workspace_bytes, aligned to 16.
+// Never waits for the device.
 cudaError_t soft_nms(const SoftNmsInput& in, const int64_t* grouped, const int64_t* labels, void* workspace,
                      void* final_scores, uint8_t* keep, cudaStream_t stream);
 

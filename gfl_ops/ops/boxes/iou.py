@@ -16,9 +16,9 @@ from ...core.reduction import check_reduction, reduce_loss
 from ...core.registry import OpSpec, Sample, register
 from . import box_ops
 
+# (pairs, eps, the kind's own parameter) -> loss ``[N]``.
 Formula = Callable[["Pair", float, float], Tensor]
-# By the kind's name, as csrc/terms/iou.h has it: the loss ``[N]`` of (pair, eps, the kind's own parameter), and the
-# parameter that samples are drawn with.
+# By the kind's name, the one that csrc/terms/iou.h gives it: the formula, and the parameter for samples.
 _FORMULAS: dict[str, tuple[Formula, float]] = {}
 
 
@@ -163,7 +163,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
                 yield Sample(f"{strides_id}-n{n}", (small, target / 64, kind, 1e-6, parameter))
                 sides_first = apart.t().contiguous().t()
                 yield Sample(f"strided-{kind}-n{n}", (sides_first, target, *numbers))
-        # Equal, sharing sides, touching, one within the other, without area, points, turned round.
+        # Equal, sharing sides, touching, one within the other, without area, points, inverted.
         special = [
             [[8, 8, 24, 40], [8, 8, 24, 40]], [[8, 8, 24, 40], [8, 8, 16, 40]], [[0, 0, 8, 8], [8, 0, 16, 8]],
             [[4, 4, 8, 8], [0, 0, 16, 16]], [[4, 4, 4, 8], [4, 4, 8, 8]], [[4, 4, 4, 4], [4, 4, 4, 4]],

@@ -68,7 +68,7 @@ def fake(
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    """Small maps; all but the "smooth" ones decode exactly, so that IoUs and what they decide are equal everywhere."""
+    """Small maps; all but the "smooth" ones decode exactly, so that all backends take equal decisions."""
 
     def call(
         id: str,
