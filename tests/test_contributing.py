@@ -122,7 +122,7 @@ def test_a_loss_is_added_by_the_words_of_contributing(tmp_path: Path) -> None:
     tree = copy_of_the_tree(tmp_path)
     for block in BLOCKS:
         apply(block, tree)
-    # Objects of the last build serve for all that the blocks don't touch.
+    # What the blocks don't touch keeps the objects of the last build.
     built = next(iter(sorted((ROOT / "build").glob("temp/*/torch-*[!a]"))), ROOT / "nothing")
     run([sys.executable, "-c", BUILD, str(tree), str(built), *(block.path for block in BLOCKS)], tree)
 
