@@ -264,7 +264,7 @@ def make_scene(batch: int, size: tuple[int, int] = (800, 1344), data: Path = DAT
     point, step = points.expand(batch, -1, -1)[positive], stride.expand(batch, -1)[positive]
     target = (torch.cat([point - true[:, :2], true[:, 2:] - point], 1) / step[:, None]).clamp(0, REG_MAX - 0.1)
 
-    # Like a trained head's: background logits N(−6, 1.25), as measured on the real one; logits around 0 at the classes of
+    # Like a trained head's: background logits N(−6, 1.25), as measured on the real one; logits near 0 at the classes of
     # positives; distributions that peak about half a bin from their target.
     shape = (*labels.shape,)
     pred = torch.randn((*shape, CLASSES), generator=generator) * 1.25 - 6.0
