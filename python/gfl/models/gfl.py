@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector: backbone, pyramid and head, with the loss and the reading of boxes by the operators of `gfl_ops`."""
+"""The detector: backbone, pyramid and head, with loss and decoding by the operators of `gfl_ops`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class GFL(nn.Module):
 
     Args:
         backbone: gives maps of strides 8, 16 and 32.
-        config: of the network; says what neck and head are.
-        test: how boxes are read off the maps.
+        config: of the network; defines neck and head.
+        test: how boxes are read from the maps.
 
     Attributes:
-        config: the network's, with the backbone's frozen stages and norms as they are now.
+        config: the network's, with the backbone's current frozen stages and norms.
         test: may be changed at any time.
-        backbone, neck, bbox_head: the three parts.
+        backbone, neck, bbox_head: the three modules.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: TestConfig | None = None) -> None:
@@ -65,34 +65,33 @@ class GFL(nn.Module):
         *,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> gfl_ops.Detections | dict[str, Tensor]:
-        """Detections of a batch; with `targets` its losses, so that wrappers of a module such as DDP see them.
+        """Detections of a batch, or with `targets` its losses, so that wrappers of a module such as DDP see them.
 
         Args:
-            images: normalised RGB, floating ``[B, 3, H, W]``, padded below and to the right with 0.
+            images: normalised RGB, floating ``[B, 3, H, W]``, padded with 0 below and to the right.
             image_sizes: ``[B, 2]``, height and width of each image without its padding, in pixels; by default H, W.
                 Boxes are clipped to them.
-            scale_factors: ``[B, 2]``, horizontal and vertical: boxes are divided by it. By default they are in pixels
-                of `images`.
+            scale_factors: ``[B, 2]``, horizontal and vertical; boxes are divided by them. By default boxes are in
+                pixels of `images`.
             targets: as `loss` takes them.
 
         Returns:
             `gfl_ops.Detections` ``(boxes [B, K, 4] fp32 xyxy, scores [B, K] fp32, labels [B, K] int64, count [B]
-            int32)``, K = ``test.max_detections``, the best first, label −1 in unused slots; no gradient. With `targets`
-            what `loss` returns.
+            int32)``, K = ``test.max_detections``, the best first, label −1 in unused slots; no gradient. Or, with
+            `targets`, what `loss` returns.
 
         Raises:
             RuntimeError: the model is in training mode and there are no `targets`.
-            TypeError, ValueError: an argument of another dtype or shape.
+            TypeError, ValueError: an argument of wrong dtype or shape.
         """
         if targets is not None:
             return self.loss(images, targets, image_sizes)
         if self.training:
             raise RuntimeError("gfl.GFL: detects in evaluation mode: call `eval()` first, or give `targets` for a loss")
         with torch.no_grad():
-            sizes = _inputs.sizes("forward", images, image_sizes)
-            factors = (
-                None if scale_factors is None else _inputs.pairs("forward", "scale_factors", scale_factors, images)
-            )
+            sizes, factors = _inputs.sizes("forward", images, image_sizes), None
+            if scale_factors is not None:
+                factors = _inputs.pairs("forward", "scale_factors", scale_factors, images)
             return self.read_maps(*self.predict_maps(images), sizes, factors)
 
     def read_maps(
@@ -102,7 +101,7 @@ class GFL(nn.Module):
         image_sizes: Tensor,
         scale_factors: Tensor | None = None,
     ) -> gfl_ops.Detections:
-        """Detections of what `predict_maps` gave, as `test` says; sizes and factors are `forward`'s, as tensors."""
+        """Detections from what `predict_maps` returns, by the settings in `test`; sizes and factors as tensors."""
         config, test = self._config, self.test
         return gfl_ops.postprocess(
             cls_scores,
@@ -126,14 +125,14 @@ class GFL(nn.Module):
         targets: Sequence[Mapping[str, Tensor]],
         image_sizes: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch, weighted and normalised; their sum is what is minimised.
+        """The three losses of a batch, weighted and normalised, to be summed.
 
         Where `torch.distributed` is initialised, the normalisers are means over the ranks, so that the mean of the
         ranks' gradients is that of the whole batch.
 
         Args:
             images: normalised RGB, floating ``[B, 3, H, W]``.
-            targets: one an image: ``{"boxes": [n, 4] xyxy in pixels of images, "labels": [n] integers in [0, C)}``,
+            targets: per image ``{"boxes": [n, 4] xyxy in pixels of images, "labels": [n] integers in [0, C)}``,
                 n = 0 for an image without objects. Labels are checked where they are on the CPU; on another device one
                 outside [0, C) counts as background, since a check would wait for the device.
             image_sizes: ``[B, 2]`` (h, w) without padding: locations beyond ceil(size/stride) cells are left out.
@@ -142,7 +141,7 @@ class GFL(nn.Module):
             ``loss_cls``, ``loss_bbox``, ``loss_dfl``: fp32 scalars on the maps' device.
 
         Raises:
-            TypeError, ValueError: an argument of another dtype or shape; labels out of range.
+            TypeError, ValueError: an argument of wrong dtype or shape; labels out of range.
         """
         sizes = _inputs.sizes("loss", images, image_sizes)
         return self.padded_loss(images, *_inputs.padded_targets(targets, images, self._config.num_classes), sizes)
@@ -150,12 +149,12 @@ class GFL(nn.Module):
     def padded_loss(
         self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor, image_sizes: Tensor
     ) -> dict[str, Tensor]:
-        """`loss` of objects in slots; values are not checked, so that nothing waits for a device.
+        """`loss` of objects in slots; values are not checked, so nothing waits for a device.
 
         Args:
             images: as for `loss`.
             gt_boxes: fp32 ``[B, G, 4]`` xyxy, on the images' device as the others.
-            gt_labels: int64 ``[B, G]`` in [0, C), −1 in slots that are not used.
+            gt_labels: int64 ``[B, G]`` in [0, C), −1 in unused slots.
             image_sizes: fp32 ``[B, 2]``.
         """
         config = self._config
@@ -189,13 +188,13 @@ class GFL(nn.Module):
         return {"loss_cls": losses.cls, "loss_bbox": losses.box, "loss_dfl": losses.dfl}
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Class logits ``[B, C, H_l, W_l]`` and distribution logits ``[B, 4(R+1), H_l, W_l]``, one of each a level.
+        """Class logits ``[B, C, H_l, W_l]`` and distribution logits ``[B, 4(R+1), H_l, W_l]``, per level.
 
         Args:
             images: normalised RGB, floating ``[B, 3, H, W]``; levels have ceil(H/stride) × ceil(W/stride) cells.
 
         Raises:
-            TypeError, ValueError: `images` of another dtype or shape.
+            TypeError, ValueError: `images` of wrong dtype or shape.
         """
         _inputs.check_images("predict_maps", images)
         return self.bbox_head(self.neck(self.backbone(images)))
@@ -204,7 +203,7 @@ class GFL(nn.Module):
 def _shared_norms(
     cls_scores: Sequence[Tensor], assignment: gfl_ops.Assignment
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Normalisers of the class losses and of the box losses as means over ranks; None for one process's own."""
+    """Normalisers of the class loss and of the box losses as means over ranks; None: those of this process."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None, None
     norms = gfl_ops.head_loss_norms(cls_scores, assignment)

@@ -15,25 +15,24 @@ import gfl_ops
 
 from .layers import Conv, Scale
 
-# Of an object, at every location, before training: keeps the first losses of the many background locations small.
+# Initial probability of an object at a location: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
-# Of a side's bins, the most probable ones that the quality is read from; hidden channels of that network.
+# The quality branch: how many of a side's highest probabilities it reads, and its hidden channels.
 PEAKS, QUALITY_CHANNELS = 4, 64
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is that."""
+def _upcast(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
-    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits; fp32, or fp64 of
-    such.
+    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits; fp32 or fp64.
 
-    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the logit's negative. So quality focal loss on it is the one
-    that the paper takes on the product, and ranking by it the ranking by the product, which saturates.
+    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the negative logit. So quality focal loss on it is the paper's
+    loss on the product, and ranking by it is ranking by the product, which saturates.
     """
-    x, q = _wide(class_logit), _wide(quality_logit)
+    x, q = _upcast(class_logit), _upcast(quality_logit)
     return -torch.logaddexp(-x, functional.softplus(-x) - q)
 
 
@@ -47,12 +46,12 @@ class GFLHead(nn.Module):
         convs: convolutions of each tower.
         groups: of their group norms.
         reg_max: R, last bin of a side's distribution.
-        levels: how many maps there are; each has a factor of its own for the distributions' logits.
-        quality_branch: the class probabilities are multiplied by a quality, which a small network reads off the four
-            greatest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
+        levels: how many maps there are; each has its own factor for the distributions' logits.
+        quality_branch: multiply the class probabilities by a quality, which a small network predicts from the four
+            highest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
             2011.12885).
 
-    Weights start normal with deviation 0.01, biases at 0, but the class logits' so that a class has probability 0.01.
+    Weights start normal with deviation 0.01, biases at 0, except the class logits' for a probability of 0.01.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class GFLHead(nn.Module):
         self.gfl_cls = nn.Conv2d(widths[-1], num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(widths[-1], 4 * (reg_max + 1), 3, padding=1)
         self.scales = nn.ModuleList([Scale() for _ in range(levels)])
-        # Holds no weights: a part of the published state dicts, and of use to who reads single distributions.
+        # Holds no weights, but is part of the published state dicts.
         self.integral = gfl_ops.Integral(reg_max)
         self.reg_conf: nn.Module | None = None
         if quality_branch:
@@ -91,7 +90,7 @@ class GFLHead(nn.Module):
         nn.init.constant_(self.gfl_cls.bias, -math.log(1 / PRIOR_PROBABILITY - 1))  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """One ``[B, inputs, H, W]`` a level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
+        """``[B, inputs, H, W]`` per level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
         cls_scores, reg_preds = [], []
         for x, scale in zip(maps, self.scales, strict=True):
@@ -106,13 +105,13 @@ class GFLHead(nn.Module):
         return cls_scores, reg_preds
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
-        """A level's class logits with the quality that its distributions' peaks tell, if there is such a branch."""
+        """A level's class logits, multiplied in probability by the quality if there is such a branch."""
         if self.reg_conf is None:
             return cls_score
         return joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
-        """Of each side's distribution the greatest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
-        probability = _wide(reg_pred).unflatten(1, (4, self.reg_max + 1)).softmax(2)
+        """Each side's highest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
+        probability = _upcast(reg_pred).unflatten(1, (4, self.reg_max + 1)).softmax(2)
         peaks = probability.topk(PEAKS, dim=2).values
         return torch.cat([peaks, peaks.mean(2, keepdim=True)], 2).flatten(1, 2).to(reg_pred.dtype)
