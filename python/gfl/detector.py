@@ -22,7 +22,7 @@ from . import checkpoint, draw
 from .data import transforms
 from .edges import Edges, find_edges
 from .engine.distributed import choose_device
-from .engine.infer import Coming, Engine
+from .engine.pipeline import PendingDetections, Pipeline
 from .models.fused import FusedGFL
 from .models.gfl import GFL
 
@@ -174,7 +174,7 @@ class Detector:
             raise ValueError("gfl.Detector: `compile` goes with `optimize=True`")
         self.optimize = optimize
         self._network = FusedGFL(self.model, self.dtype).to(self.device) if optimize else self.model
-        self._engine = Engine(self._network, self.device, graphs=optimize, compile=compile)
+        self._pipeline = Pipeline(self._network, self.device, graphs=optimize, compile=compile)
 
     def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
         """Find the objects of one image, or of each of several.
@@ -267,8 +267,8 @@ class Detector:
     @torch.no_grad()
     def _start_batch(self, images: Sequence[_Loaded], places: list[int], edges: bool) -> _Started:
         with self._as_asked():
-            batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
-            found = self._engine.run(batch)
+            batch = self._pipeline.load([one.pixels for one in images], [one.input_size for one in images])
+            found = self._pipeline.run(batch)
         read = []
         if edges:
             for i, count in enumerate(found.detections[3].tolist()):
@@ -276,7 +276,7 @@ class Detector:
                 boxes, scores, labels = (part[i, :count] for part in found.detections[:3])
                 config, size = self.model.config, batch.sizes[i]
                 read.append(find_edges(cls_scores, reg_preds, config, size, boxes, scores, labels))
-        return _Started(images, places, Coming(found.detections), read)
+        return _Started(images, places, PendingDetections(found.detections), read)
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
         """Their results, in the order in which the images were given."""
@@ -286,7 +286,7 @@ class Detector:
         return [found[i] for i in sorted(found)]
 
     def _results(self, started: _Started) -> list[Result]:
-        detections = started.coming.wait()
+        detections = started.pending.wait()
         results = []
         for i, (one, count) in enumerate(zip(started.images, detections[3].tolist())):
             boxes, scores, labels = (part[i, :count].clone() for part in detections[:3])
@@ -347,7 +347,7 @@ class _Started:
 
     images: Sequence[_Loaded]
     places: list[int]
-    coming: Coming
+    pending: PendingDetections
     edges: list[Edges]
 
 

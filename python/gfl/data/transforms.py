@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an image file to a normalised batch, in the steps that the published weights were trained with."""
+"""From an image file to a normalised batch, by the steps that the published weights were trained with."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class UnreadableImage(ValueError):
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """An image file as RGB.
 
-    A photo is turned upright as its EXIF orientation says, as OpenCV and viewers do, unless `size` tells that its
-    annotations were made on the stored pixels.
+    It is turned upright by its EXIF orientation, as OpenCV and viewers do, unless `size` tells that its annotations
+    were made on the stored pixels.
 
     Args:
-        path: any format that pillow reads; of an animation the first picture.
+        path: any format that pillow reads; of an animation the first frame.
         size: (height, width) in pixels that the annotations refer to; None: not known.
 
     Returns:
-        uint8 ``[3, H, W]``, in channels-last order in memory; see `to_tensor` for other modes than RGB.
+        uint8 ``[3, H, W]``, in channels-last memory format; see `to_tensor` for other modes than RGB.
 
     Raises:
         OSError: the file can't be read (it is missing, for example).
@@ -69,10 +69,10 @@ def to_tensor(image: Image.Image) -> Tensor:
     """A pillow image of any mode as RGB.
 
     Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
-    their upper 8 (as OpenCV does all but CMYK).
+    their upper 8 (as in OpenCV, except CMYK).
 
     Returns:
-        uint8 ``[3, H, W]``, in channels-last order in memory.
+        uint8 ``[3, H, W]``, in channels-last memory format.
 
     Raises:
         ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
@@ -92,7 +92,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) after scaling as far as neither the short side nor the long side grows over its limit.
+    """(height, width) at the largest scale at which neither the short nor the long side exceeds its limit.
 
     Rounded half up, as mmdet's ``Resize(keep_ratio=True)``; at least one pixel.
     """
@@ -100,19 +100,22 @@ def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) ->
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Tensor, height: int, width: int, fp32: bool = False) -> Tensor:
     """Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``.
 
     Args:
         image: uint8 ``[3, H, W]``.
         height, width: of the result, pixels.
+        fp32: interpolate in fp32, as a GPU has to; a CPU's fixed-point weights differ by at most one level.
 
     Returns:
         uint8 ``[3, height, width]``, the same at any number of threads.
     """
     if tuple(image.shape[1:]) == (height, width):
         return image
-    return functional.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+    given = image[None].float() if fp32 else image[None]
+    resized = functional.interpolate(given, (height, width), mode="bilinear", align_corners=False)[0]
+    return resized.round_().clamp_(0, 255).to(torch.uint8) if fp32 else resized
 
 
 def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
@@ -134,31 +137,31 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 
 
 def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
-    """Images of several sizes in one tensor, padded right and below.
+    """Images of several sizes in one tensor on their device, padded right and below.
 
     Args:
         images: uint8 ``[3, H, W]`` each.
         divisor: of the padded height and width, pixels.
 
     Returns:
-        uint8 ``[B, 3, H, W]`` in channels-last order in memory, zero in the padding, and fp32 ``[B, 2]``, each image's
-        (height, width) without it.
+        uint8 ``[B, 3, H, W]`` in channels-last memory format, zero in the padding, and on the CPU fp32 ``[B, 2]``, each
+        image's (height, width) without it.
     """
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max((s[i] for s in sizes), default=1) // divisor) * divisor for i in (0, 1))
-    shape = (len(images), 3, height, width)
-    batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last).zero_()
+    shape, device = (len(images), 3, height, width), images[0].device if images else None
+    batch = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last).zero_()
     for row, image, (h, w) in zip(batch, images, sizes, strict=True):
         row[:, :h, :w] = image
     return batch, torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
 
 
 def normalise(images: Tensor, image_sizes: Tensor) -> Tensor:
-    """What the network takes: mean and deviation of ImageNet removed, zero in the padding.
+    """The network's input: ImageNet's mean subtracted, divided by its deviation, zero in the padding.
 
     Args:
         images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``, on the network's device.
-        image_sizes: ``[B, 2]``, (height, width) without padding, on the same device. Nothing is synchronised.
+        image_sizes: ``[B, 2]``, (height, width) without padding, on the same device; the host does not wait for it.
 
     Returns:
         fp32 ``[B, 3, H, W]``, contiguous.

@@ -24,7 +24,8 @@ from .. import models
 from ..data import transforms
 from ..models.fused import FusedGFL
 from . import plain
-from .infer import Coming, Engine
+from .graphs import Graph
+from .pipeline import PendingDetections, Pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN, OURS, COMPILED = "plain", "ours", "compiled"
@@ -327,7 +328,7 @@ class _Ours(_Way):
 
     def __init__(self, network: FusedGFL, device: torch.device, compile: bool = False) -> None:
         super().__init__(network, device)
-        self.engine = Engine(network, device, graphs=True, compile=compile)
+        self.engine = Pipeline(network, device, graphs=True, compile=compile)
 
     def maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return self.engine.maps(images)
@@ -336,20 +337,12 @@ class _Ours(_Way):
         return self.network.read_maps(cls_scores, reg_preds, self.sizes(len(cls_scores[0]), size))
 
     def detect(self, photos: Sequence[Tensor], size: tuple[int, int]) -> object:
-        return Coming(self.engine.run(self.engine.load(photos, [size] * len(photos))).detections).wait()
+        return PendingDetections(self.engine.run(self.engine.load(photos, [size] * len(photos))).detections).wait()
 
     def _recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         if self.device.type != "cuda":
             return run
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            run()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return Graph(run, device=self.device)
 
 
 def _differences(ways: dict[str, _Way], images: Tensor, size: tuple[int, int]) -> dict[str, float]:
