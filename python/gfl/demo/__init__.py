@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set drawn from nothing, and the training on it: what `gfl demo` shows."""
+"""A data set drawn from scratch, and a training on it: what `gfl demo` shows."""
