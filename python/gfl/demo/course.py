@@ -13,11 +13,9 @@ from ..config import Config, preset
 from ..data.loader import validation_dataset
 from ..detector import Detector
 from ..engine.train import BEST, train
-from . import pictures
+from . import ITERATIONS, pictures
 from .scenes import write_dataset
 
-# AP above 0.5 in under six minutes on two cores without bf16.
-ITERATIONS = 2500
 BATCH, EPOCHS, SIZE = 8, 8, 160
 # A batch of small images does not occupy more.
 MOST_THREADS = 8
