@@ -54,10 +54,7 @@ def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
     if config.backbone.startswith(TIMM):
         backbone: Backbone = TimmBackbone(config.backbone[len(TIMM) :], config.frozen_stages, config.norm_eval)
     else:
-        architecture = ARCHITECTURES[config.backbone]
-        backbone = ResNet(
-            architecture, config.width, config.dcn, config.dcn_stages, config.frozen_stages, config.norm_eval
-        )
+        backbone = ResNet(ARCHITECTURES[config.backbone], config)
     return GFL(backbone, config, test)
 
 
@@ -70,27 +67,18 @@ def _check(config: ModelConfig) -> None:
     grouped = architecture is not None and architecture.groups > 1
     positive = ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk")
     rules = [(name, getattr(config, name) >= 1, "must be >= 1") for name in positive]
+    quality = config.reg_max + 1 >= PEAKS or not config.quality_branch
+    divides = config.head_groups > 0 and config.head_channels % config.head_groups == 0
+    strides = 3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling
     rules += [
         ("head_convs", config.head_convs >= 0, "must be >= 0"),
         ("anchor_scale", config.anchor_scale > 0, "must be > 0"),
         ("beta", config.beta >= 0, "must be >= 0"),
         ("reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]"),
-        (
-            "quality_branch",
-            config.reg_max + 1 >= PEAKS or not config.quality_branch,
-            f"needs a `reg_max` of {PEAKS - 1} or more",
-        ),
+        ("quality_branch", quality, f"needs a `reg_max` of {PEAKS - 1} or more"),
         ("frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]"),
-        (
-            "head_groups",
-            config.head_groups > 0 and config.head_channels % config.head_groups == 0,
-            f"must divide `head_channels`, {config.head_channels}",
-        ),
-        (
-            "strides",
-            3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling,
-            f"must be 8, 16, 32 and so on, each twice the last, 3 to {MAX_LEVELS} of them",
-        ),
+        ("head_groups", divides, f"must divide `head_channels`, {config.head_channels}"),
+        ("strides", strides, f"must be 8, 16, 32 and so on, each twice the last, 3 to {MAX_LEVELS} of them"),
         ("dcn_stages", set(config.dcn_stages) <= {2, 3, 4, 5}, "must be among 2, 3, 4, 5"),
         ("backbone", timm or architecture is not None, f"must be one of {', '.join(ARCHITECTURES)}, or timm:NAME"),
         ("dcn", config.dcn is None or deformable, "is for resnet50, resnet101 and resnext101_32x4d"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,6 +17,8 @@ from . import _inputs
 from .backbone import Backbone
 from .fpn import FPN
 from .head import GFLHead
+
+Pairs = Tensor | Sequence[Sequence[float]]
 
 
 class GFL(nn.Module):
@@ -40,28 +43,18 @@ class GFL(nn.Module):
         self.test = InferenceConfig() if test is None else test
         self.backbone = backbone
         self.neck = FPN(backbone.channels, config.neck_channels, len(config.strides))
-        self.bbox_head = GFLHead(
-            config.neck_channels,
-            config.num_classes,
-            config.head_channels,
-            config.head_convs,
-            config.head_groups,
-            config.reg_max,
-            len(config.strides),
-            config.quality_branch,
-        )
+        self.bbox_head = GFLHead(config)
 
     @property
     def config(self) -> ModelConfig:
-        return dataclasses.replace(
-            self._config, frozen_stages=self.backbone.frozen_stages, norm_eval=self.backbone.norm_eval
-        )
+        frozen, norm_eval = self.backbone.frozen_stages, self.backbone.norm_eval
+        return dataclasses.replace(self._config, frozen_stages=frozen, norm_eval=norm_eval)
 
     def forward(
         self,
         images: Tensor,
-        image_sizes: Tensor | Sequence[Sequence[float]] | None = None,
-        scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
+        image_sizes: Pairs | None = None,
+        scale_factors: Pairs | None = None,
         *,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> gfl_ops.Detections | dict[str, Tensor]:
@@ -76,9 +69,7 @@ class GFL(nn.Module):
             targets: as `loss` takes them.
 
         Returns:
-            `gfl_ops.Detections` ``(boxes [B, K, 4] fp32 xyxy, scores [B, K] fp32, labels [B, K] int64, count [B]
-            int32)``, K = ``test.max_detections``, the best first, label −1 in unused slots; no gradient. Or, with
-            `targets`, what `loss` returns.
+            What `gfl_ops.postprocess` returns, K = ``test.max_detections`` slots per image; or what `loss` returns.
 
         Raises:
             RuntimeError: the model is in training mode and there are no `targets`.
@@ -120,10 +111,7 @@ class GFL(nn.Module):
         )
 
     def loss(
-        self,
-        images: Tensor,
-        targets: Sequence[Mapping[str, Tensor]],
-        image_sizes: Tensor | Sequence[Sequence[float]] | None = None,
+        self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], image_sizes: Pairs | None = None
     ) -> dict[str, Tensor]:
         """The three losses of a batch, weighted and normalised, to be summed.
 
@@ -132,8 +120,8 @@ class GFL(nn.Module):
 
         Args:
             images: normalised RGB, floating ``[B, 3, H, W]``.
-            targets: per image ``{"boxes": [n, 4] xyxy in pixels of images, "labels": [n] integers in [0, C)}``,
-                n = 0 for an image without objects. Labels are checked where they are on the CPU; on another device one
+            targets: per image ``{"boxes": [n, 4] xyxy in pixels of images, "labels": [n] integers in [0, C)}``, n = 0
+                for an image without objects. Labels are checked where they are on the CPU; on another device one
                 outside [0, C) counts as background, since a check would wait for the device.
             image_sizes: ``[B, 2]`` (h, w) without padding: locations beyond ceil(size/stride) cells are left out.
 
@@ -149,15 +137,12 @@ class GFL(nn.Module):
     def padded_loss(
         self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor, image_sizes: Tensor
     ) -> dict[str, Tensor]:
-        """`loss` of objects in slots; values are not checked, so nothing waits for a device.
+        """`loss` of objects in slots: boxes fp32 ``[B, G, 4]``, labels int64 ``[B, G]``, −1 in unused slots.
 
-        Args:
-            images: as for `loss`.
-            gt_boxes: fp32 ``[B, G, 4]`` xyxy, on the images' device as the others.
-            gt_labels: int64 ``[B, G]`` in [0, C), −1 in unused slots.
-            image_sizes: fp32 ``[B, 2]``.
+        Sizes are fp32 ``[B, 2]``, everything is on the images' device, and values are not checked, so nothing waits.
         """
         config = self._config
+        geometry: dict[str, Any] = {"center_offset": config.center_offset, "legacy": config.legacy}
         cls_scores, reg_preds = self.predict_maps(images)
         assignment = gfl_ops.atss_assign(
             [(m.shape[2], m.shape[3]) for m in cls_scores],
@@ -167,8 +152,7 @@ class GFL(nn.Module):
             valid_sizes=image_sizes,
             topk=config.topk,
             anchor_scale=config.anchor_scale,
-            center_offset=config.center_offset,
-            legacy=config.legacy,
+            **geometry,
         )
         cls_norm, box_norm = _shared_norms(cls_scores, assignment)
         losses = gfl_ops.gfl_loss(
@@ -182,19 +166,14 @@ class GFL(nn.Module):
             beta=config.beta,
             cls_norm=cls_norm,
             box_norm=box_norm,
-            center_offset=config.center_offset,
-            legacy=config.legacy,
+            **geometry,
         )
         return {"loss_cls": losses.cls, "loss_bbox": losses.box, "loss_dfl": losses.dfl}
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Class logits ``[B, C, H_l, W_l]`` and distribution logits ``[B, 4(R+1), H_l, W_l]``, per level.
+        """Class logits ``[B, C, H_l, W_l]`` and distribution logits ``[B, 4(R+1), H_l, W_l]`` per level.
 
-        Args:
-            images: normalised RGB, floating ``[B, 3, H, W]``; levels have ceil(H/stride) × ceil(W/stride) cells.
-
-        Raises:
-            TypeError, ValueError: `images` of wrong dtype or shape.
+        Levels have ceil(H/stride) × ceil(W/stride) cells; `images` as for `forward`, and so the errors.
         """
         _inputs.check_images("predict_maps", images)
         return self.bbox_head(self.neck(self.backbone(images)))

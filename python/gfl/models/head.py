@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import gfl_ops
 
+from ..config import ModelConfig
 from .layers import Conv, Scale
 
 # Initial probability of an object at a location: keeps the first losses of the many background locations small.
@@ -37,46 +38,27 @@ def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
 
 
 class GFLHead(nn.Module):
-    """Two towers of convolutions, shared by all levels.
+    """Two towers of convolutions, shared by all levels; each level has its own factor for the distributions' logits.
 
-    Args:
-        inputs: channels of the maps.
-        num_classes: C, class logits of a location.
-        channels: of the towers' convolutions.
-        convs: convolutions of each tower.
-        groups: of their group norms.
-        reg_max: R, last bin of a side's distribution.
-        levels: how many maps there are; each has its own factor for the distributions' logits.
-        quality_branch: multiply the class probabilities by a quality, which a small network predicts from the four
-            highest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
-            2011.12885).
-
-    Weights start normal with deviation 0.01, biases at 0, except the class logits' for a probability of 0.01.
+    With ``config.quality_branch`` the class probabilities are multiplied by a quality, which a small network predicts
+    from the four highest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
+    2011.12885). Weights start normal with deviation 0.01, biases at 0, except the class logits' for a probability of
+    0.01.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        num_classes: int,
-        channels: int,
-        convs: int,
-        groups: int,
-        reg_max: int,
-        levels: int,
-        quality_branch: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.reg_max = reg_max
-        widths = [inputs] + [channels] * convs
+        self.reg_max, groups = config.reg_max, config.head_groups
+        widths = [config.neck_channels] + [config.head_channels] * config.head_convs
         self.cls_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
         self.reg_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
-        self.gfl_cls = nn.Conv2d(widths[-1], num_classes, 3, padding=1)
-        self.gfl_reg = nn.Conv2d(widths[-1], 4 * (reg_max + 1), 3, padding=1)
-        self.scales = nn.ModuleList([Scale() for _ in range(levels)])
+        self.gfl_cls = nn.Conv2d(widths[-1], config.num_classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(widths[-1], 4 * (self.reg_max + 1), 3, padding=1)
+        self.scales = nn.ModuleList([Scale() for _ in config.strides])
         # Holds no weights, but is part of the published state dicts.
-        self.integral = gfl_ops.Integral(reg_max)
+        self.integral = gfl_ops.Integral(self.reg_max)
         self.reg_conf: nn.Module | None = None
-        if quality_branch:
+        if config.quality_branch:
             statistics = nn.Conv2d(4 * (PEAKS + 1), QUALITY_CHANNELS, 1)
             self.reg_conf = nn.Sequential(statistics, nn.ReLU(inplace=True), nn.Conv2d(QUALITY_CHANNELS, 1, 1))
         self._initialise()

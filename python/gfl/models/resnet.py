@@ -6,11 +6,12 @@ In bottlenecks the 3x3 convolution has the stride, not the first 1x1 one as in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from .backbone import Backbone
 from .deform import DeformConv2d
 from .layers import conv_norm
@@ -84,27 +85,16 @@ class ResNet(Backbone):
 
     Args:
         architecture: depth and kind of the blocks, one of `ARCHITECTURES`.
-        width: channels of the stem and of the first stage's inner convolutions; 64 in the published ones.
-        dcn: "v1" or "v2": the bottlenecks' 3x3 convolutions are deformable (arXiv 1703.06211, 1811.11168).
-        dcn_stages: in which stages, 2 to 5 for c2 to c5.
-        frozen_stages: the stem and this many stages are not trained; −1: everything is.
-        norm_eval: batch norms keep their statistics in training too.
+        config: width, deformable convolutions (arXiv 1703.06211, 1811.11168) and what is not trained.
 
     Weights start as in He et al.'s initialisation for a ReLU (arXiv 1502.01852, by the outputs), the last norm of each
     block at 0, so that a block starts as the identity, and deformable convolutions with offsets of 0.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        width: int = 64,
-        dcn: str | None = None,
-        dcn_stages: Sequence[int] = (3, 4, 5),
-        frozen_stages: int = 1,
-        norm_eval: bool = True,
-    ) -> None:
+    def __init__(self, architecture: Architecture, config: ModelConfig) -> None:
         super().__init__()
         self.architecture = architecture
+        width = config.width
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -114,13 +104,14 @@ class ResNet(Backbone):
             blocks = []
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(Block(inputs, planes, stride, architecture, dcn if stage + 2 in dcn_stages else None))
+                dcn = config.dcn if stage + 2 in config.dcn_stages else None
+                blocks.append(Block(inputs, planes, stride, architecture, dcn))
                 inputs = planes * EXPANSION if architecture.bottleneck else planes
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             outputs.append(inputs)
         self.channels = (outputs[1], outputs[2], outputs[3])
         self._initialise()
-        self.freeze(frozen_stages, norm_eval)
+        self.freeze(config.frozen_stages, config.norm_eval)
 
     def _initialise(self) -> None:
         for module in self.modules():
