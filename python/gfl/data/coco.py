@@ -124,16 +124,12 @@ def read_annotations(path: str | Path) -> Annotations:
 
 
 def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str, Any]]:
-    """Reads and checks a file of detections in COCO's result format.
-
-    Args:
-        path: a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``.
-        annotations: what the detections will be compared with.
+    """A file of detections in COCO's result format, checked; `annotations` are what they will be compared with.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not JSON or no such list, or an entry lacks a key, has numbers that are not finite, or an
-            image or a category that the annotations don't know. The text names the file and the entry.
+        ValueError: it is not a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``, or one
+            has numbers that are not finite, or an image or category unknown to the annotations. The text names it.
     """
     path = Path(path)
     content = _json(path)
@@ -240,13 +236,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         return True
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads an image.
-
-        Raises:
-            OSError: the file can't be read.
-            gfl.data.transforms.UnreadableImage: it can't be decoded.
-            ValueError: its size is not the annotation file's.
-        """
+        """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
         image = read_image(self.path(index), (height, width))
         part = slice(self._first[index], self._last[index])

@@ -76,11 +76,7 @@ def training_dataset(config: Config) -> CocoDataset:
 
 
 def validation_dataset(config: Config) -> CocoDataset:
-    """The images to evaluate on, all of the annotation file.
-
-    Raises:
-        ValueError: `val_annotations` is empty; also what `CocoDataset` raises.
-    """
+    """The images to evaluate on, all of the annotation file; ValueError if `val_annotations` is empty."""
     data, root = config.data, Path(config.data.data)
     if not data.val_annotations:
         raise ValueError("`val_annotations` is empty: there is nothing to evaluate on")
@@ -90,12 +86,9 @@ def validation_dataset(config: Config) -> CocoDataset:
 def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches, over all processes, as indices into the data set; a pure function of its arguments.
 
-    The images are shuffled, and dealt in this order to landscape and portrait batches, to pad little. What is left of
-    both at the end is put together. Every image comes once; if they don't make whole batches, the last one is filled
-    with the epoch's first images, which come twice then.
-
-    Raises:
-        ValueError: `batch_size` is not positive.
+    The images are shuffled, and dealt in this order to landscape and portrait batches, to pad little; what is left of
+    both at the end is put together. Every image comes once, except that the epoch's first images also fill the last
+    batch.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}")
@@ -117,11 +110,7 @@ def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: in
 
 
 def test_batches(dataset: CocoDataset, batch_size: int) -> list[list[int]]:
-    """Batches in which each image comes once, those of similar shape together; the last one may be shorter.
-
-    Raises:
-        ValueError: `batch_size` is not positive.
-    """
+    """Batches in which each image comes once, those of similar shape together; the last one may be shorter."""
     if batch_size < 1:
         raise ValueError(f"`test_batch_size` must be positive, got {batch_size}")
     height, width = dataset.sizes.double().unbind(1)
@@ -250,10 +239,8 @@ def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: d
 class Loader:
     """The batches of a process, read ahead by worker processes that live as long as this object.
 
-    Args:
-        reader: makes a batch of (epoch, indices).
-        batches: an epoch's batches, as lists of indices.
-        workers: processes that read, at most one per core; 0: this one does.
+    `batches` gives an epoch's batches as lists of indices, `reader` reads them, in `workers` processes but at most one
+    per core; with 0, in this one.
     """
 
     def __init__(self, reader: BatchReader, batches: Callable[[int], list[list[int]]], workers: int):
@@ -276,11 +263,7 @@ class Loader:
         self.at(0)
 
     def at(self, epoch: int, start_batch: int = 0) -> Loader:
-        """Moves to a position; returns itself.
-
-        Raises:
-            ValueError: the epoch has no such batch.
-        """
+        """Moves to a position and returns itself; ValueError if the epoch has no such batch."""
         batches = self._of_epoch(epoch)
         if not 0 <= start_batch <= len(batches):
             raise ValueError(f"an epoch has {len(batches)} batches, got `start_batch` = {start_batch}")

@@ -23,17 +23,11 @@ class UnreadableImage(ValueError):
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """An image file as RGB.
+    """An image file as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
-    It is turned upright by its EXIF orientation, as OpenCV and viewers do, unless `size` tells that its annotations
-    were made on the stored pixels.
-
-    Args:
-        path: any format that pillow reads; of an animation the first frame.
-        size: (height, width) in pixels that the annotations refer to; None: not known.
-
-    Returns:
-        uint8 ``[3, H, W]``, in channels-last memory format; see `to_tensor` for other modes than RGB.
+    It is turned upright by its EXIF orientation, as OpenCV and viewers do, unless `size`, the (height, width) in pixels
+    that annotations refer to, tells that they were made on the stored pixels. Of an animation it is the first frame;
+    `to_tensor` tells about other modes than RGB.
 
     Raises:
         OSError: the file can't be read (it is missing, for example).
@@ -66,13 +60,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A pillow image of any mode as RGB.
+    """A pillow image of any mode as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
     Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
     their upper 8 (as in OpenCV, except CMYK).
-
-    Returns:
-        uint8 ``[3, H, W]``, in channels-last memory format.
 
     Raises:
         ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
@@ -101,15 +92,10 @@ def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) ->
 
 
 def resize(image: Tensor, height: int, width: int, fp32: bool = False) -> Tensor:
-    """Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``.
+    """An image uint8 ``[3, H, W]`` in another size, the same at any number of threads.
 
-    Args:
-        image: uint8 ``[3, H, W]``.
-        height, width: of the result, pixels.
-        fp32: interpolate in fp32, as a GPU has to; a CPU's fixed-point weights differ by at most one level.
-
-    Returns:
-        uint8 ``[3, height, width]``, the same at any number of threads.
+    Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``. With `fp32` as a GPU
+    has to interpolate, at most one level from the CPU's fixed-point weights.
     """
     if tuple(image.shape[1:]) == (height, width):
         return image
@@ -137,15 +123,11 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 
 
 def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
-    """Images of several sizes in one tensor on their device, padded right and below.
-
-    Args:
-        images: uint8 ``[3, H, W]`` each.
-        divisor: of the padded height and width, pixels.
+    """Images uint8 ``[3, H, W]`` of several sizes in one tensor on their device, padded right and below.
 
     Returns:
-        uint8 ``[B, 3, H, W]`` in channels-last memory format, zero in the padding, and on the CPU fp32 ``[B, 2]``, each
-        image's (height, width) without it.
+        uint8 ``[B, 3, H, W]`` in channels-last memory format, H and W multiples of `divisor`, zero in the padding, and
+        on the CPU fp32 ``[B, 2]``, each image's (height, width) without it.
     """
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max((s[i] for s in sizes), default=1) // divisor) * divisor for i in (0, 1))
@@ -157,14 +139,11 @@ def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor, image_sizes: Tensor) -> Tensor:
-    """The network's input: ImageNet's mean subtracted, divided by its deviation, zero in the padding.
+    """The network's input, fp32, contiguous: ImageNet's mean subtracted, divided by its deviation, padded with zero.
 
     Args:
-        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``, on the network's device.
+        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``.
         image_sizes: ``[B, 2]``, (height, width) without padding, on the same device; the host does not wait for it.
-
-    Returns:
-        fp32 ``[B, 3, H, W]``, contiguous.
     """
     result = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):

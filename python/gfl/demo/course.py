@@ -57,13 +57,9 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
 def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, device: str = "cpu") -> dict[str, float]:
     """Draws scenes, trains on them from scratch, evaluates on others, writes two pictures, and prints what it does.
 
-    In `out`: ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and ``distributions.jpg``.
-
-    Args:
-        out: folder, created if missing.
-        seed: random seed of the scenes, the initial weights and the order of images.
-        iterations: training steps of 8 images; as many scenes are drawn, so each is seen eight times.
-        device: to train on.
+    `out`, a new folder, gets ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and
+    ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
+    many scenes as iterations, steps of 8 images, so each is seen eight times.
 
     Returns:
         The metrics of `gfl.engine.evaluate` on the held-out scenes.

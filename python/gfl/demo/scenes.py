@@ -56,14 +56,8 @@ def draw_scene(size: int, rng: np.random.Generator) -> Scene:
 def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, seed: int = 0) -> None:
     """Draws scenes into `folder`: ``train/``, ``val/`` (JPEG), ``annotations/train.json`` and ``annotations/val.json``.
 
-    A scene depends on the seed, its split and its number alone, so fewer scenes are the first ones of more.
-
-    Args:
-        folder: created if missing; files of the same names are replaced.
-        train: scenes to train on.
-        val: held-out scenes.
-        size: side of the scenes, pixels.
-        seed: random seed of the scenes.
+    `train` scenes to train on and `val` held-out ones, `size` pixels wide and high. A scene depends on the random seed,
+    its split and its number alone, so fewer scenes are the first ones of more.
     """
     folder = Path(folder)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)

@@ -35,11 +35,7 @@ class Process:
 def processes(device: str | None = None) -> Iterator[Process]:
     """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
 
-    Args:
-        device: as for `torch.device`; None is the GPU of this process's local rank, or the CPU where there is none.
-
-    Raises:
-        ValueError: a device that torch does not know or this machine does not have.
+    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors.
     """
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, default)) for name, default in single.items())

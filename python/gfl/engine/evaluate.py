@@ -43,8 +43,7 @@ def evaluate(
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
-        Metrics as `coco_metrics` gives them, and the detections in COCO's format: ``bbox`` (x, y, width, height) in
-        pixels of the image file; images in the data set's order, an image's detections the best first.
+        Metrics as `coco_metrics` gives them, and the detections as `to_results` does, in the data set's order.
 
     Raises:
         ValueError: the model has another number of classes; an image or annotation is broken (see `CocoDataset`).

@@ -61,15 +61,12 @@ nms (float[1, k, 4] candidate_boxes, float[1, k] candidate_scores, int64[1, k] c
 
 
 class Exportable(nn.Module):
-    """A detector at one size of input, in plain operators: convolutions, norms, softmax, matmul.
+    """A detector at one (height, width) of input, in plain operators: convolutions, norms, softmax, matmul.
 
-    Args:
-        model: copied; its batch norms are folded.
-        size: (height, width) of the input.
-        outputs: "maps": class logits and distribution logits of each level; "decoded": `boxes` ``[B, A, 4]`` and
-            `scores` ``[B, A, C]``, probabilities, of all locations; "detections": the best pairs of location and class
-            of each level, `boxes` ``[B, K, 4]``, `scores` and `labels` ``[B, K]``, for an NMS to follow.
-        dtype: of the network; inputs and decoded outputs are fp32.
+    `outputs` are "maps": class logits and distribution logits of each level; "decoded": `boxes` ``[B, A, 4]`` and
+    `scores` ``[B, A, C]``, probabilities, of all locations; or "detections": the best pairs of location and class of
+    each level, `boxes` ``[B, K, 4]``, `scores` and `labels` ``[B, K]``, for an NMS to follow. `dtype` is the network's;
+    inputs and decoded outputs are fp32. The model is copied, and its batch norms are folded.
     """
 
     def __init__(self, model: GFL, size: tuple[int, int], outputs: str, dtype: torch.dtype = torch.float32) -> None:
@@ -202,16 +199,18 @@ def _example(batch: int | None, size: tuple[int, int]) -> tuple[Tensor, dict[str
 
 
 def _check(model: GFL, outputs: str, batch: int | None, size: tuple[int, int]) -> None:
+    if outputs != DETECTIONS:
+        return
     stride = model.config.strides[0]
     pairs = -(-size[0] // stride) * -(-size[1] // stride) * model.config.num_classes
-    if outputs == DETECTIONS and pairs > MAX_PAIRS:
-        raise ValueError(f"gfl export: `detections` of at most 2^24 pairs of location and class per level, got {pairs}")
-    if outputs == DETECTIONS and batch != 1:
-        raise ValueError(f"gfl export: `detections` are of one image, got a batch of {batch or 'any size'}")
-    if outputs == DETECTIONS and model.config.topk_mode != "pair":
-        raise ValueError("gfl export: `detections` rank pairs of location and class; export `decoded` for `anchor`")
-    if outputs == DETECTIONS and model.test.score_threshold < 0:
-        raise ValueError("gfl export: `detections` need a `score_threshold` of 0 or more")
+    for refused, why in (
+        (pairs > MAX_PAIRS, f"of at most 2^24 pairs of location and class per level, got {pairs}"),
+        (batch != 1, f"are of one image, got a batch of {batch or 'any size'}"),
+        (model.config.topk_mode != "pair", "rank pairs of location and class; export `decoded` for `anchor`"),
+        (model.test.score_threshold < 0, "need a `score_threshold` of 0 or more"),
+    ):
+        if refused:
+            raise ValueError(f"gfl export: `detections` {why}")
 
 
 def _name_integral(proto: Any) -> list[str]:
@@ -278,12 +277,10 @@ def to_torch(
     """Writes a detector as a program of `torch.export`, or compiled by AOTInductor.
 
     ``torch.export.load(file).module()`` runs the first, ``torch._inductor.aoti_load_package(file)`` the second, which
-    C++ loads too; neither needs this package. Inputs and outputs as for `to_onnx`, but "detections" are the candidates
-    before NMS.
+    C++ loads too; neither needs this package. Arguments, inputs and outputs as for `to_onnx`, but "detections" are the
+    candidates before NMS.
 
     Args:
-        model, file, size, outputs, dtype: as for `to_onnx`.
-        batch: images at a time; None: any number.
         compiled: by AOTInductor, for this machine's kind of CPU or GPU; needs a C++ compiler.
         device: that the program runs on.
     """

@@ -68,12 +68,11 @@ class Graph:
 
 
 class GraphCache:
-    """A recording per function, shapes of inputs and key; all share one pool of memory.
+    """A recording per shapes of inputs and key; all share one pool of memory.
 
     Args:
         limit: how many recordings are kept.
-        evict: when they are that many, the one used longest ago makes room; without it, calls of further shapes run the
-            function itself.
+        evict: the one used longest ago makes room for another; otherwise calls of further shapes run the function.
         warm_up: as for `Graph`.
         record: by default captures a `Graph`.
     """
@@ -91,12 +90,9 @@ class GraphCache:
         self._kept: OrderedDict[Hashable, Function] = OrderedDict()
 
     def run(self, function: Function, *inputs: Tensor, key: Hashable = ()) -> Any:
-        """``function(*inputs)``, by the recording of these shapes, which is made where there is none.
+        """``function(*inputs)`` by the recording of these shapes, which is made if missing.
 
-        Args:
-            function: always the same for one key.
-            inputs: their shapes choose the recording.
-            key: whatever else the function's work depends on.
+        `key` holds whatever else the function's work depends on; the function is always the same for one key.
         """
         key = (key, *(tuple(x.shape) for x in inputs))
         if key not in self._kept:

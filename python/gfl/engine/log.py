@@ -18,16 +18,10 @@ EVALUATIONS = "evaluations.csv"
 
 
 class RunLog:
-    """The log of one training in its folder; only the main process writes.
+    """The log of one training in its folder, created if missing; only an active process writes.
 
-    Resuming from step n drops what was written after n, so that the tables of a training that was killed and resumed
-    read like those of one that was not.
-
-    Args:
-        folder: of the training, created if missing.
-        step: the training resumes after it.
-        evaluated: step of the last evaluation before it.
-        active: whether this process writes.
+    Resuming after `step`, with the last evaluation at `evaluated`, drops what was written later, so that the tables of
+    a training that was killed and resumed read like those of one that was not.
     """
 
     def __init__(self, folder: Path, step: int = 0, evaluated: int = 0, active: bool = True) -> None:

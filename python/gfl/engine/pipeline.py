@@ -63,11 +63,9 @@ class Pipeline:
         self._copies = torch.cuda.Stream(device) if self.graphs is not None else None
 
     def load(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> InputBatch:
-        """Images on the device, resized and padded; with graphs, while the device computes.
+        """Images uint8 ``[3, H, W]`` of the CPU on the device, resized to the (height, width) in `sizes` and padded.
 
-        Args:
-            images: uint8 ``[3, H, W]`` each, on the CPU.
-            sizes: (height, width) that each is resized to.
+        With graphs this happens while the device computes.
         """
         divisor = self.network.test.size_divisor
         if self._copies is None:

@@ -28,14 +28,9 @@ GRAPHS = 16
 
 
 class Step:
-    """Takes batches on the device and updates the weights.
+    """Takes batches on the device and updates the weights of `model`.
 
-    Args:
-        model: what is trained.
-        network: the model, or what wraps it for several processes.
-        optimizer: of its weights.
-        settings: precision, maximal gradient norm, graphs and their slots.
-        device: of all.
+    `network` is the model, or what wraps it for several processes.
 
     Attributes:
         sums: fp32 ``[3]`` on the device, of the `LOSSES` since it was last zeroed.
@@ -79,13 +74,7 @@ class Step:
                 group["lr"] = rate
 
     def compute(self, images: Tensor, image_sizes: Tensor, boxes: Tensor, labels: Tensor) -> None:
-        """The step of a batch with its objects in slots; nothing in it makes the host wait.
-
-        Args:
-            images: uint8 ``[B, 3, H, W]``.
-            image_sizes: fp32 ``[B, 2]``, (height, width) without padding.
-            boxes: fp32 ``[B, G, 4]``, labels: int64 ``[B, G]``, −1 in unused slots.
-        """
+        """The step of a batch with its objects in `slots`; nothing in it makes the host wait."""
         with self._precision(images.device):
             losses = self.model.padded_loss(normalise(images, image_sizes), boxes, labels, image_sizes)
         self._descend(losses)

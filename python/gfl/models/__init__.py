@@ -40,11 +40,7 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
 
 
 def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
-    """A detector with random weights.
-
-    Args:
-        config: of the network.
-        test: how boxes are read from its maps; by default as in the paper.
+    """A detector with random weights; by default boxes are read from its maps as in the paper.
 
     Raises:
         ValueError: a field has a value that makes no network; it is named.

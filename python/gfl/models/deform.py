@@ -19,12 +19,7 @@ class DeformConv2d(nn.Module):
     where x is interpolated bilinearly, 0 outside of the map. A plain convolution, `conv_offset`, predicts the offsets,
     18 channels (y, x) tap by tap, and in version 2 nine more, whose sigmoids are the weights.
 
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        stride: of both convolutions.
-        groups: of the convolution; all share the offsets.
-        modulated: version 2.
+    It has the given stride and groups, which share the offsets; `modulated` is version 2.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, modulated: bool = False) -> None:

@@ -58,14 +58,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple
 
 
 class FusedConv(nn.Module):
-    """A convolution with bias, a summand and ReLU in one call where there is one.
-
-    Args:
-        weight: ``[K, C/groups, h, w]``.
-        bias: ``[K]``.
-        stride, padding, groups: as `nn.Conv2d`'s.
-        relu: at the end.
-    """
+    """A convolution with bias, a summand and ReLU in one call where there is one."""
 
     weight: Tensor
     bias: Tensor
