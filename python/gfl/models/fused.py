@@ -90,7 +90,7 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         """relu(convolution(x) + bias + summand), of ``[B, C, H, W]``."""
         if self.weight.shape[0] >= MIN_CHANNELS and self.uses_winograd([x]):
-            (y,) = self.levels([x])
+            (y,) = self._by_winograd([x])
             y = y if summand is None else y.add_(summand)
             return y.relu_() if self.relu else y
         if not torch.compiler.is_compiling():
@@ -115,9 +115,12 @@ class FusedConv(nn.Module):
         return self._fits_winograd and tiles_in(x.shape[0], sizes_of(maps)) >= MIN_TILES
 
     def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The convolution of several maps, without ReLU where it is one call."""
+        """`forward` of several maps."""
         if not self.uses_winograd(maps):
             return [self(x) for x in maps]
+        return [y.relu_() if self.relu else y for y in self._by_winograd(maps)]
+
+    def _by_winograd(self, maps: Sequence[Tensor]) -> list[Tensor]:
         if self._winograd is None:
             self._winograd = Winograd(self.weight, self.bias)
         return self._winograd(maps)
