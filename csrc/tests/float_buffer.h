@@ -9,7 +9,7 @@
 
 namespace gfl::testing {
 
-// Differs from run to run, is printed, and GFL_TEST_SEED brings it back.
+// Differs from run to run and is printed; GFL_TEST_SEED repeats a run.
 inline uint64_t fresh_seed() {
   const char* given = std::getenv("GFL_TEST_SEED");
   const uint64_t seed = given != nullptr ? std::strtoull(given, nullptr, 10) : std::random_device{}();
@@ -97,13 +97,13 @@ inline void expect_close(const std::vector<double>& got, const std::vector<doubl
 // GFL_RUN(count, launcher, args…) calls gfl::cpu::launcher(args…, begin, end) in small chunks of [0, count), or
 // gfl::cuda::launcher(args…, stream) once.
 #if defined(GFL_TEST_CUDA)
-#define GFL_RUN(count, launcher, ...)                            \
-  do {                                                           \
-    CHECK_CUDA(gfl::cuda::launcher(__VA_ARGS__, nullptr));       \
-    CHECK_CUDA(cudaDeviceSynchronize());                         \
+#define GFL_RUN(count, launcher, ...)                      \
+  do {                                                     \
+    CHECK_CUDA(gfl::cuda::launcher(__VA_ARGS__, nullptr)); \
+    CHECK_CUDA(cudaDeviceSynchronize());                   \
   } while (0)
 #else
-#define GFL_RUN(count, launcher, ...)                                         \
-  for (int64_t gfl_begin = 0; gfl_begin < (count); gfl_begin += 11)           \
-    gfl::cpu::launcher(__VA_ARGS__, gfl_begin, gfl_begin + 11 < (count) ? gfl_begin + 11 : (count))
+#define GFL_RUN(count, launcher, ...)                               \
+  for (int64_t gfl_begin = 0; gfl_begin < (count); gfl_begin += 11) \
+  gfl::cpu::launcher(__VA_ARGS__, gfl_begin, gfl_begin + 11 < (count) ? gfl_begin + 11 : (count))
 #endif

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -161,30 +160,3 @@ def serves(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel(operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
         operator, device_type.upper()
     )
-
-
-def direct(entry_point: str) -> Callable[..., Any] | None:
-    """The compiled entry point past the dispatcher, if the extension is there.
-
-    It declines by None, having done nothing, where the dispatcher has more to do: to record a gradient, or to show the
-    call to a mode, a transform, a tracer, a profiler or a subclass.
-    """
-    return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
-
-
-def eager_bypass(entry_point: str, operator: str) -> Callable[..., Any]:
-    """A function that runs the operator ``gfl::<operator>``, past the dispatcher where that would only run the kernel.
-
-    The compiled entry point is asked first, which may decline.
-    """
-    function = direct(entry_point)
-
-    def call(*arguments: Any) -> Any:
-        # The compiler can't look into an entry point.
-        if function is not None and not torch.compiler.is_compiling():
-            results = function(*arguments)
-            if results is not None:
-                return results
-        return getattr(torch.ops.gfl, operator)(*arguments)
-
-    return call
