@@ -24,7 +24,7 @@ from . import checkpoint, draw
 from .config import ModelConfig
 from .data import transforms
 from .engine.distributed import choose_device
-from .engine.infer import Coming, Engine
+from .engine.pipeline import PendingDetections, Pipeline
 from .models.fused import FusedGFL
 from .models.gfl import GFL
 
@@ -170,7 +170,7 @@ class Detector:
             raise ValueError("gfl.Detector: `compile` goes with `optimize=True`")
         self.optimize = optimize
         self._network = FusedGFL(self.model, self.dtype).to(self.device) if optimize else self.model
-        self._engine = Engine(self._network, self.device, graphs=optimize, compile=compile)
+        self._pipeline = Pipeline(self._network, self.device, graphs=optimize, compile=compile)
 
     def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
         """Detect the objects in one image, or in each of several.
@@ -257,18 +257,18 @@ class Detector:
         for places in (g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)):
             images = [loaded[i] for i in places]
             with self._configured():
-                batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
-                found = self._engine.run(batch)
+                batch = self._pipeline.load([one.pixels for one in images], [one.input_size for one in images])
+                found = self._pipeline.run(batch)
             # The maps are overwritten by the next batch.
             read = _edges(found.reg_preds, found.detections.locations, config) if edges else None
-            started.append(_Started(images, places, Coming(found.detections), read))
+            started.append(_Started(images, places, PendingDetections(found.detections), read))
         return started
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
         """Their results, in the order in which the images were given."""
         results: dict[int, Result] = {}
         for part in started:
-            detections = part.coming.wait()
+            detections = part.pending.wait()
             for i, (one, count) in enumerate(zip(part.images, detections[3].tolist())):
                 boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
                 (height, width), (h, w) = one.size, one.input_size
@@ -319,7 +319,7 @@ class _Started:
 
     images: Sequence[_Loaded]
     places: list[int]
-    coming: Coming
+    pending: PendingDetections
     edges: draw.Edges | None
 
 
