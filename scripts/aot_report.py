@@ -196,19 +196,21 @@ def launches_of(stem: str, dtype: Any) -> list[tuple[str, Any]]:
     from gfl_ops.core.registry import SPECS
     from gfl_ops.triton import _launch
 
-    spec = SPECS.get(stem)
-    module = importlib.import_module(f"gfl_ops.triton.{stem}")
+    spec, operators = SPECS.get(stem), torch.ops.gfl_triton
     found = []
     for name, args in calls_of(stem, dtype).items():
         with _launch.record() as launches:
-            results = module.forward(*args)
             if spec is None:
-                module.finish(results[1], results[0], *args[:-1])
-            elif spec.differentiable:
-                results = results if isinstance(results, tuple) else (results,)
-                grads = [tree_map(torch.zeros_like, results[i]) for i in spec.grads]
-                saved = [results[i] for i in spec.saved_outputs]
-                module.backward(*grads, *saved, *args, [True] * len(spec.differentiable))
+                loss, grad = operators.score_loss_fwd(*args)
+                operators.score_loss_finish(grad, loss, *args[:-1])
+            else:
+                results = getattr(operators, spec.forward_name)(*args)
+                if spec.differentiable:
+                    results = results if isinstance(results, tuple) else (results,)
+                    grads = [tree_map(torch.zeros_like, results[i]) for i in spec.grads]
+                    saved = [results[i] for i in spec.saved_outputs]
+                    needs = [True] * len(spec.differentiable)
+                    getattr(operators, spec.backward_name)(*grads, *saved, *args, needs)
         found += [(name, launch) for launch in launches]
     return found
 
@@ -265,7 +267,7 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
     disassembler()
     # Every kernel has the stem of an operator, but for what serves several.
     for stem in (*SPECS, "score_loss"):
-        if not (Path(_launch.__file__).parent / f"{stem}.py").is_file():
+        if stem in SPECS and SPECS[stem].triton_kernel("forward") is None:
             continue
         seen = set()
         for dtype in dtypes:

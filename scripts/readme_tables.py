@@ -29,7 +29,7 @@ def compiled() -> dict[str, set[str]]:
 
 
 def row(spec: OpSpec, kernels: set[str]) -> str:
-    triton = "Triton" if (ROOT / "gfl_ops" / "triton" / f"{spec.stem}.py").exists() else None
+    triton = "Triton" if spec.triton_kernel("forward") else None
     where = ", ".join(
         filter(None, ["C++" if "CPU" in kernels else None, "CUDA" if "CUDA" in kernels else None, triton])
     )

@@ -363,6 +363,14 @@ def test_the_spec_says_what_it_serves(spec: OpSpec) -> None:
             assert heading in (function.__doc__ or ""), f"{name} has no {heading!r} in its docstring"
 
 
+@pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.triton is not None], ids=lambda s: s.stem)
+def test_its_triton_functions_exist(spec: OpSpec) -> None:
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"gfl_ops.triton.{spec.triton}")
+    for direction in ("forward", "backward") if spec.differentiable else ("forward",):
+        assert callable(getattr(module, f"{spec.stem}_{direction}", None)), direction
+
+
 def test_samples_are_fresh_but_repeatable() -> None:
     def fingerprint(seed: int) -> int:
         sample = drawn(SPECS["qfl"], "cpu", torch.float32, seed)[-2]

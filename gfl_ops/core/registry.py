@@ -52,6 +52,8 @@ class OpSpec:
         grad_outputs: which results have a gradient; all by default.
         saved_outputs: which of the others the backward operator is given, to spare it the work.
         dtypes: dtypes of the main input that the operator takes.
+        triton: the module of gfl_ops/triton that holds ``<stem>_forward`` and, for a differentiable operator,
+            ``<stem>_backward``; None if there is no Triton kernel.
         magnitude: (arguments) -> size of the terms that cancel within a result or gradient, 1 by default; a test's
             tolerance in ulps counts from it.
     """
@@ -67,6 +69,7 @@ class OpSpec:
     grad_outputs: tuple[int, ...] | None = None
     saved_outputs: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    triton: str | None = None
     magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
     results: int = field(init=False)
@@ -86,6 +89,13 @@ class OpSpec:
     @property
     def backward_name(self) -> str:
         return f"{self.stem}_bwd"
+
+    def triton_kernel(self, direction: str) -> Callable[..., Any] | None:
+        """The function of the Triton kernel for "forward" or "backward", which imports Triton when it is called."""
+        if self.triton is not None:
+            return triton_kernel(self.triton, f"{self.stem}_{direction}")
+        # A module per operator, of families that have not been merged yet.
+        return triton_kernel(self.stem, direction) if (_TRITON_FOLDER / f"{self.stem}.py").exists() else None
 
     @property
     def grads(self) -> tuple[int, ...]:
@@ -135,18 +145,18 @@ def register(spec: OpSpec) -> OpSpec:
     """Define the spec's operators and say which backends serve them. Returns the spec."""
     SPECS[spec.stem] = spec
     native = [d for d in ("cpu", "cuda") if extension.serves(spec.forward_name, d)]
-    has_triton = (_TRITON_FOLDER / f"{spec.stem}.py").exists()
-    backends.declare(spec.stem, native, has_triton)
+    triton = spec.triton_kernel("forward")
+    backends.declare(spec.stem, native, triton is not None)
 
     _define("gfl", spec.forward_name, spec.schema, spec.fake, _without_kernel(native), spec.reference)
     if not spec.differentiable:
         _define("gfl_reference", spec.stem, spec.schema, spec.fake, ("CPU", "CUDA"), spec.reference)
-    if has_triton:
-        _define("gfl_triton", spec.forward_name, spec.schema, spec.fake, ("CPU", "CUDA"), _lazy(spec, "forward"))
+    if triton is not None:
+        _define("gfl_triton", spec.forward_name, spec.schema, spec.fake, ("CPU", "CUDA"), triton)
     if spec.differentiable:
         _differentiate("gfl", spec, _without_kernel(native), lambda *args: _reference_backward(spec, *args))
-        if has_triton:
-            _differentiate("gfl_triton", spec, ("CPU", "CUDA"), _lazy(spec, "backward"))
+        if backward := spec.triton_kernel("backward"):
+            _differentiate("gfl_triton", spec, ("CPU", "CUDA"), backward)
     return spec
 
 
@@ -176,11 +186,11 @@ def define(
     _define(namespace, name, schema, fake, () if kernel is None else ("CPU", "CUDA"), kernel or fake)
 
 
-def _lazy(spec: OpSpec, direction: str) -> Callable[..., Any]:
-    """Triton is imported at the first call of one of its kernels, not with the package."""
+def triton_kernel(module: str, function: str) -> Callable[..., Any]:
+    """A function of gfl_ops/triton, which is imported at the first call, not with the package."""
 
     def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"gfl_ops.triton.{spec.stem}"), direction)(*args)
+        return getattr(importlib.import_module(f"gfl_ops.triton.{module}"), function)(*args)
 
     return kernel
 

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head's losses and their gradients in one walk over the logits.
-
-The losses come out weighted and normalised, so that the gradient each receives is 1 unless what comes after scales it
-once more. What is done with the gradients that the forward pass writes is what ops/score/score_loss.py says: the first backward
-pass takes them out of the graph and finishes them, a later one computes anew. Both ways give the same bits.
-"""
+"""The head's losses with their gradients from one pass over the maps; see core/grad_in_forward.py."""
 
 from __future__ import annotations
 
@@ -12,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core import backends, extension
 from ...core.dtypes import accumulator
+from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.registry import SPECS, define
 
 _INPUT = (
@@ -46,68 +42,56 @@ def _fake(
     return (*numbers, scales, *gradients)  # type: ignore[return-value]
 
 
-def _fake_finish(*arguments: Any) -> None:
-    return None
-
-
 _DEVICES = tuple(device for device in ("cpu", "cuda") if extension.serves("gfl_loss_fwd_and_grad", device))
 if _DEVICES:
     define("gfl_loss_fwd_and_grad", _SCHEMA, _fake)
-    define("gfl_loss_finish", _FINISH_SCHEMA, _fake_finish)
+    define("gfl_loss_finish", _FINISH_SCHEMA, lambda *arguments: None)
 
 
-class _HeadOnePass(torch.autograd.Function):
-    """`maps` are those of the classes, then those of the distributions; `others` what else the operator takes."""
-
-    @staticmethod
-    def forward(ctx: Any, others: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
-        levels = len(maps) // 2
-        needs = [any(m.requires_grad for m in part) for part in (maps[:levels], maps[levels:])]
-        with torch._C._AutoDispatchBelowAutograd():
-            *losses, scales, of_scores, of_preds = torch.ops.gfl.gfl_loss_fwd_and_grad(
-                maps[:levels], maps[levels:], *others, needs
-            )
-        tensors = [v for v in others if isinstance(v, Tensor)]
-        ctx.save_for_backward(*maps, scales, *tensors)
-        ctx.layout = levels, needs, tuple(None if isinstance(v, Tensor) else (v,) for v in others)
-        # Not among the saved tensors, which a retained graph would hold on to after they have been handed out.
-        ctx.gradients = of_scores, of_preds
-        ctx.mark_non_differentiable(*losses[3:])
-        ctx.set_materialize_grads(False)
-        return tuple(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        levels, needs, constants = ctx.layout
-        saved = iter(ctx.saved_tensors)
-        maps, scales = [next(saved) for _ in range(2 * levels)], next(saved)
-        others = [next(saved) if c is None else c[0] for c in constants]
-        arguments = (maps[:levels], maps[levels:], *others, needs)
-        zero = maps[0].new_zeros((), dtype=accumulator(maps[0].dtype)) if any(g is None for g in grads[:3]) else None
-        arriving = [zero if g is None else g for g in grads[:3]]
-        gradients, ctx.gradients = ctx.gradients, None
-        # A graph of the gradient is the operator's to refuse.
-        if gradients is None or torch.is_grad_enabled():
-            gradients = torch.ops.gfl.gfl_loss_bwd(*arriving, *arguments)
-        else:
-            torch.ops.gfl.gfl_loss_finish(*gradients, *arriving, scales, *arguments)
-        found = [*gradients[0], *gradients[1]]
-        return None, *(g if n else None for g, n in zip(found, ctx.needs_input_grad[1:]))
+def _arguments(inputs: Inputs, constants: Any) -> tuple[Any, ...]:
+    """The operators' arguments from the maps, the other tensors and the rest."""
+    levels, strides, options, needs = constants
+    return inputs[:levels], inputs[levels : 2 * levels], strides, *inputs[2 * levels :], *options, needs
 
 
-def head_loss(cls_scores: list[Tensor], reg_preds: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
+def _forward(inputs: Inputs, constants: Any, store: bool) -> tuple[tuple[Tensor, ...], Any]:
+    arguments = _arguments(inputs, constants)
+    if not store:
+        return torch.ops.gfl.gfl_loss_fwd(*arguments[:-1]), None
+    *losses, scales, grad_scores, grad_preds = torch.ops.gfl.gfl_loss_fwd_and_grad(*arguments)
+    return tuple(losses), (grad_scores, grad_preds, scales)
+
+
+def _finish(buffers: Any, grads: Grads, inputs: Inputs, constants: Any) -> list[Tensor]:
+    grad_scores, grad_preds, scales = buffers
+    torch.ops.gfl.gfl_loss_finish(grad_scores, grad_preds, *grads, scales, *_arguments(inputs, constants))
+    return [*grad_scores, *grad_preds]
+
+
+def _backward(grads: Grads, inputs: Inputs, constants: Any) -> list[Tensor]:
+    grad_scores, grad_preds = torch.ops.gfl.gfl_loss_bwd(*grads, *_arguments(inputs, constants))
+    return [*grad_scores, *grad_preds]
+
+
+_KERNELS = Kernels(_forward, _finish, _backward, differentiable=3)
+
+
+def head_loss(
+    cls_scores: list[Tensor],
+    reg_preds: list[Tensor],
+    strides: Sequence[float],
+    labels: Tensor,
+    matched: Tensor,
+    gt_boxes: Tensor,
+    cls_norm: Tensor | None,
+    box_norm: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
     """What the operator `gfl_loss` gives for the same arguments."""
-    device = cls_scores[0].device.type
-    maps = [*cls_scores, *reg_preds]
-    if device in _DEVICES and _can_store_grad(maps) and backends.serving("gfl_loss", device) == "native":
-        return _HeadOnePass.apply(others, *maps)
-    return SPECS["gfl_loss"](device, cls_scores, reg_preds, *others)
-
-
-def _can_store_grad(maps: list[Tensor]) -> bool:
-    # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    # In fp16 the gradients of most background logits would be stored as zero; a subclass may stand for no numbers.
-    plain = all(m.dtype != torch.float16 and type(m) in (Tensor, nn.Parameter) for m in maps)
-    return plain and any(m.requires_grad for m in maps)
+    device, maps = cls_scores[0].device.type, [*cls_scores, *reg_preds]
+    tensors = (labels, matched, gt_boxes, cls_norm, box_norm)
+    needs = [wants_grad(cls_scores), wants_grad(reg_preds)]
+    if any(needs) and device in _DEVICES and is_plain(maps) and backends.serving("gfl_loss", device) == "native":
+        constants = (len(cls_scores), strides, options, needs)
+        return GradInForward.apply(_KERNELS, constants, *maps, *tensors)
+    return SPECS["gfl_loss"](device, cls_scores, reg_preds, strides, *tensors, *options)

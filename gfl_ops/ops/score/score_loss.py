@@ -1,32 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of class scores down to one number, whose gradient is written in the forward pass.
-
-A loss comes out of the kernel weighted and normalised, so that the gradient it receives is 1 unless what comes after
-scales it once more. The forward pass therefore writes the scores' final gradient beside the loss, in one walk. The
-first backward pass takes that tensor out of the graph and *finishes* it: a kernel that leaves at once if 1 arrives, and
-else computes the gradient anew in its place; which of the two, the device decides, and the host waits for nothing.
-Nobody has seen the tensor before, so nothing that was handed out is overwritten. A later backward pass of a retained
-graph finds it gone and computes into a fresh one. fp16 stores no gradient, most of which would underflow, and always
-computes.
-
-The node that does so is written twice, here for every backend and in C++ for the extension: on a few rows a node in
-Python takes a fifth of the time of both passes. Where a mode, a transform or a profiler wants to see the operators, the
-one here serves.
-"""
+"""Losses of class scores, reduced to one number, with the gradient from the same pass; see core/grad_in_forward.py."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core import backends, extension
 from ...core.dtypes import accumulator, as_dtype, device_type
+from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.reduction import factor_and_norm
-from ...core.registry import define
+from ...core.registry import define, triton_kernel
 
 # What the operators call the losses.
 QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
@@ -46,84 +33,40 @@ def _fake_backward(grad_loss: Tensor, pred: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(pred)
 
 
-def _fake_finish(*arguments: Any) -> None:
-    return None
-
-
 def _second(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "the loss has no second derivative in this backend; gfl_ops.set_backend('reference') has one"
     )
 
 
-class _Operators(NamedTuple):
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Tensor]
-    finish: Callable[..., Any]
-    # _GradInForward in C++, where the extension has it; gives None where the call is for the dispatcher to see.
-    recorded: Callable[..., Tensor | None] | None = None
-
-
-def _define(namespace: str, kernels: Callable[[str], Any] | None) -> _Operators:
-    names = {"forward": "score_loss_fwd", "backward": "score_loss_bwd", "finish": "score_loss_finish"}
-    for name, schema, fake in (
-        ("forward", f"({_INPUT}, bool store) -> (Tensor loss, Tensor grad)", _fake_forward),
-        ("backward", f"(Tensor grad_loss, {_INPUT}) -> Tensor", _fake_backward),
-        ("finish", f"(Tensor(a!) grad, Tensor grad_loss, {_INPUT}) -> ()", _fake_finish),
+def _define(namespace: str, kernel: Callable[[str], Any] | None) -> Kernels:
+    """Define the three operators. `kernel` gives the function for a direction; by default the extension has it."""
+    for direction, suffix, schema, fake in (
+        ("forward", "fwd", f"({_INPUT}, bool store) -> (Tensor loss, Tensor grad)", _fake_forward),
+        ("backward", "bwd", f"(Tensor grad_loss, {_INPUT}) -> Tensor", _fake_backward),
+        ("finish", "finish", f"(Tensor(a!) grad, Tensor grad_loss, {_INPUT}) -> ()", lambda *arguments: None),
     ):
-        define(names[name], schema, fake, namespace, kernels(name) if kernels else None)
+        define(f"score_loss_{suffix}", schema, fake, namespace, kernel(direction) if kernel else None)
     torch.library.register_autograd(f"{namespace}::score_loss_bwd", _second)
-    return _Operators(*(getattr(getattr(torch.ops, namespace), name) for name in names.values()))
+    operators = getattr(torch.ops, namespace)
 
+    def forward(inputs: Inputs, constants: Any, store: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        loss, grad = operators.score_loss_fwd(*inputs, *constants, store)
+        return (loss,), grad
 
-def _triton(direction: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("gfl_ops.triton.score_loss"), direction)(*arguments)
+    def finish(grad: Tensor, grads: Grads, inputs: Inputs, constants: Any) -> tuple[Tensor]:
+        operators.score_loss_finish(grad, *grads, *inputs, *constants)
+        return (grad,)
 
-    return kernel
+    def backward(grads: Grads, inputs: Inputs, constants: Any) -> tuple[Tensor]:
+        return (operators.score_loss_bwd(*grads, *inputs, *constants),)
+
+    return Kernels(forward, finish, backward)
 
 
 _DEVICES = tuple(device for device in ("cpu", "cuda") if extension.serves("score_loss_fwd", device))
-_TRITON = _define("gfl_triton", _triton)
-if _DEVICES:
-    _NATIVE = _define("gfl", None)
-    _NATIVE = _NATIVE._replace(
-        forward=extension.eager_bypass("score_loss_forward", "score_loss_fwd"),
-        finish=extension.eager_bypass("score_loss_finish", "score_loss_finish"),
-        recorded=extension.direct("score_loss_recorded"),
-    )
-
-
-class _GradInForward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operators: _Operators,
-        pred: Tensor,
-        label: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        norm: Tensor | None,
-        constants: tuple[Any, ...],
-    ) -> Tensor:
-        store = pred.dtype != torch.float16
-        loss, gradient = operators.forward(pred, label, target, weight, norm, *constants, store)
-        ctx.save_for_backward(pred, label, target, weight, norm)
-        ctx.operators, ctx.constants = operators, constants
-        # Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
-        ctx.gradient = gradient if store else None
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (grad_loss, *ctx.saved_tensors, *ctx.constants)
-        gradient, ctx.gradient = ctx.gradient, None
-        # A graph of the gradient is the operator's to refuse.
-        if gradient is None or torch.is_grad_enabled():
-            gradient = ctx.operators.backward(*arguments)
-        else:
-            ctx.operators.finish(gradient, *arguments)
-        return None, gradient, None, None, None, None, None
+_TRITON = _define("gfl_triton", lambda direction: triton_kernel("score_loss", direction))
+_NATIVE = _define("gfl", None) if _DEVICES else None
 
 
 def score_loss(
@@ -139,57 +82,47 @@ def score_loss(
     reduction: str,
     avg_factor: float | Tensor | None,
 ) -> Tensor | None:
-    """The reduced loss, or None where the way over the single losses has to be taken.
+    """The reduced loss, or None where the caller has to compute the single losses and reduce them itself.
 
     Args:
-        stem: of the operator that computes the single losses; the backend that serves it serves this too.
+        stem: of the operator that computes the single losses; its backend runs this too.
         kind: one of the above.
         pred: ``[N, C]`` or ``[B, C, P]``.
         label: ``[N]`` int64, of the quality focal loss, or None.
         target: in the accumulator's dtype; ``[N]`` with labels, else of pred's shape.
         weight: ``[N]``, ``[N, 1]`` or ``[B, P]``, or None.
     """
-    operators = _operators(stem, pred, target, weight, reduction, avg_factor)
-    if operators is None:
+    kernels = _kernels(stem, pred, target, weight, reduction, avg_factor)
+    if kernels is None:
         return None
     acc = target.dtype
     count = pred.numel() if kind != QUALITY else pred.shape[:1].numel() * pred.shape[2:].numel()
     factor, norm = factor_and_norm(reduction, avg_factor, count, pred, acc)
     if weight is not None:
         weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
-    tensors, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
-    if pred.requires_grad and torch.is_grad_enabled():
-        loss = operators.recorded(*tensors, *constants) if operators.recorded else None
-        return _GradInForward.apply(operators, *tensors, constants) if loss is None else loss
-    return operators.forward(*tensors, *constants, False)[0]
+    inputs, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
+    if wants_grad([pred]):
+        return GradInForward.apply(kernels, constants, *inputs)[0]
+    return kernels.forward(inputs, constants, False)[0][0]
 
 
-def _operators(
+def _kernels(
     stem: str,
     pred: Tensor,
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
     avg_factor: float | Tensor | None,
-) -> _Operators | None:
-    """The operators that can serve the call, or None."""
-    # A graph that is being compiled can't own a tensor, and transforms of functions have no rule for it.
-    if reduction == "none" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    if pred.dim() not in (2, 3):
+) -> Kernels | None:
+    """The kernels that can run the call, or None."""
+    factor = avg_factor if isinstance(avg_factor, Tensor) else None
+    if reduction == "none" or pred.dim() not in (2, 3) or not is_plain([pred], [target, weight, factor]):
         return None
     if weight is not None:
         rows = pred.shape[:1] + pred.shape[2:]
         if weight.shape not in (rows, (*rows, 1)):
             return None
-    # The gradient reaches the scores alone; a subclass may stand for no numbers at all.
-    factor = avg_factor if isinstance(avg_factor, Tensor) else None
-    for other in (target, weight, factor):
-        if other is not None and (type(other) is not Tensor or other.requires_grad):
-            return None
-    if type(pred) not in (Tensor, nn.Parameter) or (
-        factor is not None and factor.device.type not in ("cpu", pred.device.type)
-    ):
+    if factor is not None and factor.device.type not in ("cpu", pred.device.type):
         return None
     device = device_type(pred)
     backend = backends.serving(stem, device)

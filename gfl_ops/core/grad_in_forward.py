@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autograd node of the losses whose forward pass computes their gradient as well.
+
+A loss comes out of its kernel weighted and normalised, so the gradient that it receives is nearly always 1. The forward
+kernel therefore writes d loss / d input (or the exponentials that it is made of) while the input is in cache:
+
+- *forward* returns the loss and keeps the buffer that holds the gradient.
+- The first backward pass takes the buffer out of the graph and *finishes* it in place: the kernel returns at once where
+  1 arrives and recomputes the gradient otherwise. The device decides, so the host never waits. Nobody else has seen
+  the buffer, so no gradient that was handed out is ever overwritten.
+- Any later *backward* pass over a retained graph finds the buffer gone and computes the gradient into a new tensor.
+
+Both ways give the same bits. fp16 stores no gradient, since most of it would underflow. Under ``create_graph=True`` the
+gradient comes from the backward operator, which refuses to be differentiated itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Inputs = tuple[Tensor | None, ...]
+Grads = tuple[Tensor, ...]
+
+
+class Kernels(NamedTuple):
+    """What one loss runs in each step. `constants` is whatever the loss needs besides its input tensors.
+
+    Attributes:
+        forward: (inputs, constants, store) -> (outputs, buffers). The buffers are None or ignored unless `store`.
+        finish: (buffers, grads, inputs, constants) -> the gradients of the leading inputs.
+        backward: (grads, inputs, constants) -> the same, without buffers.
+        differentiable: how many outputs, counted from the first, have a gradient.
+    """
+
+    forward: Callable[[Inputs, Any, bool], tuple[tuple[Tensor, ...], Any]]
+    finish: Callable[[Any, Grads, Inputs, Any], Iterable[Tensor]]
+    backward: Callable[[Grads, Inputs, Any], Iterable[Tensor]]
+    differentiable: int = 1
+
+
+class GradInForward(torch.autograd.Function):
+    """``GradInForward.apply(kernels, constants, *inputs)`` returns the outputs as a tuple; see above."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, constants: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        store = all(x is None or x.dtype != torch.float16 for x in inputs)
+        outputs, buffers = kernels.forward(inputs, constants, store)
+        ctx.save_for_backward(*inputs)
+        # Not saved tensors: a retained graph would hold on to the buffers after they have been handed out.
+        ctx.buffers = buffers if store else None
+        ctx.kernels, ctx.constants = kernels, constants
+        # Missing gradients are made below: torch would also make some for outputs that have none.
+        ctx.set_materialize_grads(False)
+        ctx.expected = [(o.shape, o.dtype, o.device) for o in outputs[: kernels.differentiable]]
+        ctx.mark_non_differentiable(*outputs[kernels.differentiable :])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = tuple(
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(arriving, ctx.expected)
+        )
+        inputs, (buffers, ctx.buffers) = ctx.saved_tensors, (ctx.buffers, None)
+        if buffers is None or torch.is_grad_enabled():
+            found = ctx.kernels.backward(grads, inputs, ctx.constants)
+        else:
+            found = ctx.kernels.finish(buffers, grads, inputs, ctx.constants)
+        found = tuple(found)
+        return None, None, *found, *[None] * (len(inputs) - len(found))
+
+
+def wants_grad(tensors: Iterable[Tensor]) -> bool:
+    """Whether autograd records what happens to any of the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_plain(differentiable: Iterable[Tensor], others: Iterable[object] = ()) -> bool:
+    """Whether a kernel that autograd does not see may compute the loss of these tensors.
+
+    Not while a graph is compiled, since it can't own a buffer; not under transforms of functions, which have no rule
+    for the node; not for subclasses, which may stand for no numbers; not if a gradient must reach one of `others`.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) for x in differentiable) and all(
+        type(x) is Tensor and not x.requires_grad for x in others if isinstance(x, Tensor)
+    )
