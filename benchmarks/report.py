@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks write: a table of 80 columns, JSON, and a plot."""
+"""What the benchmarks write: tables of 80 columns, JSON, and a plot."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -13,15 +14,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import stamp
-from harness import BACKENDS, Machine, Result
+from clock import Machine
+from harness import BACKENDS, Result
 
 WIDTH = 80
 DISTURBED = (
-    " The machine was disturbed: take ratios of the same case only, or repeat with --clock cpu --threads 1, which"
-    " counts this process alone."
+    " The machine was busy with other work: trust only ratios of the same case, or repeat with --clock cpu --threads 1,"
+    " which counts this process alone."
 )
 HEADER = f"{'':<13}{'forward':>8}{'backward':>9}{'both':>9}{'p20–p80':>16}{'GB/s':>7}{'floor':>7}{'MB':>7}"
+# Of whole detectors: with this package's operators inside.
+OURS = ("patched", "optimized")
+DETECTOR_COLOURS = {"plain": "#9aa0a6", "optimized": "#1a73e8", "compiled": "#f9ab00"}
 COLOURS = {
     "eager": "#9aa0a6",
     "torchvision": "#c58af9",
@@ -33,7 +40,7 @@ COLOURS = {
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds with three digits that count."""
+    """Milliseconds with three significant digits."""
     if value is None:
         return "-"
     if value <= 0:
@@ -53,32 +60,39 @@ def megabytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:.1f}" if value < 1e9 else f"{value / 1e6:.0f}"
 
 
+def wrapped(paragraphs: Iterable[str]) -> str:
+    return "\n".join(line for text in paragraphs for line in textwrap.wrap(text, WIDTH) or [""])
+
+
+def stamped(*more: str) -> str:
+    """Where this runs, on which versions, by which command; and more lines."""
+    return wrapped([*stamp.lines(stamp.stamp()), *more])
+
+
 def head(machine: Machine, scene_lines: Sequence[str]) -> str:
-    lines = [line for said in stamp.lines(stamp.stamp()) for line in textwrap.wrap(said, WIDTH)]
-    lines += [line for said in scene_lines for line in textwrap.wrap(said, WIDTH)]
     text = (
         f"A large copy moves {machine.bandwidth / 1e9:.1f} GB/s here; `floor` is the time that inputs, results and "
-        "gradients would need at that rate, as a share of the time taken. Milliseconds are medians; p20–p80, GB/s, "
+        "gradients would take at that rate, as a share of the measured time. Milliseconds are medians; p20–p80, GB/s, "
         "floor and MB (peak of what a turn allocates) are of both directions together."
     )
-    return "\n".join([*lines, "", *textwrap.wrap(text, WIDTH)])
+    return stamped(*scene_lines, "", text)
 
 
 def section(dtype: str, batch: int, machine: Machine) -> str:
-    """The heads of the columns."""
+    """The column headers."""
     header = HEADER + ("  runs" if machine.cuda else "")
     return f"{f'{dtype}, batch {batch}':<13}{header[13:]}\n{'=' * len(header)}"
 
 
 def block(results: Sequence[Result]) -> str:
-    """One case: a title and a line a provider."""
+    """One case: a title, and a line per provider."""
     first = results[0]
     lines = [f"{first.name} ({first.dtype}; {first.what})"]
     for r in results:
         if r.status != "timed" or r.total is None:
             if r.status != "skipped":
-                said = f"  {r.provider:<11} {r.status.upper()}: {r.reason}"
-                lines += textwrap.wrap(said, WIDTH, subsequent_indent=" " * 14)
+                text = f"  {r.provider:<11} {r.status.upper()}: {r.reason}"
+                lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 14)
             continue
         both = r.both.median if r.both else None
         span = f"{ms(r.total.p20)}–{ms(r.total.p80)}"
@@ -90,7 +104,7 @@ def block(results: Sequence[Result]) -> str:
 
 
 def is_ours(provider: str) -> bool:
-    return provider in BACKENDS
+    return provider in (*BACKENDS, *OURS)
 
 
 def cases(results: Iterable[Result]) -> list[list[Result]]:
@@ -98,7 +112,7 @@ def cases(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def comparison(results: Sequence[Result]) -> tuple[Result, Result] | None:
-    """Our fastest against the fastest of the others."""
+    """Our fastest provider and the fastest of the others."""
     timed = [r for r in results if r.total is not None and r.provider != "reference"]
     ours = min((r for r in timed if is_ours(r.provider)), key=lambda r: r.total.median, default=None)
     others = min((r for r in timed if not is_ours(r.provider)), key=lambda r: r.total.median, default=None)
@@ -106,7 +120,7 @@ def comparison(results: Sequence[Result]) -> tuple[Result, Result] | None:
 
 
 def verdict(factor: float) -> str:
-    """How many times less time than the others'."""
+    """In words: how many times as fast as the others."""
     if 0.95 < factor < 1.05:
         return "equal"
     times = max(factor, 1 / factor)
@@ -121,11 +135,11 @@ def summary(results: Sequence[Result], machine: Machine) -> str:
         if pair is None:
             continue
         ours, other = pair
-        said = verdict(other.total.median / ours.total.median)
+        speed = verdict(other.total.median / ours.total.median)
         where = f"{ours.name} {ours.dtype}" + (f" B={ours.batch}" if len({r.batch for r in results}) > 1 else "")
         lines.append(
             f"{where:<24}{ours.provider:<8}{ms(ours.total.median):>8}   {other.provider:<12}"
-            f"{ms(other.total.median):>8}  {said}"
+            f"{ms(other.total.median):>8}  {speed}"
         )
     skipped: dict[str, list[str]] = {}
     for r in results:
@@ -140,35 +154,55 @@ def summary(results: Sequence[Result], machine: Machine) -> str:
     if bad:
         lines += ["", "wrong or failed"]
         for r in bad:
-            said = f"- {r.name} {r.dtype} {r.provider}: {r.reason}"
-            lines += textwrap.wrap(said, WIDTH, subsequent_indent="  ")
-    lines += ["", *textwrap.wrap(quiet(machine), WIDTH)]
-    return "\n".join(lines)
+            text = f"- {r.name} {r.dtype} {r.provider}: {r.reason}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return "\n".join([*lines, "", steadiness(machine)])
 
 
-def quiet(machine: Machine) -> str:
-    """How even the machine was, by the log1p that ran beside everything."""
+def steadiness(machine: Machine) -> str:
+    """How steady the machine was, by the log1p that ran between everything."""
     values = sorted(1e3 * v for v in machine.log1p)
     if not values:
         return "log1p: not timed"
     low, middle, high = values[len(values) // 10], statistics.median(values), values[len(values) * 9 // 10]
-    said = f"log1p of 2^20 numbers beside everything: median {ms(middle)} ms, tenths {ms(low)} to {ms(high)}."
-    return said + (DISTURBED if high > 1.5 * low else "")
+    text = f"log1p of 2^20 numbers between the turns: median {ms(middle)} ms, p10 {ms(low)}, p90 {ms(high)}."
+    return wrapped([text + (DISTURBED if high > 1.5 * low else "")])
 
 
-def write_json(path: Path, results: Sequence[Result], machine: Machine, settings: dict[str, Any]) -> None:
+def finish(
+    given: argparse.Namespace,
+    results: Sequence[Result],
+    machine: Machine,
+    *,
+    plot: Sequence[Result] = (),
+    extra: dict[str, Any] | None = None,
+) -> int:
+    """Write JSON, and a plot of some results, into the folder `--out`; returns the exit status.
+
+    That is 1 if one of this package's providers is wrong or fails.
+    """
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items() if k != "run"}
     record = {
         "stamp": stamp.stamp(),
-        "settings": settings,
+        "settings": settings | {"threads": torch.get_num_threads()},
         "copy_bytes_per_s": machine.bandwidth,
         "log1p_ms": [round(1e3 * v, 5) for v in machine.log1p],
         "results": [dataclasses.asdict(r) for r in results],
     }
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    file = given.out / f"bench_{given.command}.json"
+    file.write_text(json.dumps(record | (extra or {}), indent=1, default=str) + "\n")
+    written = f"\nwritten: {file}"
+    if plot:
+        image = file.with_suffix(".png")
+        trouble = draw(image, plot, machine)
+        written += f"; {trouble}" if trouble else f", {image}"
+    print(written)
+    return 1 if any(is_ours(r.provider) and r.status in ("wrong", "failed") for r in results) else 0
 
 
-def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
-    """Bars of all cases; returns why there is none."""
+def draw(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
+    """Bars of all cases; returns why there is no plot, None if there is one."""
     try:
         import matplotlib
     except ImportError:
@@ -180,7 +214,8 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
 
     columns = list(dict.fromkeys((r.dtype, r.batch) for r in results if r.total))
     names = list(dict.fromkeys(r.name for r in results if r.total))
-    used = [p for p in COLOURS if any(r.provider == p and r.total for r in results)]
+    colours = COLOURS | DETECTOR_COLOURS
+    used = [p for p in colours if any(r.provider == p and r.total for r in results)]
     if not used:
         return "no plot: nothing was timed"
     height = 0.8 / len(used)
@@ -196,7 +231,7 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
                     if r.status in ("wrong", "failed"):
                         axis.text(0.01, place, r.status, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
                     continue
-                axis.barh(place, r.total.median, height * 0.92, color=COLOURS[r.provider])
+                axis.barh(place, r.total.median, height * 0.92, color=colours[r.provider])
                 axis.plot([r.total.p20, r.total.p80], [place, place], color="black", linewidth=0.7)
                 if r.floor_share:
                     floor = r.total.median * r.floor_share
@@ -209,14 +244,14 @@ def plot(path: Path, results: Sequence[Result], machine: Machine) -> str | None:
         axis.tick_params(labelsize=8)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
-    handles: list[Any] = [Patch(color=COLOURS[p], label=p) for p in used]
+    handles: list[Any] = [Patch(color=colours[p], label=p) for p in used]
     handles.append(Line2D([], [], color="#d93025", label="byte floor"))
     wide = min(len(handles), 2 + 2 * len(columns))
     figure.legend(handles=handles, loc="upper center", ncols=wide, fontsize=8, frameon=False)
-    said = stamp.stamp()
-    where = said["gpu"] if machine.cuda else f"{said['cpu']}, {said['cores']} cores"
-    made = f"{where} · torch {said['versions']['torch']} · {said['commit']} · {said['date'][:10]}"
-    figure.text(0.01, 0.005, made, fontsize=6)
+    record = stamp.stamp()
+    where = record["gpu"] if machine.cuda else f"{record['cpu']}, {record['cores']} cores"
+    caption = f"{where} · torch {record['versions']['torch']} · {record['commit']} · {record['date'][:10]}"
+    figure.text(0.01, 0.005, caption, fontsize=6)
     figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.5 / size[1]))
     figure.savefig(path, dpi=110)
     plt.close(figure)

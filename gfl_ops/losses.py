@@ -20,7 +20,7 @@ from .core.reduction import check_element_reduction, check_reduction, reduce_los
 from .ops.bins.dfl import distribution_focal_loss
 from .ops.bins.integral import integral
 from .ops.bins.ld import distillation_loss
-from .ops.boxes.iou import OVERLAP, box_iou_loss, pairs
+from .ops.boxes.iou import box_iou_loss, pairs
 from .ops.score.focal import focal_loss
 from .ops.score.qfl import quality_focal_loss
 from .ops.score.vfl import varifocal_loss
@@ -260,7 +260,7 @@ class IoULoss(_Loss):
         reduction_override: str | None = None,
     ) -> Tensor:
         """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
-        iou = pairs("IoULoss", pred, target, OVERLAP, self._AREA_EPS).clamp(min=self.eps)
+        iou = pairs("IoULoss", pred, target, "overlap", self._AREA_EPS).clamp(min=self.eps)
         weight = _pair_weight("IoULoss", pred, weight)
         reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
         check_reduction("IoULoss", pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gfl_ops import box_iou_loss, giou_loss
 from gfl_ops.core.random_inputs import boxes
+from gfl_ops.ops.boxes.iou import KINDS
 
 STEM = "iou"
 NAN = float("nan")
-KINDS = ("iou", "giou", "diou", "ciou")
 
 
 def by_hand(p: list[float], t: list[float], kind: str, eps: float) -> float:
@@ -158,7 +158,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("target short", {"target": BOXES[:6]}, ValueError, "`target` must have shape [N, 4] = [7, 4], got [6, 4]"),
     ("target integer", {"target": BOXES.long()}, TypeError, "`target` must have one of the dtypes"),
     ("weight [N, 1]", {"weight": BOXES[:, :1]}, ValueError, "`weight` must have shape [N] = [7], got [7, 1]"),
-    ("kind", {"kind": "siou"}, ValueError, "`kind` must be one of 'iou', 'giou', 'diou', 'ciou', got 'siou'"),
+    ("kind", {"kind": "wiou"}, ValueError, "`kind` must be one of 'iou', 'giou', 'diou', 'ciou', got 'wiou'"),
     ("eps", {"eps": -1.0}, ValueError, "`eps` must be >= 0, got -1.0"),
     ("reduction", {"reduction": "max"}, ValueError, "`reduction` must be one of 'none', 'mean', 'sum', got 'max'"),
     ("device", {"target": BOXES.to("meta")}, ValueError, "`target` must be on the device of `pred`, cpu, got meta"),

@@ -53,6 +53,19 @@ def test_the_detector_s_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Image.open(tmp_path / "found.png").size == (80, 60)
 
 
+def test_the_configuration_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", TEXT, flags=re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text)
+    found = config.preset(str(tmp_path / "mine.toml"))
+    assert found == config.Config().replace(
+        data="mine",
+        train_annotations="train.json",
+        backbone_weights="torchvision",
+        lr=0.005,
+        train_short_side=(480, 800),
+    )
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_are_understood(line: str) -> None:
     options = cli.parser().parse_args(shlex.split(line))

@@ -17,7 +17,7 @@ from .host import Compiler, find_compiler
 from .torch_info import OLDEST, TorchInfo, find_torch
 
 # What `gfl` needs; `gfl_ops` itself imports torch alone.
-DETECTOR_REQUIREMENTS = ("numpy", "pillow", "pycocotools", "tqdm")
+DETECTOR_REQUIREMENTS = ("numpy", "pillow", "pycocotools", "tqdm", "tomli; python_version < '3.11'")
 ANY_TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]}"
 
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/boxes.h"
 
-#include "rows.h"
-
 #include "operator.h"
+#include "rows.h"
 
 namespace gfl::binding {
 namespace {
 
 constexpr int64_t kLocationsPerChunk = 4096;
+constexpr int64_t kPairsPerChunk = 2048;
 
 std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
   std::vector<int64_t> shape = t.sizes().vec();
@@ -22,11 +22,11 @@ void check_fours(const at::Tensor& t, const char* argument) {
                    "` must be fp32 or fp64, got ", t.scalar_type());
 }
 
-// What a backward reads besides the forward's input.
-at::Tensor prepare_gradient(const at::Tensor& grad, const at::Tensor& like) {
-  check_shape(grad, like.sizes(), "grad");
-  check_dtype(grad, like.scalar_type(), "grad");
-  check_device(grad, like, "grad");
+at::Tensor prepare_gradient(const at::Tensor& grad, at::IntArrayRef shape, const at::Tensor& like,
+                            const char* argument) {
+  check_shape(grad, shape, argument);
+  check_dtype(grad, accumulator_of(like), argument);
+  check_device(grad, like, argument);
   return grad.contiguous();
 }
 
@@ -50,6 +50,32 @@ ToBox prepare_to_box(const at::Tensor& points, const at::Tensor& distance, const
   return p;
 }
 
+at::Tensor distance_to_box_forward(const at::Tensor& points, const at::Tensor& distance,
+                                   const OptionalTensor& max_shape) {
+  const ToBox p = prepare_to_box(points, distance, max_shape);
+  const at::Tensor boxes = at::empty(distance.sizes(), distance.options());
+  void* out = boxes.mutable_data_ptr();
+  run(distance, p.count(), kLocationsPerChunk, GFL_CUDA_LAUNCH(distance_to_box_forward, p.in, out),
+      [&](int64_t begin, int64_t end) { cpu::distance_to_box_forward(p.in, out, begin, end); });
+  return boxes;
+}
+
+std::tuple<at::Tensor, at::Tensor> distance_to_box_backward(const at::Tensor& grad_boxes, const at::Tensor& points,
+                                                            const at::Tensor& distance, const OptionalTensor& max_shape,
+                                                            Needs2 needs) {
+  const ToBox p = prepare_to_box(points, distance, max_shape);
+  const at::Tensor grad = prepare_gradient(grad_boxes, distance.sizes(), distance, "grad");
+  const at::Tensor grad_points = wanted(needs[0], points), grad_distance = wanted(needs[1], distance);
+  const void* from = grad.const_data_ptr();
+  void* to_points = pointer(grad_points, needs[0]);
+  void* to_distance = pointer(grad_distance, needs[1]);
+  run(distance, p.count(), kLocationsPerChunk,
+      GFL_CUDA_LAUNCH(distance_to_box_backward, p.in, from, to_points, to_distance), [&](int64_t begin, int64_t end) {
+        cpu::distance_to_box_backward(p.in, from, to_points, to_distance, begin, end);
+      });
+  return {grad_points, grad_distance};
+}
+
 struct ToDistance {
   at::Tensor points, boxes;  // kept alive while `in` points into them
   BoxToDistanceInput in;
@@ -69,63 +95,13 @@ ToDistance prepare_to_distance(const at::Tensor& points, const at::Tensor& boxes
   return p;
 }
 
-}  // namespace
-
-at::Tensor distance_to_box_forward(const at::Tensor& points, const at::Tensor& distance,
-                                   const OptionalTensor& max_shape) {
-  const ToBox p = prepare_to_box(points, distance, max_shape);
-  const at::Tensor boxes = at::empty(distance.sizes(), distance.options());
-#if defined(GFL_WITH_CUDA)
-  if (distance.is_cuda()) {
-    on_stream_of(distance, [&](cudaStream_t stream) {
-      return cuda::distance_to_box_forward(p.in, boxes.mutable_data_ptr(), stream);
-    });
-    return boxes;
-  }
-#endif
-  for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
-    cpu::distance_to_box_forward(p.in, boxes.mutable_data_ptr(), begin, end);
-  });
-  return boxes;
-}
-
-std::tuple<at::Tensor, at::Tensor> distance_to_box_backward(const at::Tensor& grad_boxes, const at::Tensor& points,
-                                                            const at::Tensor& distance, const OptionalTensor& max_shape,
-                                                            Needs2 needs) {
-  const ToBox p = prepare_to_box(points, distance, max_shape);
-  const at::Tensor grad = prepare_gradient(grad_boxes, distance);
-  const at::Tensor grad_points = wanted(needs[0], points), grad_distance = wanted(needs[1], distance);
-#if defined(GFL_WITH_CUDA)
-  if (distance.is_cuda()) {
-    on_stream_of(distance, [&](cudaStream_t stream) {
-      return cuda::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
-                                            pointer(grad_distance, needs[1]), stream);
-    });
-    return {grad_points, grad_distance};
-  }
-#endif
-  for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
-    cpu::distance_to_box_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
-                                  pointer(grad_distance, needs[1]), begin, end);
-  });
-  return {grad_points, grad_distance};
-}
-
 at::Tensor box_to_distance_forward(const at::Tensor& points, const at::Tensor& boxes,
                                    std::optional<double> max_distance, double eps) {
   const ToDistance p = prepare_to_distance(points, boxes, max_distance, eps);
   const at::Tensor distance = at::empty(boxes.sizes(), boxes.options());
-#if defined(GFL_WITH_CUDA)
-  if (boxes.is_cuda()) {
-    on_stream_of(boxes, [&](cudaStream_t stream) {
-      return cuda::box_to_distance_forward(p.in, distance.mutable_data_ptr(), stream);
-    });
-    return distance;
-  }
-#endif
-  for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
-    cpu::box_to_distance_forward(p.in, distance.mutable_data_ptr(), begin, end);
-  });
+  void* out = distance.mutable_data_ptr();
+  run(boxes, p.count(), kLocationsPerChunk, GFL_CUDA_LAUNCH(box_to_distance_forward, p.in, out),
+      [&](int64_t begin, int64_t end) { cpu::box_to_distance_forward(p.in, out, begin, end); });
   return distance;
 }
 
@@ -133,27 +109,67 @@ std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& gr
                                                             const at::Tensor& boxes, std::optional<double> max_distance,
                                                             double eps, Needs2 needs) {
   const ToDistance p = prepare_to_distance(points, boxes, max_distance, eps);
-  const at::Tensor grad = prepare_gradient(grad_distance, boxes);
+  const at::Tensor grad = prepare_gradient(grad_distance, boxes.sizes(), boxes, "grad");
   const at::Tensor grad_points = wanted(needs[0], points), grad_boxes = wanted(needs[1], boxes);
-#if defined(GFL_WITH_CUDA)
-  if (boxes.is_cuda()) {
-    on_stream_of(boxes, [&](cudaStream_t stream) {
-      return cuda::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
-                                            pointer(grad_boxes, needs[1]), stream);
-    });
-    return {grad_points, grad_boxes};
-  }
-#endif
-  for_chunks(p.count(), kLocationsPerChunk, [&](int64_t begin, int64_t end) {
-    cpu::box_to_distance_backward(p.in, grad.const_data_ptr(), pointer(grad_points, needs[0]),
-                                  pointer(grad_boxes, needs[1]), begin, end);
-  });
+  const void* from = grad.const_data_ptr();
+  void* to_points = pointer(grad_points, needs[0]);
+  void* to_boxes = pointer(grad_boxes, needs[1]);
+  run(boxes, p.count(), kLocationsPerChunk,
+      GFL_CUDA_LAUNCH(box_to_distance_backward, p.in, from, to_points, to_boxes), [&](int64_t begin, int64_t end) {
+        cpu::box_to_distance_backward(p.in, from, to_points, to_boxes, begin, end);
+      });
   return {grad_points, grad_boxes};
 }
 
-GFL_OPERATOR(box_to_distance_fwd, box_to_distance_forward)
-GFL_OPERATOR(box_to_distance_bwd, box_to_distance_backward)
+struct Pairs {
+  at::Tensor target;  // contiguous, kept alive while `in` points into it
+  IouInput in;
+};
+
+Pairs prepare_pairs(const at::Tensor& pred, const at::Tensor& target, const std::string& kind, double eps,
+                    double parameter) {
+  check_dim(pred, 2, "pred");
+  TORCH_CHECK_VALUE(pred.size(1) == 4, "gfl: `pred` must have shape [N, 4], got ", pred.sizes());
+  TORCH_CHECK_VALUE(is_iou_kind(kind.c_str()), "gfl: `kind` is not known, got ", kind);
+  check_dtype(target, accumulator_of(pred), "target");
+  check_device(target, pred, "target");
+  check_shape(target, pred.sizes(), "target");
+  Pairs p{target.contiguous(), {}};
+  p.in = IouInput{pred.const_data_ptr(), dtype_of(pred, "pred"), pred.stride(0), pred.stride(1),
+                  p.target.const_data_ptr(), pred.size(0), kind.c_str(), eps, parameter};
+  return p;
+}
+
+at::Tensor iou_forward(const at::Tensor& pred, const at::Tensor& target, std::string kind, double eps,
+                       double parameter) {
+  const Pairs p = prepare_pairs(pred, target, kind, eps, parameter);
+  const at::Tensor loss = at::empty({pred.size(0)}, pred.options().dtype(accumulator_of(pred)));
+  void* out = loss.mutable_data_ptr();
+  run(pred, p.in.rows, kPairsPerChunk, GFL_CUDA_LAUNCH(iou_forward, p.in, out),
+      [&](int64_t begin, int64_t end) { cpu::iou_forward(p.in, out, begin, end); });
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> iou_backward(const at::Tensor& grad_loss, const at::Tensor& pred,
+                                                const at::Tensor& target, std::string kind, double eps,
+                                                double parameter, Needs2 needs) {
+  const Pairs p = prepare_pairs(pred, target, kind, eps, parameter);
+  const at::Tensor grad = prepare_gradient(grad_loss, {pred.size(0)}, pred, "grad_loss");
+  const at::Tensor grad_pred = wanted(needs[0], pred), grad_target = wanted(needs[1], target);
+  const void* from = grad.const_data_ptr();
+  void* to_pred = pointer(grad_pred, needs[0]);
+  void* to_target = pointer(grad_target, needs[1]);
+  run(pred, p.in.rows, kPairsPerChunk, GFL_CUDA_LAUNCH(iou_backward, p.in, from, to_pred, to_target),
+      [&](int64_t begin, int64_t end) { cpu::iou_backward(p.in, from, to_pred, to_target, begin, end); });
+  return {grad_pred, grad_target};
+}
+
 GFL_OPERATOR(distance_to_box_fwd, distance_to_box_forward)
 GFL_OPERATOR(distance_to_box_bwd, distance_to_box_backward)
+GFL_OPERATOR(box_to_distance_fwd, box_to_distance_forward)
+GFL_OPERATOR(box_to_distance_bwd, box_to_distance_backward)
+GFL_OPERATOR(iou_fwd, iou_forward)
+GFL_OPERATOR(iou_bwd, iou_backward)
 
+}  // namespace
 }  // namespace gfl::binding

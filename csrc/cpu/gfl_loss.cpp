@@ -77,8 +77,8 @@ template <class T> void distribution_terms(const GflLossInput& in, const HeadPos
     distance[side] = s.mean();
     if (b.counted) dfl += two_bin_loss(b, two_bin_entropy(s, b, logit));
   }
-  out.score = head_iou(g, distance, IouKind::overlap, in.legacy).value;
-  out.box = head_iou(g, distance, IouKind::giou, in.legacy).value;
+  out.score = head_iou(g, distance, iou_kind::overlap{}, in.legacy).value;
+  out.box = head_iou(g, distance, iou_kind::giou{}, in.legacy).value;
   out.dfl = dfl / A(4);
 }
 
@@ -96,7 +96,7 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
         logits.bins, [&](int j) { return logits(side, j); }, [&](int j, A e) { exponential[side][j] = e; });
     distance[side] = softmax[side].mean();
   }
-  const IouTerm<A> giou = head_iou(g, distance, IouKind::giou, in.legacy);
+  const IouTerm<A> giou = head_iou(g, distance, iou_kind::giou{}, in.legacy);
   const A by_box = static_cast<A>(scales.box * terms.weight), by_dfl = static_cast<A>(scales.dfl * terms.weight / 4);
   for (int side = 0; side < 4; ++side) {
     const A by_distance = by_box * (side < 2 ? -giou.grad_pred[side] : giou.grad_pred[side]);

@@ -201,12 +201,12 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     sums[3] += weight;
     if (!part.losses && !part.gradients) continue;
     const Positive<A> w = positive_at<A>(in, level, p);
-    const A score = head_iou(w.geometry, w.distance, IouKind::overlap, in.legacy).value;
+    const A score = head_iou(w.geometry, w.distance, iou_kind::overlap{}, in.legacy).value;
     const A own = load(logits + p.label * level.cls_stride[1]);
     const Term<A> term = qfl_term(own, score, static_cast<A>(terms.exponent), false);
     if (part.losses) {
       sums[0] += static_cast<double>(term.value);
-      sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, IouKind::giou, in.legacy).value);
+      sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, iou_kind::giou{}, in.legacy).value);
       sums[2] += weight * static_cast<double>(positive_dfl(in, w));
     }
     if (grad != nullptr && lane == 0) {

@@ -149,7 +149,7 @@ __device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t
 template <class A>
 __device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadGradients& out,
                                                   const HeadPositive& p, const Positive<A>& w, A by_box, A by_dfl) {
-  const IouTerm<A> giou = head_iou(w.geometry, w.distance, IouKind::giou, in.legacy);
+  const IouTerm<A> giou = head_iou(w.geometry, w.distance, iou_kind::giou{}, in.legacy);
   const A mine = of_side(giou.grad_pred, w.side);
   const A by_distance = by_box * (w.side < 2 ? -mine : mine);
   const TwoBins<A> b = bins_of_side(in, w);

@@ -5,10 +5,10 @@
 // an element at a time, and is for what is too long for that.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #include "launch.h"
 #include "terms/scalar.h"
+#include "vec.h"
 
 namespace gfl::cuda {
 
@@ -18,9 +18,6 @@ constexpr int kMapAhead = 4;    // runs a thread of a wide walk fetches before i
 
 // Blocks an SM, asked of the compiler: with the registers that it takes unasked, it spills for sm_90.
 template <class T> constexpr int kMapBlocks = sizeof(T) == 8 ? 1 : 2;
-
-// How many elements of T are 16 bytes.
-template <class T> constexpr int kRun = 16 / static_cast<int>(sizeof(T));
 
 // Where the tile's elements lie, in elements from the map's first, and how the walk goes.
 struct MapTile {
@@ -69,7 +66,7 @@ __device__ __forceinline__ MapTile map_tile(const void* data, int run, const int
   t.planar = dense || stride[1] != 1;
   const int64_t steps =
       t.planar ? t.image | (channels == 1 ? 0 : stride[1]) | t.count : t.image | stride[2] | stride[3] | channels;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (steps & (run - 1)) == 0;  // run: a power of two
+  const bool aligned = is_aligned(data) && (steps & (run - 1)) == 0;  // run: a power of two
   t.divide(aligned && (dense || !t.planar) ? run : 1);
   return t;
 }
@@ -126,8 +123,7 @@ template <class T, bool wide>
 __device__ __forceinline__ void load_run(const T* map, const MapTile& tile, Run<T, wide>& run) {
   if constexpr (wide) {
     if (tile.vectors()) {
-      const uint4 words = *reinterpret_cast<const uint4*>(map + run.offset);
-      memcpy(run.element, &words, sizeof words);
+      load_vec(map + run.offset, run.element);
       return;
     }
   }
@@ -139,9 +135,7 @@ __device__ __forceinline__ void store_run(T* map, const MapTile& tile, const Map
   T* const to = map + target.element(run.location, run.channel);
   if constexpr (wide) {
     if (tile.vectors()) {
-      uint4 words;
-      memcpy(&words, run.element, sizeof words);
-      *reinterpret_cast<uint4*>(to) = words;
+      store_vec(to, run.element);
       return;
     }
   }

@@ -46,8 +46,8 @@ template <class A> GFL_HOST_DEVICE TwoBins<A> head_bins(const HeadGeometry<A>& g
 
 // The loss or overlap of the decoded box, whose sides are `distance` from the centre. The +1 of widths is put on the
 // far sides.
-template <class A>
-GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance)[4], IouKind kind, bool legacy) {
+template <class A, class Kind>
+GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance)[4], Kind kind, bool legacy) {
   A pred[4], target[4];
   for (int side = 0; side < 4; ++side) {
     const A grown = legacy && side >= 2 ? A(1) : A(0);

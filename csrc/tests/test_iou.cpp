@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // IoU losses against their formulas in long double; derivatives against differences of those.
-#include "gfl/iou.h"
+#include "gfl/boxes.h"
 
 #include <algorithm>
+#include <string>
 
 #include "float_buffer.h"
 
@@ -11,27 +12,29 @@ using namespace gfl::testing;
 
 namespace {
 
-enum Kind { kIou, kGiou, kDiou, kCiou, kOverlap };
+struct Kind { std::string name; double parameter; };
+const Kind kKinds[] = {{"overlap", 0}, {"iou", 0}, {"giou", 0}, {"diou", 0}, {"ciou", 0}};
 using Real = long double;
 
 // `alpha`: CIoU's factor, which its derivative takes as a constant; negative to have it computed and returned in `used`.
-Real formula(const Real* p, const Real* t, int kind, Real eps, Real alpha, Real* used) {
+Real formula(const Real* p, const Real* t, const Kind& kind, Real eps, Real alpha, Real* used) {
+  const std::string& name = kind.name;
   const Real width = std::max<Real>(0, std::min(p[2], t[2]) - std::max(p[0], t[0]));
   const Real height = std::max<Real>(0, std::min(p[3], t[3]) - std::max(p[1], t[1]));
   const Real outer_width = std::max<Real>(0, std::max(p[2], t[2]) - std::min(p[0], t[0]));
   const Real outer_height = std::max<Real>(0, std::max(p[3], t[3]) - std::min(p[1], t[1]));
   const Real pw = p[2] - p[0], ph = p[3] - p[1], tw = t[2] - t[0], th = t[3] - t[1];
   const Real area = pw * ph + tw * th - width * height;
-  const Real iou = width * height / (kind == kDiou || kind == kCiou ? area + eps : std::max(area, eps));
-  if (kind == kOverlap) return iou;
-  if (kind == kIou) return 1 - iou;
-  if (kind == kGiou) {
+  const Real iou = width * height / (name == "diou" || name == "ciou" ? area + eps : std::max(area, eps));
+  if (name == "overlap") return iou;
+  if (name == "iou") return 1 - iou;
+  if (name == "giou") {
     const Real enclosing = std::max(outer_width * outer_height, eps);
     return 1 - iou + (enclosing - std::max(area, eps)) / enclosing;
   }
   const Real dx = (p[0] + p[2] - t[0] - t[2]) / 2, dy = (p[1] + p[3] - t[1] - t[3]) / 2;
   const Real value = iou - (dx * dx + dy * dy) / (outer_width * outer_width + outer_height * outer_height + eps);
-  if (kind == kDiou) return 1 - value;
+  if (name == "diou") return 1 - value;
   const Real angle = std::atan(tw / (th + eps)) - std::atan(pw / (ph + eps));
   const Real pi = 3.14159265358979323846264338327950288L, v = 4 / (pi * pi) * angle * angle;
   *used = alpha >= 0 ? alpha : iou > 0.5L ? v / (1 - iou + v) : 0;
@@ -42,8 +45,9 @@ void backward(const IouInput& in, const void* grad, void* grad_pred, void* grad_
   GFL_RUN(in.rows, iou_backward, in, grad, grad_pred, grad_target);
 }
 
-template <class T> void check(int kind, int64_t rows, DType dtype, double epsilon, Generator& draw) {
+template <class T> void check(const Kind& kind, int64_t rows, DType dtype, double epsilon, Generator& draw) {
   using A = acc_t<T>;
+  const char* const name = kind.name.c_str();
   std::vector<double> pred_values(rows * 4), target_values(rows * 4), grad_values(rows);
   for (int64_t row = 0; row < rows; ++row) {
     for (int axis = 0; axis < 2; ++axis) {
@@ -62,7 +66,7 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
   const Buffer<A> target(target_rounded), grad(grad_rounded);
   Buffer<A> loss(rows), grad_target(rows * 4);
   Buffer<T> grad_pred(rows * 4), alone(rows * 4);
-  const IouInput in{pred.data(), dtype, 4, 1, target.data(), rows, kind, 1e-6};
+  const IouInput in{pred.data(), dtype, 4, 1, target.data(), rows, name, 1e-6, kind.parameter};
   GFL_RUN(rows, iou_forward, in, loss.data());
   backward(in, grad.data(), grad_pred.data(), grad_target.data());
   backward(in, grad.data(), alone.data(), nullptr);
@@ -75,11 +79,11 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
   const Buffer<T> strided(spread);
   Buffer<A> loss_again(rows);
   Buffer<T> grad_again(rows * 4);
-  const IouInput gaps{strided.data() + 1, dtype, 9, 2, target.data(), rows, kind, 1e-6};
+  const IouInput gaps{strided.data() + 1, dtype, 9, 2, target.data(), rows, name, 1e-6, kind.parameter};
   GFL_RUN(rows, iou_forward, gaps, loss_again.data());
   backward(gaps, grad.data(), grad_again.data(), nullptr);
-  CHECK(widened(loss_again.read()) == got, "kind %d: the loss depends on the strides", kind);
-  CHECK(widened(grad_again.read()) == got_pred, "kind %d: the gradient depends on the strides", kind);
+  CHECK(widened(loss_again.read()) == got, "%s: the loss depends on the strides", name);
+  CHECK(widened(grad_again.read()) == got_pred, "%s: the gradient depends on the strides", name);
 
   const double chain = sizeof(A) == 8 ? 1e-8 : 3e-5;
   for (int64_t row = 0; row < rows; ++row) {
@@ -90,7 +94,7 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
     }
     const Real eps = static_cast<A>(1e-6);
     const double want = static_cast<double>(formula(sides, sides + 4, kind, eps, -1, &alpha));
-    CHECK(close(got[row], want, chain, chain), "kind %d loss[%lld] %g, not %g", kind, static_cast<long long>(row),
+    CHECK(close(got[row], want, chain, chain), "%s loss[%lld] %g, not %g", name, static_cast<long long>(row),
           got[row], want);
     for (int i = 0; i < 8; ++i) {
       const Real at = sides[i], h = 1e-6L;
@@ -102,26 +106,27 @@ template <class T> void check(int kind, int64_t rows, DType dtype, double epsilo
       const double slope = g[row] * static_cast<double>((above - below) / (2 * h));
       const double found = i < 4 ? got_pred[row * 4 + i] : got_target[row * 4 + i - 4];
       const double rounding = i < 4 ? epsilon : 0;
-      CHECK(close(found, slope, chain + rounding, chain + rounding * 1e-4), "kind %d row %lld side %d: %g, not %g", kind,
+      CHECK(close(found, slope, chain + rounding, chain + rounding * 1e-4), "%s row %lld side %d: %g, not %g", name,
             static_cast<long long>(row), i, found, slope);
     }
   }
-  CHECK(widened(alone.read()) == got_pred, "kind %d: grad_pred depends on grad_target", kind);
+  CHECK(widened(alone.read()) == got_pred, "%s: grad_pred depends on grad_target", name);
 }
 
 // Boxes without area, equal, turned round: finite, and half the derivative to either side of a tie.
 void check_degenerate() {
   const std::vector<float> pairs[2] = {{5, 5, 5, 5, 0, 0, 4, 4, 3, 3, 1, 1}, {5, 5, 5, 5, 0, 0, 4, 4, 0, 0, 9, 9}};
   const Buffer<float> pred(pairs[0]), target(pairs[1]), grad(std::vector<float>{1, 1, 1});
-  for (int kind = kIou; kind <= kOverlap; ++kind) {
-    const IouInput in{pred.data(), DType::f32, 4, 1, target.data(), 3, kind, 1e-7};
+  for (const Kind& kind : kKinds) {
+    const char* const name = kind.name.c_str();
+    const IouInput in{pred.data(), DType::f32, 4, 1, target.data(), 3, name, 1e-7, kind.parameter};
     Buffer<float> loss(3), grad_pred(12), grad_target(12);
     GFL_RUN(3, iou_forward, in, loss.data());
     backward(in, grad.data(), grad_pred.data(), grad_target.data());
     for (const auto& values : {loss.read(), grad_pred.read(), grad_target.read()}) {
-      for (const float v : values) CHECK(std::isfinite(v), "kind %d gives %g for a degenerate box", kind, v);
+      for (const float v : values) CHECK(std::isfinite(v), "%s gives %g for a degenerate box", name, v);
     }
-    if (kind != kGiou) continue;
+    if (kind.name != "giou") continue;
     const std::vector<float> g = grad_pred.read();
     // Equal boxes of side 4: IoU 1 changes by ∓1/8 a side on half of a tie, and the union with it.
     CHECK(g[4] == g[5] && g[6] == g[7] && g[4] == -g[6], "ties %g %g %g %g", g[4], g[5], g[6], g[7]);
@@ -132,7 +137,7 @@ void check_degenerate() {
 
 int main() {
   Generator draw(20191119);
-  for (int kind = kIou; kind <= kOverlap; ++kind) {
+  for (const Kind& kind : kKinds) {
     for (const int64_t rows : {0, 1, 37}) {
       check<float>(kind, rows, DType::f32, 0, draw);
       check<double>(kind, rows, DType::f64, 0, draw);

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..functional import batched_nms, nms, sigmoid_focal_loss
-from ..ops.boxes.iou import KINDS, pairs
+from ..ops.boxes.iou import pairs
 from ._patch import Change, Patch, Replaced, stand_in
 
 __all__ = ["batched_nms", "generalized_box_iou_loss", "nms", "patch", "sigmoid_focal_loss", "unpatch"]
@@ -52,7 +52,7 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
     if boxes1.dim() < 1 or boxes1.shape[-1] != 4 or boxes2.shape != boxes1.shape:
         rule = f"must have the shape of `boxes1`, [..., 4] = {list(boxes1.shape)}"
         raise ValueError(checks.message(op, "boxes2", rule, list(boxes2.shape)))
-    loss = pairs(op, boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), KINDS.index("giou"), eps)
+    loss = pairs(op, boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), "giou", eps)
     if reduction == "none":
         return loss.reshape(boxes1.shape[:-1])
     return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()

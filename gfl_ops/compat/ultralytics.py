@@ -21,7 +21,7 @@ from ..core import checks
 from ..core.dtypes import accumulator
 from ..functional import batched_nms, distribution_focal_loss, integral
 from ..ops.bins.integral import MAX_REG_MAX
-from ..ops.boxes.iou import KINDS, OVERLAP, pairs
+from ..ops.boxes.iou import pairs
 from ._patch import Change, Patch, Replaced, graft
 
 __all__ = ["DFL", "BboxLoss", "DFLoss", "complete_iou_loss", "non_max_suppression", "patch", "unpatch"]
@@ -49,11 +49,11 @@ def complete_iou_loss(pred: Tensor, target: Tensor) -> Tensor:
         TypeError, ValueError: a dtype or a shape other than these.
     """
     op = "complete_iou_loss"
-    loss = pairs(op, pred, target, KINDS.index("diou"), _EPS)
+    loss = pairs(op, pred, target, "diou", _EPS)
     acc = accumulator(pred.dtype)
     p, t = pred.to(acc), target.to(acc)
     with torch.no_grad():
-        iou = pairs(op, p, t, OVERLAP, _EPS)
+        iou = pairs(op, p, t, "overlap", _EPS)
     size_p, size_t = p[:, 2:] - p[:, :2], t[:, 2:] - t[:, :2]
     angle = (size_t[:, 0] / (size_t[:, 1] + _EPS)).atan() - (size_p[:, 0] / (size_p[:, 1] + _EPS)).atan()
     v = 4 / math.pi**2 * angle**2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.dtypes import accumulator
 from ..functional import distribution_focal_loss, integral, varifocal_loss
-from ..ops.boxes.iou import KINDS, pairs
+from ..ops.boxes.iou import pairs
 
 __all__ = ["BboxLoss", "VarifocalLoss", "integral"]
 
@@ -97,7 +97,7 @@ class BboxLoss(nn.Module):
         weight = target_scores[chosen].sum(-1)
         weight = weight.to(accumulator(weight.dtype))
         boxes, norm = target_bboxes[chosen], target_scores_sum.to(weight.dtype).clamp(min=1)
-        overlap = pairs("BboxLoss", pred_bboxes[chosen], boxes, KINDS.index(self.iou_type), _EPS)
+        overlap = pairs("BboxLoss", pred_bboxes[chosen], boxes, self.iou_type, _EPS)
         loss_iou = (overlap * weight).sum() / norm
         if not self.use_dfl:
             return loss_iou, pred_dist.sum() * 0.0

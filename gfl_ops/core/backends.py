@@ -7,8 +7,11 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import torch
 
 from . import extension
 
@@ -25,16 +28,21 @@ class _Kernels:
 
 _KERNELS: dict[str, _Kernels] = {}
 _AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
+_no_native_on_gpu: str | None = None  # known from the first call on a GPU
+_gpu_is_new = True
+_AT_FIRST_GPU_CALL: list[Callable[[], None]] = []
+_DISTRUSTED: dict[tuple[str, str, str], str] = {}  # (backend, stem, device type) -> why
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were run with
 
 
-def _triton_version() -> tuple[int, ...] | None:
+def triton_version() -> tuple[int, ...] | None:
+    """Triton's major and minor version, None where it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
-_TRITON = _triton_version()
+_TRITON = triton_version()
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # A plain module global: torch.compile guards on it, so that a compiled graph follows a later choice.
@@ -67,7 +75,7 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
     kernels = _KERNELS[stem]
     if backend == "native":
         if device_type in kernels.native:
-            return None
+            return _no_native_on_gpu if device_type == "cuda" else None
         return extension.why_not(device_type) or f"the extension has no {device_type} kernel for {stem}"
     if backend == "triton":
         if not kernels.triton:
@@ -82,15 +90,59 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
 
 def automatic(stem: str, device_type: str) -> str:
     """The fastest backend that works there. Triton's interpreter is for testing and never chosen unasked."""
-    if unavailable("native", stem, device_type) is None:
-        return "native"
-    if device_type == "cuda" and unavailable("triton", stem, device_type) is None:
-        return "triton"
+    for backend in ("native", "triton") if device_type == "cuda" else ("native",):
+        if (backend, stem, device_type) not in _DISTRUSTED and unavailable(backend, stem, device_type) is None:
+            return backend
     return "reference"
+
+
+def at_first_gpu_call(function: Callable[[], None]) -> None:
+    """Call `function` before the first operator runs on a GPU."""
+    _AT_FIRST_GPU_CALL.append(function)
+
+
+@torch.compiler.assume_constant_result
+def meet_gpu() -> None:
+    """What can only be known once there is a GPU: whether the extension has code for it. Runs once, at the first call
+    of an operator on one: importing the package must not initialise CUDA."""
+    global _gpu_is_new, _no_native_on_gpu
+    if not _gpu_is_new:
+        return
+    _gpu_is_new = False
+    _no_native_on_gpu = extension.why_not_on_gpus()
+    if _no_native_on_gpu:
+        for stem in _KERNELS:
+            _AUTOMATIC[stem, "cuda"] = automatic(stem, "cuda")
+        rest = "the reference" if why_no_triton() else "Triton"
+        text = f"gfl_ops: the compiled CUDA kernels are not used: {_no_native_on_gpu}. CUDA tensors run on {rest}."
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+    for function in _AT_FIRST_GPU_CALL:
+        function()
+
+
+def distrust(backend: str, stem: str, device_type: str, reason: str) -> None:
+    """Never choose `backend` for the operator there, since its kernel is known to be wrong; says so once."""
+    if (backend, stem, device_type) in _DISTRUSTED:
+        return
+    _DISTRUSTED[backend, stem, device_type] = reason
+    _AUTOMATIC[stem, device_type] = automatic(stem, device_type)
+    warnings.warn(
+        f"gfl_ops: the {backend} kernel of {stem} is not used on {device_type}: {reason}. {stem} runs on the backend"
+        f" {_AUTOMATIC[stem, device_type]!r}; please report this with the output of `gfl doctor --check`.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def distrusted(backend: str, stem: str, device_type: str) -> str | None:
+    """Why "auto" does not choose the backend although it could run; None if it may."""
+    return _DISTRUSTED.get((backend, stem, device_type))
 
 
 def serving(stem: str, device_type: str) -> str:
     """The backend that runs the operator there: "native", "triton" or "reference"."""
+    if _gpu_is_new and device_type == "cuda":
+        meet_gpu()
     if _backend == "auto":
         return _AUTOMATIC.get((stem, device_type), "reference")
     reason = unavailable(_backend, stem, device_type)

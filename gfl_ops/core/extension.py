@@ -120,6 +120,39 @@ def why_not(device_type: str) -> str | None:
     return None if device_type == "cpu" else f"the extension has no kernels for {device_type}"
 
 
+def why_not_on_gpus() -> str | None:
+    """Why the CUDA part has no code for a GPU of this machine; None if it has for all. Initialises CUDA."""
+    codes = EXTENSION.info.get("archs", [])
+    if why_not("cuda") is not None:
+        return None  # a reason that needs no GPU
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(runs_on(code, capability) for code in codes):
+            name = f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]})"
+            return (
+                f"the extension was compiled for {', '.join(codes)}, not for {name}; install gfl-ops again with"
+                f" TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Whether code by nvcc's name for it ("sm_80", "compute_90", "sm_90a") runs on a GPU of the capability.
+
+    Machine code runs on later GPUs of the same major version, PTX on every later one; code for the features of one GPU
+    ("a") on that GPU alone, of one family ("f") within its major version.
+    """
+    kind, _, number = code.partition("_")
+    suffix = number[-1] if number[-1:].isalpha() else ""
+    digits = number.removesuffix(suffix)
+    made_for = int(digits[:-1]), int(digits[-1])
+    if suffix == "a":
+        return capability == made_for
+    if kind == "compute" and not suffix:
+        return capability >= made_for
+    return capability[0] == made_for[0] and capability[1] >= made_for[1]
+
+
 def serves(name: str, device_type: str) -> bool:
     """Whether the extension registered a kernel for the operator ``gfl::<name>`` on a device."""
     if EXTENSION.module is None:

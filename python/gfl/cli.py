@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from gfl_ops._version import __version__
+from .config import did_you_mean
 
-from . import commands
-
+# Modules of `gfl.commands`, in the order of the help.
+COMMANDS = ("train", "eval", "detect", "export", "convert", "bench", "demo", "doctor")
 # Of a program that a signal ended: 128 + SIGINT.
 INTERRUPTED = 130
 
@@ -30,18 +30,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests an option in place of an unknown one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = super().parse_known_args(args, namespace)
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in rest:
+            if word.startswith("--") and (meant := did_you_mean(word.split("=")[0], known)):
+                self.error(f"unrecognized option {word}{meant}")
+        return options, rest
+
+
+class Version(argparse.Action):
+    """Prints the version; importing it takes as long as torch, so only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from gfl_ops._version import __version__
+
+        print(f"gfl-ops {__version__}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    whole = argparse.ArgumentParser(prog="gfl", description="Generalized Focal Loss: operators and detector.")
-    whole.add_argument("--version", action="version", version=f"gfl-ops {__version__}")
+    whole = Parser(prog="gfl", description="Generalized Focal Loss: operators and detector.")
+    whole.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     parsers = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in pkgutil.iter_modules(commands.__path__):
-        if module.name.startswith("_"):
-            continue
-        command = importlib.import_module(f"{commands.__name__}.{module.name}")
-        one = parsers.add_parser(
-            module.name, help=command.HELP, description=f"{command.HELP[0].upper()}{command.HELP[1:]}."
-        )
+    for name in COMMANDS:
+        command = importlib.import_module(f"gfl.commands.{name}")
+        one = parsers.add_parser(name, help=command.HELP, description=f"{command.HELP[0].upper()}{command.HELP[1:]}.")
         command.configure(one)
         one.set_defaults(run=command.run)
     return whole

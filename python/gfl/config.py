@@ -1,140 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector is and how it is trained and tested: typed sections, the paper's presets, JSON and command line.
+"""What a detector is, how it is trained and how it is run: typed sections, presets, files and command-line options.
 
-A field is listed once, here: its name is the option's, its text is the option's help, its type says what is accepted.
+Each field is listed once, here: its name is the option's, its help is the option's, its type says what is accepted.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import importlib
 import json
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass
 class ModelConfig:
-    """The network."""
+    """The network, and the assignment and losses of its training."""
 
-    backbone: str = _option(
-        "resnet50", "resnet18, resnet34, resnet50, resnet101, resnext101_32x4d, or timm:NAME for any timm model"
+    backbone: str = _option("resnet50", "resnet18/34/50/101, resnext101_32x4d, or timm:NAME for a timm model", "NAME")
+    width: int = _option(64, "channels of the backbone's stem and first stage; published ResNets have 64")
+    num_classes: int = _option(80, "object classes, without background; training takes it from the annotations")
+    dcn: Literal["v1", "v2"] | None = _option(
+        None, "deformable convolutions in the backbone (needs torchvision)", "v1|v2|none"
     )
-    width: int = _option(64, "channels of the backbone's stem and first stage (64 in every published ResNet)")
-    num_classes: int = _option(80, "classes of objects, without a background")
-    dcn: Literal["v1", "v2"] | None = _option(None, "deformable convolutions in the backbone (needs torchvision)")
-    dcn_stages: tuple[int, ...] = _option((3, 4, 5), "which of the stages c2 to c5 have them")
-    frozen_stages: int = _option(1, "the stem and this many stages are not trained; -1: all is trained, the stem too")
-    norm_eval: bool = _option(True, "batch norms of the backbone keep their statistics (weight and bias are trained)")
-    neck_channels: int = _option(256, "channels of every level of the pyramid")
+    dcn_stages: tuple[int, ...] = _option((3, 4, 5), "backbone stages with deformable convolutions, among 2 to 5")
+    frozen_stages: int = _option(1, "freeze the stem and this many backbone stages; -1: train the stem too")
+    norm_eval: bool = _option(True, "keep the running statistics of the backbone's batch norms (affine is trained)")
+    neck_channels: int = _option(256, "channels of each pyramid level")
     head_channels: int = _option(256, "channels of the head's convolutions")
     head_convs: int = _option(4, "convolutions before each of the head's two outputs")
     head_groups: int = _option(32, "groups of the head's group norms")
-    reg_max: int = _option(16, "last bin of a side's distribution, in strides (bins are 0 to reg_max)")
-    strides: tuple[int, ...] = _option((8, 16, 32, 64, 128), "pixels between the locations of each level")
-    anchor_scale: float = _option(8.0, "side of the square that stands for a location in the assignment, in strides")
-    topk: int = _option(9, "candidates an object and level in the assignment (ATSS)")
+    reg_max: int = _option(16, "last bin of each side's distribution (bins 0 to reg_max), in strides")
+    strides: tuple[int, ...] = _option((8, 16, 32, 64, 128), "stride of each pyramid level, pixels")
+    anchor_scale: float = _option(8.0, "side of a location's anchor box in the assignment, in strides")
+    topk: int = _option(9, "candidates per object and level in the assignment (ATSS)")
     beta: float = _option(2.0, "exponent of quality focal loss")
-    loss_weights: tuple[float, float, float] = _option((1.0, 2.0, 0.25), "of the class, box and distribution losses")
-    center_offset: float = _option(0.0, "offset of a location from its cell's corner, in cells")
+    loss_weights: tuple[float, float, float] = _option((1.0, 2.0, 0.25), "weights of the class, box and DFL losses")
+    center_offset: float = _option(0.0, "offset of a location from its cell's corner, in strides")
     topk_mode: Literal["pair", "anchor"] = _option(
-        "pair", "what a level's nms_pre counts: (location, class) pairs as mmdet 3, or locations as GFocal v1"
+        "pair", "what nms_pre counts: (location, class) pairs as in mmdet 3, or locations as in GFocal v1"
     )
-    quality_branch: bool = _option(False, "GFocal V2's: the distributions' peaks say how far the class scores hold")
-    legacy: bool = _option(False, "GFocal v1's geometry: centre (s-1)/2 pixels, boxes one pixel wider")
+    quality_branch: bool = _option(False, "multiply class scores by a quality predicted from the distributions (V2)")
+    legacy: bool = _option(False, "GFocal v1's geometry: centres at (s-1)/2 pixels, boxes one pixel wider")
 
 
 @dataclass
 class DataConfig:
-    """Images and annotations in COCO's format."""
+    """Images and annotations in COCO format."""
 
-    data: str = _option(".", "folder that the four paths below start from")
-    train_annotations: str = _option("annotations/instances_train2017.json", "annotation file to train on")
-    train_images: str = _option("train2017", "folder of the images to train on")
-    val_annotations: str = _option("annotations/instances_val2017.json", "annotation file to evaluate on; '' for none")
-    val_images: str = _option("val2017", "folder of the images to evaluate on")
-    keep_empty: bool = _option(False, "train on images without objects too; they are background as a whole")
-    workers: int = _option(4, "processes that read and augment images, for each training process; 0: none")
+    data: str = _option(".", "folder of the data set; paths of annotations and images are relative to it", "DIR")
+    train_annotations: str = _option("annotations/instances_train2017.json", "training annotations", "FILE")
+    train_images: str = _option("train2017", "training images", "DIR")
+    val_annotations: str = _option("annotations/instances_val2017.json", "validation annotations ('': none)", "FILE")
+    val_images: str = _option("val2017", "validation images", "DIR")
+    keep_empty: bool = _option(False, "train on images without objects too, as pure background")
+    workers: int = _option(4, "data-loading processes per training process; 0: load in the process itself")
 
 
 @dataclass
 class TrainConfig:
-    """The training."""
+    """Optimization, schedule, augmentation and logging."""
 
     backbone_weights: str = _option(
-        "", "start of the backbone: a FILE, torchvision, timm, or none (then all of it is trained, its norms too)"
+        "", "torchvision, timm, a file, or none (from scratch); required without --init and --resume", "NAME|FILE"
     )
-    init: str = _option("", "checkpoint whose weights the training starts from; a head of other classes stays new")
+    init: str = _option("", "checkpoint to start from; its class layer is left out if the classes differ", "FILE")
     epochs: int = _option(12, "passes over the training images")
-    lr_drops: tuple[int, ...] = _option(
-        (8, 11), "epochs after which the learning rate falls to a tenth (schedule step)"
-    )
-    schedule: Literal["step", "cosine"] = _option("step", "fall of the learning rate after the warm-up")
+    lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
+    schedule: Literal["step", "cosine"] = _option("step", "learning-rate schedule after the warm-up")
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "optimizer")
-    lr: float = _option(0.01, "learning rate for a batch of 16 images, scaled linearly with batch_size")
-    momentum: float = _option(0.9, "momentum of SGD; first beta of AdamW")
+    lr: float = _option(0.01, "learning rate for batches of 16 images; scaled linearly with batch_size")
+    momentum: float = _option(0.9, "momentum of SGD, beta1 of AdamW")
     weight_decay: float = _option(1e-4, "weight decay")
-    warmup_steps: int = _option(500, "steps over which the learning rate rises from a thousandth")
-    clip_grad_norm: float = _option(0.0, "largest norm of the gradient; 0: not limited")
-    batch_size: int = _option(16, "images a step, over all processes")
-    train_short_side: tuple[int, int] = _option(
-        (800, 800), "range of the short side in training, pixels, drawn an image"
-    )
-    train_long_side: int = _option(1333, "longest side in training, pixels")
-    flip: float = _option(0.5, "share of the images that are mirrored in training")
-    amp: Literal["none", "bf16", "fp16"] = _option("none", "type of automatic mixed precision")
-    fold_norms: bool = _option(
-        False, "backbone norms that keep their statistics are folded into the convolutions while training: fewer passes"
-    )
-    graph: bool = _option(False, "the whole step as a CUDA graph for each size of batch (one GPU; the first 16 sizes)")
-    graph_slots: int = _option(100, "objects an image that a graph has room for; batches with more go without")
-    seed: int = _option(0, "of initial weights, order and augmentation")
+    warmup_steps: int = _option(500, "steps of linear warm-up, from a thousandth of the learning rate")
+    clip_grad_norm: float = _option(0.0, "max gradient norm (0: off)")
+    batch_size: int = _option(16, "images per step, over all processes")
+    train_short_side: tuple[int, int] = _option((800, 800), "range of the random short side of an image, pixels")
+    train_long_side: int = _option(1333, "max long side in training, pixels")
+    flip: float = _option(0.5, "probability of a horizontal flip")
+    amp: Literal["none", "bf16", "fp16"] = _option("none", "automatic mixed precision")
+    fold_norms: bool = _option(False, "fold the backbone's fixed batch norms into its convolutions: faster steps")
+    graph: bool = _option(False, "run each step as one CUDA graph per batch shape (one GPU; the first 16 shapes)")
+    graph_slots: int = _option(100, "objects per image that a graph has room for; larger batches run without one")
+    seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
-    checkpoint_steps: int = _option(1000, "steps between checkpoints inside an epoch; 0: only after each epoch")
-    log_steps: int = _option(50, "steps between two rows of the log")
+    checkpoint_steps: int = _option(1000, "steps between checkpoints within an epoch; 0: only after each epoch")
+    log_steps: int = _option(50, "steps between rows of the log")
 
 
 @dataclass
-class TestConfig:
-    """Reading the boxes off the network's maps."""
+class InferenceConfig:
+    """From images to boxes: resizing, thresholds, NMS."""
 
-    __test__ = False  # its name is not a test's
-
-    short_side: int = _option(800, "short side of the images, pixels")
-    long_side: int = _option(1333, "longest side of the images, pixels")
+    short_side: int = _option(800, "short side of the resized image, pixels")
+    long_side: int = _option(1333, "max long side of the resized image, pixels")
     size_divisor: int = _option(32, "batches are padded to multiples of this, pixels (in training too)")
-    score_threshold: float = _option(0.05, "scores at or below this are dropped")
-    nms_pre: int = _option(1000, "candidates a level that are kept before NMS; 0: all")
-    iou_threshold: float = _option(0.6, "boxes of a class that overlap a better one by more than this are dropped")
-    max_detections: int = _option(100, "boxes kept an image")
-    test_batch_size: int = _option(1, "images a step of an evaluation, for each process")
+    score_threshold: float = _option(0.05, "drop detections with this score or less")
+    nms_pre: int = _option(1000, "candidates per level before NMS; 0: all")
+    iou_threshold: float = _option(0.6, "NMS drops boxes whose IoU with a better one of their class exceeds this")
+    max_detections: int = _option(100, "max detections per image")
+    test_batch_size: int = _option(1, "images per evaluation step, per process")
 
 
 @dataclass
 class Config:
-    """A detector with its training and test: one preset, one JSON file, one command line."""
+    """A detector with its training and inference: what a preset, a file and the command line describe."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    test: TestConfig = field(default_factory=TestConfig)
+    test: InferenceConfig = field(default_factory=InferenceConfig)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Sections of plain values (numbers, strings, lists), as in a JSON file and in a checkpoint."""
-        return {name: _plain(dataclasses.asdict(section)) for name, section in self.sections()}
-
-    def sections(self) -> list[tuple[str, Any]]:
-        return [(part.name, getattr(self, part.name)) for part in fields(self)]
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def save(self, path: str | Path) -> None:
+        """Write a JSON file that `preset` reads."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
@@ -142,62 +136,52 @@ class Config:
         """The inverse of `to_dict`; fields that are not given keep their defaults.
 
         Raises:
-            ValueError: a section or field that there is not, or a value that its type does not take.
+            ValueError: an unknown section or field, or a value that its type does not accept.
         """
-        config = cls()
-        for name, section in values.items():
-            if name not in dict(config.sections()):
-                raise ValueError(f"gfl.Config: no section `{name}`; there are {', '.join(dict(config.sections()))}")
-            setattr(config, name, replace(getattr(config, name), **section))
-        return config
+        return replace(cls(), **values)
 
     def replace(self, **values: Any) -> Config:
         """A copy with fields changed, named without their section (no two sections share a name).
 
         Raises:
-            ValueError: a field that there is not, or a value that its type does not take.
+            ValueError: an unknown field, or a value that its type does not accept.
         """
-        copy = Config.from_dict(self.to_dict())
+        changes: dict[str, dict[str, Any]] = {section: {} for section in vars(self)}
         for name, value in values.items():
-            section = copy._section_of(name)
-            setattr(copy, section, replace(getattr(copy, section), **{name: value}))
-        return copy
+            if name not in SECTION_OF:
+                raise ValueError(f"gfl.Config: no field `{name}`{did_you_mean(name, SECTION_OF)}")
+            changes[SECTION_OF[name]][name] = value
+        return Config(**{name: replace(getattr(self, name), **changed) for name, changed in changes.items()})
 
-    def _section_of(self, option: str) -> str:
-        for name, section in self.sections():
-            if option in {part.name for part in fields(section)}:
-                return name
-        raise ValueError(f"gfl.Config: no field `{option}`")
+
+SECTION_OF = {part.name: name for name, section in vars(Config()).items() for part in fields(section)}
 
 
 def replace(section: Any, **values: Any) -> Any:
     """A copy of a section with fields changed, each converted to and checked by its type."""
-    hints = typing.get_type_hints(type(section))
-    known = {part.name for part in fields(section)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"gfl.{type(section).__name__}: no field `{name}`; there are {', '.join(sorted(known))}")
-    checked = {name: _convert(f"gfl.{type(section).__name__}: `{name}`", hints[name], v) for name, v in values.items()}
-    return dataclasses.replace(section, **checked)
+    hints, title = typing.get_type_hints(type(section)), f"gfl.{type(section).__name__}"
+    for name, value in values.items():
+        if name not in hints:
+            kind = "section" if isinstance(section, Config) else "field"
+            known = did_you_mean(name, hints) or f"; there are {', '.join(sorted(hints))}"
+            raise ValueError(f"{title}: no {kind} `{name}`{known}")
+        values[name] = _convert(f"{title}: `{name}`", hints[name], value)
+    return dataclasses.replace(section, **values)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error text: the name that is closest to an unknown one, if any is close."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _convert(what: str, hint: Any, value: Any) -> Any:
-    """`value`, from Python, JSON or a command line, as the type that the field declares."""
+    """`value`, from Python, a file or a command line, as the type that the field declares."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or value == "none":
-            return None
-        return _convert(what, next(part for part in inner if part is not type(None)), value)
-    if origin is Literal:
-        if value not in inner:
-            raise ValueError(f"{what} must be one of {', '.join(map(str, inner))}, got {value!r}")
-        return value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return replace(hint(), **value)
+    if origin in (typing.Union, types.UnionType):  # always T | None
+        return None if value is None or value == "none" else _convert(what, inner[0], value)
     if origin is tuple:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, Sequence):
@@ -205,123 +189,124 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
         if inner[-1] is not Ellipsis and len(items) != len(inner):
             raise ValueError(f"{what} must have {len(inner)} numbers, got {value!r}")
         return tuple(_convert(what, inner[0], item) for item in items)
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
+    if origin is Literal and value not in inner:
+        raise ValueError(f"{what} must be one of {', '.join(inner)}, got {value!r}")
+    if hint is bool and not isinstance(value, bool):
         raise ValueError(f"{what} must be true or false, got {value!r}")
+    if origin is Literal or hint is bool:
+        return value
     try:
-        if hint is int and not isinstance(value, str) and int(value) != value:
+        if value is None or (hint is int and not isinstance(value, str) and int(value) != value):
             raise ValueError
         return hint(value)
     except (TypeError, ValueError):
         raise ValueError(f"{what} must be of type {hint.__name__}, got {value!r}") from None
 
 
-def _paper(backbone: str = "resnet50", epochs: int = 12, multi_scale: bool = False, dcn: str | None = None) -> Config:
-    """A row of the paper's table 8 (arXiv 2006.04388): 1x or 2x schedule, the latter at several scales."""
+def _paper(backbone: str = "resnet50", epochs: int = 12, dcn: str | None = None, *, v2: bool = False) -> Config:
+    """A row of the tables of GFL (arXiv 2006.04388, table 8) or GFLv2 (arXiv 2011.12885); 2x is multi-scale."""
     return Config().replace(
         backbone=backbone,
         dcn=dcn,
         epochs=epochs,
         lr_drops=(epochs * 2 // 3, epochs * 11 // 12),
-        train_short_side=(480, 800) if multi_scale else (800, 800),
+        train_short_side=(480, 800) if epochs == 24 else (800, 800),
+        quality_branch=v2,
+        topk_mode="anchor" if v2 else "pair",
     )
-
-
-def _second(backbone: str = "resnet50", epochs: int = 12, multi_scale: bool = False, dcn: str | None = None) -> Config:
-    """A row of the tables of version 2 (arXiv 2011.12885): the first's training, and the best locations of a level."""
-    return _paper(backbone, epochs, multi_scale, dcn).replace(quality_branch=True, topk_mode="anchor")
 
 
 def _tiny() -> Config:
-    """For small images, few classes and a CPU: trained from nothing, its norms too."""
-    return Config().replace(
-        backbone="resnet18",
-        width=32,
-        frozen_stages=-1,
-        norm_eval=False,
-        neck_channels=64,
-        head_channels=64,
-        head_convs=2,
-        head_groups=8,
-        short_side=192,
-        long_side=192,
-        train_short_side=(192, 192),
-        train_long_side=192,
-        workers=2,
-        backbone_weights="none",
-        test_batch_size=16,
+    """For small images, few classes and a CPU: trained from scratch, batch norms too."""
+    small = Config().replace(backbone="resnet18", width=32, frozen_stages=-1, norm_eval=False, backbone_weights="none")
+    small = small.replace(neck_channels=64, head_channels=64, head_convs=2, head_groups=8, workers=2)
+    return small.replace(
+        short_side=192, long_side=192, train_short_side=(192, 192), train_long_side=192, test_batch_size=16
     )
 
 
-# Names of whole detectors; each call gives a fresh one.
+# Whole detectors by name; each call gives a fresh configuration.
 PRESETS: dict[str, Callable[[], Config]] = {
     "gfl_r50_1x": _paper,
-    "gfl_r50_2x": lambda: _paper(epochs=24, multi_scale=True),
-    "gfl_r101_2x": lambda: _paper("resnet101", 24, True),
-    "gfl_r101_dcnv2_2x": lambda: _paper("resnet101", 24, True, "v2"),
-    "gfl_x101_32x4d_2x": lambda: _paper("resnext101_32x4d", 24, True),
-    "gfl_x101_32x4d_dcnv2_2x": lambda: _paper("resnext101_32x4d", 24, True, "v2"),
-    "gflv2_r50_1x": _second,
-    "gflv2_r50_2x": lambda: _second(epochs=24, multi_scale=True),
-    "gflv2_r101_2x": lambda: _second("resnet101", 24, True),
-    "gflv2_r101_dcnv2_2x": lambda: _second("resnet101", 24, True, "v2"),
-    "gflv2_x101_32x4d_dcnv2_2x": lambda: _second("resnext101_32x4d", 24, True, "v2"),
-    "gfl_r18_1x": lambda: _paper("resnet18"),
+    "gfl_r50_2x": partial(_paper, epochs=24),
+    "gfl_r101_2x": partial(_paper, "resnet101", 24),
+    "gfl_r101_dcnv2_2x": partial(_paper, "resnet101", 24, "v2"),
+    "gfl_x101_32x4d_2x": partial(_paper, "resnext101_32x4d", 24),
+    "gfl_x101_32x4d_dcnv2_2x": partial(_paper, "resnext101_32x4d", 24, "v2"),
+    "gflv2_r50_1x": partial(_paper, v2=True),
+    "gflv2_r50_2x": partial(_paper, epochs=24, v2=True),
+    "gflv2_r101_2x": partial(_paper, "resnet101", 24, v2=True),
+    "gflv2_r101_dcnv2_2x": partial(_paper, "resnet101", 24, "v2", v2=True),
+    "gflv2_x101_32x4d_dcnv2_2x": partial(_paper, "resnext101_32x4d", 24, "v2", v2=True),
+    "gfl_r18_1x": partial(_paper, "resnet18"),
     "gfl_tiny": _tiny,
 }
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name, or of that JSON file.
+    """The configuration of that name, or of that file: TOML, YAML (with PyYAML installed) or JSON, by its suffix.
 
     Raises:
-        ValueError: neither a preset nor a file of that name, or a file that is not a configuration.
+        ValueError: neither a preset nor a file, or a file that is not a configuration.
+        RuntimeError: a YAML file, and PyYAML is not installed.
     """
     if name in PRESETS:
         return PRESETS[name]()
-    if not Path(name).is_file():
-        raise ValueError(f"gfl: `config` must be one of {', '.join(PRESETS)} or a JSON file, got {name!r}")
+    path, known = Path(name), ", ".join(PRESETS)
+    if not path.is_file():
+        meant = did_you_mean(name, PRESETS)
+        raise ValueError(f"gfl: `config` must be one of {known} or a TOML, YAML or JSON file, got {name!r}{meant}")
+    module, function = PARSERS.get(path.suffix, ("json", "loads"))
     try:
-        return Config.from_dict(json.loads(Path(name).read_text()))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        parse = getattr(importlib.import_module(module), function)
+    except ImportError:
+        raise RuntimeError(f"{name}: YAML files need PyYAML: pip install pyyaml") from None
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Config.from_dict(parse(text))
+    except Exception as error:  # each parser has its own kind
         raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
 
 
-def add_options(parser: argparse.ArgumentParser, *sections: str) -> None:
-    """Gives `parser` one option a field of the sections, without defaults: an option not typed changes nothing."""
-    for name, section in Config().sections():
-        if name not in sections:
-            continue
-        group = parser.add_argument_group(name, type(section).__doc__)
+PARSERS = {
+    ".toml": ("tomllib" if sys.version_info >= (3, 11) else "tomli", "loads"),
+    ".yaml": ("yaml", "safe_load"),
+    ".yml": ("yaml", "safe_load"),
+}
+
+
+WORDS = {"True": "on", "False": "off", "None": "none"}
+METAVARS = {int: "N", float: "X", str: "TEXT"} | {
+    tuple[int, ...]: "N,…", tuple[int, int]: "N,N", tuple[float, float, float]: "X,X,X"
+}  # fmt: skip
+
+
+def add_options(
+    parser: argparse.ArgumentParser, *sections: str, first: Collection[str] = (), hidden: Collection[str] = ()
+) -> None:
+    """Give `parser` one option per field of the sections, without defaults: an option not typed changes nothing.
+
+    Fields in `first` join the parser's own options, the others get a group per section; the help omits `hidden` ones.
+    """
+    for name in sections:
+        section = getattr(Config(), name)
+        group = parser.add_argument_group(f"{name} options", type(section).__doc__)
         hints = typing.get_type_hints(type(section))
         for part in fields(section):
-            option = "--" + part.name.replace("_", "-")
-            text = f"{part.metadata['help']} [{_shown(part.default)}]".replace("%", "%%")
-            if hints[part.name] is bool:
-                group.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            else:
-                group.add_argument(option, default=argparse.SUPPRESS, metavar=_metavar(hints[part.name]), help=text)
+            hint, default = hints[part.name], part.default
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else WORDS.get(str(default), str(default))
+            text = part.metadata["help"].replace("%", "%%") + (f" [{shown}]" if shown else "")
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if hint is not bool:
+                how = {"metavar": part.metadata["metavar"] or METAVARS.get(hint) or "|".join(typing.get_args(hint))}
+            (parser if part.name in first else group).add_argument(
+                "--" + part.name.replace("_", "-"),
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS if part.name in hidden else text,
+                **how,
+            )
 
 
 def overrides(config: Config, options: argparse.Namespace) -> Config:
     """`config` with the fields that were typed."""
-    names = {part.name for _, section in config.sections() for part in fields(section)}
-    return config.replace(**{name: value for name, value in vars(options).items() if name in names})
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return "none" if value is None else str(value) or "''"
-
-
-def _metavar(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_metavar(part) for part in inner if part is not type(None)) + "|none"
-    if origin is Literal:
-        return "|".join(map(str, inner))
-    if origin is tuple:
-        return ",".join(["N"] * len(inner)) if inner[-1] is not Ellipsis else "N,…"
-    return {"int": "N", "float": "X", "str": "TEXT"}[hint.__name__]
+    return config.replace(**{name: value for name, value in vars(options).items() if name in SECTION_OF})

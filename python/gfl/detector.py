@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as a person uses it: photos in, boxes in the photos' own pixels out."""
+"""A trained model in use: images in, boxes in the images' own pixels out."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from .engine.infer import Coming, Engine
 from .models.fused import FusedGFL
 from .models.gfl import GFL
 
-# One image; a list of them, a folder or a glob is several.
+# One image, unless it is the path of a folder or a glob pattern.
 Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
-# What is looked at in a folder; a file given by its name or by a glob may have any.
+# Of images in a folder; a file given by its name or by a glob may have any.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found in one image, n objects, the best first.
+    """The n detections in one image, best first.
 
     Attributes:
         boxes: fp32 ``[n, 4]`` xyxy in pixels of the image as a viewer shows it (EXIF orientation applied), on the CPU.
         scores: fp32 ``[n]`` in (0, 1).
         labels: int64 ``[n]`` in [0, C).
-        names: the class's name of each.
-        category_ids: of the annotation file that the model was trained on; label + 1 where its file doesn't say.
+        names: class name of each.
+        category_ids: those of the annotation file that the model was trained on; label + 1 if its file doesn't say.
         size: (height, width) of the image.
         path: of the file; None for an image that came without one.
-        edges: the distributions that the boxes were read from, in the image's pixels, if they were asked for.
+        edges: the distributions that the boxes were read from, in the image's pixels, if requested.
     """
 
     boxes: Tensor
@@ -63,30 +63,23 @@ class Result:
 
     def image(self) -> Image.Image:
         """The image itself, upright; read again from its file if it has one."""
-        if self.path is not None:
-            return _picture(transforms.read_image(self.path))
-        if self._pixels is None:
+        pixels = self._pixels if self.path is None else transforms.read_image(self.path)
+        if pixels is None:
             raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
-        return _picture(self._pixels)
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def draw(self, score_threshold: float = 0.3, *, scale: float = 1.0) -> Image.Image:
-        """The image with boxes, names and scores of what scores at least the threshold, `scale` times as large."""
-        shown = [i for i, score in enumerate(self.scores.tolist()) if score >= score_threshold]
-        boxes, scores, labels = self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()
-        return draw.draw_detections(
-            self.image(),
-            [boxes[i] for i in shown],
-            [labels[i] for i in shown],
-            [self.names[i] for i in shown],
-            [scores[i] for i in shown],
-            scale=scale,
-        )
+        """The image, `scale` times as large, with boxes, names and scores of detections of at least the threshold."""
+        scores = [score for score in self.scores.tolist() if score >= score_threshold]
+        n = len(scores)  # the best come first
+        boxes, labels = self.boxes[:n].tolist(), self.labels[:n].tolist()
+        return draw.draw_detections(self.image(), boxes, labels, self.names[:n], scores, scale=scale)
 
     def draw_edges(self, index: int, *, truth: Sequence[float] | None = None, size: int = 300) -> Image.Image:
         """Detection `index` with the four distributions beside its edges; see `gfl.draw.draw_edges`.
 
         Raises:
-            ValueError: the image was not looked at with ``edges=True``.
+            ValueError: the detector was called without ``edges=True``.
         """
         if self.edges is None:
             raise ValueError("gfl.Result.draw_edges: no distributions were kept; call the detector with `edges=True`")
@@ -111,20 +104,19 @@ class Result:
 
 
 class Detector:
-    """Finds objects in photos.
+    """Detects objects in images.
 
     Args:
-        model: a `gfl.models.GFL`, or the file of a checkpoint (this package's own, mmdet's, …).
-        device: to compute on; by default a given model's own, for a file the GPU if there is one.
+        model: a `gfl.models.GFL`, or the file of a checkpoint (this package's, mmdet's, …).
+        device: to compute on; by default that of a given model, for a file the GPU if there is one.
         dtype: fp32, or bf16 or fp16 for mixed precision.
-        classes: names, one a class; by default the checkpoint's, else "class 0", ….
+        classes: names, one per class; by default the checkpoint's, else "class 0", ….
         score_threshold: detections at or below it are dropped; by default the model's test setting.
-        batch_size: images at a time, all of the same padded size; by default 1 on the CPU, 8 on a GPU.
+        batch_size: images per batch, all of the same padded size; by default 1 on the CPU, 8 on a GPU.
         optimize: run a copy of the network with its norms folded in (`gfl.models.fused`), wholly in `dtype`; on a GPU
-            in a CUDA graph for each size of batch, with images resized there. Weights that change later are not seen.
+            as a CUDA graph per batch shape, with images resized there. Later changes of the weights have no effect.
             In fp32 the scores differ by about 1e-5.
-        compile: with `optimize`, let `torch.compile` make the network's kernels: minutes for the first batch of each
-            size.
+        compile: with `optimize`, run the network by `torch.compile`: the first batch of each shape takes minutes.
 
     The model's test settings decide the size that images are scaled to. An image's result does not depend on the
     others in the call.
@@ -150,14 +142,16 @@ class Detector:
         ids: Sequence[int] | None = None
         if isinstance(model, GFL):
             self.model = model
-            self.device = next(model.parameters()).device if device is None else choose_device(str(device))
         else:
             self.model, _, named, ids = checkpoint.model_from(model)
             classes = named if classes is None else classes
+        if device is None and self.model is model:
+            self.device = next(self.model.parameters()).device
+        else:
             self.device = choose_device(None if device is None else str(device))
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"gfl.Detector: `dtype` must be torch.float32, bfloat16 or float16, got {dtype}")
         self.dtype = torch.float32 if dtype is None else dtype
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"gfl.Detector: `dtype` must be torch.float32, bfloat16 or float16, got {dtype}")
         self.model.to(self.device)
         count = self.model.config.num_classes
         self.classes = [f"class {i}" for i in range(count)] if classes is None else list(classes)
@@ -177,32 +171,31 @@ class Detector:
         self._engine = Engine(self._network, self.device, graphs=optimize, compile=compile)
 
     def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
-        """Find the objects of one image, or of each of several.
+        """Detect the objects in one image, or in each of several.
 
         Args:
             source: one image: the path of a file, a pillow image, a uint8 array ``[H, W, 3]`` in RGB or ``[H, W]``, a
                 uint8 tensor ``[3, H, W]``; or several: a sequence of such, a folder (its image files by name), a glob.
                 Files and pillow images are turned upright as their EXIF orientation says.
-            edges: keep the distributions that the boxes were read from, too.
+            edges: also keep the distributions that the boxes were read from.
 
         Returns:
-            A `Result`, or for several a list of them in the given order. Of a folder or glob the files that can't be
+            A `Result`, or for several a list of them in the given order. Files of a folder or glob that can't be
             decoded are left out with a warning.
 
         Raises:
-            ValueError: no such file, or one that can't be decoded (it is named), not one in a folder or glob, an array
+            ValueError: a file that does not exist or can't be decoded (it is named; not in a folder or glob), an array
                 or tensor of another shape.
             TypeError: neither of these kinds, or another dtype than uint8.
         """
-        if isinstance(source, (str, os.PathLike)) and _is_one(source):
-            return next(self.stream([source], edges=edges))
         if isinstance(source, (str, os.PathLike)):
+            if Path(source).is_dir() or (glob.has_magic(str(source)) and not Path(source).is_file()):
 
-            def warn(_: Source, why: str) -> None:
-                warnings.warn(why, stacklevel=4)
+                def warn(_: Source, why: str) -> None:
+                    warnings.warn(why, stacklevel=4)
 
-            return list(self.stream(find_images(source), edges=edges, on_error=warn))
-        if isinstance(source, Sequence):
+                return list(self.stream(find_images(source), edges=edges, on_error=warn))
+        elif isinstance(source, Sequence):
             return list(self.stream(source, edges=edges))
         return next(self.stream([source], edges=edges))
 
@@ -213,16 +206,18 @@ class Detector:
         edges: bool = False,
         on_error: Callable[[Source, str], object] | None = None,
     ) -> Iterator[Result]:
-        """The results of single images, in their order, one after another, so that few images are held at a time.
+        """The results of single images, one after another in their order, so that few images are held at a time.
 
         Args:
             sources: single images, as `__call__` takes them.
-            edges: keep the distributions, too.
-            on_error: called with each source that can't be read and why, which is then left out; by default a
-                ValueError is raised.
+            edges: also keep the distributions.
+            on_error: called with each source that can't be read and the reason; the source is then left out. By
+                default a ValueError is raised.
         """
         waiting: list[_Loaded] = []
         running: list[_Started] = []
+        # Several batches, so that images of one padded size can be batched together.
+        limit = 1 if self.batch_size == 1 else 4 * self.batch_size
         for source in sources:
             try:
                 waiting.append(self._load(source))
@@ -230,43 +225,37 @@ class Detector:
                 if on_error is None:
                     raise
                 on_error(source, str(error))
-            # Some more than a batch, so that those of one size can be taken together.
-            if len(waiting) == (1 if self.batch_size == 1 else 4 * self.batch_size):
-                # On a GPU while it computes: the results of what was started before.
+            if len(waiting) == limit:
+                # A GPU computes these while the results of the previous ones are read.
                 before, running = running, self._start(waiting, edges)
+                waiting = []
                 yield from self._finish(before)
                 if self.device.type != "cuda":
                     yield from self._finish(running)
                     running = []
-                waiting = []
         yield from self._finish(running)
         yield from self._finish(self._start(waiting, edges))
 
     def _load(self, source: Source) -> _Loaded:
         path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        pixels = _read(path) if path is not None else _pixels(source)
+        pixels = _pixels(source) if path is None else _read(path)
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
         new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
         return _Loaded(path, (height, width), new, pixels)
 
     def _start(self, loaded: Sequence[_Loaded], edges: bool) -> list[_Started]:
-        """Batches of images of like size; on a GPU they are queued."""
+        """Batches of images of one padded size; on a GPU they are queued."""
         divisor = self.model.test.size_divisor
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for i, one in enumerate(loaded):
-            height, width = one.input_size
-            groups.setdefault((-(-height // divisor), -(-width // divisor)), []).append(i)
-        started = []
-        for members in groups.values():
-            for start in range(0, len(members), self.batch_size):
-                places = members[start : start + self.batch_size]
-                started.append(self._start_batch([loaded[i] for i in places], places, edges))
-        return started
+            groups.setdefault(tuple(-(-side // divisor) for side in one.input_size), []).append(i)
+        batches = [g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)]
+        return [self._start_batch([loaded[i] for i in places], places, edges) for places in batches]
 
     @torch.no_grad()
     def _start_batch(self, images: Sequence[_Loaded], places: list[int], edges: bool) -> _Started:
-        with self._as_asked():
+        with self._configured():
             batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
             found = self._engine.run(batch)
         read = []
@@ -285,38 +274,27 @@ class Detector:
             found |= zip(part.places, self._results(part))
         return [found[i] for i in sorted(found)]
 
-    def _results(self, started: _Started) -> list[Result]:
+    def _results(self, started: _Started) -> Iterator[Result]:
         detections = started.coming.wait()
-        results = []
         for i, (one, count) in enumerate(zip(started.images, detections[3].tolist())):
             boxes, scores, labels = (part[i, :count].clone() for part in detections[:3])
             (height, width), (h, w) = one.size, one.input_size
             factor = torch.tensor([w / width, h / height])
-            found = None
+            edges = None
             if started.edges:
                 here = Edges(*(part.cpu() for part in started.edges[i]))
-                found = here._replace(locations=here.locations / factor, bins=here.bins / factor)
-            classes = labels.tolist()
-            # Dividing what was clipped to the scaled image may end an ulp outside the image itself.
+                edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
+            # Boxes clipped to the scaled image may end an ulp outside the image after the division.
             limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
-            results.append(
-                Result(
-                    boxes=torch.minimum(boxes / factor.repeat(2), limit),
-                    scores=scores,
-                    labels=labels,
-                    names=[self.classes[c] for c in classes],
-                    category_ids=[self.category_ids[c] for c in classes],
-                    size=one.size,
-                    path=one.path,
-                    edges=found,
-                    _pixels=one.pixels if one.path is None else None,
-                )
-            )
-        return results
+            boxes = torch.minimum(boxes / factor.repeat(2), limit)
+            names = [self.classes[c] for c in labels.tolist()]
+            ids = [self.category_ids[c] for c in labels.tolist()]
+            pixels = one.pixels if one.path is None else None
+            yield Result(boxes, scores, labels, names, ids, one.size, one.path, edges, pixels)
 
     @contextmanager
-    def _as_asked(self) -> Iterator[None]:
-        """The network in evaluation, with the model's settings, the threshold and the precision of this detector."""
+    def _configured(self) -> Iterator[None]:
+        """The network in evaluation mode, with the model's settings and this detector's threshold and precision."""
         network, test = self._network, self.model.test
         training, before = network.training, network.test
         network.eval()
@@ -333,7 +311,7 @@ class Detector:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image as it is, and the size (height, width) that the network takes it in."""
+    """An image, and the (height, width) that it is resized to."""
 
     path: Path | None
     size: tuple[int, int]
@@ -343,7 +321,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Started:
-    """A batch that the device works on: its images, their places among those started together, their edges if asked."""
+    """A batch in flight: its images, their places among those started together, their edges if requested."""
 
     images: Sequence[_Loaded]
     places: list[int]
@@ -352,7 +330,7 @@ class _Started:
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:
-    """The image files of a folder (by their suffix, not of folders within it), or the files of a glob, by name.
+    """The image files of a folder (by suffix, without subfolders), or the files of a glob, sorted by name.
 
     Raises:
         ValueError: there is none.
@@ -369,11 +347,6 @@ def find_images(source: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def _is_one(path: str | os.PathLike[str]) -> bool:
-    """Whether a path means one file: all that is no folder and no glob, be it there or not."""
-    return not Path(path).is_dir() and (Path(path).is_file() or not glob.has_magic(str(path)))
-
-
 def _read(path: Path) -> Tensor:
     try:
         return transforms.read_image(path)
@@ -382,31 +355,21 @@ def _read(path: Path) -> Tensor:
 
 
 def _pixels(source: Any) -> Tensor:
-    """uint8 ``[3, H, W]`` of an image that is in memory already."""
+    """uint8 ``[3, H, W]`` of an image in memory."""
     if isinstance(source, Image.Image):
         return transforms.to_tensor(ImageOps.exif_transpose(source))
-    if isinstance(source, np.ndarray):
-        _check_dtype("array", source.dtype == np.uint8, source.dtype)
-        if source.ndim == 2:
-            source = source[..., None].repeat(3, 2)
-        if source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
-            raise ValueError(f"gfl.Detector: an array must have shape [H, W, 3] or [H, W], got {list(source.shape)}")
-        return torch.from_numpy(source.copy()).permute(2, 0, 1)
-    if isinstance(source, Tensor):
-        _check_dtype("tensor", source.dtype == torch.uint8, source.dtype)
-        if source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
-            raise ValueError(f"gfl.Detector: a tensor must have shape [3, H, W], got {list(source.shape)}")
-        return source.cpu()
-    raise TypeError(
-        "gfl.Detector: `source` must be a path, a pillow image, an array, a tensor or a sequence of these, "
-        f"got {type(source).__name__}"
-    )
-
-
-def _check_dtype(kind: str, right: bool, dtype: object) -> None:
-    if not right:
-        raise TypeError(f"gfl.Detector: the {kind} of an image must be uint8 (levels of 0 to 255), got {dtype}")
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    if not isinstance(source, (np.ndarray, Tensor)):
+        raise TypeError(
+            "gfl.Detector: `source` must be a path, a pillow image, an array, a tensor or a sequence of these, "
+            f"got {type(source).__name__}"
+        )
+    array = isinstance(source, np.ndarray)
+    if str(source.dtype).removeprefix("torch.") != "uint8":
+        kind = "array" if array else "tensor"
+        raise TypeError(f"gfl.Detector: the {kind} of an image must be uint8 (levels of 0 to 255), got {source.dtype}")
+    if array and source.ndim == 2:
+        source = source[..., None].repeat(3, 2)
+    if source.ndim != 3 or source.shape[2 if array else 0] != 3 or 0 in source.shape:
+        layout = "an array must have shape [H, W, 3] or [H, W]" if array else "a tensor must have shape [3, H, W]"
+        raise ValueError(f"gfl.Detector: {layout}, got {list(source.shape)}")
+    return torch.from_numpy(source.copy()).permute(2, 0, 1) if array else source.cpu()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of detections, and of the four distributions that a box was read from."""
+"""Pictures of detections, and of the four distributions that a box is read from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import colorsys
 import math
 from collections.abc import Sequence
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .edges import Edges
+
 Color = tuple[int, int, int]
-Box = tuple[float, float, float, float]
 
 INK, PAPER, FAINT = (38, 42, 51), (255, 255, 255), (206, 210, 217)
 SHARP, VAGUE = (18, 148, 132), (228, 90, 32)
-# Deviations, in bins, at which an edge's colour is wholly `SHARP` and wholly `VAGUE`.
-_SHARP_AT, _VAGUE_AT = 0.25, 1.25
+# Standard deviations, in bins, at which an edge is wholly `SHARP` and wholly `VAGUE`.
+SHARP_AT, VAGUE_AT = 0.25, 1.25
 
 
 def class_color(label: int) -> Color:
-    """A colour of its own for each class: hues a golden section apart, every third round darker, every fourth paler."""
+    """A distinct colour per class: hues a golden section apart, every third darker, every fourth paler."""
     hue = (0.02 + label * 0.6180339887) % 1.0
     saturation = 0.55 if label % 4 == 3 else 0.85
     value = 0.78 if label % 3 == 2 else 0.98
@@ -36,18 +38,18 @@ def draw_detections(
     *,
     scale: float = 1.0,
 ) -> Image.Image:
-    """A copy of an image with boxes, each in its class's colour, with name and score.
+    """A copy of an image with boxes in their classes' colours, with name and score.
 
     Better detections lie over worse ones and choose the place of their label first: above the box, inside it, below it
-    or at its right end, wherever it covers no other label; one that finds no place is left out, its box is not.
+    or at its right end, wherever it covers no other label. A label that finds no place is left out.
 
     Args:
         image: any mode, size (w, h).
         boxes: xyxy in the image's pixels, n of them.
         labels: class index of each, which decides its colour.
-        names: what to write of each.
-        scores: in [0, 1]; None if there are none (ground truth).
-        scale: the picture is this many times as large as the image, for small images.
+        names: text of each label.
+        scores: in [0, 1]; None for ground truth.
+        scale: the picture is this many times as large as the image.
 
     Returns:
         RGB, size (round(w·scale), round(h·scale)).
@@ -57,15 +59,14 @@ def draw_detections(
     pen = ImageDraw.Draw(picture, "RGBA")
     shorter = min(width, height)
     line, font = max(2, round(shorter / 220)), _font(max(11, round(shorter / 32)))
-    order = list(range(len(boxes)))
-    if scores is not None:
-        order.sort(key=lambda i: -scores[i])
+    scaled = [[float(side) * scale for side in box] for box in boxes]
+    order = sorted(range(len(boxes)), key=lambda i: 0.0 if scores is None else -scores[i])
     for i in reversed(order):
-        _frame(pen, _scaled(boxes[i], scale), class_color(labels[i]), line)
-    taken: list[Box] = []
+        _frame(pen, scaled[i], class_color(labels[i]), line)
+    taken: list[Sequence[float]] = []
     for i in order:
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
-        _tag(pen, text, _scaled(boxes[i], scale), class_color(labels[i]), font, line, picture.size, taken)
+        _tag(pen, text, scaled[i], class_color(labels[i]), font, line, picture.size, taken)
     return picture
 
 
@@ -84,9 +85,9 @@ def draw_edges(
     """A box with the distributions of its four edges drawn beside them, each bar where its bin lies in the image.
 
     Left and right edge are above the image, top and bottom at its right. A bar's length is its bin's probability, the
-    line in each distribution its expected value, which is the edge. The number is the standard deviation in pixels,
-    less (in the variance) what two bins must have to stand for an edge between them: ±0.0 is an edge known exactly.
-    Colours go from `SHARP`, where the network is sure, to `VAGUE`.
+    dark line is the expected value, which is the edge. The number is the standard deviation in pixels that
+    `gfl.edges.Edges.doubt` gives: ±0.0 is an edge known exactly. Colours go from `SHARP`, where the network is sure, to
+    `VAGUE`.
 
     Args:
         image: any mode.
@@ -102,29 +103,52 @@ def draw_edges(
     Returns:
         RGB, a little larger than `size` each way.
     """
-    sides = [_Side(index, list(distributions[index]), location, stride) for index in range(4)]
     window = _window(image, box, truth)
     zoom = size / (window[2] - window[0])
     strip, head, pad = round(size * 0.27), round(size * 0.12), round(size * 0.03)
     picture = Image.new("RGB", (pad + size + strip + 3 * pad, head + strip + size + pad), PAPER)
     # What lies outside the image is black.
     crop = image.convert("RGB").crop(window).resize((size, size), Image.Resampling.BICUBIC)
-    origin = (pad, head + strip)
+    left, top = origin = (pad, head + strip)
     picture.paste(crop, origin)
     pen = ImageDraw.Draw(picture, "RGBA")
     font, small = _font(round(size / 17)), _font(round(size / 24))
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return origin[0] + (x - window[0]) * zoom, origin[1] + (y - window[1]) * zoom
+    def place(value: float, axis: int) -> float:
+        return origin[axis] + (value - window[axis]) * zoom
 
     if truth is not None:
-        _dashed(pen, (*place(truth[0], truth[1]), *place(truth[2], truth[3])))
-    _frame(pen, (*place(box[0], box[1]), *place(box[2], box[3])), color, 2)
-    tallest = max(max(side.bars) for side in sides)
-    for side in sides:
-        _histogram(pen, side, place, origin, size, strip, tallest, small)
-    pen.line([origin[0], origin[1] - 1, origin[0] + size, origin[1] - 1], fill=FAINT)
-    pen.line([origin[0] + size, origin[1], origin[0] + size, origin[1] + size], fill=FAINT)
+        _dashed(pen, [place(value, i % 2) for i, value in enumerate(truth)])
+    _frame(pen, [place(value, i % 2) for i, value in enumerate(box)], color, 2)
+
+    def bar(axis: int, center: float, half: float, length: float, fill: tuple[int, ...]) -> None:
+        first, last = max(origin[axis], center - half), min(origin[axis] + size, center + half)
+        if last > first and axis == 0:
+            pen.rectangle([first, top - 2 - length, last, top - 2], fill=fill)
+        elif last > first:
+            pen.rectangle([left + size + 2, first, left + size + 2 + length, last], fill=fill)
+
+    room, tallest = strip * 0.68, max(max(bins) for bins in distributions)
+    sides = Edges(torch.tensor(distributions, dtype=torch.float64), torch.tensor(location), torch.tensor(stride))
+    for side, (bins, doubt) in enumerate(zip(distributions, sides.doubt().tolist())):
+        axis, start = side % 2, location[side % 2]
+        step = stride[axis] * (-1 if side < 2 else 1)
+        half = abs(place(step, axis) - place(0, axis)) * 0.43
+        sure = _doubt_color(doubt)
+        for k, probability in enumerate(bins):
+            if (length := room * probability / tallest) >= 0.5:
+                bar(axis, place(start + k * step, axis), half, length, (*sure, 215))
+        mean = sum(k * probability for k, probability in enumerate(bins))
+        edge = min(origin[axis] + size - 1.0, max(origin[axis], place(start + mean * step, axis)))
+        bar(axis, edge, 0.75, room + 2, (*INK, 255))
+        text = f"±{doubt * abs(step):.1f}"
+        if axis == 0:
+            x = min(left + size - 16.0, max(left + 16.0, edge))
+            pen.text((x, top - room - 6), text, fill=sure, font=small, anchor="ms")
+        else:
+            pen.text((left + size + room + 7, edge), text, fill=sure, font=small, anchor="lm")
+    pen.line([left, top - 1, left + size, top - 1], fill=FAINT)
+    pen.line([left + size, top, left + size, top + size], fill=FAINT)
     pen.text((pad, head / 2), title, fill=INK, font=font, anchor="lm")
     return picture
 
@@ -150,54 +174,10 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
     return sheet
 
 
-class _Side:
-    """One edge's distribution along its axis of the image: 0 is x, 1 is y."""
-
-    def __init__(self, index: int, bars: list[float], location: Sequence[float], stride: Sequence[float]) -> None:
-        self.axis = index % 2
-        self.bars = bars
-        self.step = stride[self.axis] * (-1 if index < 2 else 1)
-        self.start = location[self.axis]
-        mean = sum(k * p for k, p in enumerate(bars))
-        self.edge = self.start + mean * self.step
-        # An edge that is known exactly is spread over the two bins around it all the same: that much is not doubt.
-        forced = (mean - math.floor(mean)) * (math.ceil(mean) - mean)
-        doubt = math.sqrt(max(0.0, sum((k - mean) ** 2 * p for k, p in enumerate(bars)) - forced))
-        self.doubt = doubt * abs(self.step)
-        share = min(1.0, max(0.0, (doubt - _SHARP_AT) / (_VAGUE_AT - _SHARP_AT)))
-        red, green, blue = (round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
-        self.color: Color = (red, green, blue)
-
-
-def _histogram(pen, side: _Side, place, origin, size: int, strip: int, tallest: float, font) -> None:
-    """Bars, the expected value's line and the deviation of one side, in the strip beside the image."""
-    room = strip * 0.68
-    along = side.axis
-    half = abs(place(side.step, side.step)[along] - place(0, 0)[along]) * 0.43
-    low, high = origin[along], origin[along] + size
-
-    def bar(center: float, half_width: float, length: float, fill) -> None:
-        first, last = max(low, center - half_width), min(high, center + half_width)
-        if last <= first:
-            return
-        if along == 0:
-            pen.rectangle([first, origin[1] - 2 - length, last, origin[1] - 2], fill=fill)
-        else:
-            pen.rectangle([origin[0] + size + 2, first, origin[0] + size + 2 + length, last], fill=fill)
-
-    for k, probability in enumerate(side.bars):
-        length = room * probability / tallest
-        if length >= 0.5:
-            position = side.start + k * side.step
-            bar(place(position, position)[along], half, length, (*side.color, 215))
-    edge = min(high - 1.0, max(low, place(side.edge, side.edge)[along]))
-    bar(edge, 0.75, room + 2, (*INK, 255))
-    text = f"±{side.doubt:.1f}"
-    if along == 0:
-        x = min(high - 16.0, max(low + 16.0, edge))
-        pen.text((x, origin[1] - room - 6), text, fill=side.color, font=font, anchor="ms")
-    else:
-        pen.text((origin[0] + size + room + 7, edge), text, fill=side.color, font=font, anchor="lm")
+def _doubt_color(doubt: float) -> Color:
+    share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
+    return red, green, blue
 
 
 def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | None) -> tuple[int, int, int, int]:
@@ -213,7 +193,7 @@ def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | N
     return start[0], start[1], start[0] + side, start[1] + side
 
 
-def _frame(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int) -> None:
+def _frame(pen: ImageDraw.ImageDraw, box: Sequence[float], color: Color, line: int) -> None:
     x1, y1, x2, y2 = (round(v) for v in box)
     x2, y2 = max(x1 + 1, x2), max(y1 + 1, y2)
     # A dark rim keeps the colour apart from an image of the same colour.
@@ -221,7 +201,7 @@ def _frame(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int) -> None:
     pen.rectangle([x1, y1, x2, y2], outline=(*color, 255), width=line)
 
 
-def _dashed(pen: ImageDraw.ImageDraw, box: Box, dash: int = 5) -> None:
+def _dashed(pen: ImageDraw.ImageDraw, box: Sequence[float], dash: int = 5) -> None:
     x1, y1, x2, y2 = box
     for start in range(0, round(x2 - x1), 2 * dash):
         for y in (y1, y2):
@@ -231,38 +211,21 @@ def _dashed(pen: ImageDraw.ImageDraw, box: Box, dash: int = 5) -> None:
             pen.line([x, y1 + start, x, min(y2, y1 + start + dash)], fill=PAPER, width=2)
 
 
-def _tag(pen, text: str, box: Box, color: Color, font, line: int, size: tuple[int, int], taken: list[Box]) -> None:
+def _tag(pen, text: str, box: Sequence[float], color: Color, font, line: int, size: tuple[int, int], taken) -> None:
     left, top, right, bottom = font.getbbox(text)
     margin = max(2, line)
     width, height = right - left + 2 * margin, bottom - top + 2 * margin
     x1, y1, x2, y2 = box
-    places = [
-        (x1 - line / 2, y1 - height),
-        (x1 - line / 2, y2 + 1),
-        (x1, y1),
-        (x2 - width, y1 - height),
-        (x2 + 1, y1),
-        (x1 - width, y1),
-        (x2 - width, y2 + 1),
-    ]
-    for x, y in places:
+    starts, ends = x1 - line / 2, x2 - width
+    places = [(starts, y1 - height), (starts, y2 + 1), (x1, y1), (ends, y1 - height), (x2 + 1, y1), (x1 - width, y1)]
+    for x, y in [*places, (ends, y2 + 1)]:
         x, y = min(max(0, x), size[0] - width), min(max(0, y), size[1] - height)
-        place = (x, y, x + width, y + height)
-        if not any(_overlap(place, other) for other in taken):
-            taken.append(place)
+        if all(x >= t[2] or t[0] >= x + width or y >= t[3] or t[1] >= y + height for t in taken):
+            taken.append(place := (x, y, x + width, y + height))
             pen.rectangle([round(v) for v in place], fill=(*color, 235))
             dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
             pen.text((x + margin - left, y + margin - top), text, fill=INK if dark else PAPER, font=font)
             return
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _scaled(box: Sequence[float], scale: float) -> Box:
-    x1, y1, x2, y2 = (float(side) * scale for side in box)
-    return x1, y1, x2, y2
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

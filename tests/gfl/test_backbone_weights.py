@@ -85,9 +85,9 @@ def test_none_trains_everything_and_says_so() -> None:
 
 
 def test_every_network_has_a_published_file() -> None:
-    assert list(backbone_weights.TORCHVISION) == list(backbone_weights.ARCHITECTURES)
-    for name, published in backbone_weights.TORCHVISION.items():
-        assert published.name.startswith(name) and re.fullmatch("[0-9a-f]{8}", published.sha256)
+    assert list(backbone_weights.PUBLISHED) == list(backbone_weights.ARCHITECTURES)
+    for name, url in backbone_weights.PUBLISHED.items():
+        assert re.fullmatch(rf"https://.*/{name}-[0-9a-f]{{8}}\.pth", url)
 
 
 @pytest.fixture
@@ -115,26 +115,36 @@ def test_a_file_put_there_is_used_if_its_hash_is_right(cache: Path, classifier: 
     with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth: damaged or another file: its SHA-256 begins with"):
         backbone_weights.load(model().backbone, "torchvision")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    published = backbone_weights.Published(f"https://example.org/resnet18-{digest}.pth")
-    monkeypatch.setitem(backbone_weights.TORCHVISION, "resnet18", published)
-    path.rename(cache / published.name)
+    name = f"resnet18-{digest}.pth"
+    monkeypatch.setitem(backbone_weights.PUBLISHED, "resnet18", f"https://example.org/{name}")
+    path.rename(cache / name)
     detector = model()
-    assert backbone_weights.load(detector.backbone, "torchvision") == [f"backbone weights: {cache / published.name}"]
+    assert backbone_weights.load(detector.backbone, "torchvision") == [f"backbone weights: {cache / name}"]
     assert same(detector.backbone, classifier)
 
 
-def test_it_is_downloaded_once_with_its_hash(cache: Path, classifier: dict, monkeypatch) -> None:
-    asked = []
-
-    def download(url: str, path: str, digest: str) -> None:
-        asked.append((url, digest))
-        torch.save(classifier, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(backbone_weights.Published, "sha256", property(lambda self: ""))
+def test_it_is_downloaded_once_with_its_hash(cache: Path, classifier: dict, tmp_path: Path, monkeypatch) -> None:
+    """By torch's own download, from a file in place of the net."""
+    torch.save(classifier, source := tmp_path / "source.pth")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    url = source.rename(tmp_path / f"resnet18-{digest}.pth").as_uri()
+    monkeypatch.setitem(backbone_weights.PUBLISHED, "resnet18", url)
     for _ in range(2):
+        detector = model()
+        backbone_weights.load(detector.backbone, "torchvision")
+        assert same(detector.backbone, classifier)
+        (tmp_path / f"resnet18-{digest}.pth").unlink(missing_ok=True)
+    assert [path.name for path in cache.iterdir()] == [f"resnet18-{digest}.pth"]
+
+
+def test_another_file_than_was_published_is_not_kept(
+    cache: Path, classifier: dict, tmp_path: Path, monkeypatch
+) -> None:
+    torch.save(classifier, source := tmp_path / "resnet18-00000000.pth")
+    monkeypatch.setitem(backbone_weights.PUBLISHED, "resnet18", source.as_uri())
+    with pytest.raises(OSError, match=r"invalid hash value.*fetch file:.*resnet18-00000000\.pth and put it into"):
         backbone_weights.load(model().backbone, "torchvision")
-    assert asked == [(backbone_weights.TORCHVISION["resnet18"].url, "")]
+    assert not list(cache.glob("*.pth"))
 
 
 def test_a_slim_backbone_has_no_published_weights() -> None:

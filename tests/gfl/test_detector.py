@@ -277,7 +277,7 @@ def test_what_was_started_before_is_finished_first(model, folder, monkeypatch):
     want = detector.stream(find_images(folder))
     detector.device = torch.device("cuda")  # of the stream alone: the engine has its own
     got = detector.stream(find_images(folder))
-    monkeypatch.setattr(Detector, "_as_asked", lambda self: torch.no_grad())
+    monkeypatch.setattr(Detector, "_configured", lambda self: torch.no_grad())
     assert [r.path for r in got] == [r.path for r in want] == find_images(folder)
 
 
@@ -307,7 +307,7 @@ def test_the_command_writes_pictures_and_one_file(model, folder, tmp_path_factor
         warnings.simplefilter("error")
         assert main(["detect", *arguments, "--score", "0.2", "--edges"]) == 0
     said = capsys.readouterr()
-    assert "broken.png" in said.err and "5 photos, 1 not readable" in said.out
+    assert "broken.png" in said.err and "5 images, 1 unreadable" in said.out
     assert {"a.jpg", "a-2.jpg", "b.jpg", "c.jpg", "d.jpg", "detections.json"} <= {p.name for p in out.iterdir()}
     found = json.loads((out / "detections.json").read_text())
     assert [c["name"] for c in found["categories"]] == ["cup", "cat", "car"]
@@ -316,12 +316,12 @@ def test_the_command_writes_pictures_and_one_file(model, folder, tmp_path_factor
     assert (found["images"][0]["width"], found["images"][0]["height"]) == Image.open(folder / "a.jpg").size
 
 
-def test_the_command_does_not_write_among_the_photos(model, folder, capsys):
+def test_the_command_does_not_write_among_the_images(model, folder, capsys):
     from gfl.cli import main
 
     file = saved(model, folder / "best.pt")
     assert main(["detect", str(file), str(folder), "--out", str(folder)]) == 1
-    assert "among the photos" in capsys.readouterr().err
+    assert "among the images" in capsys.readouterr().err
     assert main(["detect", str(file), str(folder / "none.jpg"), "--out", str(folder / "out")]) == 1
     assert "none.jpg" in capsys.readouterr().err
 

@@ -3,9 +3,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gfl import draw
+from gfl.edges import Edges
 
 
 def grey(width: int, height: int) -> Image.Image:
@@ -82,23 +84,33 @@ def test_boxes_without_extent_or_over_the_edge(box):
     assert draw.draw_edges(grey(60, 60), box, [peaked(9, 2)] * 4, (10, 10), (8, 8)).mode == "RGB"
 
 
+def doubts(bins: list[float]) -> list[float]:
+    return Edges(torch.tensor([bins] * 4, dtype=torch.float64), torch.zeros(2), torch.ones(2)).doubt().tolist()
+
+
 def test_an_edge_that_is_known_exactly_is_sharp_wherever_it_lies(seed):
     place = np.random.default_rng(seed).uniform(1, 7)
     low = int(place)
     between = [0.0] * 9
     between[low], between[low + 1] = 1 - (place - low), place - low
-    side = draw._Side(2, between, (40.0, 0.0), (8.0, 8.0))
-    assert side.edge == pytest.approx(40 + 8 * place)
-    assert side.doubt == pytest.approx(0, abs=1e-5)
-    assert side.color == draw.SHARP
+    assert doubts(between) == pytest.approx([0] * 4, abs=1e-5)
+    box = [80 - 8 * place, 80 - 8 * place, 80 + 8 * place, 80 + 8 * place]
+    picture = draw.draw_edges(grey(160, 160), box, [between] * 4, (80, 80), (8, 8), color=(255, 0, 0))
+    assert len(where(picture, draw.SHARP, 45)) and not len(where(picture, draw.VAGUE, 45))
+    # The dark lines of the expected values are where the edges are.
+    frame, lines = where(picture, (255, 0, 0)), where(picture, draw.INK, 12)
+    above, beside = lines[lines[:, 0] < 36 + 81], lines[lines[:, 1] > 9 + 300]
+    assert above[:, 1].min() == pytest.approx(frame[:, 1].min(), abs=2)
+    assert above[:, 1].max() == pytest.approx(frame[:, 1].max(), abs=2)
+    assert beside[:, 0].min() == pytest.approx(frame[:, 0].min(), abs=2)
+    assert beside[:, 0].max() == pytest.approx(frame[:, 0].max(), abs=2)
 
 
 def test_an_edge_between_two_far_bins_is_vague():
     two = [0.5, 0, 0, 0, 0.5, 0, 0, 0, 0]
-    side = draw._Side(1, two, (0.0, 100.0), (8.0, 8.0))
-    assert side.edge == pytest.approx(100 - 16)
-    assert side.doubt == pytest.approx(16)
-    assert side.color == draw.VAGUE
+    assert doubts(two) == pytest.approx([2] * 4)
+    picture = draw.draw_edges(grey(128, 128), [48, 48, 80, 80], [two] * 4, (64, 64), (8, 8))
+    assert len(where(picture, draw.VAGUE, 45)) and not len(where(picture.crop((0, 0, 309, 110)), draw.SHARP, 45))
 
 
 def test_bars_stand_where_their_bins_lie():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,70 +16,153 @@ from ...core.reduction import check_reduction, reduce_loss
 from ...core.registry import OpSpec, Sample, register
 from . import box_ops
 
-KINDS = ("iou", "giou", "diou", "ciou")
-# Beside the losses of KINDS: the IoU itself, for losses of it other than 1 − IoU, which a subtraction would round.
-OVERLAP = len(KINDS)
+Formula = Callable[["Pair", float, float], Tensor]
+# By the kind's name, as csrc/terms/iou.h has it: the loss ``[N]`` of (pair, eps, the kind's own parameter), and the
+# parameter that samples are drawn with.
+_FORMULAS: dict[str, tuple[Formula, float]] = {}
 
 
-def reference(pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
-    """In fp32, or in fp64 for fp64 input; half a gradient where a max or min ties, a whole one at a bound."""
-    p, t = pred.to(accumulator(pred.dtype)), target
-    side = clamp_passing_grad(torch.minimum(p[:, 2:], t[:, 2:]) - torch.maximum(p[:, :2], t[:, :2]), 0.0, math.inf)
-    outer = clamp_passing_grad(torch.maximum(p[:, 2:], t[:, 2:]) - torch.minimum(p[:, :2], t[:, :2]), 0.0, math.inf)
-    p_size, t_size = p[:, 2:] - p[:, :2], t[:, 2:] - t[:, :2]
-    overlap = side[:, 0] * side[:, 1]
-    union = p_size[:, 0] * p_size[:, 1] + t_size[:, 0] * t_size[:, 1] - overlap
-    smallest = union.new_full((), eps)
+def _kind(name: str, parameter: float = 0.0) -> Callable[[Formula], Formula]:
+    def add(formula: Formula) -> Formula:
+        _FORMULAS[name] = formula, parameter
+        return formula
 
-    if kind in (0, 1, OVERLAP):
-        union = torch.maximum(union, smallest)
-        iou = overlap / union
-        if kind == OVERLAP:
-            return iou
-        if kind == 0:
-            return 1 - iou
-        enclosing = torch.maximum(outer[:, 0] * outer[:, 1], smallest)
-        return 1 - (iou - (enclosing - union) / enclosing)
+    return add
 
-    iou = overlap / (union + eps)
-    centre = (t[:, :2] + t[:, 2:]) - (p[:, :2] + p[:, 2:])
-    penalty = (centre**2 / 4).sum(1) / ((outer**2).sum(1) + eps)
-    if kind == 2:
-        return 1 - (iou - penalty)
-    angle = torch.atan(t_size[:, 0] / (t_size[:, 1] + eps)) - torch.atan(p_size[:, 0] / (p_size[:, 1] + eps))
-    v = 4 / math.pi**2 * angle**2
+
+class Pair:
+    """N pairs of boxes, in the pieces that the kinds are made of: ``[N, 2]`` each, along x and along y."""
+
+    def __init__(self, pred: Tensor, target: Tensor) -> None:
+        self.pred, self.target = pred.to(accumulator(pred.dtype)), target
+        p, t = self.pred, self.target
+        self.inner_low, self.inner_high = torch.maximum(p[:, :2], t[:, :2]), torch.minimum(p[:, 2:], t[:, 2:])
+        self.outer_low, self.outer_high = torch.minimum(p[:, :2], t[:, :2]), torch.maximum(p[:, 2:], t[:, 2:])
+        self.pred_size, self.target_size = p[:, 2:] - p[:, :2], t[:, 2:] - t[:, :2]
+        self.centre_distance = (t[:, :2] + t[:, 2:]) - (p[:, :2] + p[:, 2:])  # doubled
+
+    def outer(self, least: float = 0.0) -> Tensor:
+        """Width and height of the enclosing box."""
+        return clamp_passing_grad(self.outer_high - self.outer_low, least, math.inf)
+
+    def overlap(self) -> Tensor:
+        return _product(clamp_passing_grad(self.inner_high - self.inner_low, 0.0, math.inf))
+
+    def union(self, overlap: Tensor) -> Tensor:
+        return _product(self.pred_size) + _product(self.target_size) - overlap
+
+    def iou(self, eps: float) -> Tensor:
+        """With `eps` added to the area of the union."""
+        overlap = self.overlap()
+        return overlap / (self.union(overlap) + eps)
+
+
+def _product(sides: Tensor) -> Tensor:
+    return sides[:, 0] * sides[:, 1]
+
+
+def _at_least(area: Tensor, eps: float) -> Tensor:
+    return torch.maximum(area, area.new_full((), eps))
+
+
+@_kind("overlap")
+def _overlap(pair: Pair, eps: float, _: float) -> Tensor:
+    """The IoU itself, for losses of it other than 1 − IoU, which a subtraction would round."""
+    overlap = pair.overlap()
+    return overlap / _at_least(pair.union(overlap), eps)
+
+
+@_kind("iou")
+def _iou(pair: Pair, eps: float, parameter: float) -> Tensor:
+    return 1 - _overlap(pair, eps, parameter)
+
+
+@_kind("giou")
+def _giou(pair: Pair, eps: float, _: float) -> Tensor:
+    overlap = pair.overlap()
+    union = _at_least(pair.union(overlap), eps)
+    enclosing = _at_least(_product(pair.outer()), eps)
+    return 1 - (overlap / union - (enclosing - union) / enclosing)
+
+
+def _centre_penalty(pair: Pair, eps: float) -> Tensor:
+    return (pair.centre_distance**2 / 4).sum(1) / ((pair.outer() ** 2).sum(1) + eps)
+
+
+@_kind("diou")
+def _diou(pair: Pair, eps: float, _: float) -> Tensor:
+    return 1 - (pair.iou(eps) - _centre_penalty(pair, eps))
+
+
+@_kind("ciou")
+def _ciou(pair: Pair, eps: float, _: float) -> Tensor:
+    iou = pair.iou(eps)
+    pred, target = (torch.atan(size[:, 0] / (size[:, 1] + eps)) for size in (pair.pred_size, pair.target_size))
+    v = 4 / math.pi**2 * (target - pred) ** 2
     rest = (1 - iou + v).detach()
     # Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
     alpha = torch.where((iou > 0.5) & (rest != 0), v / torch.where(rest == 0, 1.0, rest), 0.0).detach()
-    return 1 - clamp_passing_grad(iou - (penalty + alpha * v), -1.0, 1.0)
+    return 1 - clamp_passing_grad(iou - (_centre_penalty(pair, eps) + alpha * v), -1.0, 1.0)
 
 
-def fake(pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
+@_kind("eiou", parameter=0.1)
+def _eiou(pair: Pair, eps: float, smooth_point: float) -> Tensor:
+    x1, x2 = pair.inner_low - pair.outer_low, pair.inner_high - pair.outer_low
+    low, high = torch.minimum(x1, x2), torch.maximum(x1, x2)
+    overlap = _product(x2) + _product(low) - x1[:, 0] * high[:, 1] - high[:, 0] * x1[:, 1]
+    cost = 1 - overlap / (pair.union(overlap) + eps)
+    return torch.where(cost < smooth_point, cost**2 / (2 * smooth_point), cost - smooth_point / 2)
+
+
+@_kind("siou", parameter=1.0)
+def _siou(pair: Pair, eps: float, sign: float) -> Tensor:
+    s = pair.centre_distance / 2 + eps
+    gamma = sign * (2 - 2 * _product(s).abs() / (s**2).sum(1))[:, None]
+    low, high = (f(pair.pred_size, pair.target_size) + eps for f in (torch.minimum, torch.maximum))
+    cost = 2 + ((1 - torch.exp(low / high - 1)) ** 4 - torch.exp(gamma * (s / pair.outer(eps)) ** 2)).sum(1)
+    return 1 - clamp_passing_grad(pair.iou(eps) - cost / 2, -1.0, 1.0)
+
+
+@_kind("mpdiou", parameter=640.0**2)
+def _mpdiou(pair: Pair, eps: float, squared_diagonal: float) -> Tensor:
+    return 1 - (pair.iou(eps) - ((pair.pred - pair.target) ** 2 / squared_diagonal).sum(1))
+
+
+# What `box_iou_loss` takes.
+KINDS = tuple(name for name in _FORMULAS if name != "overlap")
+
+
+def reference(pred: Tensor, target: Tensor, kind: str, eps: float, parameter: float = 0.0) -> Tensor:
+    """In fp32, or in fp64 for fp64 input; half a gradient where a max or min ties, a whole one at a bound."""
+    return _FORMULAS[kind][0](Pair(pred, target), eps, parameter)
+
+
+def fake(pred: Tensor, target: Tensor, kind: str, eps: float, parameter: float) -> Tensor:
     return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     acc = accumulator(dtype)
-    for kind, name in enumerate((*KINDS, "overlap")):
-        eps = 1e-7 if kind < OVERLAP else 1e-6
+    for kind, (_, parameter) in _FORMULAS.items():
+        numbers = (kind, 1e-6 if kind == "overlap" else 1e-7, parameter)
         for n in (0, 1, 7, 129, 2049):
             # Around the target, as a trained head's boxes are.
             target = boxes(n, device, acc, generator)
             size = target[:, 2:] - target[:, :2]
             near = target + normal((n, 4), device, acc, generator, 0.2) * torch.cat([size, size], 1)
             # CIoU's alpha, tied to a constant in the derivative where IoU > 1/2, is beyond numerical differences.
-            near_id = f"near-tied-{name}" if name == "ciou" else f"near-{name}"
-            yield Sample(f"{near_id}-n{n}", (near.to(dtype), target, kind, eps))
+            near_id = f"near-tied-{kind}" if kind == "ciou" else f"near-{kind}"
+            yield Sample(f"{near_id}-n{n}", (near.to(dtype), target, *numbers))
             if n == 7:
                 # Drawn apart, they may meet: there CIoU has that alpha too.
                 apart = boxes(n, device, dtype, generator)
                 apart = torch.where(box_ops.aligned_iou(apart, target)[:, None] > 0.4, apart + 1000, apart)
-                yield Sample(f"apart-{name}-n{n}", (apart, target, kind, eps))
-                strides_id = f"strides-tied-{name}" if name == "ciou" else f"strides-{name}"
+                yield Sample(f"apart-{kind}-n{n}", (apart, target, *numbers))
+                strides_id = f"strides-tied-{kind}" if kind == "ciou" else f"strides-{kind}"
                 small = torch.cat([near[:, :2] / 64, near[:, 2:] / 64], 1).to(dtype)
-                yield Sample(f"{strides_id}-n{n}", (small, target / 64, kind, 1e-6))
+                yield Sample(f"{strides_id}-n{n}", (small, target / 64, kind, 1e-6, parameter))
                 sides_first = apart.t().contiguous().t()
-                yield Sample(f"strided-{name}-n{n}", (sides_first, target, kind, eps))
+                yield Sample(f"strided-{kind}-n{n}", (sides_first, target, *numbers))
         # Equal, sharing sides, touching, one within the other, without area, points, turned round.
         special = [
             [[8, 8, 24, 40], [8, 8, 24, 40]], [[8, 8, 24, 40], [8, 8, 16, 40]], [[0, 0, 8, 8], [8, 0, 16, 8]],
@@ -87,13 +170,13 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             [[4, 4, 4, 4], [9, 9, 9, 9]], [[8, 8, 4, 4], [2, 2, 10, 10]], [[-8, -8, -4, -4], [-6, -7, 2, 2]],
         ]  # fmt: skip
         pairs = torch.tensor(special, device=device, dtype=acc)
-        yield Sample(f"tie-{name}", (pairs[:, 0].to(dtype), pairs[:, 1], kind, eps))
+        yield Sample(f"tie-{kind}", (pairs[:, 0].to(dtype), pairs[:, 1], *numbers))
 
 
 IOU = register(
     OpSpec(
         stem="iou",
-        schema="(Tensor pred, Tensor target, int kind, float eps) -> Tensor",
+        schema="(Tensor pred, Tensor target, str kind, float eps, float parameter) -> Tensor",
         reference=reference,
         fake=fake,
         samples=samples,
@@ -104,7 +187,7 @@ IOU = register(
 )
 
 
-def pairs(op: str, pred: Tensor, target: Tensor, kind: int, eps: float) -> Tensor:
+def pairs(op: str, pred: Tensor, target: Tensor, kind: str, eps: float, parameter: float = 0.0) -> Tensor:
     """Loss of each pair in the accumulator's dtype, after the checks."""
     checks.tensor(op, "pred", pred)
     checks.shape(op, "pred", pred, "[N, 4]", (None, 4))
@@ -112,7 +195,7 @@ def pairs(op: str, pred: Tensor, target: Tensor, kind: int, eps: float) -> Tenso
     checks.shape(op, "target", target, "[N, 4]", pred.shape)
     checks.same_device(op, "target", target, "pred", pred)
     checks.number(op, "eps", eps, 0)
-    return IOU(device_type(pred), pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps))
+    return IOU(device_type(pred), pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps), parameter)
 
 
 def box_iou_loss(
@@ -123,6 +206,9 @@ def box_iou_loss(
     eps: float = 1e-7,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    smooth_point: float = 0.1,
+    neg_gamma: bool = False,
+    image_size: tuple[float, float] | None = None,
 ) -> Tensor:
     r"""Loss of predicted boxes against aligned target boxes: one minus their IoU, GIoU, DIoU or CIoU.
 
@@ -165,7 +251,15 @@ def box_iou_loss(
     """
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)
-    loss = pairs(op, pred, target, KINDS.index(kind), eps)
+    checks.number(op, "smooth_point", smooth_point, 0, exclusive=True)
+    parameters: dict[str, float] = {"eiou": smooth_point, "siou": -1.0 if neg_gamma else 1.0}
+    if kind == "mpdiou":
+        if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
+            raise ValueError(checks.message(op, "image_size", 'must be (height, width) for kind="mpdiou"', image_size))
+        for i, size in enumerate(image_size):
+            checks.number(op, f"image_size[{i}]", size, 0, exclusive=True)
+        parameters["mpdiou"] = float(image_size[0]) ** 2 + float(image_size[1]) ** 2
+    loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
     check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
 

@@ -16,7 +16,6 @@ from ...core.random_inputs import normal
 from ...core.registry import OpSpec, Sample, register
 from ..bins.dfl import two_bin_cross_entropy
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
-from ..boxes.iou import KINDS, OVERLAP
 from ..boxes.iou import reference as box_loss
 from ..score.qfl import absolute_power, binary_cross_entropy
 from .atss import Assignment, centres, check_strides, per_level
@@ -75,8 +74,8 @@ def _level(
     target = gt_boxes.gather(1, slot) / stride
     grown = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=target.dtype, device=target.device) if legacy else 0.0
     pair = (decoded + grown).flatten(0, 1), (target + grown).flatten(0, 1)
-    quality = box_loss(pair[0].detach(), pair[1], OVERLAP, IOU_EPS).view(images, -1)
-    giou = box_loss(*pair, KINDS.index("giou"), IOU_EPS).view(images, -1)
+    quality = box_loss(pair[0].detach(), pair[1], "overlap", IOU_EPS).view(images, -1)
+    giou = box_loss(*pair, "giou", IOU_EPS).view(images, -1)
 
     side = torch.cat([centre - target[..., :2], target[..., 2:] - centre], -1)
     position = side.nan_to_num(0.0).clamp(0, reg_max - TARGET_MARGIN)

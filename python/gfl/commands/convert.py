@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``gfl convert``."""
+"""``gfl convert``: checkpoints from and to other systems' formats."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config import ModelConfig
 
-HELP = "turn a checkpoint of mmdet 2 or 3, GFocal v1 or V2 into one of ours, or back into mmdet's"
+HELP = "convert checkpoints of mmdet and GFocal, or write mmdet's format"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint of any known kind; it is not changed")
-    parser.add_argument("target", metavar="OUT", help="file to write; there must be none of that name")
+    parser.add_argument("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's")
+    parser.add_argument("target", metavar="OUT", help="file to write; must not exist")
     parser.add_argument(
-        "--to", choices=("own", "mmdet"), default="own", help="format to write: our own, or mmdet 3's [own]"
+        "--to", choices=("own", "mmdet"), default="own", help="this package's format, or mmdet 3's [%(default)s]"
     )
 
 
@@ -34,42 +33,31 @@ def run(options: argparse.Namespace) -> int:
         model, config, classes, ids = checkpoint.model_from(content)
     except ValueError as error:
         raise ValueError(f"{options.source}: {error}") from None
-    print(f"{options.source}: {weights.source}")
-    for note in weights.notes:
-        print(f"  {note}")
-    print(f"  model: {described(config)}")
     names = classes if classes is not None else [f"class {i}" for i in range(config.model.num_classes)]
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    print(f"  classes: {shown}" if classes is not None else "  classes: not named in it")
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if classes is not None else "not named in it"
+    notes = [*weights.notes, f"model: {described(config.model)}", f"classes: {shown}"]
+    print("\n  ".join([f"{options.source}: {weights.source}", *notes]))
+    meta: dict[str, Any] = checkpoint.meta(config, names, ids)
+    if options.to == "mmdet":
+        _check_mmdet(config.model)
+        meta = {"dataset_meta": {"classes": tuple(names)}}
     state_dict = model.state_dict()
-    written: dict[str, Any]
-    if options.to == "own":
-        written = {"meta": checkpoint.meta(config, names, ids), "state_dict": state_dict}
-    else:
-        _check_mmdet(config)
-        written = {"meta": {"dataset_meta": {"classes": tuple(names)}}, "state_dict": state_dict}
-    checkpoint.write(target, written)
-    print(
-        f"{target}: {len(state_dict)} tensors, {sum(v.numel() for v in state_dict.values()) / 1e6:.1f} million numbers"
-    )
+    checkpoint.write(target, {"meta": meta, "state_dict": state_dict})
+    millions = sum(value.numel() for value in state_dict.values()) / 1e6
+    print(f"{target}: {len(state_dict)} tensors, {millions:.1f} million numbers")
     return 0
 
 
-def described(config: Config) -> str:
-    """The network's fields that are not the default's."""
-    default = type(config.model)()
-    found = [config.model.backbone]
-    for part in dataclasses.fields(default):
-        value = getattr(config.model, part.name)
-        if part.name != "backbone" and value != getattr(default, part.name):
-            found.append(f"{part.name} {value}")
-    return ", ".join(found)
+def described(config: ModelConfig) -> str:
+    """The backbone and the fields that differ from their defaults."""
+    default = vars(type(config)())
+    changed = [f"{k} {v}" for k, v in vars(config).items() if k != "backbone" and v != default[k]]
+    return ", ".join([config.backbone, *changed])
 
 
-def _check_mmdet(config: Config) -> None:
-    """mmdet 3's detector has none of these."""
+def _check_mmdet(config: ModelConfig) -> None:
     for name in ("legacy", "quality_branch"):
-        if getattr(config.model, name):
+        if getattr(config, name):
             raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
-    if config.model.backbone.startswith("timm:"):
+    if config.backbone.startswith("timm:"):
         raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")

@@ -8,42 +8,37 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import config as configuration
+from . import require_folder
 
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
 
-HELP = "evaluate a checkpoint, or a file of detections, by COCO's average precision"
+HELP = "evaluate a checkpoint or detections by COCO's AP"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="the detector to evaluate")
-    parser.add_argument(
-        "--detections", metavar="FILE", help="evaluate these detections instead, a JSON file in COCO's result format"
+    parser.usage = (
+        "gfl eval CHECKPOINT [--data DIR] [option …]\n       gfl eval --detections FILE --annotations FILE [option …]"
     )
-    parser.add_argument("--annotations", metavar="FILE", help="annotation file that --detections are compared with")
+    parser.epilog = "Options from --data on default to the checkpoint's configuration; brackets show gfl_r50_1x's."
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="detector to evaluate")
+    parser.add_argument("--detections", metavar="FILE", help="evaluate this JSON file in COCO's result format instead")
+    parser.add_argument("--annotations", metavar="FILE", help="annotations that --detections are compared with")
     parser.add_argument("--per-class", action="store_true", help="show the AP of each class too")
     parser.add_argument("--output", metavar="FILE", help="write the metrics to this JSON file")
-    parser.add_argument(
-        "--save-detections",
-        metavar="FILE",
-        help="write what the checkpoint detects to this JSON file, in COCO's format",
-    )
-    parser.add_argument(
-        "--optimize",
-        action="store_true",
-        help="evaluate the detector with its norms folded in, as in `gfl detect`: quicker",
-    )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N [cuda if there is one]")
-    configuration.add_options(parser, "data", "test")
+    parser.add_argument("--save-detections", metavar="FILE", help="write the detections in COCO's result format")
+    parser.add_argument("--optimize", action="store_true", help="fold batch norms into convolutions: faster")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
+    first, hidden = ("data", "val_annotations", "val_images"), ("train_annotations", "train_images", "keep_empty")
+    configuration.add_options(parser, "data", "test", first=first, hidden=hidden)
 
 
 def run(options: argparse.Namespace) -> int:
     for file in (options.output, options.save_detections):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{Path(file).parent}, the folder of {file}, is not there")
+        require_folder(file)
     if options.detections is not None:
         return _of_file(options)
     if options.checkpoint is None:
@@ -63,8 +58,8 @@ def _of_file(options: argparse.Namespace) -> int:
         raise ValueError("`--detections` goes without a CHECKPOINT, --save-detections and --optimize")
     annotations = read_annotations(options.annotations)
     detections = read_detections(options.detections, annotations)
-    _say(f"{len(detections)} detections, {len(annotations.image_ids)} images", annotations.problems)
-    _report(options, evaluate.coco_metrics(annotations, detections))
+    counts = f"{len(detections)} detections, {len(annotations.image_ids)} images"
+    _report(options, counts, annotations.problems, evaluate.coco_metrics(annotations, detections))
     if options.per_class:
         print(evaluate.class_table(evaluate.class_metrics(annotations, detections)))
     return 0
@@ -87,8 +82,8 @@ def _of_checkpoint(options: argparse.Namespace) -> int:
         metrics, detections = evaluate.evaluate(model.to(process.device), dataset, config, process.device)
         if not process.main:
             return 0
-        _say(f"{len(detections)} detections, {len(dataset)} images", dataset.problems)
-        _report(options, metrics)
+        counts = f"{len(detections)} detections, {len(dataset)} images"
+        _report(options, counts, dataset.problems, metrics)
         if options.per_class:
             print(evaluate.class_table(evaluate.class_metrics(dataset.annotations, detections)))
         if options.save_detections is not None:
@@ -97,31 +92,23 @@ def _of_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _check_classes(checkpoint: str, classes: list[str] | None, dataset: CocoDataset) -> None:
-    """Labels mean nothing but by their order, so the names must be the same in the same order."""
-    if classes is None or classes == dataset.classes:
+    """Labels are positions in a list of names, so the names must be the same in the same order."""
+    there, path = dataset.classes, dataset.annotations.path
+    if classes is None or classes == there:
         return
-    if len(classes) != len(dataset.classes):
-        raise ValueError(
-            f"{checkpoint} was trained on {len(classes)} classes, {dataset.annotations.path} lists "
-            f"{len(dataset.classes)}"
-        )
-    label = next(c for c, (one, other) in enumerate(zip(classes, dataset.classes)) if one != other)
-    raise ValueError(
-        f"class {label} of {checkpoint} is {classes[label]!r}, that of {dataset.annotations.path} is "
-        f"{dataset.classes[label]!r}"
-    )
+    if len(classes) != len(there):
+        raise ValueError(f"{checkpoint} was trained on {len(classes)} classes, {path} lists {len(there)}")
+    label = next(c for c, (one, other) in enumerate(zip(classes, there)) if one != other)
+    raise ValueError(f"class {label} of {checkpoint} is {classes[label]!r}, that of {path} is {there[label]!r}")
 
 
-def _say(what: str, problems: Mapping[str, int]) -> None:
-    print(what)
-    for problem, number in problems.items():
-        print(f"{number} {problem}")
-
-
-def _report(options: argparse.Namespace, metrics: dict[str, float]) -> None:
+def _report(options: argparse.Namespace, counts: str, problems: Mapping[str, int], metrics: dict[str, float]) -> None:
     from ..engine import evaluate
 
+    print(counts)
+    for problem, number in problems.items():
+        print(f"{number} {problem}")
     print(evaluate.table(metrics))
     if options.output is not None:
-        values: dict[str, Any] = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
         Path(options.output).write_text(json.dumps(values, indent=2) + "\n")

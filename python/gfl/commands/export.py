@@ -6,39 +6,50 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import require_folder
 from ._size import parse_size
 
-HELP = "write a trained detector as ONNX or as a program of torch.export or AOTInductor"
-FORMATS = ("onnx", "torch-export", "aotinductor")
+HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
+EPILOG = """\
+The input `images` is fp32 [B, 3, H, W]: RGB, resized without antialiasing,
+minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
+(58.395, 57.12, 57.375), zero-padded right and below. Outputs, in input pixels:
+
+  maps        class logits cls_scores0.. [B, C, h, w] and distribution logits
+              reg_preds0.. [B, 4(R+1), h, w]
+  decoded     boxes [B, A, 4] xyxy and scores [B, A, C], probabilities, of all
+              locations
+  detections  ONNX: boxes [n, 4], scores [n], labels [n] of one image after
+              NonMaxSuppression; else the candidates before NMS, boxes
+              [B, K, 4], scores and labels [B, K]
+
+The integral's softmax and matmul are fp32 in every file. An ONNX file lists
+them under its metadata key `integral_nodes`: tell a quantizer to skip these.
+
+  gfl export best.pt --out detector.onnx --size 800x1344
+  gfl export best.pt --out detector.pt2 --format torch-export \\
+    --outputs decoded --batch any
+  gfl export best.pt --out detector.pt2 --format aotinductor --device cuda \\
+    --dtype fp16"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "gfl export CHECKPOINT --out FILE [option …]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-The input `images` is fp32 [B, 3, H, W]: RGB resized without antialiasing, less the mean 123.675, 116.28, 103.53, over
-the deviation 58.395, 57.12, 57.375, zero in the padding right and below. Outputs, in pixels of the input:
-
-  maps        class logits cls_scores0.. [B, C, h, w] and distribution logits reg_preds0.. [B, 4(R+1), h, w]
-  decoded     boxes [B, A, 4] xyxy and scores [B, A, C], probabilities, of all locations
-  detections  ONNX: boxes [n, 4], scores [n], labels [n] after NonMaxSuppression, of one image; in the other formats the
-              candidates before NMS, boxes [B, K, 4], scores and labels [B, K]
-
-Softmax and matmul of the integral are fp32 in every file. An ONNX file names them under its metadata key
-`integral_nodes`: give these to a quantiser as nodes to leave alone.
-
-  gfl export best.pt --out detector.onnx --size 800x1344
-  gfl export best.pt --out detector.pt2 --format torch-export --outputs decoded --batch any
-  gfl export best.pt --out detector.pt2 --format aotinductor --device cuda --dtype fp16"""
-    parser.add_argument("checkpoint", help="file of a trained model: this package's, mmdet's or GFocal's")
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained model: this package's, mmdet's or GFocal's")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="of the file [%(default)s]")
-    parser.add_argument("--size", metavar="HxW", help="of the input, multiples of 32 [the model's test size]")
-    parser.add_argument("--batch", default="1", metavar="N|any", help="images at a time [%(default)s]")
+    formats = ("onnx", "torch-export", "aotinductor")
+    parser.add_argument("--format", choices=formats, default="onnx", help="file format [%(default)s]")
+    parser.add_argument("--size", metavar="HxW", help="input size, multiples of 32 [the model's test size]")
+    parser.add_argument("--batch", default="1", metavar="N|any", help="images per call [%(default)s]")
     parser.add_argument(
-        "--outputs", choices=("maps", "decoded", "detections"), default=None, help="[detections; batches: decoded]"
+        "--outputs",
+        choices=("maps", "decoded", "detections"),
+        help="see below [detections; decoded for larger batches]",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the network [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="that a program of torch runs on [%(default)s]")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="network precision [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device of a torch program: cpu, cuda, … [%(default)s]")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,33 +59,22 @@ def run(options: argparse.Namespace) -> int:
     from ..engine import export
     from ..engine.distributed import choose_device
 
-    if not options.out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{options.out.parent}, the folder of {options.out}, is not there")
+    require_folder(options.out)
     batch = None if options.batch == "any" else int(options.batch) if options.batch.isdigit() else 0
     if batch is not None and batch < 1:
         raise ValueError(f"`--batch` must be a number of images or any, got {options.batch!r}")
     model, config, classes, _ = model_from(options.checkpoint)
-    test = config.test
-    size = parse_size(options.size, "--size") if options.size else _padded(test.short_side, test.long_side)
+    height, width = (-(-side // 32) * 32 for side in (config.test.short_side, config.test.long_side))
+    size = parse_size(options.size, "--size") if options.size else (height, width)
     outputs = options.outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     if options.format == "onnx":
         export.to_onnx(model, options.out, size, batch=batch, outputs=outputs, dtype=dtype, classes=classes)
     else:
+        compiled, device = options.format == "aotinductor", choose_device(options.device)
         export.to_torch(
-            model,
-            options.out,
-            size,
-            batch=batch,
-            outputs=outputs,
-            dtype=dtype,
-            compiled=options.format == "aotinductor",
-            device=choose_device(options.device),
+            model, options.out, size, batch=batch, outputs=outputs, dtype=dtype, compiled=compiled, device=device
         )
-    many = "B" if batch is None else batch
-    print(f"images [{many}, 3, {size[0]}, {size[1]}] -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
+    shape = f"[{'B' if batch is None else batch}, 3, {size[0]}, {size[1]}]"
+    print(f"images {shape} -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
-
-
-def _padded(short: int, long: int) -> tuple[int, int]:
-    return -(-short // 32) * 32, -(-long // 32) * 32

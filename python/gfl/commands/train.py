@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gfl train``: a detector from images and annotations in COCO's format."""
+"""``gfl train``: a detector from images and annotations in COCO format."""
 
 from __future__ import annotations
 
@@ -8,34 +8,47 @@ from pathlib import Path
 
 from .. import config
 
-HELP = "train a detector on images and annotations in COCO's format, or go on with a training"
-SECTIONS = ("model", "data", "train", "test")
+HELP = "train a detector on data in COCO format, or resume a training"
+EPILOG = """\
+An option that is not given keeps the value of --config; in brackets is that of
+gfl_r50_1x. A configuration file has the sections data, train, model and test,
+and the options' names with _ for - as keys:
+
+  [train]
+  lr = 0.005                 # TOML; YAML and JSON work too
+  train_short_side = [480, 800]
+
+  gfl train --config gfl_r50_1x --data coco --out runs/r50 \\
+    --backbone-weights torchvision --amp bf16
+  gfl train --config mine.toml --out runs/mine
+  gfl train --out runs/mine --resume
+  torchrun --nproc-per-node 8 -m gfl.cli train --config …"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "gfl train --config NAME --data DIR --out DIR [option …]"
-    parser.epilog = (
-        "Every option after --resume overrides a field of the configuration; in brackets is gfl_r50_1x's value. "
-        "Several processes: torchrun --nproc-per-node N -m gfl.cli train …"
-    )
+    parser.usage = "gfl train --config NAME|FILE --out DIR [option …]"
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help=f"{', '.join(config.PRESETS)}, or a config.json; a training that is resumed has its own",
+        help=f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file; --resume takes that of --out",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of this training")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and logs")
+    parser.add_argument("--resume", action="store_true", help="resume the training in --out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    config.add_options(parser, *SECTIONS)
+    first = ("data", "backbone_weights", "epochs", "batch_size", "lr", "amp")
+    config.add_options(parser, "data", "train", "model", "test", first=first)
 
 
 def run(options: argparse.Namespace) -> int:
     from ..engine.train import CONFIG, train
 
     if options.config is None and not options.resume:
-        raise ValueError(f"--config must be given: one of {', '.join(config.PRESETS)}, or a JSON file")
+        known = ", ".join(config.PRESETS)
+        raise ValueError(f"--config must be given: one of {known}, or a TOML, YAML or JSON file")
     source = options.config
-    if options.resume and source is None:
+    if source is None:
         source = str(options.out / CONFIG)
         if not Path(source).is_file():
             raise ValueError(f"{options.out} holds no training to resume: {CONFIG} is not there")

@@ -13,11 +13,9 @@ from ..config import Config, preset
 from ..data.loader import validation_dataset
 from ..detector import Detector
 from ..engine.train import BEST, train
-from . import pictures
+from . import ITERATIONS, pictures
 from .scenes import write_dataset
 
-# For AP above 0.5 in under six minutes on two cores that multiply fp32 only.
-ITERATIONS = 2500
 BATCH, EPOCHS, SIZE = 8, 8, 160
 # More have too little to do each on a batch of small images.
 MOST_THREADS = 8

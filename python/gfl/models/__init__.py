@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import config as configuration
-from ..config import ModelConfig, TestConfig
+from ..config import InferenceConfig, ModelConfig
 from .backbone import STRIDES, Backbone
 from .gfl import GFL
 from .head import PEAKS
@@ -39,7 +39,7 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
     return build(configuration.replace(found.model, num_classes=num_classes, **fields), found.test)
 
 
-def build(config: ModelConfig, test: TestConfig | None = None) -> GFL:
+def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
     """A detector with random weights.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 import gfl_ops
 
-from ..config import ModelConfig, TestConfig
+from ..config import InferenceConfig, ModelConfig
 from . import _inputs
 from .backbone import Backbone
 from .fpn import FPN
@@ -34,10 +34,10 @@ class GFL(nn.Module):
         backbone, neck, bbox_head: the three parts.
     """
 
-    def __init__(self, backbone: Backbone, config: ModelConfig, test: TestConfig | None = None) -> None:
+    def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
         super().__init__()
         self._config = config
-        self.test = TestConfig() if test is None else test
+        self.test = InferenceConfig() if test is None else test
         self.backbone = backbone
         self.neck = FPN(backbone.channels, config.neck_channels, len(config.strides))
         self.bbox_head = GFLHead(

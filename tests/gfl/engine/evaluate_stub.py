@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gfl.config import Config, TestConfig
+from gfl.config import Config, InferenceConfig
 from gfl.data.coco import CocoDataset
 from gfl.engine import evaluate
 from gfl_ops import Detections
@@ -29,7 +29,7 @@ class Finder(nn.Module):
         super().__init__()
         self.slots = slots
         self.inner = nn.BatchNorm2d(3)
-        self.test = TestConfig()
+        self.test = InferenceConfig()
         self.thresholds: list[float] = []
 
     def forward(self, images: Tensor, image_sizes: Tensor, scale_factors: Tensor) -> Detections:

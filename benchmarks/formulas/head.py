@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assignment and whole head loss as they are computed today, in plain PyTorch after mmdet 3.3.0; see formulas.py."""
+"""Assignment and the whole head loss; see `formulas`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formulas import (
-    MEAN_EPS,
-    box_from_distance,
-    box_iou_loss,
-    dense_dfl,
-    dense_integral,
-    dense_qfl,
-    dfl,
-    distance_from_box,
-    integral,
-    pairwise_iou,
-    qfl,
-    widen,
-)
+from .bins import dense_dfl, dense_integral, dfl, integral
+from .boxes import box_iou_loss, box_to_distance, distance_to_box, pairwise_iou
+from .common import MEAN_EPS, widen
+from .score import dense_qfl, qfl
 
 CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 1.0, 2.0, 0.25
-# `average` adds its epsilon to these again: the head's loss as a whole is defined without.
+# `average` adds its epsilon, which the loss of the whole head is defined without.
 ONE, FOUR = 1.0 - MEAN_EPS, 4.0 - MEAN_EPS
 
 
@@ -102,16 +92,16 @@ def gfl_loss(
         if len(rows):
             true = gt_boxes[images[:, part].reshape(-1)[rows], matched[:, part].reshape(-1)[rows]] / stride
             centre = grid(height, width, cls.device).repeat(len(labels), 1)[rows]
-            predicted = box_from_distance(centre, integral(reg[rows], reg_max))
+            predicted = distance_to_box(centre, integral(reg[rows], reg_max))
             weight = cls.detach()[rows].sigmoid().amax(1).to(score.dtype)
             weights = weights + weight.sum()
             score[rows] = 1 - element_iou(predicted.detach(), true)
             box = box_iou_loss(predicted, true, weight, ONE, "giou")
-            target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
+            target = box_to_distance(centre, true, float(reg_max)).reshape(-1)
             spread = weight[:, None].expand(-1, 4).reshape(-1)
             edge = dfl(reg[rows].reshape(-1, reg_max + 1), target.to(score.dtype), spread, FOUR)
         label = torch.where(label < 0, classes, label)
-        losses.append((qfl(cls, label, score, torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
+        losses.append((qfl(cls, (label, score), torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
     norm = weights.clamp(min=1)
     cls, box, edge = (sum(parts) for parts in zip(*losses))
     return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
@@ -154,10 +144,10 @@ def dense_gfl_loss(
         score = torch.zeros(label.shape, dtype=used.dtype, device=cls.device).index_add(0, rows, iou * used)
         # Unused room holds cell 0's box, which is finite; its weight is 0.
         box = box_iou_loss(predicted, true, weight, ONE, "giou")
-        target = distance_from_box(centre, true, float(reg_max)).reshape(-1)
+        target = box_to_distance(centre, true, float(reg_max)).reshape(-1)
         edge = dense_dfl(sides.reshape(-1, reg_max + 1), target, weight.repeat_interleave(4), FOUR)
         background = torch.where(label < 0, classes, label)
-        losses.append((dense_qfl(cls, background, score, torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
+        losses.append((dense_qfl(cls, (background, score), torch.ones_like(score), cls_norm - MEAN_EPS), box, edge))
     norm = weights.clamp(min=1)
     cls, box, edge = (sum(parts) for parts in zip(*losses))
     return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head as a whole: assignment, all of its losses, and the norm layers of its towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import formulas.head
+import gfl_ops
+from harness import Case
+from inputs import STRIDES, Scene, level_sizes
+
+from .common import accumulator
+
+
+def atss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    sizes, strides = level_sizes(scene.size), [float(s) for s in STRIDES]
+    inputs = {"gt_boxes": scene.gt_boxes, "gt_labels": scene.gt_labels}
+
+    def ours(gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return gfl_ops.atss_assign(sizes, strides, gt_boxes, gt_labels)
+
+    def eager(gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas.head.atss(sizes, strides, gt_boxes, gt_labels)
+
+    def agree(got: Any, want: Any) -> float:
+        """Share of the positives, over 10: torch's top-k breaks exact ties of distance differently."""
+        return int((got[1] != want[1]).sum()) / max(int((want[0] >= 0).sum()), 1) / 10
+
+    what = f"{scene.labels.shape[1]} locations, {int((scene.gt_labels >= 0).sum())} boxes"
+    yield Case("atss", "atss", what, inputs, ours, {"eager": eager}, agree=agree)
+
+
+def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    head, acc = scene.head, accumulator(dtype)
+    inputs = {
+        "cls_scores": [m.to(dtype) for m in head.cls_scores],
+        "reg_preds": [m.to(dtype) for m in head.reg_preds],
+        "labels": scene.labels,
+        "matched": scene.matched,
+        "iou": scene.iou,
+        "gt_boxes": scene.gt_boxes.to(acc),
+    }
+
+    def ours(
+        cls_scores: list[Tensor],
+        reg_preds: list[Tensor],
+        labels: Tensor,
+        matched: Tensor,
+        iou: Tensor,
+        gt_boxes: Tensor,
+    ) -> Any:
+        assignment = gfl_ops.Assignment(labels, matched, iou)
+        return tuple(gfl_ops.gfl_loss(cls_scores, reg_preds, head.strides, assignment, gt_boxes))[:3]
+
+    def peer(formula: Callable[..., Any]) -> Callable[..., Any]:
+        def call(
+            cls_scores: list[Tensor],
+            reg_preds: list[Tensor],
+            labels: Tensor,
+            matched: Tensor,
+            iou: Tensor,
+            gt_boxes: Tensor,
+        ) -> Any:
+            return formula(cls_scores, reg_preds, head.strides, labels, matched, gt_boxes, head.reg_max)
+
+        return call
+
+    reads = sum(m.numel() * m.element_size() for m in inputs["cls_scores"]) + scene.labels.numel() * 16
+    reads += scene.rows.numel() * inputs["reg_preds"][0].element_size()
+    peers, dense = {"eager": peer(formulas.head.gfl_loss)}, peer(formulas.head.dense_gfl_loss)
+    gradients = ("cls_scores", "reg_preds")
+    what = f"{scene.batch} images, {scene.positives} positives"
+    yield Case("gfl_loss", "gfl_loss", what, inputs, ours, peers, dense, gradients, reads=reads)
+
+
+def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    """One layer of a head's tower: 256 channels in 32 groups, all levels."""
+    channels, groups, generator = 256, 32, torch.Generator().manual_seed(0)
+    sizes = level_sizes(scene.size)
+    # No value lies near a group's mean, where rounding decides whether ReLU passes the gradient.
+    drawn = [torch.randn((scene.batch, channels, h, w), generator=generator) for h, w in sizes]
+    maps = [(m + 0.3 * m.sign()).to(dtype) for m in drawn]
+    acc = accumulator(dtype)
+    parameters = {"weight": torch.rand(channels, generator=generator).to(acc), "bias": torch.zeros(channels, dtype=acc)}
+
+    def ours(maps: list[Tensor], weight: Tensor, bias: Tensor) -> Any:
+        return gfl_ops.group_norm_relu(maps, groups, weight, bias)
+
+    def eager(maps: list[Tensor], weight: Tensor, bias: Tensor) -> Any:
+        return [F.relu(F.group_norm(m, groups, weight.to(m.dtype), bias.to(m.dtype))) for m in maps]
+
+    for name, layout in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
+        inputs = {"maps": [m.contiguous(memory_format=layout) for m in maps], **parameters}
+        what = f"{scene.batch} images, {channels} channels, {name.upper()}"
+        label, reached = f"norm+relu {name}", ("maps", "weight", "bias")
+        yield Case("group_norm_relu", label, what, inputs, ours, {"eager": eager}, eager, reached)
+
+
+MAKERS = {"atss": atss, "gfl_loss": gfl_loss, "group_norm_relu": group_norm_relu}
