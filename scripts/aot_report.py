@@ -166,7 +166,11 @@ def calls_of(stem: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
         "dfl": {"": (bins, score, False)},
         "dfl_integral": {"": (bins, score, False)},
         "dfl_two_bin": {"": (bins, label, score, score)},
-        "ld": {"sides": (bins, bins, 10.0), "classes": (logits, logits, 10.0)},
+        "ld": {
+            "sides": (bins, bins, 10.0),
+            "classes": (logits, logits, 10.0),
+            "one bin": (bins[:, :1], bins[:, :1], 10.0),
+        },
         "integral": {"rows": (rows, 16), "maps": (maps, 16)},
         "decode": {
             "rows": (rows, torch.zeros(n, 2, dtype=acc), torch.ones(n, dtype=acc), 16, None),

@@ -17,8 +17,8 @@
     grad_pred                 as pred    as pred                 write, contiguous
     grad_points, grad_target, grad_weight_left, _right  A        write
 
-A program holds whole rows, padded to a power of two of bins: BLOCK_M rows, or BLOCK_L locations whose four sides it does
-in turn; the second axis of the grid walks over a leading dimension that can't be folded, the image of a permuted
+A program holds whole rows, padded to a power of two of bins: BLOCK_M rows, or BLOCK_L locations, whose four sides it
+does in turn; the second axis of the grid walks over a leading dimension that can't be folded, the image of a permuted
 ``[B, 4(R+1), H, W]``. Bytes per element of each tensor of logits: forward sizeof(pred), backward twice that for `pred`
 (the softmax is recomputed). Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed
 tree. decode has no fused multiply-adds, so that a side is clipped here where it is on every backend; the temperature of
@@ -36,70 +36,15 @@ from torch import Tensor
 
 from ..core.dtypes import accumulator
 from . import _launch
-
-# ---- terms ----
-
-
-@triton.constexpr_function
-def largest_logit(dtype):
-    return 4.4942328371557893e307 if dtype == tl.float64 else 8.507058658713472e37
-
-
-@triton.jit
-def bounded(x, limit):
-    """`x` within ±limit, so that no difference of two overflows, and where it was beyond; NaN stays."""
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x)), tl.abs(x) > limit
-
-
-@triton.jit
-def bin_pointers(tensor, rows, stride_row, bin, stride_bin):
-    return tensor + rows[:, None] * stride_row + bin.to(tl.int64)[None, :] * stride_bin
-
-
-@triton.jit
-def softmax_tile(pointers, inside, bin, reg_max, acc: tl.constexpr):
-    """Logits, exponentials, their row sums, the row maxima, and where a logit is out of bounds and has no gradient."""
-    exists = (bin <= reg_max)[None, :]
-    x = tl.load(pointers, mask=inside[:, None] & exists, other=0.0).to(acc)
-    x, beyond = bounded(x, largest_logit(acc))
-    x = tl.where(exists, x, float("-inf"))
-    largest = tl.max(x, axis=1)
-    e = tl.exp(x - largest[:, None])
-    return x, e, tl.sum(e, axis=1), largest, beyond
-
-
-@triton.jit
-def at_bin(x, bin, index):
-    """x[row, index[row]]; one lane counts, so that the sum rounds nothing."""
-    return tl.sum(tl.where(bin[None, :] == index[:, None], x, 0.0), axis=1)
-
-
-@triton.jit
-def expected_bin(e, total, bin):
-    """Σ p(j)·j"""
-    return tl.sum(e * bin.to(e.dtype)[None, :], axis=1) / total
-
-
-@triton.jit
-def expected_bin_gradient(e, total, bin, grad):
-    """Gradient of Σ p(j)·j with respect to the logits: p(j)·(j − Σ p(i)·i).
-
-    The sum is taken from its nearest bin, c + Σ p(i)·(i − c): where the distribution is peaked both terms are small,
-    and their difference keeps the digits that j − Σ p(i)·i loses.
-    """
-    j = bin.to(e.dtype)
-    centre = tl.floor(expected_bin(e, total, bin) + 0.5)
-    from_centre = j[None, :] - centre[:, None]
-    shift = tl.sum(e * from_centre, axis=1) / total
-    return grad[:, None] * ((e / total[:, None]) * (from_centre - shift[:, None]))
-
-
-@triton.jit
-def store_gradient(to, gradient, beyond, inside, bin, reg_max):
-    """Gradients of rows that begin at `to`, contiguous; 0 where a logit is beyond what counts."""
-    gradient = tl.where(beyond, 0.0, gradient).to(to.dtype.element_ty)
-    tl.store(to[:, None] + bin[None, :], gradient, mask=inside[:, None] & (bin <= reg_max)[None, :])
-
+from .bin_terms import (
+    at_bin,
+    bin_pointers,
+    expected_bin,
+    expected_bin_gradient,
+    softened_tile,
+    softmax_tile,
+    store_gradient,
+)
 
 # ---- integral and decode ----
 
@@ -379,7 +324,7 @@ def _dfl_forward(pred: Tensor, bins: tuple[Tensor, ...], ignore: bool, with_dist
 def _dfl_backward(
     grads: tuple[Tensor, ...], pred: Tensor, bins: tuple[Tensor, ...], ignore: bool, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """`grads` is (grad_loss,) or (grad_loss, grad_distance). The gradients of `pred` and of what `needs` says of bins."""
+    """`grads` is (grad_loss,) or (grad_loss, grad_distance). The gradients of pred, and of target or of the weights."""
     m, count = pred.shape
     given = len(bins) == 3
     grad_pred = _launch.empty_gradient(pred, needs[0])
@@ -431,18 +376,6 @@ def dfl_two_bin_backward(
 
 
 @triton.jit
-def _softened(pointers, inside, exists, acc: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr):
-    """Logits less the row's largest over T, their exponentials, the sum of those, and which logits are beyond."""
-    limit: tl.constexpr = largest_logit(acc) * SHARE
-    x, beyond = bounded(tl.load(pointers, mask=inside[:, None] & exists, other=0.0).to(acc), limit)
-    # Rows and bins that are not there hold zeros, and weigh nothing: an infinity less itself would be a NaN.
-    largest = tl.max(tl.where(exists, x, float("-inf")), axis=1)
-    x = tl.where(exists, (x - largest[:, None]) * INVERSE, 0.0)
-    e = tl.where(exists, tl.exp(x), 0.0)
-    return x, e, tl.sum(e, axis=1), beyond
-
-
-@triton.jit
 def ld_forward_kernel(
     pred, teacher, loss, m, n, stride_m, stride_bin, stride_teacher_m, stride_teacher_bin,
     T: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BINS: tl.constexpr,
@@ -453,9 +386,9 @@ def ld_forward_kernel(
     bin = tl.arange(0, BINS)
     exists = (bin < n)[None, :]
     pointers = bin_pointers(pred, rows, stride_m, bin, stride_bin)
-    a, _e, total, _beyond = _softened(pointers, inside, exists, acc, INVERSE, SHARE)
+    a, _e, total, _beyond = softened_tile(pointers, inside, exists, acc, INVERSE, SHARE)
     pointers = bin_pointers(teacher, rows, stride_teacher_m, bin, stride_teacher_bin)
-    b, e, total_teacher, _beyond = _softened(pointers, inside, exists, acc, INVERSE, SHARE)
+    b, e, total_teacher, _beyond = softened_tile(pointers, inside, exists, acc, INVERSE, SHARE)
     divergence = tl.sum(e * (b - a), axis=1) / total_teacher + (tl.log(total) - tl.log(total_teacher))
     # Not n.to(acc): Triton makes a Python int of an argument that is 1.
     tl.store(loss + rows, divergence * (T * T / tl.full((), n, acc)), mask=inside)
@@ -473,9 +406,9 @@ def ld_backward_kernel(
     bin = tl.arange(0, BINS)
     exists = (bin < n)[None, :]
     pointers = bin_pointers(pred, rows, stride_m, bin, stride_bin)
-    _a, e, total, beyond = _softened(pointers, inside, exists, acc, INVERSE, SHARE)
+    _a, e, total, beyond = softened_tile(pointers, inside, exists, acc, INVERSE, SHARE)
     pointers = bin_pointers(teacher, rows, stride_teacher_m, bin, stride_teacher_bin)
-    _b, e_teacher, total_teacher, _beyond = _softened(pointers, inside, exists, acc, INVERSE, SHARE)
+    _b, e_teacher, total_teacher, _beyond = softened_tile(pointers, inside, exists, acc, INVERSE, SHARE)
     factor = tl.load(grad_loss + rows * stride_grad, mask=inside, other=0.0) * (T / tl.full((), n, acc))
     gradient = e * (factor / total)[:, None] - e_teacher * (factor / total_teacher)[:, None]
     store_gradient(grad_pred + rows * n, gradient, beyond, inside, bin, n - 1)

@@ -15,6 +15,7 @@ from ...core.dtypes import device_type
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
 from ..bins.integral import bounded_logits, check_reg_max, expectation
+from ..bins.integral import uncertainty as uncertainty_of
 from ..boxes.box_ops import aligned_iou, rounded
 
 OP = "postprocess"
@@ -89,15 +90,6 @@ def select(cls_score: Tensor, threshold: float, nms_pre: int, anchor_topk: bool)
     return value, index[order]
 
 
-def spread(logits: Tensor) -> Tensor:
-    """Variance, entropy and peak ``[…, 3]`` of distributions over the last dimension of bounded fp32 logits."""
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    away = bins - (p * bins).sum(-1, keepdim=True)
-    return torch.stack([(p * away.square()).sum(-1), -(p * log_p).sum(-1), p.amax(-1)], -1)
-
-
 def reference(
     cls_scores: Sequence[Tensor],
     reg_preds: Sequence[Tensor],
@@ -156,7 +148,7 @@ def reference(
         labels[image, :n] = label[kept]
         count[image] = n
         if uncertainty:
-            spreads[image, :n] = spread(sides[kept])
+            spreads[image, :n] = uncertainty_of(sides[kept])
     return boxes, scores, labels, count, spreads
 
 
