@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integral, decode and distribution focal loss on the CPU, rows [begin, end) of the caller's chunk. fp64 runs here, a row
 // at a time with the functors of terms/bin_operators.h; every other dtype in the vector code of simd/bins.cpp.
-#include "terms/bin_operators.h"
-#include "terms/reduction.h"
-
+#include "gfl/score_loss.h"
 #include "simd/bins.h"
+#include "terms/bin_operators.h"
 
 namespace gfl::cpu {
 namespace {
@@ -46,6 +45,12 @@ const double* doubles(const void* p) { return static_cast<const double*>(p); }
 double* doubles(void* p) { return static_cast<double*>(p); }
 const float* floats(const void* p) { return static_cast<const float*>(p); }
 float* floats(void* p) { return static_cast<float*>(p); }
+
+// What the sum of the losses is multiplied by.
+float scale_of(const DflReduction& reduction) {
+  if (reduction.norm == nullptr) return static_cast<float>(reduction.factor);
+  return static_cast<float>(reduction.factor / (*reduction.norm + static_cast<float>(kScoreNormEps)));
+}
 
 }  // namespace
 
@@ -110,7 +115,7 @@ double dfl_sum_keeping(const DflInput& in, const DflReduction& reduction, float*
 float dfl_reduce(const DflReduction& reduction, const double* sums, int64_t chunks) {
   double total = 0;
   for (int64_t i = 0; i < chunks; ++i) total += sums[i];
-  return static_cast<float>(reduction_scale(reduction.factor, reduction.norm) * total);
+  return static_cast<float>(scale_of(reduction) * total);
 }
 
 void dfl_finish(const DflInput& in, const DflReduction* reduction, const float* grad_loss, const float* grad_distance,
@@ -118,7 +123,7 @@ void dfl_finish(const DflInput& in, const DflReduction* reduction, const float* 
   if (reduction == nullptr) {
     GFL_BY_ISA(dfl_finish, in, grad_loss, grad_distance, kept, begin, end);
   }
-  const float scale = *grad_loss * reduction_scale(reduction->factor, reduction->norm);
+  const float scale = *grad_loss * scale_of(*reduction);
   GFL_BY_ISA(dfl_finish_reduced, in, reduction->weight, scale, grad_distance, kept, begin, end);
 }
 

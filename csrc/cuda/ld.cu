@@ -9,18 +9,15 @@
 // memory (6000 bins and more) are read from global memory in each pass, one warp per row.
 // Bytes per element: forward 2·sizeof(dtype), backward 3·sizeof(dtype) (the softmaxes are recomputed).
 // Accumulator: float (double for double). Repeatable bit for bit: a lane sums its bins in order, the lanes in a fixed tree.
-#include <cstring>
-
 #include "bin_tile.h"
 #include "terms/bins.h"
+#include "vec.h"
 #include "warp.h"
 
 namespace gfl::cuda {
 namespace {
 
 constexpr int kBinsPerLane = 32;  // at most, up to the 32 lanes of a warp
-
-template <class T> constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
 // How a block's tile of the student, the teacher or the gradient lies in global memory.
 struct Side {
@@ -36,12 +33,10 @@ struct Plan {
   Side pred, teacher, grad;
 };
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 template <class T> Side side_of(const Plan& plan, const void* data, int64_t stride_row, int64_t stride_bin) {
   Side side{stride_row, stride_bin, stride_bin == 1 && stride_row == plan.bins, false, false};
   const int64_t step = side.dense ? int64_t(plan.tile_rows) * plan.bins : stride_row;
-  side.vectors = stride_bin == 1 && is_aligned(data) && step % kVector<T> == 0;
+  side.vectors = stride_bin == 1 && is_aligned(data) && step % kRun<T> == 0;
   side.by_rows = stride_bin != 1 && stride_row < stride_bin;
   return side;
 }
@@ -93,13 +88,8 @@ __device__ __forceinline__ void load_runs(const Plan& plan, const Side& side, co
   for_runs<run>(side.dense, plan.bins, count, [&](int row, int bin, int many) {
     const T* from = data + row * side.stride_row + bin;
     T element[run];
-    if (many == run) {
-      if constexpr (run > 1) {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        memcpy(element, &words, sizeof words);
-      } else {
-        element[0] = *from;
-      }
+    if (run > 1 && many == run) {
+      if constexpr (run > 1) load_vec(from, element);
     } else {
 #pragma unroll
       for (int v = 0; v < run; ++v) {
@@ -118,7 +108,7 @@ template <class T>
 __device__ __forceinline__ void load_side(const Plan& plan, const Side& side, const void* data, int64_t first, int count,
                                           acc_t<T>* tile) {
   const T* from = static_cast<const T*>(data) + first * side.stride_row;
-  if (side.vectors) return load_runs<T, kVector<T>>(plan, side, from, count, tile);
+  if (side.vectors) return load_runs<T, kRun<T>>(plan, side, from, count, tile);
   if (side.stride_bin == 1) return load_runs<T, 1>(plan, side, from, count, tile);
   const int inner = side.by_rows ? count : plan.bins;
   for (int i = static_cast<int>(threadIdx.x); i < count * plan.bins; i += kTileThreads) {
@@ -138,11 +128,7 @@ __device__ __forceinline__ void store_runs(const Plan& plan, T* to, int count, c
       if (++bin == plan.bins) bin = 0, ++row;
     }
     if (run > 1 && many == run) {
-      if constexpr (run > 1) {
-        uint4 words;
-        memcpy(&words, element, sizeof words);
-        *reinterpret_cast<uint4*>(at) = words;
-      }
+      if constexpr (run > 1) store_vec(at, element);
       return;
     }
 #pragma unroll
@@ -224,7 +210,7 @@ __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
     });
     __syncthreads();
     T* to = grad_pred + first * plan.bins;
-    if (plan.grad.vectors) store_runs<T, kVector<T>>(plan, to, count, pred);
+    if (plan.grad.vectors) store_runs<T, kRun<T>>(plan, to, count, pred);
     else store_runs<T, 1>(plan, to, count, pred);
   });
 }
