@@ -2,7 +2,7 @@
 """The losses as NanoDet, GFocal v1, YOLOv6, PP-YOLOE and D-FINE call them: python examples/dialects.py
 
 Framework: NanoDet, GFocal v1, YOLOv6 and PP-YOLOE, D-FINE
-Serves: their losses by their own calls
+Replaces: their losses by their own calls
 """
 
 import torch

@@ -2,7 +2,7 @@
 """A detector of torch and gfl_ops alone, trained on coloured rectangles: python examples/head_from_scratch.py
 
 Framework: none
-Serves: losses, assignment and detections of a detector, whole in 60 lines"""
+Replaces: losses, assignment and detections of a detector, whole in 60 lines"""
 
 import torch
 from torch import nn

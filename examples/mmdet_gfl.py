@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's GFL, from its own config, with ours inside: python examples/mmdet_gfl.py (needs mmdet 3 and mmcv)
+"""mmdet's GFL, from its own config, with our operators: python examples/mmdet_gfl.py (needs mmdet 3 and mmcv)
 
 Framework: mmdet 3.3, mmyolo 0.6
 Or: in a config, `custom_imports = dict(imports=["gfl_ops.compat.mmdet_patch"])`; part by part with types
     `FusedQualityFocalLoss` and so on, `FusedATSSAssigner` and `FusedGFLHead`,
     `custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])`
-Serves: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
+Replaces: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
     `GIoULoss`, `DIoULoss`, `CIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`, `GFLHead.predict_by_feat`
 """
 
@@ -44,7 +44,7 @@ def losses() -> dict[str, float]:
 
 
 names = patch()  # the one line
-print("served by gfl_ops:", *names, sep="\n  ")
+print("replaced by gfl_ops:", *names, sep="\n  ")
 ours = losses()
 detections = model.eval().test_step(batch)[0].pred_instances
 unpatch()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's FCOS with ours inside: python examples/torchvision_fcos.py
+"""torchvision's FCOS with our operators: python examples/torchvision_fcos.py
 
 Framework: torchvision 0.28
-Serves: `sigmoid_focal_loss`, `generalized_box_iou_loss`, `nms`, `batched_nms`, in FCOS, RetinaNet and wherever else
+Replaces: `sigmoid_focal_loss`, `generalized_box_iou_loss`, `nms`, `batched_nms`, in FCOS, RetinaNet and wherever else
 """
 
 import torch
@@ -22,7 +22,7 @@ def losses() -> dict[str, float]:
 
 
 with patch() as names:  # or patch() once, at the start of a training
-    print("served by gfl_ops:", *names, sep="\n  ")
+    print("replaced by gfl_ops:", *names, sep="\n  ")
     print("losses with gfl_ops      ", losses())
     with torch.no_grad():
         print("detections:", len(model.eval()(images)[0]["boxes"]))

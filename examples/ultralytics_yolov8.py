@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ultralytics' YOLOv8-n, from its yaml, with ours inside: python examples/ultralytics_yolov8.py
+"""ultralytics' YOLOv8-n, from its yaml, with our operators: python examples/ultralytics_yolov8.py
 
 In a training script it is one line too: ``gfl_ops.compat.ultralytics.patch()`` before ``YOLO("yolov8n.yaml")``.
 
 Framework: ultralytics 8.3, 8.4
-Serves: `DFLoss`, `BboxLoss`, `DFL`, `non_max_suppression`, which has no time limit then
+Replaces: `DFLoss`, `BboxLoss`, `DFL`, `non_max_suppression`, which has no time limit then
 """
 
 import torch
@@ -30,7 +30,7 @@ def losses() -> list[float]:
 
 
 names = patch()  # the one line
-print("served by gfl_ops:", *names, sep="\n  ")
+print("replaced by gfl_ops:", *names, sep="\n  ")
 print("box, class and DFL loss with gfl_ops     ", losses())
 with torch.no_grad():
     found = nms.non_max_suppression(model.eval()(batch["img"]), conf_thres=0.001)

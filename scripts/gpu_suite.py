@@ -7,10 +7,10 @@ Sections, in this order:
   tests      pytest: Triton's kernels on the GPU, the native ones, all the rest
   sanitize   the C++ tests on the GPU, compiled by nvcc, plain and under
              compute-sanitizer
-  bench      benchmarks/bench_*.py on the GPU; `gfl bench`, whole detectors
+  bench      benchmarks/bench.py on the GPU: goals, losses, peers, detectors
   report     scripts/aot_report.py: registers, spills, shared memory
 After each section DIR/gpu_suite.json and DIR/gpu_suite.md are written anew; the
-benchmarks' JSON and plots lie beside them. What is not there (a sanitizer that
+benchmarks' JSON and plots are beside them. What is missing (a sanitizer that
 refuses the GPU, pytest) is recorded. Exit status: 0, or 1 if something failed,
 or 2 without a GPU.
 """
@@ -37,28 +37,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+from gpu_outputs import Gpu, parse_bench, parse_gpus, parse_pytest, parse_sanitizer  # noqa: E402
 
 import stamp  # noqa: E402
 
-# Seconds that each section may take. They add up to more than the whole may, since hardly one needs all of its own.
+# Seconds that each section may take; together more than the whole may, since hardly any section needs all of its own.
 LIMITS = {"build": 150, "tests": 210, "sanitize": 110, "bench": 180, "report": 60}
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FILES = 8  # in DIR at most
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU, as nvidia-smi describes it. `capability` is for example "9.0"."""
-
-    name: str
-    driver: str
-    capability: str
-    memory: str
-
-    @property
-    def arch(self) -> str:
-        return f"sm_{self.capability.replace('.', '')}"
 
 
 @dataclass
@@ -82,79 +70,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended. `code` is None where it was ended for its time."""
+    """A finished command. `code` is None if its time ran out."""
 
     command: str
     code: int | None
     seconds: float
     output: str
-
-
-# --- reading what other programs say --------------------------------------------------------------------------------
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """The lines of ``nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader``."""
-    found = []
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 4 and re.fullmatch(r"\d+\.\d+", parts[2]):
-            found.append(Gpu(*parts))
-    return found
-
-
-def parse_pytest(text: str) -> tuple[dict[str, int], list[str]]:
-    """(how many passed, failed, …; what failed) of ``pytest -v``, also of a run that was cut off before its end."""
-    seen: dict[str, str] = {}
-    verdicts = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-    for line in text.splitlines():
-        # "path::name VERDICT [ 5%]", with pytest-xdist "[gw1] [ 5%] VERDICT path::name"
-        plain = re.match(rf"(\S*\.py::.+?) ({verdicts})(?:\s|$)", line)
-        spread = re.match(rf"\[gw\d+\](?: \[ *\d+%\])? ({verdicts}) (\S*\.py::.+?)\s*$", line)
-        if plain:
-            seen[plain[1]] = plain[2]
-        elif spread:
-            seen[spread[2]] = spread[1]
-    counts: dict[str, int] = {}
-    for verdict in seen.values():
-        counts[verdict.lower()] = counts.get(verdict.lower(), 0) + 1
-    failures = [name for name, verdict in seen.items() if verdict in ("FAILED", "ERROR")]
-    # A file that can't be imported shows in the summary alone: "ERROR tests/test_x.py - reason".
-    for line in text.splitlines():
-        broken = re.match(r"ERROR (\S+\.py)(?: - .*)?$", line)
-        if broken and broken[1] not in failures:
-            failures.append(broken[1])
-            counts["error"] = counts.get("error", 0) + 1
-    return counts, failures
-
-
-def parse_sanitizer(tool: str, code: int | None, text: str) -> tuple[str, str]:
-    """(status, in words) of a run under compute-sanitizer."""
-    if code is None:
-        return "out of time", "ended for its time"
-    refusals = ("Device not supported", "No supported CUDA device", "Failed to initialize", "Unable to find injection")
-    for line in text.splitlines():
-        if any(refusal in line for refusal in refusals):
-            return "not there", f"compute-sanitizer refused: {line.strip(' =')}"
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.+)", text)
-    if not summary:
-        return "failed", f"no summary, exit code {code}"
-    numbers = [int(n) for n in re.findall(r"\d+", summary[-1])]
-    if code == 0 and not any(numbers):
-        return "passed", "0 errors" if tool != "racecheck" else "0 hazards"
-    return "failed", summary[-1] if any(numbers) else f"{summary[-1]}, exit code {code}"
-
-
-def parse_bench(text: str) -> list[str]:
-    """The end of a benchmark's output that says how it compares."""
-    lines = text.rstrip().splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith("ours against"):
-            return lines[number:]
-    return lines[-25:]
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
 
 
 class Suite:
@@ -166,7 +87,7 @@ class Suite:
         self.section_end = self.end
         self.outcomes: list[Outcome] = []
         self.section = ""
-        # Not by torch, which would hold a part of the GPU for as long as this process lives.
+        # Not asked of torch, which would occupy a part of the GPU for as long as this process lives.
         known = f"{gpu.name} ({gpu.arch}), driver {gpu.driver}, {gpu.memory}"
         self.record: dict[str, Any] = stamp.stamp(known)
         self.seed = random.randrange(2**31)
@@ -175,7 +96,7 @@ class Suite:
         return max(0.0, min(self.end, self.section_end) - time.monotonic())
 
     def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
-        # The interpreter of Triton, or a backend chosen for the shell, would not be this machine's GPU.
+        # Triton's interpreter, or a backend chosen in the shell, would not test this machine's GPU.
         env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GFL_OPS_BACKEND", "PYTHONPATH")}
         env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PYTHONUNBUFFERED": "1"}
         env |= {"GFL_TEST_SEED": str(self.seed)}
@@ -184,7 +105,7 @@ class Suite:
         return env | (extra or {})
 
     def run(self, command: list[str], limit: float, env: dict[str, str] | None = None) -> Finished:
-        """Run in the scratch folder, since the source tree would hide the installed package."""
+        """Run in the scratch folder: the source tree would shadow the installed package."""
         shown = shlex.join([*(f"{k}={v}" for k, v in (env or {}).items()), *command])
         if self.dry:
             print(f"  {shown}")
@@ -211,7 +132,7 @@ class Suite:
                 code = process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
                 code = None
-                # pytest and the like still print what they have; then everything they started goes.
+                # SIGINT lets pytest print what it has; then everything that it started is killed.
                 for ending in (signal.SIGINT, signal.SIGKILL):
                     try:
                         os.killpg(process.pid, ending)
@@ -229,7 +150,7 @@ class Suite:
         return outcome
 
     def note(self, name: str, done: Finished, status: str | None = None, detail: str = "", **rest: Any) -> Outcome:
-        """Record a finished command; its output's end goes along where it was not good."""
+        """Record a finished command, with the end of its output unless it passed."""
         if status is None:
             status = "passed" if done.code == 0 else "out of time" if done.code is None else "failed"
             detail = detail or ("" if done.code == 0 else f"exit code {done.code}" if done.code is not None else "")
@@ -257,7 +178,7 @@ class Suite:
         (self.out / "gpu_suite.md").write_text(markdown(self.record, self.outcomes))
 
     def keep(self, folder: Path) -> None:
-        """Copy a benchmark's files into DIR, as far as it may have files."""
+        """Copy a benchmark's files into DIR, as far as its limit of files allows."""
         room = FILES - 2 - len([f for f in self.out.glob("*") if not f.name.startswith("gpu_suite.")])
         self.out.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("*")):
@@ -279,9 +200,6 @@ def markdown(record: dict[str, Any], outcomes: Iterable[Outcome]) -> str:
             lines += [f"- {name}" for name in o.failures[:40]]
             lines += ["", "```", *o.tail[-25:], "```"] if o.tail else []
     return "\n".join(lines) + "\n"
-
-
-# --- the sections -----------------------------------------------------------------------------------------------------
 
 
 PROBE = """
@@ -321,7 +239,7 @@ def tests(suite: Suite) -> None:
     spread = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     common = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow", *spread]
     common += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
-    # What only a GPU can tell comes first, should the time run out.
+    # What needs a GPU comes first, in case time runs out.
     parts = (
         ("Triton on the GPU", "triton and cuda", 80.0),
         ("native on the GPU", "cuda and not triton", 90.0),
@@ -410,36 +328,20 @@ def last_line(text: str) -> str:
 
 
 def bench(suite: Suite) -> None:
-    # The goals first, should the time run out.
-    first = {
-        "bench_gpu": ["--device", "cuda"],
-        "bench_losses": ["--device", "cuda", "--limit", "70", "--seconds", "0.3"],
-    }
-    others = [p.stem for p in sorted((ROOT / "benchmarks").glob("bench_*.py")) if p.stem != "bench_cpu"]
-    for stem, options in (first | {stem: [] for stem in others if stem not in first}).items():
-        program, folder = ROOT / "benchmarks" / f"{stem}.py", suite.scratch / stem
-        command = [sys.executable, str(program), "--out", str(folder), *options]
-        done = suite.run(command, 110)
-        suite.note(stem, done, detail=f"{len(done.output.splitlines())} lines of output")
-        if suite.dry:
-            continue
-        suite.record[stem] = parse_bench(done.output)
-        suite.keep(folder)
-    detectors(suite)
-
-
-def detectors(suite: Suite) -> None:
-    """Whole detectors, from images to boxes."""
-    folder = suite.scratch / "gfl_bench"
-    folder.mkdir(exist_ok=True)
-    files = ["--json", str(folder / "gfl_bench.json"), "--plot", str(folder / "gfl_bench.png")]
-    command = [sys.executable, "-m", "gfl.cli", "bench", "--device", "cuda", "--models", "gfl_r50_1x"]
-    command += ["--batch", "1", "16", "--seconds", "2", *files]
-    done = suite.run(command, 60)
-    suite.note("gfl bench", done, detail=last_line(done.output))
-    if not suite.dry:
-        suite.record["gfl_bench"] = done.output.rstrip().splitlines()[-25:]
-        suite.keep(folder)
+    # The goals first, in case time runs out.
+    for name, options in {
+        "gpu": [],
+        "losses": ["--limit", "70", "--seconds", "0.3"],
+        "peers": [],
+        "detectors": ["--models", "gfl_r50_1x", "--batch", "1", "16", "--seconds", "2"],
+    }.items():
+        folder = suite.scratch / f"bench_{name}"
+        command = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), name, "--device", "cuda", *options]
+        done = suite.run([*command, "--out", str(folder)], 110)
+        suite.note(f"bench {name}", done, detail=f"{len(done.output.splitlines())} lines of output")
+        if not suite.dry:
+            suite.record[f"bench_{name}"] = parse_bench(done.output)
+            suite.keep(folder)
 
 
 def report(suite: Suite) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables: of operators from the registry, of frameworks from the examples.
+"""Write the README's tables: operators from the registry, frameworks from the examples.
 
-With --check, fail if they are not what registry and examples say.
+With --check, fail if the README's tables are out of date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMPAT = "gfl_ops.compat"
 
 
 def compiled() -> dict[str, set[str]]:
-    """The devices that the binding registers a kernel for, by operator: read off the sources, not off this build."""
+    """Per operator the devices that the binding has a kernel for: read from the sources, not from this build."""
     found: dict[str, set[str]] = {}
     for source in (ROOT / "csrc" / "binding").glob("*.cpp"):
         for cpu_only, name in re.findall(r"^GFL_OPERATOR(_CPU)?\((\w+), \w+\)", source.read_text(), re.M):
@@ -43,30 +43,30 @@ def operators() -> str:
     return "\n".join(["| function | what it computes | kernels | gradient |", "|---|---|---|---|", *rows, ""])
 
 
-def said(docstring: str) -> dict[str, str]:
-    """The lines "Key: text" of an example's docstring, their indented ones joined."""
+def fields(docstring: str) -> dict[str, str]:
+    """The lines "Key: text" of an example's docstring, joined with their continuation lines."""
     found = re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", docstring, flags=re.MULTILINE)
     return {key: " ".join(text.split()) for key, text in found}
 
 
 def framework(path: Path) -> tuple[int, str, str]:
-    """Rank, file name and row of an example; the line to type is the one that it imports from `gfl_ops.compat`."""
+    """Rank, file name and row of an example; the line to type is the example's import from `gfl_ops.compat`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    told, rank, line = said(ast.get_docstring(tree) or ""), 2, ""
+    described, rank, line = fields(ast.get_docstring(tree) or ""), 2, ""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(COMPAT):
             continue
         patches = "patch" in {alias.name for alias in node.names}
         rank, line = (0, f"`{node.module}.patch()`") if patches else (1, f"`{ast.unparse(node)}`")
-    if "Or" in told:
-        line += f"; or {told['Or']}"
+    if "Or" in described:
+        line += f"; or {described['Or']}"
     example = f"[{path.name}]({path.relative_to(ROOT)})"
-    return rank, path.name, f"| {told['Framework']} | {line} | {told['Serves']} | {example} |"
+    return rank, path.name, f"| {described['Framework']} | {line} | {described['Replaces']} | {example} |"
 
 
 def frameworks() -> str:
     rows = sorted(framework(path) for path in (ROOT / "examples").glob("*.py"))
-    head = ["| framework | the line | what is served | example |", "|---|---|---|---|"]
+    head = ["| framework | the line | what it replaces | example |", "|---|---|---|---|"]
     return "\n".join([*head, *(text for _, _, text in rows), ""])
 
 

@@ -155,7 +155,7 @@ def test_public_function_takes_every_dtype_and_pads() -> None:
         ({"strides": [8, 16, 32, 64, 0]}, ValueError, "`strides` must be > 0"),
         ({"topk": 0}, ValueError, "`topk` must be >= 1"),
         ({"topk": 1.5}, TypeError, "`topk` must be an integer"),
-        ({"center_offset": [0.0]}, ValueError, "`center_offset` must hold one number a level, 5"),
+        ({"center_offset": [0.0]}, ValueError, "`center_offset` must hold one number per level, 5"),
         ({"valid_sizes": torch.zeros(2, 2)}, ValueError, r"`valid_sizes` must have shape \[B, 2\]"),
         ({"level_sizes": [5, 5]}, ValueError, "`level_sizes` must hold"),
     ],

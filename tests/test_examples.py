@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run, as files, from another folder, and print what they promise."""
+"""The examples run as files from another folder, and print what they promise."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ def test_the_dialects(tmp_path: Path) -> None:
     [("mmdet_gfl.py", "mmdet"), ("torchvision_fcos.py", "torchvision"), ("ultralytics_yolov8.py", "ultralytics")],
 )
 def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
-    """With and without ours inside it has the same losses, but for the last digits."""
+    """Patched and unpatched have the same losses, up to the last digits."""
     if importlib.util.find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed (tests/support/peers/requirements.txt)")
     printed = run(name, tmp_path, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
-    assert "served by gfl_ops:" in printed and "detections:" in printed
-    # What the README's table says is served, which is taken from the example, is what patch() says.
-    told = re.search(r"^Serves: (.*(?:\n {4}.*)*)", (EXAMPLES / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert told
-    promised = re.findall(r"`([\w.]+)`", told[1])
-    served = re.search(r"served by gfl_ops:\n((?:  \S+\n)+)", printed)
-    assert served
-    names = served[1].split()
+    assert "replaced by gfl_ops:" in printed and "detections:" in printed
+    # The README's table, which is taken from the example, lists what patch() replaces.
+    listed = re.search(
+        r"^Replaces: (.*(?:\n {4}.*)*)", (EXAMPLES / name).read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert listed
+    promised = re.findall(r"`([\w.]+)`", listed[1])
+    replaced = re.search(r"replaced by gfl_ops:\n((?:  \S+\n)+)", printed)
+    assert replaced
+    names = replaced[1].split()
     assert len(names) == len(promised)
     assert all(f".{label}".endswith(f".{end}") for label, end in zip(names, promised)), (names, promised)
     ours, theirs = (

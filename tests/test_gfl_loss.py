@@ -238,7 +238,7 @@ def test_the_whole_step_compiles_into_one_graph(generator: torch.Generator) -> N
         ({"loss_weights": (1.0, 2.0)}, ValueError, "`loss_weights` must hold three numbers"),
         ({"beta": -1.0}, ValueError, "`beta` must be >= 0"),
         ({"cls_norm": torch.ones(2)}, ValueError, "`cls_norm` must hold one number"),
-        ({"center_offset": [0.0, 0.5]}, ValueError, "`center_offset` must hold one number a level, 1"),
+        ({"center_offset": [0.0, 0.5]}, ValueError, "`center_offset` must hold one number per level, 1"),
     ],
 )
 def test_bad_input(change: dict, error: type[Exception], text: str) -> None:

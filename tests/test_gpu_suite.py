@@ -96,7 +96,7 @@ def test_it_reads_the_end_of_a_benchmark(suite: ModuleType) -> None:
     assert len(suite.parse_bench("x\n" * 100)) == 25
 
 
-def test_it_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()
     done = subprocess.run(
@@ -115,15 +115,15 @@ def test_a_dry_run_shows_every_section_and_runs_nothing(suite: ModuleType, tmp_p
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\w+) \(at most", done.stdout, re.MULTILINE) == list(suite.SECTIONS)
     assert "--no-build-isolation --no-deps" in done.stdout and "TORCH_CUDA_ARCH_LIST=" in done.stdout
-    assert "bench_losses.py" in done.stdout and "triton and cuda" in done.stdout
+    assert "bench.py losses" in done.stdout and "triton and cuda" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_sections_can_be_picked(suite: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--out", str(tmp_path), "--dry-run", "--only", "bench"]) == 0
-    said = capsys.readouterr().out
-    assert 0 < said.index("bench_gpu.py") < said.index("bench_losses.py") and "bench_cpu.py" not in said
-    assert "gfl.cli bench --device cuda" in said and "pip install" not in said
+    out = capsys.readouterr().out
+    assert 0 < out.index("bench.py gpu") < out.index("bench.py losses") and "bench.py cpu" not in out
+    assert "bench.py detectors --device cuda" in out and "pip install" not in out
     assert set(suite.LIMITS) == set(suite.SECTIONS)
 
 

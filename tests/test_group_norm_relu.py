@@ -111,6 +111,29 @@ def test_a_large_mean_does_not_hide_the_variance(
         torch.testing.assert_close(s[..., 1].double(), 1 / deviation, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 24, 5, 4), (2, 1, 5, 4), (2, 24, 1, 1), (2, 24, 1, 4), (1, 1, 1, 1)], ids=str)
+def test_expanded_maps(backend: str, device: torch.device, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """Elements that share memory are read as any others; the results are dense."""
+    _, weight, bias = drawn(generator, device)
+    given = torch.randn(shape, generator=generator, dtype=torch.float64).to(device).expand(2, 24, 5, 4)
+    arriving = torch.randn(2, 24, 5, 4, generator=generator, dtype=torch.float64).to(device)
+    results = []
+    for leaf in (given.detach().requires_grad_(), given.contiguous().requires_grad_()):
+        y = gfl_ops.group_norm_relu(leaf, 4, weight, bias)
+        assert y.untyped_storage().nbytes() >= y.numel() * y.element_size()  # no element twice
+        with torch.no_grad():
+            y32 = gfl_ops.group_norm_relu(leaf.float(), 4, weight, bias)
+        # The operator itself: autograd would sum what reaches one element of an expanded leaf.
+        args = ([leaf.detach()], weight, bias, 4, 1e-5, True)
+        name = "gfl_triton" if backend == "triton" else "gfl"
+        statistics = getattr(torch.ops, name).group_norm_relu_fwd(*args)[1]
+        backward = getattr(torch.ops, name).group_norm_relu_bwd
+        (grad,), *of_parameters = backward([arriving], statistics, *args, [True, True, True])
+        results.append((y, y32, grad, *of_parameters))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9 if got.dtype == torch.float64 else 1e-4, atol=1e-5)
+
+
 def test_one_tensor_for_one_tensor(backend: str, device: torch.device, generator: torch.Generator) -> None:
     maps, weight, bias = drawn(generator, device)
     got = gfl_ops.group_norm_relu(maps[0], 4, weight, bias, relu=False)

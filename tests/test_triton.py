@@ -252,3 +252,24 @@ def test_the_public_functions_run_by_triton(generator: torch.Generator) -> None:
             results.append((loss.detach(), grad, gfl_ops.batched_nms(boxes, scores, label, 0.5)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_group_norm_of_more_images_than_an_axis_of_a_grid_has() -> None:
+    """The second and third axis of a grid end at 65 535 programs; the first does not."""
+    from gfl_ops.triton import group_norm, launch
+
+    maps = [torch.zeros(1, 2, 1, 1).expand(65536, 2, 1, 1)]
+    affine = torch.ones(2), torch.zeros(2)
+    with launch.record() as launches:
+        _, statistics = group_norm.group_norm_relu_forward(maps, *affine, 2, 1e-5, True)
+        group_norm.group_norm_relu_backward(maps, statistics, maps, *affine, 2, 1e-5, True, [True, True, True])
+    assert len(launches) == 4
+    assert all(programs <= 65535 for made in launches for programs in made.grid[1:])
+
+
+def test_group_norm_keeps_a_small_eps_in_fp64(generator: torch.Generator) -> None:
+    """fp32 would round 1e-5 by 2.5e-8 of its value, which shows where eps is all of the variance."""
+    x = normal((1, 4, 3, 3), CPU, torch.float64, generator) * 1e-9
+    args = ([x], torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), 2, 1e-5, False)
+    got, want = torch.ops.gfl_triton.group_norm_relu_fwd(*args)[0][0], SPECS["group_norm_relu"].reference(*args)[0][0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)

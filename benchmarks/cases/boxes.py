@@ -44,7 +44,10 @@ def iou(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
         if kind in formulas.boxes.IOU_KINDS:
             peers["eager"] = partial(formulas.boxes.box_iou_loss, kind=kind)
         pool = {name: value for name, value in pairs(scene, dtype).items() if name in WEIGHTED_PAIRS}
-        ours, what = partial(gfl_ops.box_iou_loss, kind=kind), f"{scene.positives} pairs of boxes"
+        ours, what = (
+            partial(gfl_ops.box_iou_loss, kind=kind, image_size=scene.size),
+            f"{scene.positives} pairs of boxes",
+        )
         yield Case("iou", kind, what, pool, ours, peers, peers.get("eager"), gradients=("pred",))
 
 

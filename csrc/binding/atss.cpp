@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gfl/atss.h"
+#include "gfl/head.h"
 
 #include <vector>
 
@@ -19,15 +19,18 @@ std::vector<AtssLevel> levels_of(at::IntArrayRef sizes, at::ArrayRef<double> str
   for (size_t l = 0; l < strides.size(); ++l) {
     TORCH_CHECK_VALUE(sizes[2 * l] >= 0 && sizes[2 * l + 1] >= 0 && strides[l] > 0,
                       "gfl: `level_sizes` must be >= 0 and `strides` > 0");
-    const double size = anchor_scale * strides[l];
-    levels.push_back({sizes[2 * l], sizes[2 * l + 1], static_cast<float>(strides[l]),
-                      static_cast<float>(center_offset[l]), static_cast<float>(legacy ? (strides[l] - 1) / 2 : 0),
-                      static_cast<float>((legacy ? size - 1 : size) / 2)});
+    levels.push_back(atss_level(sizes[2 * l], sizes[2 * l + 1], strides[l], center_offset[l], anchor_scale, legacy));
   }
   return levels;
 }
 
-}  // namespace
+void check_fits([[maybe_unused]] const AtssInput& in) {
+#if defined(GFL_WITH_CUDA)
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::atss_fits(in), "gfl::atss on CUDA takes up to ", cuda::kAtssMaxLevels,
+                              " levels, 6143 candidates per box (`topk` times levels) and 2^31 locations, got ",
+                              in.level_count, " levels, a `topk` of ", in.topk, " and ", in.locations, " locations");
+#endif
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef level_sizes, at::ArrayRef<double> strides,
                                                             const at::Tensor& gt_boxes, const at::Tensor& gt_labels,
@@ -66,24 +69,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> atss_forward(at::IntArrayRef leve
   at::Tensor labels = at::empty({images, locations}, gt_labels.options());
   at::Tensor matched = at::empty({images, locations}, gt_labels.options());
   at::Tensor iou = at::empty({images, locations}, gt_boxes.options());
-#if defined(GFL_WITH_CUDA)
-  if (gt_boxes.is_cuda()) {
-    TORCH_CHECK_NOT_IMPLEMENTED(cuda::atss_fits(in), "gfl::atss on CUDA takes up to ", cuda::kAtssMaxLevels,
-                                " levels, 6143 candidates a box (`topk` times levels) and 2^31 locations, got ",
-                                levels.size(), " levels, a `topk` of ", topk, " and ", locations, " locations");
-    on_stream_of(gt_boxes, [&](cudaStream_t stream) {
-      return cuda::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
-                        iou.mutable_data_ptr<float>(), stream);
-    });
-    return {labels, matched, iou};
-  }
-#endif
-  for_chunks(images, 1, [&](int64_t begin, int64_t end) {
-    cpu::atss(in, labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
-              iou.mutable_data_ptr<float>(), begin, end);
-  });
+  if (gt_boxes.is_cuda()) check_fits(in);
+  auto *of_labels = labels.mutable_data_ptr<int64_t>(), *of_matched = matched.mutable_data_ptr<int64_t>();
+  auto* of_iou = iou.mutable_data_ptr<float>();
+  run(gt_boxes, images, 1, GFL_CUDA_LAUNCH(atss, in, of_labels, of_matched, of_iou),
+      [&](int64_t begin, int64_t end) { cpu::atss(in, of_labels, of_matched, of_iou, begin, end); });
   return {labels, matched, iou};
 }
+
+}  // namespace
 
 GFL_OPERATOR(atss, atss_forward)
 

@@ -3,17 +3,30 @@
 //
 //   gt_boxes [images, gts, 4] float read     gt_labels [images, gts] int64 read     valid_sizes [images, 2] float read
 //   labels, matched [images, locations] int64 write                                 iou [images, locations] float write
-// Priors are grids, so a box's k nearest cells lie in a small window around its centre; the window grows until no cell
-// outside can be nearer or as near, which also covers one-cell-wide levels, large k and boxes far off the image.
-// Boxes take turns in slot order and a later one must have a larger IoU to win a cell.
-#include "gfl/atss.h"
+// Priors are grids, so the k nearest cells of a box lie in a small window around its centre. The window grows until no cell
+// outside it can be nearer or equally near, which also covers levels one cell wide, large k and boxes far off the image.
+// Boxes are processed in slot order, and a later one must have a larger IoU to win a cell.
+#include "gfl/head.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "terms/atss.h"
 
-namespace gfl::cpu {
+namespace gfl {
+
+AtssLevel atss_level(int64_t height, int64_t width, double stride, double offset, double anchor_scale, bool legacy) {
+  const double size = anchor_scale * stride, shift = legacy ? (stride - 1) / 2 : 0;
+  const double half = (legacy ? size - 1 : size) / 2;
+  return {height,
+          width,
+          static_cast<float>(stride),
+          static_cast<float>(offset),
+          static_cast<float>(shift),
+          static_cast<float>(half)};
+}
+
+namespace cpu {
 namespace {
 
 struct Candidate {
@@ -65,7 +78,7 @@ void nearest_cells(const AtssLevel& level, int64_t height, int64_t width, const 
         nearest.insert(place, Candidate{distance, x, y});
       }
     }
-    // What a side can hold at best: its nearest column with the nearest row of all, and the other way round.
+    // The least distance beyond each side of the window: its nearest column with the nearest row of all, or vice versa.
     const float worst = nearest.back().distance;
     const bool full = static_cast<int64_t>(nearest.size()) == k;
     const auto beaten = [&](float best) { return full && best > worst; };
@@ -80,9 +93,7 @@ void nearest_cells(const AtssLevel& level, int64_t height, int64_t width, const 
   }
 }
 
-struct Valid {
-  int64_t height, width;
-};
+struct Valid { int64_t height, width; };
 
 // Background inside the valid part of every level, "outside" elsewhere.
 void clear_image(const AtssInput& in, const Valid* valid, int64_t* labels, int64_t* matched, float* iou) {
@@ -150,4 +161,5 @@ void atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* iou, in
   }
 }
 
-}  // namespace gfl::cpu
+}  // namespace cpu
+}  // namespace gfl

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the CPU: one walk over the positives, one over the logits, in either memory layout.
+// The head's loss on the CPU: one pass over the positives and one over the logits, in either memory layout.
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
-// The logits are read where they are: a tile of locations at an even pitch is computed as background, with β = 2 by the
-// vector code of simd/background.h, and what belongs to positives is put right. A location's classes are summed in A,
-// everything else in order in double. The bounds of chunks depend on shapes only: the same bits come out at any number of
-// threads.
-#include "gfl/gfl_loss.h"
+// The logits are read in place: a tile of evenly spaced locations is computed as background, with β = 2 by the vector code
+// of simd/background.h, and then what belongs to positives is corrected. The classes of a location are summed in A,
+// everything else in order in double. The bounds of chunks depend on the shapes only, so the results are the same bits at
+// any number of threads.
+#include "gfl/head.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <vector>
 
-#include "terms/focal.h"
-#include "terms/gfl_loss.h"
 #include "head_tile.h"
 #include "isa.h"
+#include "terms/focal.h"
+#include "terms/gfl_loss.h"
 #include "terms/scalar.h"
 
 namespace gfl {
@@ -28,8 +30,19 @@ GFL_DECLARE_PER_ISA(float head_background_without(DType dtype, const void* cls, 
 namespace gfl::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2 * kHeadTile;
-constexpr int64_t kNotCounted = -2;
+constexpr int64_t kBlock = 2 * kHeadTile;  // locations
+constexpr int64_t kPositivesPerChunk = 16;
+
+// What a positive adds before any weight, and w.
+struct HeadTerms {
+  double score;  // the IoU, target of QFL
+  double box;  // 1 − GIoU
+  double dfl;  // a quarter of its four DFLs
+  double weight;
+};
+
+// Locations [begin, end) of one level of one image, in row-major order.
+struct HeadBlock { int64_t image, level, begin, end; };
 
 int64_t element(const int64_t (&stride)[4], int64_t image, int64_t channel, int64_t row, int64_t column) {
   return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
@@ -73,7 +86,7 @@ template <class T> void distribution_terms(const GflLossInput& in, const HeadPos
   for (int side = 0; side < 4; ++side) {
     const auto logit = [&](int j) { return logits(side, j); };
     const BinSoftmax<A> s = bin_softmax<A>(logits.bins, logit);
-    const TwoBins<A> b = head_bins(g, side, static_cast<int>(in.reg_max));
+    const TwoBins<A> b = head_bins(head_centre(g, side), g.target[side], side, static_cast<int>(in.reg_max));
     distance[side] = s.mean();
     if (b.counted) dfl += two_bin_loss(b, two_bin_entropy(s, b, logit));
   }
@@ -99,8 +112,8 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
   const IouTerm<A> giou = head_iou(g, distance, iou_kind::giou{}, in.legacy);
   const A by_box = static_cast<A>(scales.box * terms.weight), by_dfl = static_cast<A>(scales.dfl * terms.weight / 4);
   for (int side = 0; side < 4; ++side) {
-    const A by_distance = by_box * (side < 2 ? -giou.grad_pred[side] : giou.grad_pred[side]);
-    const TwoBins<A> b = head_bins(g, side, static_cast<int>(in.reg_max));
+    const A by_distance = by_box * side_sign<A>(side) * giou.grad_pred[side];
+    const TwoBins<A> b = head_bins(head_centre(g, side), g.target[side], side, static_cast<int>(in.reg_max));
     for (int j = 0; j < logits.bins; ++j) {
       const A probability = exponential[side][j] / softmax[side].total;
       A value = by_distance * softmax[side].mean_gradient(j, probability);
@@ -120,9 +133,10 @@ HeadTile<T> tile_at(M* map, const int64_t (&stride)[4], int64_t image, int64_t w
 }
 
 // A tile as background: losses to `sums`, `scale` times their gradients to `out`; either may be null. The classes of a
-// location are added up in order. Then the same of a single location but for one class, without a gradient.
+// location are summed in order.
 template <class T, class A = acc_t<T>>
-void any_background(HeadTile<const T> in, int64_t count, int64_t classes, A beta, A scale, A* sums, HeadTile<T> out) {
+void general_background(HeadTile<const T> in, int64_t count, int64_t classes, A beta, A scale, A* sums,
+                        HeadTile<T> out) {
   if (sums != nullptr) std::fill(sums, sums + count, A(0));
   for (int64_t c = 0; c < classes; ++c) {
     for (int64_t i = 0; i < count; ++i) {
@@ -132,8 +146,9 @@ void any_background(HeadTile<const T> in, int64_t count, int64_t classes, A beta
     }
   }
 }
+// The loss of a single location without that of one class.
 template <class T, class A = acc_t<T>>
-A any_background_without(const T* cls, int64_t channel, int64_t classes, int64_t label, A beta) {
+A general_background_without(const T* cls, int64_t channel, int64_t classes, int64_t label, A beta) {
   A sum = 0;
   for (int64_t c = 0; c < classes; ++c) {
     if (c != label) sum += qfl_term(load(cls + c * channel), A(0), beta, false).value;
@@ -158,7 +173,7 @@ void background(const GflLossInput& in, HeadTile<const T> from, int64_t count, a
                                {to.data, to.location, to.channel});
     }
   }
-  any_background<T>(from, count, in.classes, static_cast<acc_t<T>>(in.beta), scale, sums, to);
+  general_background<T>(from, count, in.classes, static_cast<acc_t<T>>(in.beta), scale, sums, to);
 }
 
 template <class T>
@@ -166,22 +181,21 @@ acc_t<T> background_without(const GflLossInput& in, const T* cls, int64_t channe
   if constexpr (sizeof(T) < sizeof(double)) {
     if (in.beta == 2.0) return vector_background_without(in.cls_dtype, cls, channel, in.classes, label);
   }
-  return any_background_without<T>(cls, channel, in.classes, label, static_cast<acc_t<T>>(in.beta));
+  return general_background_without<T>(cls, channel, in.classes, label, static_cast<acc_t<T>>(in.beta));
 }
 
-// Σ QFL of a block, if `loss`, and its gradient, if `gradients` is not null: everything as background first, then right
-// what belongs to positives and what is not counted.
+// Whether the rows of a map follow each other at the spacing of the locations.
+bool rows_join(const HeadLevel& level, const int64_t (&stride)[4]) { return stride[2] == level.width * stride[3]; }
+
+// Σ QFL of a block, if `loss`, and its gradient, if `out.cls` is not null: everything as background first, then what
+// belongs to positives or is not counted.
 template <class T>
 double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                    const HeadBlock& block, bool loss, double scale, const HeadGradients* gradients) {
+                    const HeadBlock& block, bool loss, double scale, const HeadGradients& out) {
   using A = acc_t<T>;
   const HeadLevel& level = in.levels[block.level];
   const A beta = static_cast<A>(in.beta), factor = static_cast<A>(scale);
-  static const HeadGradients none{};
-  const HeadGradients& out = gradients != nullptr ? gradients[block.level] : none;
-  // One row of the map follows the other at the pitch of the locations.
-  const auto rows_run_on = [&](const int64_t (&stride)[4]) { return stride[2] == level.width * stride[3]; };
-  const bool run_on = rows_run_on(level.cls_stride) && (gradients == nullptr || rows_run_on(out.cls_stride));
+  const bool joined = rows_join(level, level.cls_stride) && (out.cls == nullptr || rows_join(level, out.cls_stride));
 
   int64_t start = block.image * in.locations;
   for (int64_t l = 0; l < block.level; ++l) start += in.levels[l].height * in.levels[l].width;
@@ -193,7 +207,7 @@ double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& pos
   A sums[kHeadTile];
   for (int64_t begin = block.begin, end = begin; begin < block.end; begin = end) {
     end = std::min(begin + kHeadTile, block.end);
-    if (!run_on) end = std::min(end, (begin / level.width + 1) * level.width);
+    if (!joined) end = std::min(end, (begin / level.width + 1) * level.width);
     const HeadTile<const T> from = tile_at<const T>(level.cls, level.cls_stride, block.image, level.width, begin);
     const HeadTile<T> to = tile_at<T>(out.cls, out.cls_stride, block.image, level.width, begin);
     background<T>(in, from, end - begin, factor, loss ? sums : nullptr, to);
@@ -208,7 +222,7 @@ double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& pos
       }
     }
     for (int64_t i = 0; i < end - begin; ++i) {
-      if (in.labels[start + begin + i] != kNotCounted) {
+      if (in.labels[start + begin + i] != kHeadNotCounted) {
         if (loss) total += static_cast<double>(sums[i]);
       } else if (to.data != nullptr) {
         for (int64_t c = 0; c < in.classes; ++c) store(to.data + i * to.location + c * to.channel, A(0));
@@ -218,66 +232,185 @@ double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& pos
   return total;
 }
 
+// Zeros a block of a distribution map. Zero is all zero bits in every dtype.
+void clear_block(const GflLossInput& in, const HeadBlock& block, const HeadGradients& out) {
+  const HeadLevel& level = in.levels[block.level];
+  const int64_t channels = 4 * (in.reg_max + 1),
+                size = dispatch(in.reg_dtype, [](auto t) { return int64_t{sizeof t}; });
+  const auto at = [&](int64_t channel, int64_t i) {
+    const int64_t offset = element(out.reg_stride, block.image, channel, i / level.width, i % level.width);
+    return static_cast<char*>(out.reg) + offset * size;
+  };
+  const auto clear = [&](char* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count * size)); };
+  if (out.reg_stride[3] == 1 && rows_join(level, out.reg_stride)) {
+    for (int64_t c = 0; c < channels; ++c) clear(at(c, block.begin), block.end - block.begin);
+    return;
+  }
+  const bool dense = out.reg_stride[1] == 1;
+  for (int64_t i = block.begin; i < block.end; ++i) {
+    if (dense) clear(at(0, i), channels);
+    else
+      for (int64_t c = 0; c < channels; ++c) clear(at(c, i), 1);
+  }
+}
+
+// ---- the whole loss ----
+
+double number(const GflLossInput& in, const void* value) {
+  return in.cls_dtype == DType::f64 ? *static_cast<const double*>(value)
+                                    : static_cast<double>(*static_cast<const float*>(value));
+}
+void put_number(const GflLossInput& in, void* to, double value) {
+  if (in.cls_dtype == DType::f64) *static_cast<double*>(to) = value;
+  else *static_cast<float*>(to) = static_cast<float>(value);
+}
+
+// One call: the positives with their terms, and the blocks of the pass over the logits.
+class HeadPass {
+ public:
+  HeadPass(const GflLossInput& in, const ParallelFor& parallel) : in_(in), parallel_(parallel) {
+    find_positives();
+    cut_blocks();
+    terms_.resize(positives_.size());
+    for_positives([this](int64_t begin, int64_t end) {
+      dispatch(in_.reg_dtype, [&](auto t) {
+        for (int64_t i = begin; i < end; ++i) distribution_terms<decltype(t)>(in_, positives_[i], terms_[i]);
+      });
+      dispatch(in_.cls_dtype, [&](auto t) {
+        for (int64_t i = begin; i < end; ++i) terms_[i].weight = largest_probability<decltype(t)>(in_, positives_[i]);
+      });
+    });
+    for (const HeadTerms& t : terms_) weight_ += t.weight;
+  }
+
+  // The factors of the gradients if 1 arrives.
+  HeadScales scales(const GflLossScalars& scalars) const {
+    std::vector<int64_t> per_image(static_cast<size_t>(in_.images), 0);
+    for (const HeadPositive& p : positives_) ++per_image[p.image];
+    int64_t count = 0;
+    for (const int64_t n : per_image) count += std::max<int64_t>(n, 1);
+    const double* w = scalars.loss_weights;
+    const double cls_norm =
+        scalars.cls_norm != nullptr ? number(in_, scalars.cls_norm) : static_cast<double>(std::max<int64_t>(count, 1));
+    // Not std::max, which would hide a NaN.
+    const double box_norm = scalars.box_norm != nullptr ? number(in_, scalars.box_norm) : weight_ < 1 ? 1 : weight_;
+    return {w[0] / cls_norm, w[1] / box_norm, w[2] / box_norm};
+  }
+
+  // Losses, if `losses` is not null, and gradients, if `gradients` is not null.
+  void run(const HeadScales& scales, const GflLossOutput* losses, const HeadGradients* gradients) const {
+    std::vector<double> sums(blocks_.size());
+    const auto count = static_cast<int64_t>(blocks_.size());
+    parallel_(count, 1, [&](int64_t begin, int64_t end) {
+      dispatch(in_.cls_dtype, [&](auto t) {
+        for (int64_t i = begin; i < end; ++i) {
+          const HeadBlock& block = blocks_[i];
+          const HeadGradients out = gradients != nullptr ? gradients[block.level] : HeadGradients{};
+          if (losses != nullptr || out.cls != nullptr) {
+            sums[i] =
+                block_scores<decltype(t)>(in_, positives_, terms_.data(), block, losses != nullptr, scales.cls, out);
+          }
+          if (out.reg != nullptr) clear_block(in_, block, out);
+        }
+      });
+    });
+    if (gradients != nullptr) {
+      for_positives([&](int64_t begin, int64_t end) {
+        dispatch(in_.reg_dtype, [&](auto t) {
+          for (int64_t i = begin; i < end; ++i) {
+            const HeadGradients& out = gradients[positives_[i].level];
+            if (out.reg != nullptr) distribution_backward<decltype(t)>(in_, positives_[i], terms_[i], scales, out);
+          }
+        });
+      });
+    }
+    if (losses != nullptr) put_losses(scales, sums, *losses);
+  }
+
+ private:
+  // In order of image, then location.
+  void find_positives() {
+    int64_t location = 0;
+    for (int64_t image = 0; image < in_.images; ++image) {
+      for (int64_t l = 0; l < in_.level_count; ++l) {
+        const HeadLevel& level = in_.levels[l];
+        for (int64_t i = 0; i < level.height * level.width; ++i, ++location) {
+          const int64_t label = in_.labels[location], slot = in_.matched[location];
+          if (!is_positive(in_, label, slot)) continue;
+          positives_.push_back({image, l, i / level.width, i % level.width, location, label, slot});
+        }
+      }
+    }
+  }
+
+  void cut_blocks() {
+    for (int64_t image = 0; image < in_.images; ++image) {
+      for (int64_t l = 0; l < in_.level_count; ++l) {
+        const int64_t cells = in_.levels[l].height * in_.levels[l].width;
+        for (int64_t begin = 0; begin < cells; begin += kBlock) {
+          blocks_.push_back({image, l, begin, std::min(cells, begin + kBlock)});
+        }
+      }
+    }
+  }
+
+  void for_positives(const std::function<void(int64_t, int64_t)>& body) const {
+    parallel_(static_cast<int64_t>(positives_.size()), kPositivesPerChunk, body);
+  }
+
+  void put_losses(const HeadScales& scales, const std::vector<double>& sums, const GflLossOutput& out) const {
+    double cls = 0, box = 0, dfl = 0;
+    for (const double sum : sums) cls += sum;
+    for (const HeadTerms& t : terms_) {
+      box += t.weight * t.box;
+      dfl += t.weight * t.dfl;
+    }
+    put_number(in_, out.cls, scales.cls * cls);
+    put_number(in_, out.box, scales.box * box);
+    put_number(in_, out.dfl, scales.dfl * dfl);
+    put_number(in_, out.num_pos, static_cast<double>(positives_.size()));
+    put_number(in_, out.box_weight, weight_);
+  }
+
+  const GflLossInput& in_;
+  const ParallelFor& parallel_;
+  std::vector<HeadPositive> positives_;
+  std::vector<HeadTerms> terms_;
+  std::vector<HeadBlock> blocks_;
+  double weight_ = 0;
+};
+
+HeadScales times(const HeadScales& scales, const GflLossInput& in, const GflLossGrads& grads) {
+  const auto arriving = [&](const void* grad) { return grad != nullptr ? number(in, grad) : 1.0; };
+  return {arriving(grads.cls) * scales.cls, arriving(grads.box) * scales.box, arriving(grads.dfl) * scales.dfl};
+}
+
 }  // namespace
 
-std::vector<HeadPositive> gfl_loss_positives(const GflLossInput& in) {
-  std::vector<HeadPositive> found;
-  int64_t location = 0;
-  for (int64_t image = 0; image < in.images; ++image) {
-    for (int64_t l = 0; l < in.level_count; ++l) {
-      const HeadLevel& level = in.levels[l];
-      for (int64_t i = 0; i < level.height * level.width; ++i, ++location) {
-        const int64_t label = in.labels[location], slot = in.matched[location];
-        if (label < 0 || label >= in.classes || slot < 0 || slot >= in.gts) continue;
-        found.push_back({image, l, i / level.width, i % level.width, location, label, slot});
-      }
-    }
-  }
-  return found;
+void gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+                      const ParallelFor& parallel) {
+  const HeadPass pass(in, parallel);
+  pass.run(pass.scales(scalars), &out, nullptr);
 }
 
-std::vector<HeadBlock> gfl_loss_blocks(const GflLossInput& in) {
-  std::vector<HeadBlock> blocks;
-  for (int64_t image = 0; image < in.images; ++image) {
-    for (int64_t l = 0; l < in.level_count; ++l) {
-      const int64_t cells = in.levels[l].height * in.levels[l].width;
-      for (int64_t begin = 0; begin < cells; begin += kBlock) {
-        blocks.push_back({image, l, begin, std::min(cells, begin + kBlock)});
-      }
-    }
-  }
-  return blocks;
+void gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+                                   HeadScales* scales, const HeadGradients* gradients, const ParallelFor& parallel) {
+  const HeadPass pass(in, parallel);
+  *scales = pass.scales(scalars);
+  pass.run(*scales, &out, gradients);
 }
 
-void gfl_loss_terms(const GflLossInput& in, const HeadPositive* positives, HeadTerms* terms, int64_t begin,
-                    int64_t end) {
-  dispatch(in.reg_dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; ++i) distribution_terms<decltype(t)>(in, positives[i], terms[i]);
-  });
-  dispatch(in.cls_dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; ++i) terms[i].weight = largest_probability<decltype(t)>(in, positives[i]);
-  });
+void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+                     const HeadGradients* gradients, const ParallelFor& parallel) {
+  const HeadScales ones = times({1, 1, 1}, in, grads);
+  if (ones.cls == 1 && ones.box == 1 && ones.dfl == 1) return;
+  HeadPass(in, parallel).run(times(*scales, in, grads), nullptr, gradients);
 }
 
-void gfl_loss_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
-                     const HeadBlock* blocks, double* sums, double scale, const HeadGradients* gradients, int64_t begin,
-                     int64_t end) {
-  dispatch(in.cls_dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double sum =
-          block_scores<decltype(t)>(in, positives, terms, blocks[i], sums != nullptr, scale, gradients);
-      if (sums != nullptr) sums[i] = sum;
-    }
-  });
-}
-
-void gfl_loss_terms_backward(const GflLossInput& in, const HeadPositive* positives, const HeadTerms* terms,
-                             const HeadScales& scales, const HeadGradients* gradients, int64_t begin, int64_t end) {
-  dispatch(in.reg_dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; ++i) {
-      distribution_backward<decltype(t)>(in, positives[i], terms[i], scales, gradients[positives[i].level]);
-    }
-  });
+void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+                       const HeadGradients* gradients, const ParallelFor& parallel) {
+  const HeadPass pass(in, parallel);
+  pass.run(times(pass.scales(scalars), in, grads), nullptr, gradients);
 }
 
 }  // namespace gfl::cpu

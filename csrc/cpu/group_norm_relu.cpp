@@ -3,71 +3,45 @@
 //
 //   x, grad_y            maps of the levels   dtype  read      y, grad_x   the same   dtype  write
 //   weight, bias         [channels]           dtype or A read  statistics  [levels, images, groups, 2] A write, read
-// Where locations lie side by side, a piece of the work is some whole groups, each read for its statistics and, while it
-// is in the cache, once more for its values. Where channels do, a piece is some locations with all their channels, and
-// pieces are put together, in their order, between the two readings. fp32 and 16-bit maps go through the vector code of
-// simd/group_norm_relu.cpp; here is what finds its pieces, and all of fp64.
-// Bytes an element: forward 2 readings and 1 writing, backward twice 2 and 1. Accumulator: A within a piece of up to 512
-// values of a channel, double beyond. Bounds depend on shapes only: the same bits at any number of threads.
+// Where locations are contiguous, a block of work is some whole groups: each is read for its statistics and, while it is in
+// cache, once more for its values. Where channels are, a block is some locations with all their channels, and the blocks of
+// a level's image are combined, in order, between the two passes. fp32 and 16-bit maps use the vector code of
+// simd/group_norm_relu.cpp; fp64 always has whole groups, in scalar code.
+// Bytes per element: forward 2 reads and 1 write, backward twice 2 and 1. Accumulator: A within up to 512 values of a
+// channel, double beyond. The bounds of blocks depend on the shapes only: the same bits at any number of threads.
 #include "group_norm_relu.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
-#include "isa.h"
 #include "terms/scalar.h"
-
-namespace gfl {
-GFL_DECLARE_PER_ISA(void norm_row_moments(const cpu::NormRows& in, float* shift, float* sum, float* squares))
-GFL_DECLARE_PER_ISA(void norm_row_forward(const cpu::NormRows& in, const cpu::NormChannels& channels))
-GFL_DECLARE_PER_ISA(void norm_row_sums(const cpu::NormRows& in, const cpu::NormChannels& channels, float* sum,
-                                       float* product))
-GFL_DECLARE_PER_ISA(void norm_row_backward(const cpu::NormRows& in, const cpu::NormChannels& channels))
-GFL_DECLARE_PER_ISA(void norm_run_moments(const cpu::NormRows& in, cpu::NormMoments& all))
-GFL_DECLARE_PER_ISA(void norm_run_forward(const cpu::NormRows& in, const cpu::NormChannel& channel))
-GFL_DECLARE_PER_ISA(void norm_run_sums(const cpu::NormRows& in, const cpu::NormChannel& channel, cpu::NormSums& all))
-GFL_DECLARE_PER_ISA(void norm_run_backward(const cpu::NormRows& in, const cpu::NormChannel& channel))
-}  // namespace gfl
 
 namespace gfl::cpu {
 namespace {
 
-constexpr int64_t kBlockElements = 32768;                 // of a piece, about
-constexpr int64_t kFewestLocations = 16, kMostLocations = 512;  // of a piece that has all channels
-constexpr int64_t kVector = 16;                           // floats of the widest vector
+constexpr int64_t kBlockElements = 32768;  // of a block, about
+constexpr int64_t kFewestLocations = 16, kMostLocations = 512;  // of a block with all channels
+constexpr int64_t kVector = 16;  // floats of the widest vector
+constexpr int64_t kPairsPerChunk = 16384;  // channels times (level, image) pairs
 
-void row_moments(const NormRows& in, float* shift, float* sum, float* squares) {
-  GFL_BY_ISA(norm_row_moments, in, shift, sum, squares);
-}
-void row_forward(const NormRows& in, const NormChannels& channels) { GFL_BY_ISA(norm_row_forward, in, channels); }
-void row_sums(const NormRows& in, const NormChannels& channels, float* sum, float* product) {
-  GFL_BY_ISA(norm_row_sums, in, channels, sum, product);
-}
-void row_backward(const NormRows& in, const NormChannels& channels) { GFL_BY_ISA(norm_row_backward, in, channels); }
-void run_moments(const NormRows& in, NormMoments& all) { GFL_BY_ISA(norm_run_moments, in, all); }
-void run_forward(const NormRows& in, const NormChannel& channel) { GFL_BY_ISA(norm_run_forward, in, channel); }
-void run_sums(const NormRows& in, const NormChannel& channel, NormSums& all) {
-  GFL_BY_ISA(norm_run_sums, in, channel, all);
-}
-void run_backward(const NormRows& in, const NormChannel& channel) { GFL_BY_ISA(norm_run_backward, in, channel); }
+// Groups [begin, end) of a level's image, or its locations [begin, end) with all their channels.
+struct NormBlock {
+  int64_t level, image, begin, end;
+  bool whole;  // groups
+};
 
-bool in_double(const GroupNormInput& in) { return in.dtype == DType::f64; }
-
-// Where a map's element lies.
-const void* at(const GroupNormInput& in, const NormMap& map, int64_t image, int64_t channel, int64_t location) {
+// An element of a map.
+char* element(const GroupNormInput& in, const NormMap& map, int64_t image, int64_t channel, int64_t location) {
   const int64_t size = dispatch(in.dtype, [](auto t) { return static_cast<int64_t>(sizeof(t)); });
-  return static_cast<const char*>(map.data) +
+  return static_cast<char*>(map.data) +
          size * (image * map.stride_image + channel * map.stride_channel + location * map.stride_location);
-}
-void* place(const GroupNormInput& in, const NormMap& map, int64_t image, int64_t channel, int64_t location) {
-  return const_cast<void*>(at(in, map, image, channel, location));
 }
 
 double parameter(const GroupNormInput& in, const void* values, int64_t channel) {
-  return dispatch(in.parameter_dtype, [&](auto t) {
-    return static_cast<double>(load(static_cast<const decltype(t)*>(values) + channel));
-  });
+  return dispatch(in.parameter_dtype,
+                  [&](auto t) { return static_cast<double>(load(static_cast<const decltype(t)*>(values) + channel)); });
 }
 
 // ---- statistics ----
@@ -80,26 +54,25 @@ int64_t statistic_index(const GroupNormInput& in, int64_t level, int64_t image, 
 
 Statistic statistic_at(const GroupNormInput& in, const void* statistics, int64_t level, int64_t image, int64_t group) {
   const int64_t i = statistic_index(in, level, image, group);
-  if (in_double(in)) return {static_cast<const double*>(statistics)[i], static_cast<const double*>(statistics)[i + 1]};
-  return {static_cast<const float*>(statistics)[i], static_cast<const float*>(statistics)[i + 1]};
+  const auto* of_f64 = static_cast<const double*>(statistics);
+  const auto* of_f32 = static_cast<const float*>(statistics);
+  return in.dtype == DType::f64 ? Statistic{of_f64[i], of_f64[i + 1]} : Statistic{of_f32[i], of_f32[i + 1]};
 }
 
 void put_statistic(const GroupNormInput& in, void* statistics, int64_t level, int64_t image, int64_t group,
                    const NormMoments& m) {
   const int64_t i = statistic_index(in, level, image, group);
   const double rstd = m.count == 0 ? 0 : 1 / std::sqrt(m.squares / m.count + in.eps);
-  if (in_double(in)) {
-    static_cast<double*>(statistics)[i] = m.mean;
-    static_cast<double*>(statistics)[i + 1] = rstd;
-  } else {
-    static_cast<float*>(statistics)[i] = static_cast<float>(m.mean);
-    static_cast<float*>(statistics)[i + 1] = static_cast<float>(rstd);
-  }
+  dispatch(in.dtype, [&](auto t) {
+    auto* to = static_cast<acc_t<decltype(t)>*>(statistics) + i;
+    to[0] = static_cast<acc_t<decltype(t)>>(m.mean);
+    to[1] = static_cast<acc_t<decltype(t)>>(rstd);
+  });
 }
 
 // ---- coefficients ----
 
-// Of a group, from its sums Σ γ·g and Σ γ·g·x̂ over `count` values: what backward takes off every element.
+// Of a group, from its sums Σ γ·g and Σ γ·g·x̂: what backward subtracts from every element.
 struct Correction { double level, slope; };
 
 Correction correction_of(const GroupNormInput& in, const NormSums* sums, const Statistic& s, int64_t group,
@@ -116,14 +89,14 @@ Correction correction_of(const GroupNormInput& in, const NormSums* sums, const S
 }
 
 NormChannel channel_of(const GroupNormInput& in, const Statistic& s, const Correction& correction, int64_t channel) {
+  const double weight = parameter(in, in.weight, channel);
   // Like the reference: the product of r and γ is rounded, then that with x − μ.
-  return {static_cast<float>(s.mean),
-          static_cast<float>(s.rstd) * static_cast<float>(parameter(in, in.weight, channel)),
-          static_cast<float>(parameter(in, in.bias, channel)), static_cast<float>(correction.level),
-          static_cast<float>(correction.slope)};
+  const double scale =
+      in.dtype == DType::f64 ? s.rstd * weight : static_cast<float>(s.rstd) * static_cast<float>(weight);
+  return {s.mean, scale, parameter(in, in.bias, channel), correction.level, correction.slope};
 }
 
-// Arrays of all channels' coefficients. `sums` of the level's image, null forward.
+// The coefficients of all channels of a level's image; `sums` are its own, null forward.
 class ChannelArrays {
  public:
   ChannelArrays(const GroupNormInput& in, const void* statistics, const NormSums* sums, int64_t level, int64_t image)
@@ -136,7 +109,10 @@ class ChannelArrays {
       for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
         const NormChannel k = channel_of(in, s, correction, c);
         float* to = values_.data() + c;
-        for (const float value : {k.mean, k.scale, k.bias, k.level, k.slope}) *to = value, to += room_;
+        for (const double value : {k.mean, k.scale, k.bias, k.level, k.slope}) {
+          *to = static_cast<float>(value);
+          to += room_;
+        }
       }
     }
   }
@@ -150,42 +126,49 @@ class ChannelArrays {
   std::vector<float> values_;
 };
 
-float floor_of(const GroupNormInput& in) { return in.relu ? 0.0f : -std::numeric_limits<float>::infinity(); }
-
-// A block's locations as rows; null maps are left out.
-NormRows rows_of(const GroupNormInput& in, const NormBlock& b, const NormMap* grad, const NormMap* out) {
-  const NormLevel& level = in.levels[b.level];
-  NormRows rows{in.dtype, at(in, level.x, b.image, 0, b.begin), nullptr, nullptr, level.x.stride_location, 0, 0,
-                b.end - b.begin, in.channels, floor_of(in)};
+// A piece of the maps from (channel, location) on; null maps are left out. Strides are those between locations.
+NormRows piece_of(const GroupNormInput& in, int64_t level, int64_t image, int64_t channel, int64_t location,
+                  const NormMap* grad, const NormMap* out) {
+  const NormMap& x = in.levels[level].x;
+  NormRows piece{};
+  piece.dtype = in.dtype;
+  piece.x = element(in, x, image, channel, location);
+  piece.x_stride = x.stride_location;
   if (grad != nullptr) {
-    rows.grad = at(in, grad[b.level], b.image, 0, b.begin);
-    rows.grad_stride = grad[b.level].stride_location;
+    piece.grad = element(in, grad[level], image, channel, location);
+    piece.grad_stride = grad[level].stride_location;
   }
   if (out != nullptr) {
-    rows.out = place(in, out[b.level], b.image, 0, b.begin);
-    rows.out_stride = out[b.level].stride_location;
+    piece.out = element(in, out[level], image, channel, location);
+    piece.out_stride = out[level].stride_location;
   }
+  piece.floor = in.relu ? 0 : -std::numeric_limits<double>::infinity();
+  return piece;
+}
+
+NormRows rows_of(const GroupNormInput& in, const NormBlock& b, const NormMap* grad, const NormMap* out) {
+  NormRows rows = piece_of(in, b.level, b.image, 0, b.begin, grad, out);
+  rows.rows = b.end - b.begin;
+  rows.length = in.channels;
   return rows;
 }
 
-// One channel of a level's image as a run.
 NormRows run_of(const GroupNormInput& in, int64_t level, int64_t image, int64_t channel, const NormMap* grad,
                 const NormMap* out) {
-  const NormLevel& l = in.levels[level];
-  return {in.dtype,
-          at(in, l.x, image, channel, 0),
-          grad == nullptr ? nullptr : at(in, grad[level], image, channel, 0),
-          out == nullptr ? nullptr : place(in, out[level], image, channel, 0),
-          0, 0, 0, 1, l.locations, floor_of(in)};
+  NormRows run = piece_of(in, level, image, channel, 0, grad, out);
+  run.rows = 1;
+  run.length = in.levels[level].locations;
+  return run;
 }
 
-// ---- whole groups of fp32 and 16 bits ----
+// ---- whole groups ----
 
 NormMoments group_moments(const GroupNormInput& in, int64_t level, int64_t image, int64_t group) {
   const int64_t channels = in.group_channels();
   NormMoments all{0, 0, 0};
   NormRows run = run_of(in, level, image, group * channels, nullptr, nullptr);
-  if (in.levels[level].x.stride_channel == run.length) {  // the channels follow each other: one run
+  const NormMap& x = in.levels[level].x;
+  if (x.stride_channel == run.length * x.stride_location) {  // the channels follow each other: one run
     run.length *= channels;
     run_moments(run, all);
     return all;
@@ -221,58 +204,7 @@ void backward_group(const GroupNormInput& in, int64_t level, int64_t image, int6
   }
 }
 
-// ---- whole groups of fp64 ----
-
-// visit(channel, location) for all values of a group.
-template <class Visit>
-void for_group(const GroupNormInput& in, int64_t level, int64_t group, const Visit& visit) {
-  for (int64_t c = group * in.group_channels(); c < (group + 1) * in.group_channels(); ++c) {
-    for (int64_t i = 0; i < in.levels[level].locations; ++i) visit(c, i);
-  }
-}
-
-void forward_group_in_double(const GroupNormInput& in, int64_t level, int64_t image, int64_t group, const NormMap* y,
-                             void* statistics) {
-  const auto x = [&](int64_t c, int64_t i) {
-    return *static_cast<const double*>(at(in, in.levels[level].x, image, c, i));
-  };
-  NormMoments m{static_cast<double>(in.group_channels() * in.levels[level].locations), 0, 0};
-  for_group(in, level, group, [&](int64_t c, int64_t i) { m.mean += x(c, i); });
-  m.mean /= std::max(m.count, 1.0);
-  for_group(in, level, group, [&](int64_t c, int64_t i) { m.squares += (x(c, i) - m.mean) * (x(c, i) - m.mean); });
-  put_statistic(in, statistics, level, image, group, m);
-  const Statistic s = statistic_at(in, statistics, level, image, group);
-  for_group(in, level, group, [&](int64_t c, int64_t i) {
-    const double value = (x(c, i) - s.mean) * (s.rstd * parameter(in, in.weight, c)) + parameter(in, in.bias, c);
-    *static_cast<double*>(place(in, y[level], image, c, i)) = in.relu && value < 0 ? 0 : value;
-  });
-}
-
-void backward_group_in_double(const GroupNormInput& in, int64_t level, int64_t image, int64_t group,
-                              const void* statistics, const NormMap* grad_y, const NormMap* grad_x, NormSums* sums) {
-  const Statistic s = statistic_at(in, statistics, level, image, group);
-  // visit(channel, location, x − μ, γ, gradient behind the ReLU).
-  const auto for_gradients = [&](const auto& visit) {
-    for_group(in, level, group, [&](int64_t c, int64_t i) {
-      const double distance = *static_cast<const double*>(at(in, in.levels[level].x, image, c, i)) - s.mean;
-      const double weight = parameter(in, in.weight, c);
-      const double value = distance * (s.rstd * weight) + parameter(in, in.bias, c);
-      const double grad = *static_cast<const double*>(at(in, grad_y[level], image, c, i));
-      visit(c, i, distance, weight, in.relu && value <= 0 ? 0 : grad);
-    });
-  };
-  for (int64_t c = group * in.group_channels(); c < (group + 1) * in.group_channels(); ++c) sums[c] = {0, 0};
-  for_gradients([&](int64_t c, int64_t, double distance, double, double grad) {
-    sums[c].grad += grad;
-    sums[c].grad_xhat += grad * distance * s.rstd;
-  });
-  if (grad_x == nullptr) return;
-  const Correction k = correction_of(in, sums, s, group, in.levels[level].locations);
-  for_gradients([&](int64_t c, int64_t i, double distance, double weight, double grad) {
-    *static_cast<double*>(place(in, grad_x[level], image, c, i)) =
-        s.rstd * weight * grad - (k.level + k.slope * distance);
-  });
-}
+// ---- blocks ----
 
 // visit(block) for the blocks of a level's image, in order.
 template <class Visit>
@@ -284,13 +216,11 @@ void for_blocks(const std::vector<NormBlock>& blocks, int64_t level, int64_t ima
   for (; block != blocks.end() && block->level == level && block->image == image; ++block) visit(*block);
 }
 
-}  // namespace
-
-std::vector<NormBlock> group_norm_relu_blocks(const GroupNormInput& in) {
+std::vector<NormBlock> cut_blocks(const GroupNormInput& in) {
   std::vector<NormBlock> blocks;
   for (int64_t l = 0; l < in.level_count; ++l) {
     const NormLevel& level = in.levels[l];
-    const bool whole = level.planar || in_double(in) || level.locations == 0;
+    const bool whole = level.planar || in.dtype == DType::f64 || level.locations == 0;
     const int64_t fewest = whole ? 1 : kFewestLocations, most = whole ? in.groups : kMostLocations;
     const int64_t step = whole ? std::max<int64_t>(1, in.group_channels() * level.locations) : in.channels;
     const int64_t size = std::min(std::max(kBlockElements / step, fewest), most);
@@ -304,22 +234,23 @@ std::vector<NormBlock> group_norm_relu_blocks(const GroupNormInput& in) {
   return blocks;
 }
 
-void group_norm_relu_moments(const GroupNormInput& in, const NormBlock* blocks, NormMoments* moments,
-                             const NormMap* y, void* statistics, int64_t begin, int64_t end) {
+// The first pass forward over blocks [begin, end): whole groups are finished, the moments of the others' groups go to
+// moments[block · groups + group].
+void block_moments(const GroupNormInput& in, const NormBlock* blocks, NormMoments* moments, const NormMap* y,
+                   void* statistics, int64_t begin, int64_t end) {
   const size_t room = static_cast<size_t>((in.channels + kVector - 1) / kVector * kVector);
   std::vector<float> values(3 * room);
   float *shift = values.data(), *sum = shift + room, *squares = sum + room;
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
     if (b.whole) {
-      const auto forward = in_double(in) ? forward_group_in_double : forward_group;
-      for (int64_t group = b.begin; group < b.end; ++group) forward(in, b.level, b.image, group, y, statistics);
+      for (int64_t group = b.begin; group < b.end; ++group) forward_group(in, b.level, b.image, group, y, statistics);
       continue;
     }
     row_moments(rows_of(in, b, nullptr, nullptr), shift, sum, squares);
     const double count = static_cast<double>(b.end - b.begin), channels = static_cast<double>(in.group_channels());
     for (int64_t group = 0; group < in.groups; ++group) {
-      // All channels have as many values: means are averaged, and their distances from that are added to the squares.
+      // All channels have equally many values: means are averaged, and their distances from that are added to the squares.
       const int64_t first = group * in.group_channels(), last = first + in.group_channels();
       NormMoments m{count * channels, 0, 0};
       double of_means = 0;
@@ -339,8 +270,9 @@ void group_norm_relu_moments(const GroupNormInput& in, const NormBlock* blocks, 
   }
 }
 
-void group_norm_relu_statistics(const GroupNormInput& in, const std::vector<NormBlock>& blocks,
-                                const NormMoments* moments, void* statistics, int64_t begin, int64_t end) {
+// Combines the blocks of (level, image) pairs [begin, end), levels outermost.
+void merge_moments(const GroupNormInput& in, const std::vector<NormBlock>& blocks, const NormMoments* moments,
+                   void* statistics, int64_t begin, int64_t end) {
   std::vector<NormMoments> all;
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t level = pair / in.images, image = pair % in.images;
@@ -349,17 +281,17 @@ void group_norm_relu_statistics(const GroupNormInput& in, const std::vector<Norm
     for_blocks(blocks, level, image, [&](const NormBlock& b) {
       whole = b.whole;
       const NormMoments* part = moments + (&b - blocks.data()) * in.groups;
-      if (!whole) for (int64_t group = 0; group < in.groups; ++group) merge(all[static_cast<size_t>(group)], part[group]);
+      for (int64_t group = 0; group < in.groups && !whole; ++group) merge(all[group], part[group]);
     });
     if (whole) continue;
     for (int64_t group = 0; group < in.groups; ++group) {
-      put_statistic(in, statistics, level, image, group, all[static_cast<size_t>(group)]);
+      put_statistic(in, statistics, level, image, group, all[group]);
     }
   }
 }
 
-void group_norm_relu_normalise(const GroupNormInput& in, const NormBlock* blocks, const void* statistics,
-                               const NormMap* y, int64_t begin, int64_t end) {
+void block_forward(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormMap* y,
+                   int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
     if (b.whole) continue;
@@ -368,19 +300,19 @@ void group_norm_relu_normalise(const GroupNormInput& in, const NormBlock* blocks
   }
 }
 
-void group_norm_relu_sums(const GroupNormInput& in, const NormBlock* blocks, const void* statistics,
-                          const NormMap* grad_y, const NormMap* grad_x, NormSums* partial, NormSums* sums,
-                          int64_t begin, int64_t end) {
+// The first pass backward: whole groups are finished, with their sums in `sums` [levels, images, channels]; the sums of
+// other blocks go to partial[block · channels + channel].
+void block_sums(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormMap* grad_y,
+                const NormMap* grad_x, NormSums* partial, NormSums* sums, int64_t begin, int64_t end) {
   const size_t room = static_cast<size_t>((in.channels + kVector - 1) / kVector * kVector);
   std::vector<float> values(2 * room);
   float *sum = values.data(), *product = sum + room;
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
     if (b.whole) {
-      const auto backward = in_double(in) ? backward_group_in_double : backward_group;
       NormSums* of_image = sums + (b.level * in.images + b.image) * in.channels;
       for (int64_t group = b.begin; group < b.end; ++group) {
-        backward(in, b.level, b.image, group, statistics, grad_y, grad_x, of_image);
+        backward_group(in, b.level, b.image, group, statistics, grad_y, grad_x, of_image);
       }
       continue;
     }
@@ -393,8 +325,8 @@ void group_norm_relu_sums(const GroupNormInput& in, const NormBlock* blocks, con
   }
 }
 
-void group_norm_relu_gather(const GroupNormInput& in, const std::vector<NormBlock>& blocks, const NormSums* partial,
-                            NormSums* sums, int64_t begin, int64_t end) {
+void merge_sums(const GroupNormInput& in, const std::vector<NormBlock>& blocks, const NormSums* partial, NormSums* sums,
+                int64_t begin, int64_t end) {
   for (int64_t pair = begin; pair < end; ++pair) {
     NormSums* of_image = sums + pair * in.channels;
     bool first = true;
@@ -411,9 +343,8 @@ void group_norm_relu_gather(const GroupNormInput& in, const std::vector<NormBloc
   }
 }
 
-void group_norm_relu_grad_x(const GroupNormInput& in, const NormBlock* blocks, const void* statistics,
-                            const NormSums* sums, const NormMap* grad_y, const NormMap* grad_x, int64_t begin,
-                            int64_t end) {
+void block_backward(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormSums* sums,
+                    const NormMap* grad_y, const NormMap* grad_x, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
     if (b.whole) continue;
@@ -423,8 +354,9 @@ void group_norm_relu_grad_x(const GroupNormInput& in, const NormBlock* blocks, c
   }
 }
 
-void group_norm_relu_grad_parameters(const GroupNormInput& in, const NormSums* sums, void* grad_weight,
-                                     void* grad_bias, int64_t begin, int64_t end) {
+// Channels [begin, end); either result may be null.
+void grad_parameters(const GroupNormInput& in, const NormSums* sums, void* grad_weight, void* grad_bias, int64_t begin,
+                     int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
     NormSums all{0, 0};
     for (int64_t pair = 0; pair < in.level_count * in.images; ++pair) {
@@ -437,6 +369,54 @@ void group_norm_relu_grad_parameters(const GroupNormInput& in, const NormSums* s
       if (grad_bias != nullptr) store(static_cast<T*>(grad_bias) + c, static_cast<acc_t<T>>(all.grad));
     });
   }
+}
+
+// Whether no blocks have to be combined between the two passes.
+bool all_whole(const std::vector<NormBlock>& blocks) {
+  return std::all_of(blocks.begin(), blocks.end(), [](const NormBlock& b) { return b.whole; });
+}
+
+}  // namespace
+
+void group_norm_relu_forward(const GroupNormInput& in, const NormMap* y, void* statistics,
+                             const ParallelFor& parallel) {
+  const std::vector<NormBlock> blocks = cut_blocks(in);
+  const auto count = static_cast<int64_t>(blocks.size());
+  const bool whole = all_whole(blocks);
+  std::vector<NormMoments> moments(whole ? 0 : blocks.size() * static_cast<size_t>(in.groups));
+  parallel(count, 1, [&](int64_t begin, int64_t end) {
+    block_moments(in, blocks.data(), moments.data(), y, statistics, begin, end);
+  });
+  if (whole) return;
+  parallel(in.level_count * in.images, 1,
+           [&](int64_t begin, int64_t end) { merge_moments(in, blocks, moments.data(), statistics, begin, end); });
+  parallel(count, 1, [&](int64_t begin, int64_t end) { block_forward(in, blocks.data(), statistics, y, begin, end); });
+}
+
+void group_norm_relu_backward(const GroupNormInput& in, const void* statistics, const NormMap* grad_y,
+                              const NormMap* grad_x, void* grad_weight, void* grad_bias, const ParallelFor& parallel) {
+  const std::vector<NormBlock> blocks = cut_blocks(in);
+  const auto count = static_cast<int64_t>(blocks.size());
+  const int64_t pairs = in.level_count * in.images;
+  const bool whole = all_whole(blocks);
+  std::vector<NormSums> partial(whole ? 0 : blocks.size() * static_cast<size_t>(in.channels));
+  std::vector<NormSums> sums(static_cast<size_t>(pairs * in.channels));
+  parallel(count, 1, [&](int64_t begin, int64_t end) {
+    block_sums(in, blocks.data(), statistics, grad_y, grad_x, partial.data(), sums.data(), begin, end);
+  });
+  if (!whole) {
+    parallel(pairs, 1,
+             [&](int64_t begin, int64_t end) { merge_sums(in, blocks, partial.data(), sums.data(), begin, end); });
+  }
+  if (!whole && grad_x != nullptr) {
+    parallel(count, 1, [&](int64_t begin, int64_t end) {
+      block_backward(in, blocks.data(), statistics, sums.data(), grad_y, grad_x, begin, end);
+    });
+  }
+  if (grad_weight == nullptr && grad_bias == nullptr) return;
+  const int64_t step = std::max<int64_t>(1, kPairsPerChunk / std::max<int64_t>(1, pairs));
+  parallel(in.channels, step,
+           [&](int64_t begin, int64_t end) { grad_parameters(in, sums.data(), grad_weight, grad_bias, begin, end); });
 }
 
 }  // namespace gfl::cpu

@@ -18,14 +18,15 @@ const char* isa_name();
   namespace portable { declaration; }    \
   namespace avx2 { declaration; }        \
   namespace avx512 { declaration; }
-#define GFL_BY_ISA(function, ...)                                        \
-  switch (gfl::cpu::isa()) {                                             \
+#define GFL_BY_ISA(function, ...)                                          \
+  switch (gfl::cpu::isa()) {                                               \
     case gfl::cpu::Isa::avx512: return gfl::avx512::function(__VA_ARGS__); \
     case gfl::cpu::Isa::avx2: return gfl::avx2::function(__VA_ARGS__);     \
-    case gfl::cpu::Isa::portable: break;                                 \
-  }                                                                      \
+    case gfl::cpu::Isa::portable: break;                                   \
+  }                                                                        \
   return gfl::portable::function(__VA_ARGS__)
 #else
-#define GFL_DECLARE_PER_ISA(declaration) namespace portable { declaration; }
+#define GFL_DECLARE_PER_ISA(declaration) \
+  namespace portable { declaration; }
 #define GFL_BY_ISA(function, ...) return gfl::portable::function(__VA_ARGS__)
 #endif

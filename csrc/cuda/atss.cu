@@ -9,7 +9,7 @@
 // largest (IoU, ~slot) by a 64-bit maximum in the memory of `matched`; the last kernel unpacks it.
 // Bytes a location: 8 cleared, 8 read and 20 written; a box adds a few hundred. Arithmetic: atss.h, rounded as on the
 // CPU, so results are equal to the bit. Repeatable: a maximum does not depend on the order of its arguments.
-#include "gfl/atss.h"
+#include "gfl/head.h"
 
 #include <cstring>
 
@@ -52,7 +52,7 @@ __device__ Range around(const AtssLevel& level, int64_t cells, float centre) {
 // A cell as a lane offers it: nearer ones and, of equally near ones, lower ones compare lower.
 struct Cell {
   unsigned distance;  // the bits of a float ≥ 0, which rise with it
-  unsigned index;     // row-major in the whole level
+  unsigned index;  // row-major in the whole level
 };
 
 __device__ __forceinline__ bool before(unsigned distance, unsigned index, const Cell& other) {
@@ -88,7 +88,8 @@ struct Search {
       const unsigned index = static_cast<unsigned>(y * level.width + x);
       unsigned bits;
       memcpy(&bits, &distance, sizeof bits);
-      if ((all || before(last.distance, last.index, {bits, index})) && before(bits, index, least)) least = {bits, index};
+      if ((all || before(last.distance, last.index, {bits, index})) && before(bits, index, least))
+        least = {bits, index};
       row += row_step;
       column += column_step;
       if (column >= width_here) {
@@ -263,8 +264,7 @@ cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* 
   if (in.gts > 0) {
     const dim3 grid(static_cast<unsigned>(in.gts), static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
     GFL_LAUNCH(atss_candidates_kernel, grid, dim3(static_cast<unsigned>(in.level_count * kWarp)),
-               shared_bytes(capacity), stream, in, levels, capacity,
-               reinterpret_cast<unsigned long long*>(matched));
+               shared_bytes(capacity), stream, in, levels, capacity, reinterpret_cast<unsigned long long*>(matched));
   }
   const int64_t blocks = (count + kUnpackThreads - 1) / kUnpackThreads;
   GFL_LAUNCH(atss_unpack_kernel, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), dim3(kUnpackThreads), 0,

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the GPU, whatever the batch, the levels and the objects: two launches for the losses alone, three for
-// the gradients alone; four for both in one walk, with one more in the backward pass, which leaves at once where the
-// gradients that arrive are 1. The host is told nothing on the way.                          (arXiv 2006.04388, eq. 8)
+// The head's loss on the GPU, for any batch, levels and objects: two launches for the losses alone, three for the gradients
+// alone, four for both in one pass, with one more in the backward pass, which returns at once if the gradients that arrive
+// are 1. Nothing is copied to the host.                                                      (arXiv 2006.04388, eq. 8)
 //
 //   cls, reg maps of up to 16 levels  dtype read       labels, matched [images, locations]    int64 read
 //   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
 //   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
-// A block takes a tile of 128 locations with all their channels, coarse levels first: there the positives crowd. Its
-// threads walk the class logits along memory, 16 bytes an access (an element where β is not 2, and in fp64); its warps then
-// take the tile's positives, one each (gfl_loss_positive.h). One block adds up the tiles' partial sums. A tile's gradients are written as those of background,
-// zeros for the distributions, and the positives' put over them in the same launch.
-// What gradients are multiplied with hangs on counts and weights of the positives, which a launch of its own looks up
-// first: it reads the labels, and logits at positives alone.
-// Bytes an element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one walk 2·sizeof(dtype);
+// A block takes a tile of 128 locations with all their channels, coarse levels first, since positives are dense there. Its
+// threads walk the class logits along memory, 16 bytes per access (one element if β is not 2, and in fp64); then its warps
+// take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A tile's gradients are
+// written as those of background, zeros for the distributions, and overwritten at the positives in the same launch.
+// The factors of the gradients depend on the number and weights of the positives, which a launch of its own computes first:
+// it reads the labels, and logits at positives only.
+// Bytes per element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one pass 2·sizeof(dtype);
 // of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times. Accumulator: A within
 // a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
-#include "gfl/gfl_loss.h"
+#include "gfl/head.h"
 
 #include <type_traits>
 
@@ -29,18 +29,21 @@ namespace {
 
 constexpr int kWarps = kMapThreads / kWarp;
 constexpr int kSumThreads = 512;
-constexpr int kBackground = -1, kNotCounted = -2;  // codes of locations without a class
+constexpr int kBackground = -1, kNotCounted = kHeadNotCounted;  // codes of locations without a class
 
 // The levels by value, and where each begins.
 struct Head {
   HeadLevel level[kGflLossMaxLevels];
   HeadGradients grad[kGflLossMaxLevels];
-  int64_t start[kGflLossMaxLevels];     // first location
-  int first_tile[kGflLossMaxLevels];    // counted from the last level
+  int64_t start[kGflLossMaxLevels];  // first location
+  int first_tile[kGflLossMaxLevels];  // counted from the last level
   int levels, tiles;
 };
 
-struct Partial { double cls, box, dfl, weight; int64_t count; };
+struct Partial {
+  double cls, box, dfl, weight;
+  int64_t count;
+};
 
 // What a block shares.
 struct Tile {
@@ -52,7 +55,10 @@ struct Tile {
 };
 
 // Which tile a block has.
-struct Place { int level; int64_t image, begin; };
+struct Place {
+  int level;
+  int64_t image, begin;
+};
 
 __device__ __forceinline__ Place place_of(const Head& head, int64_t images) {
   const int tile = static_cast<int>(int64_t(blockIdx.x) / images);
@@ -72,7 +78,7 @@ __device__ __forceinline__ int read_labels(const GflLossInput& in, const Head& h
     if (at.begin + i < level.height * level.width) {
       const int64_t location = at.image * in.locations + head.start[at.level] + at.begin + i;
       const int64_t label = in.labels[location], slot = in.matched[location];
-      const bool positive = label >= 0 && label < in.classes && slot >= 0 && slot < in.gts;
+      const bool positive = is_positive(in, label, slot);
       code = positive ? static_cast<int>(label) : (label == kNotCounted ? kNotCounted : kBackground);
       tile.slot[i] = positive ? static_cast<int>(slot) : -1;
     }
@@ -103,21 +109,20 @@ template <class T> __device__ __forceinline__ const T* class_logits(const HeadLe
   return static_cast<const T*>(level.cls) + p.image * stride[0] + p.row * stride[2] + p.column * stride[3];
 }
 
-// What a walk is for. A kernel for each, or, where it need not be fast, for all.
-struct NormsAlone { static constexpr bool losses = false, gradients = false; };
-struct LossesAlone { static constexpr bool losses = true, gradients = false; };
-struct Gradients {
+// What a pass computes besides the norms: fixed per kernel where speed matters, else known at run time.
+struct NormsOnly { static constexpr bool losses = false, gradients = false; };
+struct LossesOnly { static constexpr bool losses = true, gradients = false; };
+struct WithGradients {
   static constexpr bool gradients = true;
   bool losses;
 };
-struct Whatever { bool losses, gradients; };
+struct AnyPart { bool losses, gradients; };
 
-// Zeros a tile of a map: of whatever type, since its zero is all zero bits.
+// Zeros a tile of a map. Zero is all zero bits in every dtype.
 __device__ __forceinline__ void clear_tile(void* data, DType dtype, const int64_t (&stride)[4], const Place& at,
                                            const HeadLevel& level, int64_t channels) {
   const int bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-  const MapTile shape =
-      map_tile(data, 16 / bytes, stride, at.image, level.height, level.width, at.begin, channels);
+  const MapTile shape = map_tile(data, 16 / bytes, stride, at.image, level.height, level.width, at.begin, channels);
   for_runs<char, false>(
       shape, [](Run<char, false>&) {},
       [&](Run<char, false>& run) {
@@ -130,18 +135,18 @@ __device__ __forceinline__ void clear_tile(void* data, DType dtype, const int64_
 }
 
 // The gradient that arrives; 1 where none is given.
-template <class A> __device__ __forceinline__ double arriving(const void* grad) {
+template <class A> __device__ __forceinline__ double incoming(const void* grad) {
   return grad != nullptr ? static_cast<double>(*static_cast<const A*>(grad)) : 1.0;
 }
 
-// A tile's partial sums, without losses those that norms are made of alone; and its gradients.
+// A tile's partial sums (without losses only those of the norms) and its gradients.
 template <class T, class Part, class Params>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, Params terms,
                          const HeadScales* scales, GflLossGrads grads, bool grad_stored, Partial* partials) {
   using A = acc_t<T>;
-  if (part.gradients && grad_stored && arriving<A>(grads.cls) == 1 && arriving<A>(grads.box) == 1 &&
-      arriving<A>(grads.dfl) == 1) {
+  if (part.gradients && grad_stored && incoming<A>(grads.cls) == 1 && incoming<A>(grads.box) == 1 &&
+      incoming<A>(grads.dfl) == 1) {
     return;
   }
   Tile& tile = *shared<Tile>();
@@ -151,21 +156,20 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   bool special;
   const int positives = read_labels(in, head, at, tile, special);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  // By a shuffle, which tells the compiler that a warp goes through the positives together.
+  // A shuffle tells the compiler that the warp index is uniform over the warp.
   const int warp = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarp, 0);
   double sums[4] = {0, 0, 0, 0};
   T* grad = part.gradients ? static_cast<T*>(out.cls) : nullptr;
   if (part.losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
     constexpr bool wide = Params::wide;
-    MapTile shape =
-        map_tile<T, wide>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    MapTile shape = map_tile<T, wide>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
     MapTile target{};
     if (grad != nullptr) {
       target = map_tile<T, wide>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
       shape.match_layout(target);
     }
-    const A factor = part.gradients ? static_cast<A>(arriving<A>(grads.cls) * scales->cls) : A(0);
+    const A factor = part.gradients ? static_cast<A>(incoming<A>(grads.cls) * scales->cls) : A(0);
     A sum = 0;
     for_runs<T, wide>(
         shape, [&](Run<T, wide>& run) { load_run(map, shape, run); },
@@ -188,11 +192,11 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   if (part.gradients && out.reg != nullptr) {
     clear_tile(out.reg, in.reg_dtype, out.reg_stride, at, level, 4 * (in.reg_max + 1));
   }
-  HeadScales by{1, 1, 1};
+  HeadScales factors{1, 1, 1};
   if (part.gradients) {
-    by = {arriving<A>(grads.cls) * scales->cls, arriving<A>(grads.box) * scales->box,
-          arriving<A>(grads.dfl) * scales->dfl};
-    __syncthreads();  // what follows is written over what the block has written before
+    factors = {incoming<A>(grads.cls) * scales->cls, incoming<A>(grads.box) * scales->box,
+               incoming<A>(grads.dfl) * scales->dfl};
+    __syncthreads();  // the positives overwrite what the block has written above
   }
   for (int item = warp; item < positives; item += kWarps) {
     const HeadPositive p = positive_in(head, at, tile, item);
@@ -212,10 +216,10 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     if (grad != nullptr && lane == 0) {
       const int64_t* stride = out.cls_stride;
       store(grad + p.image * stride[0] + p.label * stride[1] + p.row * stride[2] + p.column * stride[3],
-            static_cast<A>(by.cls) * term.grad_pred);
+            static_cast<A>(factors.cls) * term.grad_pred);
     }
     if (part.gradients && out.reg != nullptr) {
-      positive_backward(in, out, p, w, static_cast<A>(by.box * weight), static_cast<A>(by.dfl * weight / 4));
+      positive_backward(in, out, p, w, static_cast<A>(factors.box * weight), static_cast<A>(factors.dfl * weight / 4));
     }
   }
   if (partials == nullptr) return;
@@ -234,9 +238,12 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   partials[at.image * head.tiles + int64_t(blockIdx.x) / in.images] = partial;
 }
 
-struct Sums { double cls, box, dfl, weight; int64_t positives, norm; };
+struct Sums {
+  double cls, box, dfl, weight;
+  int64_t positives, norm;
+};
 
-// Adds up all tiles; the result is thread 0's. `norm` is Σ max(positives, 1) over the images.
+// Sums all tiles; the result is thread 0's. `norm` is Σ max(positives, 1) over the images.
 __device__ __forceinline__ Sums sum_partials(const Partial* partials, int64_t images, int tiles) {
   constexpr int warps = kSumThreads / kWarp;
   Sums* of_warp = shared<Sums>();
@@ -296,11 +303,10 @@ __global__ void __launch_bounds__(kSumThreads)
   *static_cast<A*>(out.box_weight) = static_cast<A>(s.weight);
 }
 
-// What the gradients are multiplied with where 1 arrives.
+// The factors of the gradients if 1 arrives.
 template <class A>
-__global__ void __launch_bounds__(kSumThreads)
-    gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars,
-                          HeadScales* scales) {
+__global__ void __launch_bounds__(kSumThreads) gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles,
+                                                                     GflLossScalars scalars, HeadScales* scales) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
   const Norms norms = norms_of<A>(scalars, s);
@@ -335,40 +341,40 @@ Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
 
 dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
 
-// The walks over tiles, each a launch.
+// One pass over the tiles: a launch.
 template <class T, class Part>
-void walk(const GflLossInput& in, const Head& head, Part part, const HeadScales* scales, const GflLossGrads& grads,
-          bool grad_stored, Partial* partials, cudaStream_t stream) {
+void launch_tiles(const GflLossInput& in, const Head& head, Part part, const HeadScales* scales,
+                  const GflLossGrads& grads, bool grad_stored, Partial* partials, cudaStream_t stream) {
   if (head.tiles * in.images == 0) return;
   const auto launch = [&](auto wanted, auto terms) {
     GFL_LAUNCH((gfl_loss_tile_kernel<T, decltype(wanted), decltype(terms)>), grid_of(in, head), dim3(kMapThreads),
                sizeof(Tile), stream, in, head, wanted, terms, scales, grads, grad_stored, partials);
   };
-  if constexpr (std::is_same_v<Part, NormsAlone>) {
-    launch(part, General<acc_t<T>>{});  // of which none is asked for
+  if constexpr (std::is_same_v<Part, NormsOnly>) {
+    launch(part, General<acc_t<T>>{});  // computes no term
   } else {
     dispatch_terms<T>(in.beta, false, [&](auto terms) {
       if constexpr (terms.wide) launch(part, terms);
-      else launch(Whatever{part.losses, part.gradients}, terms);
+      else launch(AnyPart{part.losses, part.gradients}, terms);
     });
   }
 }
 
 constexpr size_t kSumShared = sizeof(Sums) * (kSumThreads / kWarp);
 
-// Up to two launches: counts and weights of the positives, unless both norms are given, and what follows from them.
+// Up to two launches: number and weights of the positives, unless both norms are given, and the factors from them.
 template <class T>
-void find_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
-                 HeadScales* scales, cudaStream_t stream) {
+void launch_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
+                   HeadScales* scales, cudaStream_t stream) {
   const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
-  if (counted) walk<T>(in, head, NormsAlone{}, nullptr, {}, false, partials, stream);
+  if (counted) launch_tiles<T>(in, head, NormsOnly{}, nullptr, {}, false, partials, stream);
   GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials,
              counted ? in.images : 0, head.tiles, scalars, scales);
 }
 
 template <class T>
-void add_up(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, const Partial* partials,
-            const GflLossOutput& out, cudaStream_t stream) {
+void launch_sum(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, const Partial* partials,
+                const GflLossOutput& out, cudaStream_t stream) {
   GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials, in.images,
              head.tiles, scalars, out);
 }
@@ -391,23 +397,23 @@ cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scala
   Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    walk<T>(in, head, LossesAlone{}, nullptr, {}, false, partials, stream);
-    add_up<T>(in, head, scalars, partials, out, stream);
+    launch_tiles<T>(in, head, LossesOnly{}, nullptr, {}, false, partials, stream);
+    launch_sum<T>(in, head, scalars, partials, out, stream);
   });
   return cudaGetLastError();
 }
 
 cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
-                                          const GflLossOutput& out, HeadScales* scales,
-                                          const HeadGradients* gradients, cudaStream_t stream) {
+                                          const GflLossOutput& out, HeadScales* scales, const HeadGradients* gradients,
+                                          cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
   Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    find_scales<T>(in, head, scalars, partials, scales, stream);
-    walk<T>(in, head, Gradients{true}, scales, {}, false, partials, stream);
-    add_up<T>(in, head, scalars, partials, out, stream);
+    launch_scales<T>(in, head, scalars, partials, scales, stream);
+    launch_tiles<T>(in, head, WithGradients{true}, scales, {}, false, partials, stream);
+    launch_sum<T>(in, head, scalars, partials, out, stream);
   });
   return cudaGetLastError();
 }
@@ -417,7 +423,7 @@ cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, co
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
   dispatch(in.cls_dtype, [&](auto t) {
-    walk<decltype(t)>(in, head, Gradients{false}, scales, grads, true, nullptr, stream);
+    launch_tiles<decltype(t)>(in, head, WithGradients{false}, scales, grads, true, nullptr, stream);
   });
   return cudaGetLastError();
 }
@@ -431,8 +437,8 @@ cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scal
   Partial* partials = static_cast<Partial*>(workspace);
   dispatch(in.cls_dtype, [&](auto t) {
     using T = decltype(t);
-    find_scales<T>(in, head, scalars, partials, scales, stream);
-    walk<T>(in, head, Gradients{false}, scales, grads, false, nullptr, stream);
+    launch_scales<T>(in, head, scalars, partials, scales, stream);
+    launch_tiles<T>(in, head, WithGradients{false}, scales, grads, false, nullptr, stream);
   });
   return cudaGetLastError();
 }

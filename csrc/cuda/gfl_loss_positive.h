@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One positive of the head's loss by a warp, eight lanes a side of its box; the arithmetic is that of common/gfl_loss.h.
+// One positive of the head's loss by a warp, eight lanes per side of its box; the arithmetic is that of terms/gfl_loss.h.
 #pragma once
+#include "runtime_dtype.h"
 #include "terms/bins.h"
 #include "terms/gfl_loss.h"
 #include "terms/scalar.h"
@@ -9,26 +10,6 @@
 namespace gfl::cuda {
 
 constexpr int kSideLanes = kWarp / 4;
-
-// An element of a map whose dtype is known at run time; of double maps alone where A is double.
-template <class A> __device__ __forceinline__ A load_as(const void* data, DType dtype, int64_t i) {
-  if constexpr (sizeof(A) == 8) {
-    return static_cast<const double*>(data)[i];
-  } else {
-    if (dtype == DType::f16) return load(static_cast<const half_t*>(data) + i);
-    if (dtype == DType::bf16) return load(static_cast<const bfloat16_t*>(data) + i);
-    return static_cast<const float*>(data)[i];
-  }
-}
-template <class A> __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, A value) {
-  if constexpr (sizeof(A) == 8) {
-    static_cast<double*>(data)[i] = value;
-  } else {
-    if (dtype == DType::f16) store(static_cast<half_t*>(data) + i, value);
-    else if (dtype == DType::bf16) store(static_cast<bfloat16_t*>(data) + i, value);
-    else static_cast<float*>(data)[i] = value;
-  }
-}
 
 // Reduces over the lanes of a side; the same result in each of them, from the same tree in every run.
 template <class A, class Join> __device__ __forceinline__ A over_side(A x, const Join& join) {
@@ -51,7 +32,7 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
   const int lane = static_cast<int>(threadIdx.x) % kSideLanes;
   const auto add = [](A a, A b) { return a + b; };
   BinSoftmax<A> s{logit(0), A(0), A(0), 0};
-#pragma unroll 1  // a lane has few bins, or classes: bodies unrolled for many would not run
+#pragma unroll 1  // a lane has few bins, or classes: code unrolled for many would not run
   for (int j = lane; j < logit.bins; j += kSideLanes) {
     const A x = logit(j);
     if (x > s.max) {
@@ -59,7 +40,7 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
       s.peak = j;
     }
   }
-  // The lowest bin of the greatest logit; bin 0 where one is not a number, which the sums below then carry on.
+  // The lowest bin of the greatest logit; bin 0 if one is a NaN, which the sums below propagate.
   const A greatest = over_side(s.max, [](A a, A b) { return a > b ? a : b; });
   const int lowest = s.max == greatest ? s.peak : logit.bins;
   const int peak = over_side(lowest, [](int a, int b) { return a < b ? a : b; });
@@ -76,7 +57,7 @@ template <class A> __device__ __forceinline__ BinSoftmax<A> side_softmax(const S
   return s;
 }
 
-// One of four numbers that stay in registers.
+// One of four values, without an index that would move the array out of registers.
 template <class A> __device__ __forceinline__ A of_side(const A (&values)[4], int side) {
   const A near = (side & 1) != 0 ? values[1] : values[0], far = (side & 1) != 0 ? values[3] : values[2];
   return (side & 2) != 0 ? far : near;
@@ -85,7 +66,7 @@ template <class A> __device__ __forceinline__ A of_side(const A (&values)[4], in
 // What a warp knows of its positive.
 template <class A> struct Positive {
   HeadGeometry<A> geometry;
-  SideLogits<A> logit;    // of this lane's side
+  SideLogits<A> logit;  // of this lane's side
   BinSoftmax<A> softmax;
   A distance[4];
   int side;
@@ -111,14 +92,8 @@ __device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const
 
 template <class A>
 __device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
-  // Seen as a left side, mirrored where it is a right one, so that no array is indexed by a number known at run time.
-  const A target = of_side(w.geometry.target, w.side);
   const A centre = (w.side & 1) != 0 ? w.geometry.centre_y : w.geometry.centre_x;
-  const bool mirrored = w.side >= 2;
-  HeadGeometry<A> g{};
-  g.centre_x = mirrored ? -centre : centre;
-  g.target[0] = mirrored ? -target : target;
-  return head_bins(g, 0, static_cast<int>(in.reg_max));
+  return head_bins(centre, of_side(w.geometry.target, w.side), w.side, static_cast<int>(in.reg_max));
 }
 
 // A quarter of the four distribution losses, in every lane.
@@ -131,7 +106,7 @@ template <class A> __device__ __forceinline__ A positive_dfl(const GflLossInput&
   return sum / A(4);
 }
 
-// The largest class probability of a location, in every lane; a NaN where one is.
+// The largest class probability of a location, in every lane; NaN if one is.
 template <class T>
 __device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t stride, int64_t classes) {
   using A = acc_t<T>;
@@ -150,12 +125,11 @@ template <class A>
 __device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadGradients& out,
                                                   const HeadPositive& p, const Positive<A>& w, A by_box, A by_dfl) {
   const IouTerm<A> giou = head_iou(w.geometry, w.distance, iou_kind::giou{}, in.legacy);
-  const A mine = of_side(giou.grad_pred, w.side);
-  const A by_distance = by_box * (w.side < 2 ? -mine : mine);
+  const A by_distance = by_box * side_sign<A>(w.side) * of_side(giou.grad_pred, w.side);
   const TwoBins<A> b = bins_of_side(in, w);
   const int64_t* stride = out.reg_stride;
-  const int64_t first = p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] +
-                        p.column * stride[3];
+  const int64_t first =
+      p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] + p.column * stride[3];
 #pragma unroll 1
   for (int j = static_cast<int>(threadIdx.x) % kSideLanes; j < w.logit.bins; j += kSideLanes) {
     const A raw = w.logit.raw(j), probability = std::exp(bounded_logit(raw) - w.softmax.max) / w.softmax.total;

@@ -25,8 +25,9 @@ template <int bytes = 16> __host__ __device__ __forceinline__ bool is_aligned(co
 template <class T, int count> __device__ __forceinline__ void load_vec(const T* from, T (&to)[count]) {
   static_assert(sizeof(to) % 8 == 0, "a multiple of 8 bytes");
   using Word = typename Words<kVecBytes<T, count>>::type;
+  constexpr int bytes = sizeof(to), word_bytes = sizeof(Word);
 #pragma unroll
-  for (int w = 0; w < static_cast<int>(sizeof(to) / sizeof(Word)); ++w) {
+  for (int w = 0; w < bytes / word_bytes; ++w) {
     const Word word = reinterpret_cast<const Word*>(from)[w];
     memcpy(reinterpret_cast<char*>(to) + sizeof(Word) * w, &word, sizeof word);
   }
@@ -35,8 +36,9 @@ template <class T, int count> __device__ __forceinline__ void load_vec(const T* 
 template <class T, int count> __device__ __forceinline__ void store_vec(T* to, const T (&from)[count]) {
   static_assert(sizeof(from) % 8 == 0, "a multiple of 8 bytes");
   using Word = typename Words<kVecBytes<T, count>>::type;
+  constexpr int bytes = sizeof(from), word_bytes = sizeof(Word);
 #pragma unroll
-  for (int w = 0; w < static_cast<int>(sizeof(from) / sizeof(Word)); ++w) {
+  for (int w = 0; w < bytes / word_bytes; ++w) {
     Word word;
     memcpy(&word, reinterpret_cast<const char*>(from) + sizeof(Word) * w, sizeof word);
     reinterpret_cast<Word*>(to)[w] = word;

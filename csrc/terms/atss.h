@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "box.h"
-#include "gfl/atss.h"
+#include "gfl/head.h"
 #include "host_device.h"
 
 namespace gfl {

@@ -30,8 +30,16 @@ GFL_HOST_DEVICE void from_float(float x, bfloat16_t& out) { out = __float2bfloat
 struct half_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };
 
-inline float bits_to_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-inline uint32_t float_to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
 
 inline float to_float(bfloat16_t x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline void from_float(float x, bfloat16_t& out) {

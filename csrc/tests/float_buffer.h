@@ -97,13 +97,13 @@ inline void expect_close(const std::vector<double>& got, const std::vector<doubl
 // GFL_RUN(count, launcher, args…) calls gfl::cpu::launcher(args…, begin, end) in small chunks of [0, count), or
 // gfl::cuda::launcher(args…, stream) once.
 #if defined(GFL_TEST_CUDA)
-#define GFL_RUN(count, launcher, ...)                            \
-  do {                                                           \
-    CHECK_CUDA(gfl::cuda::launcher(__VA_ARGS__, nullptr));       \
-    CHECK_CUDA(cudaDeviceSynchronize());                         \
+#define GFL_RUN(count, launcher, ...)                      \
+  do {                                                     \
+    CHECK_CUDA(gfl::cuda::launcher(__VA_ARGS__, nullptr)); \
+    CHECK_CUDA(cudaDeviceSynchronize());                   \
   } while (0)
 #else
-#define GFL_RUN(count, launcher, ...)                                         \
-  for (int64_t gfl_begin = 0; gfl_begin < (count); gfl_begin += 11)           \
-    gfl::cpu::launcher(__VA_ARGS__, gfl_begin, gfl_begin + 11 < (count) ? gfl_begin + 11 : (count))
+#define GFL_RUN(count, launcher, ...)                               \
+  for (int64_t gfl_begin = 0; gfl_begin < (count); gfl_begin += 11) \
+  gfl::cpu::launcher(__VA_ARGS__, gfl_begin, gfl_begin + 11 < (count) ? gfl_begin + 11 : (count))
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The assignment against every distance of every box to every cell, sorted.
-#include "gfl/atss.h"
+#include "gfl/head.h"
 
 #include <algorithm>
 
@@ -134,9 +134,12 @@ std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& s
 
 int main() {
   Generator draw(20);
-  const std::vector<std::vector<std::pair<int64_t, int64_t>>> shapes = {
-      {{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}}, {{1, 30}, {30, 1}}, {{2, 30}, {7, 11}}, {{7, 11}, {2, 30}}, {{1, 1}},
-      {{40, 40}, {0, 3}}};
+  const std::vector<std::vector<std::pair<int64_t, int64_t>>> shapes = {{{20, 30}, {10, 15}, {5, 8}, {3, 4}, {2, 2}},
+                                                                        {{1, 30}, {30, 1}},
+                                                                        {{2, 30}, {7, 11}},
+                                                                        {{7, 11}, {2, 30}},
+                                                                        {{1, 1}},
+                                                                        {{40, 40}, {0, 3}}};
   for (const auto& shape : shapes) {
     // On levels a cell or two wide the window reaches furthest, and each k has a reach of its own.
     std::vector<int64_t> topks = {1, 2, 4, 9, 25, 60};
@@ -165,7 +168,8 @@ int main() {
         const float middle = static_cast<float>(extent / 2);
         std::copy_n(std::vector<float>{-40, -40, middle + 40, middle + 40}.begin(), 4, boxes.begin());
         // At the corners of the first level, on its last cells and just outside.
-        const float right = 8.0f * static_cast<float>(shape[0].second), below = 8.0f * static_cast<float>(shape[0].first);
+        const float right = 8.0f * static_cast<float>(shape[0].second),
+                    below = 8.0f * static_cast<float>(shape[0].first);
         const float corners[4][2] = {{0, 0}, {right - 8, 0}, {0, below - 8}, {right + 3, below + 3}};
         for (size_t i = 0; i < 4; ++i) {
           const float x = corners[i][0], y = corners[i][1];
@@ -176,8 +180,11 @@ int main() {
         boxes[4 * 6 + 2] = INFINITY;
         const std::vector<float> valid = {70, 70, 33, 0};
         for (const bool whole : {true, false}) {
-          const AtssInput in{levels.data(), static_cast<int64_t>(levels.size()), locations, boxes.data(), labels.data(),
-                             whole ? nullptr : valid.data(), images, gts, topk, legacy};
+          const AtssInput in{levels.data(), static_cast<int64_t>(levels.size()),
+                             locations,     boxes.data(),
+                             labels.data(), whole ? nullptr : valid.data(),
+                             images,        gts,
+                             topk,          legacy};
           char name[80];
           std::snprintf(name, sizeof name, "%lldx%lld topk %lld%s%s", static_cast<long long>(shape[0].first),
                         static_cast<long long>(shape[0].second), static_cast<long long>(topk), legacy ? " legacy" : "",
@@ -198,7 +205,8 @@ int main() {
       for (const float v : {x, y, x + w, y + h}) boxes.push_back(v);
     }
     const std::vector<int64_t> labels(static_cast<size_t>(2 * gts), 1);
-    compare({levels.data(), 3, 12 * 17 + 6 * 9 + 3 * 5, boxes.data(), labels.data(), nullptr, 2, gts, 9, false}, "crowd");
+    compare({levels.data(), 3, 12 * 17 + 6 * 9 + 3 * 5, boxes.data(), labels.data(), nullptr, 2, gts, 9, false},
+            "crowd");
   }
   CHECK(positives > 1000, "only %lld positives in all", static_cast<long long>(positives));
   return gfl::testing::result("atss");

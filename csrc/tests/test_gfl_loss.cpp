@@ -1,114 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // The head's loss against plain loops in double, and its gradient against differences of those.
-#include "gfl/gfl_loss.h"
+#include "gfl/head.h"
 
-#include <algorithm>
 #include <memory>
 
-#include "gfl/parallel.h"
+#include "gfl_loss_oracle.h"
+#include "terms/gfl_loss.h"
 #include "testing.h"
 
 namespace {
 
 using namespace gfl;
-using gfl::testing::Generator;
+using gfl::testing::Buffer;
 using gfl::testing::close;
+using gfl::testing::Generator;
 using gfl::testing::rounded;
-
-struct Losses { double cls, box, dfl; };
-
-// Everything in double, but for what a map holds.
-struct Case {
-  std::vector<std::pair<int64_t, int64_t>> sizes;
-  int64_t images, classes, reg_max, gts;
-  double beta;
-  bool legacy, channels_last;
-  std::vector<std::vector<double>> cls, reg;  // a level: [images, channels, height, width]
-  std::vector<int64_t> labels, matched;
-  std::vector<double> boxes;
-  int64_t locations() const {
-    int64_t n = 0;
-    for (const auto& [h, w] : sizes) n += h * w;
-    return n;
-  }
-  double stride(size_t level) const { return 8.0 * static_cast<double>(int64_t{1} << level); }
-};
-
-double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
-// The four terms of a location; `box` null where it has none.
-HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box) {
-  const auto [height, width] = c.sizes[level];
-  const double s = c.stride(level);
-  const double centre[2] = {static_cast<double>(x) + (c.legacy ? (s - 1) / 2 / s : 0),
-                            static_cast<double>(y) + (c.legacy ? (s - 1) / 2 / s : 0)};
-  double pred[4], target[4], dfl = 0, largest = -INFINITY;
-  const int64_t bins = c.reg_max + 1;
-  for (int side = 0; side < 4; ++side) {
-    target[side] = box[side] / s;
-    std::vector<double> logits;
-    double total = 0, mean = 0;
-    for (int64_t j = 0; j < bins; ++j) {
-      const int64_t channel = image * 4 * bins + side * bins + j;
-      logits.push_back(c.reg[level][static_cast<size_t>((channel * height + y) * width + x)]);
-      total += std::exp(logits.back());
-      mean += std::exp(logits.back()) * static_cast<double>(j);
-    }
-    mean /= total;
-    pred[side] = centre[side % 2] + (side < 2 ? -mean : mean);
-    double distance = side < 2 ? centre[side % 2] - target[side] : target[side] - centre[side % 2];
-    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - 0.1);
-    const size_t left = static_cast<size_t>(distance);
-    const double right_weight = distance - static_cast<double>(left);
-    dfl += (std::log(total) - logits[left]) * (1 - right_weight) + (std::log(total) - logits[left + 1]) * right_weight;
-  }
-  for (int side = 2; side < 4; ++side) pred[side] += c.legacy, target[side] += c.legacy;
-  const double w = std::max(std::min(pred[2], target[2]) - std::max(pred[0], target[0]), 0.0);
-  const double h = std::max(std::min(pred[3], target[3]) - std::max(pred[1], target[1]), 0.0);
-  const double ew = std::max(pred[2], target[2]) - std::min(pred[0], target[0]);
-  const double eh = std::max(pred[3], target[3]) - std::min(pred[1], target[1]);
-  const double both = (pred[2] - pred[0]) * (pred[3] - pred[1]) + (target[2] - target[0]) * (target[3] - target[1]);
-  const double area = both - w * h;
-  const double iou = w * h / std::max(area, 1e-6), enclosing = std::max(ew * eh, 1e-6);
-  for (int64_t k = 0; k < c.classes; ++k) {
-    largest = std::max(largest, c.cls[level][static_cast<size_t>(((image * c.classes + k) * height + y) * width + x)]);
-  }
-  return {iou, 1 - (iou - (enclosing - std::max(area, 1e-6)) / enclosing), dfl / 4, sigmoid(largest)};
-}
-
-// Sums of the three losses. `frozen` holds the IoU and w of the positives, constants to the gradient; filled if empty.
-Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
-  Losses sum{0, 0, 0};
-  const bool fill = frozen.empty();
-  size_t next = 0;
-  int64_t location = 0;
-  for (int64_t b = 0; b < c.images; ++b) {
-    for (size_t l = 0; l < c.sizes.size(); ++l) {
-      const auto [height, width] = c.sizes[l];
-      for (int64_t i = 0; i < height * width; ++i, ++location) {
-        const int64_t label = c.labels[static_cast<size_t>(location)], slot = c.matched[static_cast<size_t>(location)];
-        const bool positive = label >= 0 && label < c.classes && slot >= 0 && slot < c.gts;
-        double score = 0;
-        if (positive) {
-          const HeadTerms t =
-              terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4));
-          if (fill) frozen.push_back(t);
-          score = frozen[next].score;
-          sum.box += frozen[next].weight * t.box;
-          sum.dfl += frozen[next].weight * t.dfl;
-          ++next;
-        }
-        for (int64_t k = 0; label != -2 && k < c.classes; ++k) {
-          const double x = c.cls[l][static_cast<size_t>((b * c.classes + k) * height * width + i)];
-          const double t = positive && k == label ? score : 0;
-          sum.cls += std::pow(std::fabs(t - sigmoid(x)), c.beta) * (softplus(x) - x * t);
-        }
-      }
-    }
-  }
-  return sum;
-}
+using namespace gfl::testing::head;
 
 // A map in T, in the layout asked for, and its strides.
 template <class T> struct Map {
@@ -140,10 +47,53 @@ template <class T> struct Map {
 };
 
 // What a launcher gave: the losses before any norm, and through the maps that `gradients` names their gradient.
-struct Got { Losses losses; int64_t positives; double weight; };
+struct Got {
+  Losses losses;
+  int64_t positives;
+  double weight;
+};
 
+// The launchers on the device under test.
 #if defined(GFL_TEST_CUDA)
-using gfl::testing::Buffer;
+struct Launch {
+  const GflLossInput& in;
+  Buffer<unsigned char> workspace;
+  Buffer<HeadScales> scratch;
+  explicit Launch(const GflLossInput& input) : in(input), workspace(cuda::gfl_loss_workspace_bytes(in)), scratch(1) {}
+  void forward(const GflLossScalars& scalars, const GflLossOutput& out) {
+    CHECK_CUDA(cuda::gfl_loss_forward(in, scalars, workspace.data(), out, nullptr));
+  }
+  void both(const GflLossScalars& scalars, const GflLossOutput& out, HeadScales* scales,
+            const HeadGradients* gradients) {
+    CHECK_CUDA(cuda::gfl_loss_forward_and_gradient(in, scalars, workspace.data(), out, scales, gradients, nullptr));
+  }
+  void finish(const HeadScales* scales, const GflLossGrads& grads, const HeadGradients* gradients) {
+    CHECK_CUDA(cuda::gfl_loss_finish(in, scales, grads, gradients, nullptr));
+  }
+  void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
+    CHECK_CUDA(cuda::gfl_loss_backward(in, scalars, grads, workspace.data(), scratch.data(), gradients, nullptr));
+  }
+};
+#else
+struct Launch {
+  const GflLossInput& in;
+  const ParallelFor parallel = [](int64_t count, int64_t chunk, const auto& body) { for_chunks(count, chunk, body); };
+  explicit Launch(const GflLossInput& input) : in(input) {}
+  void forward(const GflLossScalars& scalars, const GflLossOutput& out) {
+    cpu::gfl_loss_forward(in, scalars, out, parallel);
+  }
+  void both(const GflLossScalars& scalars, const GflLossOutput& out, HeadScales* scales,
+            const HeadGradients* gradients) {
+    cpu::gfl_loss_forward_and_gradient(in, scalars, out, scales, gradients, parallel);
+  }
+  void finish(const HeadScales* scales, const GflLossGrads& grads, const HeadGradients* gradients) {
+    cpu::gfl_loss_finish(in, scales, grads, gradients, parallel);
+  }
+  void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
+    cpu::gfl_loss_backward(in, scalars, grads, gradients, parallel);
+  }
+};
+#endif
 
 template <class T> struct DeviceMaps {
   std::vector<std::unique_ptr<Buffer<T>>> maps;
@@ -153,8 +103,8 @@ template <class T> struct DeviceMaps {
   }
 };
 
-// Losses and gradients in one walk are those of two, and stay untouched where 1 arrives; whatever else arrives is computed
-// in their place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
+// Losses and gradients from one pass are those of two, and stay untouched if 1 arrives; otherwise they are computed anew in
+// place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
 template <class T>
 void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
                     const std::vector<HeadGradients>& gradients, const DeviceMaps<T>& of_cls,
@@ -162,8 +112,8 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   using A = acc_t<T>;
   const Buffer<A> one(std::vector<A>{1});
   const GflLossScalars scalars{{weights.cls, weights.box, weights.dfl}, one.data(), nullptr};
-  Buffer<unsigned char> workspace(cuda::gfl_loss_workspace_bytes(in));
-  Buffer<HeadScales> by(1), other(1);
+  Launch launch(in);
+  Buffer<HeadScales> scales(1);
   Buffer<A> losses(5);
   const GflLossOutput out{losses.data(), losses.data() + 1, losses.data() + 2, losses.data() + 3, losses.data() + 4};
   const auto read = [&] {
@@ -174,7 +124,8 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
     }
     return maps;
   };
-  const auto same = [&](const std::vector<std::vector<T>>& got, const std::vector<std::vector<T>>& want, const char* what) {
+  const auto same = [&](const std::vector<std::vector<T>>& got, const std::vector<std::vector<T>>& want,
+                        const char* what) {
     for (size_t m = 0; m < want.size(); ++m) {
       // A map without locations has no memory to compare.
       const bool equal = want[m].empty() || std::memcmp(got[m].data(), want[m].data(), want[m].size() * sizeof(T)) == 0;
@@ -184,28 +135,28 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   const auto computed = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
     const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
-    CHECK_CUDA(cuda::gfl_loss_backward(in, scalars, of_losses, workspace.data(), other.data(), gradients.data(), nullptr));
+    launch.backward(scalars, of_losses, gradients.data());
     return read();
   };
-  const auto settled = [&](const std::vector<double>& arriving) {
+  const auto finished = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
     const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
-    CHECK_CUDA(cuda::gfl_loss_finish(in, by.data(), of_losses, gradients.data(), nullptr));
+    launch.finish(scales.data(), of_losses, gradients.data());
     return read();
   };
   const std::vector<std::vector<T>> want = computed({1, 1, 1}), scaled = computed({-2, 0, 0.75});
-  CHECK_CUDA(cuda::gfl_loss_forward_and_gradient(in, scalars, workspace.data(), out, by.data(), gradients.data(), nullptr));
-  same(read(), want, "the gradient beside the loss is another");
+  launch.both(scalars, out, scales.data(), gradients.data());
+  same(read(), want, "the gradient computed in forward differs");
   const std::vector<A> got = losses.read();
   const double norm = std::max(static_cast<double>(sums[4]), 1.0);
   for (int i = 0; i < 3; ++i) {
     const double weight = i == 0 ? weights.cls : (i == 1 ? weights.box : weights.dfl) / norm;
-    CHECK(close(got[i], weight * static_cast<double>(sums[i]), 1e-6, 1e-30), "%s: loss %d beside the gradient", name, i);
+    CHECK(close(got[i], weight * static_cast<double>(sums[i]), 1e-6, 1e-30), "%s: loss %d with the gradient", name, i);
   }
-  CHECK(got[3] == sums[3] && got[4] == sums[4], "%s: counts beside the gradient", name);
-  same(settled({-2, 0, 0.75}), scaled, "what arrives is not served");
-  same(settled({1, 1, 1}), scaled, "what was grad_stored is written");  // the maps still hold those of before
-  same(settled({1, 1, 1.5}), computed({1, 1, 1.5}), "one of three is not served");
+  CHECK(got[3] == sums[3] && got[4] == sums[4], "%s: counts with the gradient", name);
+  same(finished({-2, 0, 0.75}), scaled, "not rescaled by what arrives");
+  same(finished({1, 1, 1}), scaled, "written although 1 arrives");  // the maps still hold those of before
+  same(finished({1, 1, 1.5}), computed({1, 1, 1.5}), "not rescaled by one of three");
 }
 
 template <class T>
@@ -225,22 +176,22 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   const Buffer<int64_t> labels(std::vector<int64_t>(in.labels, in.labels + locations));
   const Buffer<int64_t> matched(std::vector<int64_t>(in.matched, in.matched + locations));
   const Buffer<A> device_boxes(boxes), one(std::vector<A>{1});
-  const Buffer<A> grads(std::vector<A>{static_cast<A>(scales.cls), static_cast<A>(scales.box), static_cast<A>(scales.dfl)});
+  const Buffer<A> grads(
+      std::vector<A>{static_cast<A>(scales.cls), static_cast<A>(scales.box), static_cast<A>(scales.dfl)});
   in.levels = levels.data();
   in.labels = labels.data();
   in.matched = matched.data();
   in.gt_boxes = device_boxes.data();
-  Buffer<unsigned char> workspace(cuda::gfl_loss_workspace_bytes(in));
-  Buffer<HeadScales> by(1);
+  Launch launch(in);
   Buffer<A> out(5), again(5);
   const auto output = [](Buffer<A>& to) {
     return GflLossOutput{to.data(), to.data() + 1, to.data() + 2, to.data() + 3, to.data() + 4};
   };
   const GflLossScalars plain{{1, 1, 1}, one.data(), one.data()}, normed{{0.5, 2, 0.25}, nullptr, nullptr};
-  CHECK_CUDA(cuda::gfl_loss_forward(in, plain, workspace.data(), output(out), nullptr));
-  CHECK_CUDA(cuda::gfl_loss_forward(in, normed, workspace.data(), output(again), nullptr));
+  launch.forward(plain, output(out));
+  launch.forward(normed, output(again));
   const GflLossGrads grad_losses{grads.data(), grads.data() + 1, grads.data() + 2};
-  CHECK_CUDA(cuda::gfl_loss_backward(in, plain, grad_losses, workspace.data(), by.data(), gradients.data(), nullptr));
+  launch.backward(plain, grad_losses, gradients.data());
   for (size_t l = 0; l < levels.size(); ++l) {
     grad_cls[l].data = cls_out.maps[l]->read();
     grad_reg[l].data = reg_out.maps[l]->read();
@@ -259,49 +210,24 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   const double weight = std::max(static_cast<double>(sums[4]), 1.0);
   CHECK(close(losses[0], 0.5 * sums[0] / norm, 1e-6, 0), "%s: cls %g of %g", name, double(losses[0]), double(sums[0]));
   CHECK(close(losses[1], 2 * sums[1] / weight, 1e-6, 0), "%s: box %g of %g", name, double(losses[1]), double(sums[1]));
-  CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]), double(sums[2]));
+  CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]),
+        double(sums[2]));
   CHECK(losses[3] == sums[3] && losses[4] == sums[4], "%s: the norms depend on the norms", name);
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
   const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
-  CHECK_CUDA(cuda::gfl_loss_backward(in, scaled, grad_losses, workspace.data(), by.data(), alone.data(), nullptr));
+  launch.backward(scaled, grad_losses, alone.data());
   for (size_t l = 0; l < levels.size(); ++l) {
     const std::vector<T> repeated = reg_out.maps[l]->read();
     for (size_t i = 0; i < repeated.size(); ++i) {
-      const double first = static_cast<double>(load(&grad_reg[l].data[i])), second = static_cast<double>(load(&repeated[i]));
+      const double first = static_cast<double>(load(&grad_reg[l].data[i])),
+                   second = static_cast<double>(load(&repeated[i]));
       CHECK(close(second, first, 1e-2, 1e-6), "%s: gradient %g, alone %g", name, first, second);
     }
   }
   check_one_pass<T>(in, scales, levels, gradients, cls_out, reg_out, sums, name);
   return {{double(sums[0]), double(sums[1]), double(sums[2])}, static_cast<int64_t>(sums[3]), double(sums[4])};
 }
-#else
-template <class T>
-Got run(const GflLossInput& in, const std::vector<acc_t<T>>&, const HeadScales& scales, const std::vector<HeadLevel>&,
-        const std::vector<HeadGradients>& gradients, const std::vector<Map<T>>&, const std::vector<Map<T>>&,
-        std::vector<Map<T>>&, std::vector<Map<T>>&, const char*) {
-  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
-  const std::vector<HeadBlock> blocks = cpu::gfl_loss_blocks(in);
-  std::vector<HeadTerms> terms(positives.size());
-  std::vector<double> sums(blocks.size());
-  const int64_t count = static_cast<int64_t>(positives.size());
-  gfl::for_chunks(count, 3, [&](int64_t b, int64_t e) {
-    cpu::gfl_loss_terms(in, positives.data(), terms.data(), b, e);
-  });
-  gfl::for_chunks(static_cast<int64_t>(blocks.size()), 1, [&](int64_t b, int64_t e) {
-    cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), sums.data(), 0, nullptr, b, e);
-  });
-  Got got{{0, 0, 0}, count, 0};
-  for (const double s : sums) got.losses.cls += s;
-  for (const HeadTerms& t : terms) {
-    got.losses.box += t.weight * t.box, got.losses.dfl += t.weight * t.dfl, got.weight += t.weight;
-  }
-  cpu::gfl_loss_scores(in, positives, terms.data(), blocks.data(), nullptr, scales.cls, gradients.data(), 0,
-                       static_cast<int64_t>(blocks.size()));
-  cpu::gfl_loss_terms_backward(in, positives.data(), terms.data(), scales, gradients.data(), 0, count);
-  return got;
-}
-#endif
 
 // The gradients' maps have the layout of the others, or the other one if `turned`.
 template <class T> void check(Case c, DType dtype, double tolerance, const char* name, bool turned = true) {
@@ -314,7 +240,8 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     const auto [h, w] = c.sizes[l];
     cls.emplace_back(c.cls[l], c.images, c.classes, h, w, c.channels_last);
     reg.emplace_back(c.reg[l], c.images, sides, h, w, c.channels_last);
-    grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w, c.channels_last != turned);
+    grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w,
+                          c.channels_last != turned);
     grad_reg.emplace_back(std::vector<double>(c.reg[l].size(), 0), c.images, sides, h, w, c.channels_last);
     c.cls[l] = cls[l].held(c.images, c.classes, h, w);
     c.reg[l] = reg[l].held(c.images, sides, h, w);
@@ -330,13 +257,13 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
   std::vector<A> boxes;
   for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
-  const GflLossInput in{levels.data(), static_cast<int64_t>(levels.size()),
-                        dtype,         dtype,
-                        c.images,      c.classes,
-                        c.reg_max,     c.locations(),
+  const GflLossInput in{levels.data(),   static_cast<int64_t>(levels.size()),
+                        dtype,           dtype,
+                        c.images,        c.classes,
+                        c.reg_max,       c.locations(),
                         c.labels.data(), c.matched.data(),
-                        boxes.data(),  c.gts,
-                        c.beta,        c.legacy};
+                        boxes.data(),    c.gts,
+                        c.beta,          c.legacy};
 
   const HeadScales scales{0.7, -1.3, 2.1};
   const Got got = run<T>(in, boxes, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
@@ -350,7 +277,18 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   CHECK(close(got.losses.box, want.box, tolerance, 0), "%s: box %.9g, not %.9g", name, got.losses.box, want.box);
   CHECK(close(got.losses.dfl, want.dfl, tolerance, 0), "%s: dfl %.9g, not %.9g", name, got.losses.dfl, want.dfl);
   CHECK(close(got.weight, weight, tolerance, 0), "%s: weights of %.9g, not %.9g", name, got.weight, weight);
-  const std::vector<HeadPositive> positives = cpu::gfl_loss_positives(in);
+  std::vector<HeadPositive> positives;
+  int64_t location = 0;
+  for (int64_t b = 0; b < c.images; ++b) {
+    for (size_t l = 0; l < c.sizes.size(); ++l) {
+      const int64_t width = c.sizes[l].second;
+      for (int64_t i = 0; i < c.sizes[l].first * width; ++i, ++location) {
+        const int64_t label = in.labels[location], slot = in.matched[location];
+        if (!is_positive(in, label, slot)) continue;
+        positives.push_back({b, static_cast<int64_t>(l), i / width, i % width, location, label, slot});
+      }
+    }
+  }
 
   // Every element has been written, and those that are looked at are right.
   for (const auto* maps : {&grad_cls, &grad_reg}) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Group normalization and ReLU over levels, forward and backward, against plain loops in double.
-#include "gfl/group_norm_relu.h"
+#include "gfl/head.h"
 
 #include <memory>
 
@@ -32,7 +32,9 @@ struct Layout {
     image = s.planar[level] ? channel * s.channels : location * locations;
     size = image * s.images;
   }
-  size_t at(int64_t b, int64_t c, int64_t i) const { return static_cast<size_t>(b * image + c * channel + i * location); }
+  size_t at(int64_t b, int64_t c, int64_t i) const {
+    return static_cast<size_t>(b * image + c * channel + i * location);
+  }
 };
 
 using Levels = std::vector<std::vector<double>>;
@@ -175,7 +177,7 @@ struct Maps {
 void run(const GroupNormInput& in, const Maps& grad_y, Maps& y, Maps& grad_x, FloatBuffer& statistics,
          FloatBuffer& grad_weight, FloatBuffer& grad_bias) {
 #if defined(GFL_TEST_CUDA)
-  CHECK(cuda::group_norm_relu_fits(in), "the kernels refuse");
+  CHECK(cuda::group_norm_relu_fits(in), "the kernels refuse the input");
   gfl::testing::Buffer<unsigned char> forward(cuda::group_norm_relu_workspace_bytes(in, false));
   gfl::testing::Buffer<unsigned char> backward(cuda::group_norm_relu_workspace_bytes(in, true));
   CHECK_CUDA(cuda::group_norm_relu_forward(in, forward.data(), y.maps.data(), statistics.data(), nullptr));
@@ -183,34 +185,10 @@ void run(const GroupNormInput& in, const Maps& grad_y, Maps& y, Maps& grad_x, Fl
                                             grad_x.maps.data(), grad_weight.data(), grad_bias.data(), nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
 #else
-  const std::vector<cpu::NormBlock> blocks = cpu::group_norm_relu_blocks(in);
-  const int64_t count = static_cast<int64_t>(blocks.size()), pairs = in.level_count * in.images;
-  std::vector<cpu::NormMoments> moments(static_cast<size_t>(count * in.groups));
-  std::vector<cpu::NormSums> partial(static_cast<size_t>(count * in.channels));
-  std::vector<cpu::NormSums> sums(static_cast<size_t>(pairs * in.channels));
-  for_chunks(count, 3, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_moments(in, blocks.data(), moments.data(), y.maps.data(), statistics.data(), begin, end);
-  });
-  for_chunks(pairs, 2, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_statistics(in, blocks, moments.data(), statistics.data(), begin, end);
-  });
-  for_chunks(count, 1, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_normalise(in, blocks.data(), statistics.data(), y.maps.data(), begin, end);
-  });
-  for_chunks(count, 1, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_sums(in, blocks.data(), statistics.data(), grad_y.maps.data(), grad_x.maps.data(),
-                              partial.data(), sums.data(), begin, end);
-  });
-  for_chunks(pairs, 2, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_gather(in, blocks, partial.data(), sums.data(), begin, end);
-  });
-  for_chunks(count, 3, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_grad_x(in, blocks.data(), statistics.data(), sums.data(), grad_y.maps.data(),
-                                grad_x.maps.data(), begin, end);
-  });
-  for_chunks(in.channels, 5, [&](int64_t begin, int64_t end) {
-    cpu::group_norm_relu_grad_parameters(in, sums.data(), grad_weight.data(), grad_bias.data(), begin, end);
-  });
+  const ParallelFor parallel = [](int64_t count, int64_t chunk, const auto& body) { for_chunks(count, chunk, body); };
+  cpu::group_norm_relu_forward(in, y.maps.data(), statistics.data(), parallel);
+  cpu::group_norm_relu_backward(in, statistics.data(), grad_y.maps.data(), grad_x.maps.data(), grad_weight.data(),
+                                grad_bias.data(), parallel);
 #endif
 }
 
@@ -230,9 +208,12 @@ void test(Generator& generator, const Shape& s, DType dtype, DType parameter_dty
   FloatBuffer grad_weight(parameter_dtype, weight.size()), grad_bias(parameter_dtype, weight.size());
   std::vector<NormLevel> levels;
   for (size_t l = 0; l < s.locations.size(); ++l) levels.push_back({given.maps[l], s.locations[l], s.planar[l]});
-  const GroupNormInput in{levels.data(), static_cast<int64_t>(levels.size()), dtype,           s.images, s.channels,
-                          s.groups,      weights.data(),                      biases.data(), parameter_dtype,
-                          eps,           s.relu};
+  const GroupNormInput in{levels.data(),   static_cast<int64_t>(levels.size()),
+                          dtype,           s.images,
+                          s.channels,      s.groups,
+                          weights.data(),  biases.data(),
+                          parameter_dtype, eps,
+                          s.relu};
   run(in, grad_y, y, grad_x, statistics, grad_weight, grad_bias);
 
   // Roundings of a dozen operations and of sums in blocks, as the group magnifies them.
@@ -241,12 +222,13 @@ void test(Generator& generator, const Shape& s, DType dtype, DType parameter_dty
   for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
     const double of_maps = arithmetic * condition(want.statistics, group_index(s, l, b, c)) +
                            gfl::testing::rounding(dtype) * (dtype == DType::f64 ? 0 : 1);
-    CHECK(gfl::testing::close(got_y[l][at], want.y[l][at], of_maps, of_maps), "%s level %zu image %d channel %d: y %.9g, expected %.9g",
-          gfl::testing::name_of(dtype), l, int(b), int(c), got_y[l][at], want.y[l][at]);
+    CHECK(gfl::testing::close(got_y[l][at], want.y[l][at], of_maps, of_maps),
+          "%s level %zu image %d channel %d: y %.9g, expected %.9g", gfl::testing::name_of(dtype), l, int(b), int(c),
+          got_y[l][at], want.y[l][at]);
     const double rstd = std::max(1.0, want.statistics[2 * group_index(s, l, b, c) + 1]);
     CHECK(gfl::testing::close(got_grad[l][at], want.grad_x[l][at], of_maps, of_maps * rstd),
-          "%s level %zu image %d channel %d: grad_x %.9g, expected %.9g", gfl::testing::name_of(dtype), l, int(b), int(c),
-          got_grad[l][at], want.grad_x[l][at]);
+          "%s level %zu image %d channel %d: grad_x %.9g, expected %.9g", gfl::testing::name_of(dtype), l, int(b),
+          int(c), got_grad[l][at], want.grad_x[l][at]);
   });
   // What lies between a map's rows is nobody's to write: it was NaN before.
   for (size_t l = 0; l < s.locations.size() && s.gap > 0 && s.images * s.locations[l] > 0; ++l) {

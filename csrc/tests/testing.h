@@ -29,23 +29,23 @@ inline int result(const char* name) {
 }
 
 // The first few failures are printed with their place; all are counted. `main` returns result("<stem>").
-#define CHECK(condition, ...)                                                                          \
-  do {                                                                                                 \
-    if (!(condition) && ++gfl::testing::failures() <= 20) {                                            \
-      std::printf("%s:%d: %s fails: ", __FILE__, __LINE__, #condition);                                \
-      std::printf(__VA_ARGS__);                                                                        \
-      std::printf("\n");                                                                               \
-    }                                                                                                  \
+#define CHECK(condition, ...)                                           \
+  do {                                                                  \
+    if (!(condition) && ++gfl::testing::failures() <= 20) {             \
+      std::printf("%s:%d: %s fails: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                         \
+      std::printf("\n");                                                \
+    }                                                                   \
   } while (0)
 
 #if defined(GFL_TEST_CUDA)
-#define CHECK_CUDA(call)                                                                               \
-  do {                                                                                                 \
-    const cudaError_t error_ = (call);                                                                 \
-    if (error_ != cudaSuccess) {                                                                       \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));           \
-      std::exit(1);                                                                                    \
-    }                                                                                                  \
+#define CHECK_CUDA(call)                                                                     \
+  do {                                                                                       \
+    const cudaError_t error_ = (call);                                                       \
+    if (error_ != cudaSuccess) {                                                             \
+      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
+      std::exit(1);                                                                          \
+    }                                                                                        \
   } while (0)
 #endif
 

@@ -30,13 +30,14 @@ _LAZY = {
     "train": "gfl.engine.train",
 }
 
+if not TYPE_CHECKING:  # a type checker would accept any name
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if importlib.util.find_spec(f"gfl.{name}") is None:
-        raise AttributeError(f"module 'gfl' has no attribute {name!r}")
-    return importlib.import_module(f"gfl.{name}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        if importlib.util.find_spec(f"gfl.{name}") is None:
+            raise AttributeError(f"module 'gfl' has no attribute {name!r}")
+        return importlib.import_module(f"gfl.{name}")
 
 
 def __dir__() -> list[str]:

@@ -54,7 +54,11 @@ class Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    whole = Parser(prog="gfl", description="Generalized Focal Loss: operators and detector.")
+    whole = Parser(
+        prog="gfl",
+        description="Generalized Focal Loss: operators and detector.",
+        epilog="`gfl COMMAND --help` explains the options of a command.",
+    )
     whole.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     parsers = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name in COMMANDS:

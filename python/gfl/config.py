@@ -37,7 +37,7 @@ class ModelConfig:
     )
     dcn_stages: tuple[int, ...] = _option((3, 4, 5), "backbone stages with deformable convolutions, among 2 to 5")
     frozen_stages: int = _option(1, "freeze the stem and this many backbone stages; -1: train the stem too")
-    norm_eval: bool = _option(True, "keep the running statistics of the backbone's batch norms (affine is trained)")
+    norm_eval: bool = _option(True, "fix the running statistics of the backbone's batch norms; weight and bias train")
     neck_channels: int = _option(256, "channels of each pyramid level")
     head_channels: int = _option(256, "channels of the head's convolutions")
     head_convs: int = _option(4, "convolutions before each of the head's two outputs")
@@ -47,7 +47,7 @@ class ModelConfig:
     anchor_scale: float = _option(8.0, "side of a location's anchor box in the assignment, in strides")
     topk: int = _option(9, "candidates per object and level in the assignment (ATSS)")
     beta: float = _option(2.0, "exponent of quality focal loss")
-    loss_weights: tuple[float, float, float] = _option((1.0, 2.0, 0.25), "weights of the class, box and DFL losses")
+    loss_weights: tuple[float, float, float] = _option((1.0, 2.0, 0.25), "weights of class, box and DFL loss", "X,X,X")
     center_offset: float = _option(0.0, "offset of a location from its cell's corner, in strides")
     topk_mode: Literal["pair", "anchor"] = _option(
         "pair", "what nms_pre counts: (location, class) pairs as in mmdet 3, or locations as in GFocal v1"
@@ -74,9 +74,9 @@ class TrainConfig:
     """Optimization, schedule, augmentation and logging."""
 
     backbone_weights: str = _option(
-        "", "torchvision, timm, a file, or none (from scratch); required without --init and --resume", "NAME|FILE"
+        "", "initial weights: torchvision, timm, a file, or none (from scratch); needed without --init", "NAME|FILE"
     )
-    init: str = _option("", "checkpoint to start from; its class layer is left out if the classes differ", "FILE")
+    init: str = _option("", "checkpoint to start from, without its class layer if the class count differs", "FILE")
     epochs: int = _option(12, "passes over the training images")
     lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
     schedule: Literal["step", "cosine"] = _option("step", "learning-rate schedule after the warm-up")
@@ -87,7 +87,7 @@ class TrainConfig:
     warmup_steps: int = _option(500, "steps of linear warm-up, from a thousandth of the learning rate")
     clip_grad_norm: float = _option(0.0, "max gradient norm (0: off)")
     batch_size: int = _option(16, "images per step, over all processes")
-    train_short_side: tuple[int, int] = _option((800, 800), "range of the random short side of an image, pixels")
+    train_short_side: tuple[int, int] = _option((800, 800), "random short side in training, from N to N pixels", "N,N")
     train_long_side: int = _option(1333, "max long side in training, pixels")
     flip: float = _option(0.5, "probability of a horizontal flip")
     amp: Literal["none", "bf16", "fp16"] = _option("none", "automatic mixed precision")
@@ -268,17 +268,11 @@ def preset(name: str) -> Config:
         raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
 
 
-PARSERS = {
-    ".toml": ("tomllib" if sys.version_info >= (3, 11) else "tomli", "loads"),
-    ".yaml": ("yaml", "safe_load"),
-    ".yml": ("yaml", "safe_load"),
-}
-
+PARSERS = {".toml": ("tomllib" if sys.version_info >= (3, 11) else "tomli", "loads")}
+PARSERS |= dict.fromkeys((".yaml", ".yml"), ("yaml", "safe_load"))
 
 WORDS = {"True": "on", "False": "off", "None": "none"}
-METAVARS = {int: "N", float: "X", str: "TEXT"} | {
-    tuple[int, ...]: "N,…", tuple[int, int]: "N,N", tuple[float, float, float]: "X,X,X"
-}  # fmt: skip
+METAVARS = {int: "N", float: "X", tuple[int, ...]: "N,…"}
 
 
 def add_options(

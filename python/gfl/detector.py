@@ -244,53 +244,48 @@ class Detector:
         new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
         return _Loaded(path, (height, width), new, pixels)
 
+    @torch.no_grad()
     def _start(self, loaded: Sequence[_Loaded], edges: bool) -> list[_Started]:
         """Batches of images of one padded size; on a GPU they are queued."""
-        divisor = self.model.test.size_divisor
+        divisor, config = self.model.test.size_divisor, self.model.config
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, one in enumerate(loaded):
             groups.setdefault(tuple(-(-side // divisor) for side in one.input_size), []).append(i)
-        batches = [g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)]
-        return [self._start_batch([loaded[i] for i in places], places, edges) for places in batches]
-
-    @torch.no_grad()
-    def _start_batch(self, images: Sequence[_Loaded], places: list[int], edges: bool) -> _Started:
-        with self._configured():
-            batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
-            found = self._engine.run(batch)
-        read = []
-        if edges:
-            for i, count in enumerate(found.detections[3].tolist()):
+        started = []
+        for places in (g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)):
+            images = [loaded[i] for i in places]
+            with self._configured():
+                batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
+                found = self._engine.run(batch)
+            read = []
+            for i, count in enumerate(found.detections[3].tolist() if edges else ()):
                 cls_scores, reg_preds = ([level[i] for level in maps] for maps in found[1:])
                 boxes, scores, labels = (part[i, :count] for part in found.detections[:3])
-                config, size = self.model.config, batch.sizes[i]
-                read.append(find_edges(cls_scores, reg_preds, config, size, boxes, scores, labels))
-        return _Started(images, places, Coming(found.detections), read)
+                read.append(find_edges(cls_scores, reg_preds, config, batch.sizes[i], boxes, scores, labels))
+            started.append(_Started(images, places, Coming(found.detections), read))
+        return started
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
         """Their results, in the order in which the images were given."""
-        found: dict[int, Result] = {}
+        results: dict[int, Result] = {}
         for part in started:
-            found |= zip(part.places, self._results(part))
-        return [found[i] for i in sorted(found)]
-
-    def _results(self, started: _Started) -> Iterator[Result]:
-        detections = started.coming.wait()
-        for i, (one, count) in enumerate(zip(started.images, detections[3].tolist())):
-            boxes, scores, labels = (part[i, :count].clone() for part in detections[:3])
-            (height, width), (h, w) = one.size, one.input_size
-            factor = torch.tensor([w / width, h / height])
-            edges = None
-            if started.edges:
-                here = Edges(*(part.cpu() for part in started.edges[i]))
-                edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
-            # Boxes clipped to the scaled image may end an ulp outside the image after the division.
-            limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
-            boxes = torch.minimum(boxes / factor.repeat(2), limit)
-            names = [self.classes[c] for c in labels.tolist()]
-            ids = [self.category_ids[c] for c in labels.tolist()]
-            pixels = one.pixels if one.path is None else None
-            yield Result(boxes, scores, labels, names, ids, one.size, one.path, edges, pixels)
+            detections = part.coming.wait()
+            for i, (one, count) in enumerate(zip(part.images, detections[3].tolist())):
+                boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
+                (height, width), (h, w) = one.size, one.input_size
+                factor = torch.tensor([w / width, h / height])
+                edges = None
+                if part.edges:
+                    here = Edges(*(value.cpu() for value in part.edges[i]))
+                    edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
+                # Boxes clipped to the scaled image may end an ulp outside the image after the division.
+                limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
+                boxes = torch.minimum(boxes / factor.repeat(2), limit)
+                names, ids = ([of[c] for c in labels.tolist()] for of in (self.classes, self.category_ids))
+                pixels = one.pixels if one.path is None else None
+                found = Result(boxes, scores, labels, names, ids, one.size, one.path, edges, pixels)
+                results[part.places[i]] = found
+        return [results[i] for i in sorted(results)]
 
     @contextmanager
     def _configured(self) -> Iterator[None]:

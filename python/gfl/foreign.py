@@ -83,9 +83,9 @@ def normalise(content: Mapping[str, Any]) -> Weights:
     if not weights:
         keys = ", ".join(map(str, list(content)[:8])) or "none"
         raise ValueError(f"no weights in it; its keys are {keys}")
-    result = Weights(weights, "a dictionary of weights", classes=_classes(meta))
-    if isinstance(ids := meta.get("category_ids"), Sequence):
-        result.category_ids = [int(i) for i in ids]
+    ids = meta.get("category_ids")
+    ids = [int(i) for i in ids] if isinstance(ids, Sequence) else None
+    result = Weights(weights, "a dictionary of weights", classes=_classes(meta), category_ids=ids)
     if left_out := [str(key) for key in found if str(key) not in weights]:
         result.notes.append(f"left out, not being weights: {', '.join(left_out)}")
     stated = meta.get("format")

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along whichever dimension is
-// dense: rows of channels, whose coefficients are arrays, or runs of one channel's locations, whose are numbers.
+// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along the contiguous dimension:
+// rows of channels, whose coefficients are arrays, or runs of one channel's locations, whose coefficients are numbers.
 //
-// Sums run about a value of their own piece, whose distance from the mean is at most the root of the piece's length in
-// deviations: what cancels in Σd² − (Σd)²/n costs the variance at most n roundings of its own size, and as a rule few.
+// Sums are taken about a value of their own block, whose distance from the mean is at most √n deviations for a block of n:
+// the cancellation in Σd² − (Σd)²/n costs the variance at most n roundings of its own size, and usually few.
 #include "../group_norm_relu.h"
 
 #include "vector_math.h"
@@ -17,8 +17,8 @@ using cpu::NormMoments;
 using cpu::NormRows;
 using cpu::NormSums;
 
-constexpr int kRunBlock = 512;           // elements of a run whose sums stay in fp32
-constexpr int kParts = 32 / kWidth;      // registers that a run's sums are kept in: 32 partial sums on every processor
+constexpr int kRunBlock = 512;  // elements of a run whose sums stay in fp32
+constexpr int kParts = 32 / kWidth;  // registers that a run's sums are kept in: 32 partial sums on every processor
 
 struct Coefficients { Floats mean, scale, bias, level, slope; };
 
@@ -37,9 +37,8 @@ struct OfRow {  // channel i's
 
 struct OfRun {
   Coefficients k;
-  explicit OfRun(const NormChannel& c)
-      : k{splat<Floats>(c.mean), splat<Floats>(c.scale), splat<Floats>(c.bias), splat<Floats>(c.level),
-          splat<Floats>(c.slope)} {}
+  explicit OfRun(const NormChannel& c) : k{all(c.mean), all(c.scale), all(c.bias), all(c.level), all(c.slope)} {}
+  static Floats all(double x) { return splat<Floats>(static_cast<float>(x)); }
   const Coefficients& forward_at(int64_t) const { return k; }
   const Coefficients& at(int64_t) const { return k; }
 };
@@ -59,7 +58,7 @@ template <class T, class K> void forward_row(const NormRows& in, const K& coeffi
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    store_floats(at_least(in.floor, normalised(distance, k)), count, y + i);
+    store_floats(at_least(static_cast<float>(in.floor), normalised(distance, k)), count, y + i);
   }
 }
 
@@ -71,7 +70,7 @@ template <class T, class K> void backward_row(const NormRows& in, const K& coeff
     const Coefficients k = coefficients.at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, in.floor);
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, static_cast<float>(in.floor));
     store_floats(multiply_add(g, k.scale, -multiply_add(distance, k.slope, k.level)), count, out + i);
   }
 }
@@ -88,14 +87,15 @@ template <class T> void add_moments(const NormRows& in, const float* shift, floa
 }
 
 // Σg and Σg·(x − mean).
-template <class T> void add_sums(const NormRows& in, const OfRow& coefficients, float* sum, float* product, int64_t row) {
+template <class T> void add_sums(const NormRows& in, const OfRow& coefficients, float* sum, float* product,
+                                 int64_t row) {
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   const T* grad = static_cast<const T*>(in.grad) + row * in.grad_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, in.floor);
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, static_cast<float>(in.floor));
     store_floats(load_floats(sum + i) + g, sum + i);
     store_floats(multiply_add(g, distance, load_floats(product + i)), product + i);
   }
@@ -116,7 +116,8 @@ template <class Term> Pair sum_pair(int64_t begin, int64_t end, const Term& term
   while (i + kParts * kWidth <= end) {
     for (int part = 0; part < kParts; ++part) add(part);
   }
-  for (int part = 0; i < end; ++part) add(part);
+  const int rest = static_cast<int>((end - i + kWidth - 1) / kWidth);
+  for (int part = 0; part < rest; ++part) add(part);
   for (int width = kParts / 2; width > 0; width /= 2) {
     for (int part = 0; part < width; ++part) {
       first[part] += first[part + width];
@@ -150,7 +151,7 @@ template <class T> void run_sums(const NormRows& in, const NormChannel& channel,
     const int64_t end = begin + kRunBlock < in.length ? begin + kRunBlock : in.length;
     const Pair of = sum_pair(begin, end, [&](int64_t i, int64_t count) {
       const Floats distance = load_floats(x + i, count, 0.0f) - run.k.mean;
-      const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, run.k, in.floor);
+      const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, run.k, static_cast<float>(in.floor));
       return Terms{g, g * distance};
     });
     all.grad += of.first;

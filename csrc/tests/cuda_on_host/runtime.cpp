@@ -1,116 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the blocks of a launch one after another, in random order, on the calling thread. Threads of a block are fibers
-// that give way only where they wait (barrier, warp operation) or at an atomic; who goes on is drawn at random. So a
-// result that needs an order nobody enforced differs from one seed to another.
+// Runs the blocks of a launch one after another, in random order, on the calling thread. The threads of a block are fibers
+// that yield only where they wait (barrier, warp operation) or at an atomic; the next to run is drawn at random. So a
+// result that depends on an order nobody enforced differs from seed to seed.
 //
 // Stricter than a GPU on purpose: every thread of the block takes part in every barrier and every lane of a mask in its
-// warp operation, at the same line of the source; a thread that returned before is an error, not an arrival.
+// warp operation (warp.cpp), at the same line of the source; a thread that returned before is an error, not an arrival.
 #include <algorithm>
-#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <mutex>
 #include <numeric>
-#include <string>
 
-#include "fiber.h"
-#include "runtime.h"
+#include "machine.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace gfl_host {
-namespace {
-
-constexpr unsigned kLanes = 32;
-
-// --- random numbers -----------------------------------------------------------------------------------------------
-struct Random {
-  uint64_t state = 1, seed = 0;
-  void reset(uint64_t new_seed) {
-    seed = new_seed;
-    state = (new_seed + 1) * 0x9e3779b97f4a7c15ull;  // odd multiplier: zero only for the seed -1
-    if (state == 0) state = 1;
-    for (int i = 0; i < 8; ++i) next();
-  }
-  unsigned next() {
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return static_cast<unsigned>((state * 0x2545f4914f6cdd1dull) >> 32);
-  }
-  uint64_t below(uint64_t bound) { return ((static_cast<uint64_t>(next()) << 32) | next()) % bound; }
-  // Some set bit of a mask that is not 0.
-  unsigned bit_of(unsigned mask) {
-    const unsigned turn = next() >> 27;
-    const unsigned turned = (mask >> turn) | (mask << ((32 - turn) & 31));
-    return (static_cast<unsigned>(__builtin_ctz(turned)) + turn) & 31;
-  }
-  // Garbage for unset memory: NaN and −1, a large negative or a large positive number, whatever it is read as.
-  unsigned char garbage() {
-    static const unsigned char patterns[] = {0xff, 0xcb, 0x7f};
-    return patterns[below(3)];
-  }
-};
-
-// --- fibers -------------------------------------------------------------------------------------------------------
-enum class Wait { nothing, block, warp, exited };
-
-struct Fiber {
-  Context context;
-  uint3 index{};
-  unsigned warp = 0, lane = 0;
-  Wait wait = Wait::nothing;
-  Site site{};
-  BlockOp block_op{};
-  WarpOp warp_op{};
-  unsigned mask = 0;
-  int argument = 0, width = 0;
-  uint64_t value = 0, result = 0;
-};
-
-struct Warp {
-  unsigned lanes;    // that exist
-  unsigned ready;    // may go on
-  unsigned waiting;  // at a warp operation
-  unsigned exited;
-  unsigned rank;     // place in this block's order of warps
-};
-
-struct Machine {
-  std::mutex mutex;
-  Random random;
-  const LaunchConfig* launch = nullptr;
-  void (*body)(void*) = nullptr;
-  void* data = nullptr;
-
-  Context host;
-  Fiber fibers[kMaxThreads];
-  Fiber* current = nullptr;  // null outside a kernel
-  Warp warps[kMaxThreads / kLanes];
-  unsigned warp_of_rank[kMaxThreads / kLanes];
-  unsigned ready_ranks = 0;
-  bool scatter = true;
-  unsigned threads = 0, alive = 0;
-
-  unsigned arrived = 0, predicates = 0;
-  int barrier_result = 0;
-  Fiber* first_at_barrier = nullptr;
-
-  unsigned char* shared = nullptr;
-
-  uint64_t turns = 0;
-  double timeout = 300.0;
-  std::chrono::steady_clock::time_point began;
-
-  Machine() {
-    const char* seed = std::getenv("GFL_HOST_SEED");
-    random.reset(seed ? std::strtoull(seed, nullptr, 10) : 0);
-    if (const char* seconds = std::getenv("GFL_HOST_TIMEOUT")) timeout = std::atof(seconds);
-  }
-};
 
 Machine m;
 
@@ -137,6 +44,8 @@ void make_ready(Warp& warp, unsigned lanes) {
   warp.ready |= lanes;
   m.ready_ranks |= 1u << warp.rank;
 }
+
+namespace {
 
 Fiber& pick() {
   const unsigned first = static_cast<unsigned>(__builtin_ctz(m.ready_ranks));
@@ -179,8 +88,8 @@ Fiber& pick() {
     Group& group = groups[where];
     if (group.count++ == 0) group.first = &fiber;
   }
-  std::string text = at_barrier ? "divergent barrier: not every thread arrives"
-                                : "deadlock: lanes of the mask never arrive";
+  std::string text =
+      at_barrier ? "divergent barrier: not every thread arrives" : "deadlock: lanes of the mask never arrive";
   for (const auto& [where, group] : groups) {
     text += "\n  " + std::to_string(group.count) + " of " + std::to_string(m.threads) + " threads " + where;
     text += ", first " + place(group.first->index);
@@ -189,7 +98,8 @@ Fiber& pick() {
   fail("%s", text.c_str());
 }
 
-// The running fiber waits: somebody else goes on.
+}  // namespace
+
 void suspend(Fiber& self) {
   if (m.ready_ranks == 0) report_stuck();
   Fiber& next = pick();
@@ -198,6 +108,8 @@ void suspend(Fiber& self) {
   switch_context(self.context, next.context);
   threadIdx = self.index;
 }
+
+namespace {
 
 [[noreturn]] void fiber_main() {
   Fiber& self = *m.current;
@@ -301,12 +213,12 @@ cudaError_t check(const LaunchConfig& config) {
   return config.smem > shared_limit(config.kernel) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+}  // namespace
+
 Fiber& running(const char* what) {
   if (!m.current) fail("%s called outside a kernel", what);
   return *m.current;
 }
-
-}  // namespace
 
 // --- interface of cuda_on_host.h ----------------------------------------------------------------------------------
 void fail(const char* format, ...) {
@@ -377,143 +289,6 @@ int sync_block(BlockOp op, int predicate, Site site) {
     if (lanes != 0) make_ready(m.warps[i], lanes);
   }
   return m.barrier_result;
-}
-
-namespace {
-// The lane that a shuffle reads; out of its segment of `width` lanes it is the reader itself, as in the PTX manual.
-unsigned source_lane(const Fiber& fiber) {
-  const unsigned lane = fiber.lane;
-  const unsigned width = static_cast<unsigned>(fiber.width), step = static_cast<unsigned>(fiber.argument);
-  const unsigned first = lane & ~(width - 1), last = lane | (width - 1), within = lane - first;
-  switch (fiber.warp_op) {
-    case WarpOp::shuffle_index: return first + (step & (width - 1));
-    case WarpOp::shuffle_up: return step > within ? lane : lane - step;
-    case WarpOp::shuffle_down: return step > last - lane ? lane : lane + step;
-    default: return (lane ^ (step & 31)) > last ? lane : lane ^ (step & 31);
-  }
-}
-
-uint64_t fold(WarpOp op, uint64_t a, uint64_t b) {
-  const unsigned x = static_cast<unsigned>(a), y = static_cast<unsigned>(b);
-  const int i = static_cast<int>(x), j = static_cast<int>(y);
-  switch (op) {
-    case WarpOp::add: return x + y;
-    case WarpOp::min_signed: return static_cast<unsigned>(std::min(i, j));
-    case WarpOp::max_signed: return static_cast<unsigned>(std::max(i, j));
-    case WarpOp::min_unsigned: return std::min(x, y);
-    case WarpOp::max_unsigned: return std::max(x, y);
-    case WarpOp::bit_and: return x & y;
-    case WarpOp::bit_or: return x | y;
-    default: return x ^ y;
-  }
-}
-
-// Results of all lanes at once, by the last to arrive: nobody may overwrite a value that another has yet to read.
-void complete(WarpOp op, unsigned mask, Fiber* lanes) {
-  uint64_t common = 0;
-  const auto each = [mask](auto&& use) {
-    for (unsigned rest = mask; rest != 0; rest &= rest - 1) use(static_cast<unsigned>(__builtin_ctz(rest)));
-  };
-  switch (op) {
-    case WarpOp::sync: return;
-    case WarpOp::shuffle_index:
-    case WarpOp::shuffle_up:
-    case WarpOp::shuffle_down:
-    case WarpOp::shuffle_xor:
-      each([&](unsigned lane) {
-        const unsigned source = source_lane(lanes[lane]);
-        if ((mask >> source & 1u) == 0) {
-          m.current = &lanes[lane];
-          fail("%s reads lane %u, absent from the mask 0x%08x, %s", name_of(op), source, mask,
-               place(lanes[lane].site).c_str());
-        }
-        lanes[lane].result = lanes[source].value;
-      });
-      return;
-    case WarpOp::match_any:
-      each([&](unsigned lane) {
-        unsigned equal = 0;
-        each([&](unsigned other) { equal |= (lanes[other].value == lanes[lane].value ? 1u : 0u) << other; });
-        lanes[lane].result = equal;
-      });
-      return;
-    case WarpOp::ballot:
-    case WarpOp::all:
-    case WarpOp::any:
-      each([&](unsigned lane) { common |= (lanes[lane].value ? 1ull : 0ull) << lane; });
-      if (op == WarpOp::all) common = common == mask;
-      if (op == WarpOp::any) common = common != 0;
-      break;
-    default: {
-      const unsigned first = static_cast<unsigned>(__builtin_ctz(mask));
-      common = lanes[first].value;
-      each([&](unsigned lane) { common = lane == first ? common : fold(op, common, lanes[lane].value); });
-    }
-  }
-  each([&](unsigned lane) { lanes[lane].result = common; });
-}
-}  // namespace
-
-uint64_t sync_warp(WarpOp op, unsigned mask, uint64_t value, int argument, int width, Site site) {
-  Fiber& self = running(name_of(op));
-  Warp& warp = m.warps[self.warp];
-  Fiber* lanes = &m.fibers[self.warp * kLanes];
-  const unsigned own = 1u << self.lane;
-  if ((mask & own) == 0) {
-    fail("mask mismatch: %s with mask 0x%08x, which lacks the calling lane %u, %s", name_of(op), mask, self.lane,
-         place(site).c_str());
-  }
-  if (const unsigned absent = mask & (~warp.lanes | warp.exited)) {
-    const unsigned lane = static_cast<unsigned>(__builtin_ctz(absent));
-    fail("%s with mask 0x%08x: lane %u %s, %s", name_of(op), mask, lane,
-         warp.lanes >> lane & 1u ? "has returned from the kernel" : "does not exist in this block",
-         place(site).c_str());
-  }
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    fail("%s with width %d, which is no power of two up to 32, %s", name_of(op), width, place(site).c_str());
-  }
-  self.warp_op = op;
-  self.mask = mask;
-  self.value = value;
-  self.argument = argument;
-  self.width = width;
-  self.site = site;
-
-  // A lane that waits for us under the same mask must be at the same operation. One that waits under another mask with
-  // us in it never meets us; one without us may still come here after its own operation.
-  const auto conflicts = [&](const Fiber& other) {
-    if (other.mask != mask) return (other.mask & own) != 0;
-    return other.warp_op != op || other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0;
-  };
-  const auto refuse = [&](const Fiber& other) {
-    fail("%s: it is at %s(0x%08x), %s, while thread %s of its mask waits at %s(0x%08x), %s",
-         other.mask != mask ? "mask mismatch" : "divergent warp operation", name_of(op), mask, place(site).c_str(),
-         place(other.index).c_str(), name_of(other.warp_op), other.mask, place(other.site).c_str());
-  };
-  const unsigned here = warp.waiting & mask;
-  if (here != 0) {
-    const Fiber& other = lanes[__builtin_ctz(here)];
-    if (conflicts(other)) refuse(other);
-  }
-  bool last = (here | own) == mask;
-  if (last) {
-    for (unsigned rest = here; rest != 0; rest &= rest - 1) {
-      const Fiber& other = lanes[__builtin_ctz(rest)];
-      if (conflicts(other)) refuse(other);
-      last = last && other.mask == mask;
-    }
-  }
-  if (!last) {
-    warp.waiting |= own;
-    self.wait = Wait::warp;
-    suspend(self);
-    self.wait = Wait::nothing;
-    return self.result;
-  }
-  complete(op, mask, lanes);
-  warp.waiting &= ~mask;
-  if (here != 0) make_ready(warp, here);
-  return self.result;
 }
 
 void launch(const LaunchConfig& config, void (*body)(void*), void* data) {

@@ -15,14 +15,14 @@ from ...core.random_inputs import boxes as draw_boxes
 from ...core.registry import OpSpec, Sample, register
 from ..boxes import box_ops
 
-# Distances of so many (box, cell) pairs are held at a time.
+# (box, cell) pairs whose distances are in memory at a time.
 _PAIRS = 1 << 23
-# Larger than the key of any distance: a cell that is not there.
+# The key of an absent cell: larger than that of any distance.
 _ABSENT = torch.iinfo(torch.int64).max
 
 
 class Assignment(NamedTuple):
-    """What `atss_assign` says of every location; the fields' meaning stands there."""
+    """What `atss_assign` returns for every location; see there."""
 
     labels: Tensor
     matched: Tensor
@@ -39,7 +39,7 @@ def centres(height: int, width: int, stride: float, offset: float, legacy: bool,
 
 def inside_valid(height: int, width: int, stride: float, valid_size: Tensor) -> Tensor:
     """Which of a level's cells ``[height·width]`` lie in ceil(valid/stride) rows and columns, of (h, w)."""
-    # By a tensor: torch multiplies by the reciprocal of a plain number on a GPU, and 30/10 would be above 3.
+    # A tensor, since torch multiplies by the reciprocal of a plain number on a GPU, where 30/10 would exceed 3.
     count = (valid_size / torch.full_like(valid_size, stride)).ceil()
     rows = torch.arange(height, device=valid_size.device) < count[0]
     columns = torch.arange(width, device=valid_size.device) < count[1]
@@ -47,9 +47,9 @@ def inside_valid(height: int, width: int, stride: float, valid_size: Tensor) -> 
 
 
 def _nearest(points: Tensor, present: Tensor, gt_boxes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices ``[G, k]`` of the k nearest points by rank, and which of them are there at all.
+    """Indices ``[G, k]`` of the k nearest points by rank, and which of them are present.
 
-    A non-negative float orders as its bits do, so distance and index make one integer that has no ties.
+    A non-negative float orders as its bits do, so distance and index make one integer without ties.
     """
     centre = (gt_boxes[:, :2] + gt_boxes[:, 2:]) * 0.5
     index = torch.arange(points.shape[0], device=points.device)
@@ -65,7 +65,7 @@ def _nearest(points: Tensor, present: Tensor, gt_boxes: Tensor, k: int) -> tuple
 
 
 def _threshold(iou: Tensor, present: Tensor) -> Tensor:
-    """Mean plus unbiased deviation over the columns that are there, summed in fp64 from left to right."""
+    """Mean plus unbiased deviation over the columns that are present, summed in fp64 from left to right."""
     values = torch.where(present, iou, 0.0).double()
     count = present.sum(1).double()
     total = torch.zeros_like(count)
@@ -120,7 +120,7 @@ def _assign_image(
     usable = (gt_labels >= 0) & torch.isfinite(gt_boxes).all(1)
     positive = real & torch.cat(inside, 1) & (overlap >= _threshold(overlap, real)[:, None]) & usable[:, None]
 
-    # A location goes to its largest IoU, then to the lowest slot that reaches it; one more cell takes what is not
+    # A location goes to the largest IoU, then to the lowest slot that reaches it; an extra cell takes what is not
     # positive.
     place = torch.where(positive, place, start).reshape(-1)
     overlap = torch.where(positive, overlap, -1.0).reshape(-1)
@@ -199,7 +199,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("valid-sizes", (sizes, strides, *drawn(3, 9), valid, 9, 8.0, zero, False))
     yield Sample("legacy", (sizes, strides, *drawn(2, 9), None, 9, 8.0, zero, True))
     yield Sample("centre-offset", (sizes, strides, *drawn(2, 9), valid[:2], 9, 8.0, [0.5, 0.5, 0.25, 0.0, 0.5], False))
-    # Integer corners make cells exactly as far as each other.
+    # Integer corners put several cells at exactly the same distance.
     rounded, labels = drawn(2, 40)
     yield Sample("distance-ties", (sizes, strides, rounded.round(), labels, None, 9, 8.0, zero, False))
     yield Sample("iou-ties", (sizes, strides, rounded.repeat(1, 2, 1), labels.repeat(1, 2), None, 9, 8.0, zero, False))
@@ -240,10 +240,10 @@ ATSS = register(
 
 
 def per_level(op: str, argument: str, value: object, levels: int) -> list[float]:
-    """A number, or one a level, as a list of floats."""
+    """A number, or one per level, as a list of floats."""
     values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * levels
     if len(values) != levels:
-        raise ValueError(checks.message(op, argument, f"must hold one number a level, {levels}", len(values)))
+        raise ValueError(checks.message(op, argument, f"must hold one number per level, {levels}", len(values)))
     for item in values:
         checks.number(op, argument, item)
     return [float(v) for v in values]
@@ -285,15 +285,15 @@ def atss_assign(
 
     Args:
         level_sizes: (height, width) of each level, in cells.
-        strides: pixels a cell of each level, > 0.
-        gt_boxes: fp32, fp16, bf16 or fp64 ``[B, G, 4]`` xyxy in pixels; taken to fp32. A box with a NaN or an infinity
-            is passed over.
-        gt_labels: integers ``[B, G]``, the class of each box; negative for padding, which is passed over.
+        strides: pixels per cell of each level, > 0.
+        gt_boxes: fp32, fp16, bf16 or fp64 ``[B, G, 4]`` xyxy in pixels; converted to fp32. A box with a NaN or an
+            infinity is ignored.
+        gt_labels: integers ``[B, G]``, the class of each box; negative for padding, which is ignored.
         valid_sizes: ``[B, 2]`` (h, w) in pixels: only the first ``ceil(h/stride)`` rows and ``ceil(w/stride)``
             columns of each level take part. All do by default.
-        topk: candidates a level, >= 1; fewer where the level has fewer valid cells.
+        topk: candidates per level, >= 1; fewer if the level has fewer valid cells.
         anchor_scale: side of a prior in strides, > 0.
-        center_offset: place of a centre within its cell, in cells; one number, or one a level.
+        center_offset: position of a centre within its cell, in cells; one number, or one per level.
         legacy: GFocal v1's geometry: centres (stride − 1)/2 pixels further, widths and heights + 1.
 
     Returns:
@@ -308,7 +308,7 @@ def atss_assign(
         ValueError: a shape, device or number outside the above.
 
     Note:
-        Cells as far as each other rank by lower index; a location that several boxes want goes to the larger IoU, then
+        Cells at equal distances rank by lower index; a location that several boxes want goes to the larger IoU, then
         to the lower slot. IoUs are fp32, their mean and deviation summed in fp64 in the order of the candidates: all
         backends give the same indices. A box with a single candidate in all has no deviation and gets no location.
         Differs from mmdet's, which leaves the order of equal distances to its sort.

@@ -16,6 +16,7 @@ from ...core.random_inputs import normal
 from ...core.registry import OpSpec, Sample, register
 from ..bins.dfl import two_bin_cross_entropy
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
+from ..boxes.distance import box_of, reference_box_to_distance
 from ..boxes.iou import reference as box_loss
 from ..score.qfl import absolute_power, binary_cross_entropy
 from .atss import Assignment, centres, check_strides, per_level
@@ -28,7 +29,7 @@ TARGET_MARGIN = 0.1
 
 
 class HeadLoss(NamedTuple):
-    """The scalars that `gfl_loss` returns; the fields' meaning stands there."""
+    """The scalars that `gfl_loss` returns; see there."""
 
     cls: Tensor
     box: Tensor
@@ -43,7 +44,7 @@ def rows(level: Tensor) -> Tensor:
 
 
 def positives(labels: Tensor, matched: Tensor, classes: int, slots: int) -> Tensor:
-    """A class and a box: anything else is background, but for −2, which is not counted at all."""
+    """Locations with a class and a box. The others are background, but for label −2, which no loss counts."""
     return (labels >= 0) & (labels < classes) & (matched >= 0) & (matched < slots)
 
 
@@ -64,12 +65,12 @@ def _level(
     slots = gt_boxes.shape[1] - 1
     positive = positives(labels, matched, classes, slots)
 
-    # What isn't positive is masked before the softmax, not after the loss: no NaN of it comes through a gradient.
+    # Masked before the softmax rather than after the loss, so that no NaN outside the positives reaches a gradient.
     logits = bounded_logits(rows(reg_pred).unflatten(2, (4, reg_max + 1)))
     logits = torch.where(positive[..., None, None], logits, 0.0)
     distance = expectation(logits)
     centre = (centres(height, width, stride, offset, legacy, labels.device) / stride).to(distance.dtype)
-    decoded = torch.cat([centre - distance[..., :2], centre + distance[..., 2:]], -1)
+    decoded = box_of(centre, distance, None)
     slot = torch.where(positive, matched, slots)[..., None].expand(-1, -1, 4)
     target = gt_boxes.gather(1, slot) / stride
     grown = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=target.dtype, device=target.device) if legacy else 0.0
@@ -77,7 +78,7 @@ def _level(
     quality = box_loss(pair[0].detach(), pair[1], "overlap", IOU_EPS).view(images, -1)
     giou = box_loss(*pair, "giou", IOU_EPS).view(images, -1)
 
-    side = torch.cat([centre - target[..., :2], target[..., 2:] - centre], -1)
+    side = reference_box_to_distance(centre, target, None, 0.0)
     position = side.nan_to_num(0.0).clamp(0, reg_max - TARGET_MARGIN)
     left = position.long()
     dfl = two_bin_cross_entropy(
@@ -121,9 +122,9 @@ def reference(
     center_offset: Sequence[float],
     legacy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Every location decoded, and masked where it is not positive; in fp32, or in fp64 for fp64 maps."""
+    """Decodes every location and masks those that are not positive; in fp32, or in fp64 for fp64 maps."""
     acc = accumulator(cls_scores[0].dtype)
-    # One more slot, for what has no box.
+    # One more slot, for locations without a box.
     slots = torch.cat([gt_boxes.to(acc), gt_boxes.new_zeros((gt_boxes.shape[0], 1, 4), dtype=acc)], 1)
     found = []
     start = 0
@@ -183,7 +184,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     def drawn(
         images: int, classes: int, reg_max: int, sizes: list[tuple[int, int]], slots: int, share: float = 0.2
     ) -> list:
-        """Maps, and an assignment that knows nothing of geometry: centres lie within their boxes and without."""
+        """Maps, and an assignment that ignores geometry: centres lie inside and outside their boxes."""
         strides = [8.0 * 2**i for i in range(len(sizes))]
         maps = [normal((images, classes, h, w), device, dtype, generator, 2.0) for h, w in sizes]
         distributions = [normal((images, 4 * (reg_max + 1), h, w), device, dtype, generator, 2.0) for h, w in sizes]
@@ -199,7 +200,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     def rest(reg_max: int, levels: int, beta: float = 2.0, legacy: bool = False, offset: float = 0.0) -> list:
         return [reg_max, [1.0, 2.0, 0.25], beta, [offset] * levels, legacy]
 
-    # The IoU and w are constants to the gradient, which a numerical difference does not know: hence "detached".
+    # "detached": the IoU and w are constants to the gradient, but not to a numerical difference.
     yield Sample("background", (*drawn(1, 3, 2, [(3, 4), (2, 2)], 0, 0.0), None, None, *rest(2, 2)))
     pyramid = [(9, 14), (5, 7), (3, 4), (2, 2), (1, 1)]
     case = drawn(2, 80, 16, pyramid, 7)
@@ -294,10 +295,10 @@ def gfl_loss(
     probability, the target of a distribution clamped to [0, R − 0.1].
 
     Args:
-        cls_scores: one tensor a level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
-        reg_preds: one tensor a level, ``[B, 4(R+1), H, W]``: distribution logits, sides left, top, right, bottom, bins
-            innermost. The dtype may differ from that of `cls_scores`. Any memory format; nothing is copied.
-        strides: pixels a cell of each level, > 0.
+        cls_scores: one tensor per level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
+        reg_preds: one tensor per level, ``[B, 4(R+1), H, W]``: distribution logits, sides left, top, right, bottom,
+            bins innermost. The dtype may differ from that of `cls_scores`. Any memory format; nothing is copied.
+        strides: pixels per cell of each level, > 0.
         assignment: what `atss_assign` returned: `labels` ``[B, A]`` and `matched` ``[B, A]`` over the A cells of all
             levels. A label in [0, C) with a slot in [0, G) is a positive; −2 is left out; anything else is background.
         gt_boxes: ``[B, G, 4]`` xyxy in pixels, the boxes that `matched` counts.
@@ -308,7 +309,7 @@ def gfl_loss(
             sum over the images of max(positives, 1).
         box_norm: :math:`n_{box}`, the same; by default max(Σ w, 1). A norm that is given is used as it is: with several
             ranks, pass the means of what `head_loss_norms` gives, the second at least 1.
-        center_offset: place of a centre within its cell, in cells; one number, or one a level.
+        center_offset: position of a centre within its cell, in cells; one number, or one per level.
         legacy: GFocal v1's geometry: centres (stride − 1)/2 pixels further, + 1 on widths and heights in IoU and GIoU.
 
     Returns:
@@ -385,7 +386,7 @@ def head_loss_norms(cls_scores: Sequence[Tensor], assignment: Assignment) -> Ten
     box_norm=mean[1].clamp(min=1))``, as mmdet 3.3.0's GFLHead does.
 
     Args:
-        cls_scores: one tensor a level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
+        cls_scores: one tensor per level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
         assignment: what `atss_assign` returned.
 
     Returns:

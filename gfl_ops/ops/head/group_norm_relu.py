@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group normalization and ReLU of all levels of a pyramid at once, as the shared convolutions of a head need it."""
+"""Group normalization and ReLU of all levels of a pyramid at once, for heads whose levels share their convolutions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _level(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, rel
     y = (rows - mean[..., None, None]) * (rstd[..., None, None] * scale) + shift
     if relu:
         y = y.relu()
-    # empty_like keeps a memory format that operations on the values may lose.
+    # empty_like keeps the memory format, which operations on the values may lose.
     result = torch.empty_like(x).copy_(y.view(x.shape))
     return result, torch.stack([mean, rstd], 2)
 
@@ -53,9 +53,9 @@ def fake(
 
 
 def _clear_of_the_kink(maps: list[Tensor], weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """A bias near `bias` with which no value of a channel lies close to 0, where the ReLU's derivative jumps.
+    """A bias near `bias` for which no value of a channel is close to 0, where the ReLU's derivative jumps.
 
-    There a rounding decides which side a value is on: an oracle in fp64 would rightly differ by a whole gradient.
+    There rounding decides the side, and an fp64 oracle would rightly differ by a whole gradient.
     """
     zero = torch.zeros_like(weight)
     # The oracle's values: of the rounded inputs, in fp64.
@@ -63,7 +63,7 @@ def _clear_of_the_kink(maps: list[Tensor], weight: Tensor, bias: Tensor, groups:
     values = torch.cat([level.transpose(0, 1).flatten(1) for level in levels], 1).sort(1).values
     if values.shape[1] < 2:
         return bias
-    # The middle of the widest gap of those near the drawn bias.
+    # The middle of the widest gap near the drawn bias.
     gaps = values.diff(dim=1)
     middle = (values[:, 1:] + values[:, :-1]) / 2
     far = (middle + bias.double()[:, None]).abs() > 1.5
@@ -116,27 +116,27 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield call("empty-level", [(0, 4), (3, 5)])
     yield call("pyramid", pyramid, channels=32, groups=4)
     yield call("pyramid-channels-last", pyramid, channels=32, groups=4, layout="channels-last", parameters=dtype)
-    # Channels that no vector holds a whole number of, and a group that no power of two does.
+    # A number of channels that vectors don't divide, and a group size that is no power of two.
     yield call("odd-c21", [(7, 11), (4, 5)], channels=21, groups=7)
     yield call("odd-c21-channels-last", [(7, 11), (4, 5)], channels=21, groups=7, layout="channels-last")
     yield call("a-channel-a-group-channels-last", [(5, 9)], channels=12, groups=12, layout="channels-last")
     yield call("one-group", [(5, 9)], channels=72, groups=1)
     yield call("one-group-channels-last", [(5, 9)], channels=72, groups=1, layout="channels-last")
-    # More locations than a block of any backend has.
+    # More locations than any backend has in a block.
     yield call("long", [(23, 61)], images=1, channels=4, groups=2)
     yield call("long-channels-last", [(23, 61)], images=1, channels=16, groups=2, layout="channels-last")
     for layout in ("transposed", "sliced-channels", "sliced-rows"):
         yield call(layout, [(6, 8), (3, 5)], layout=layout)
-    # Large against its spread; as much as 16 bits hold of it.
+    # A mean that is large against the deviation, as far as 16 bits can hold both.
     yield call("offset", [(8, 12), (4, 4)], mean=40.0, scale=2.0, layout="channels-last")
-    # The deviation is lost in eps.
+    # A variance far below eps.
     yield call("extreme-flat", [(6, 6)], scale=1e-4, mean=0.0, relu=False)
 
 
 def magnitude(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float, relu: bool) -> float:
-    """A mean is taken off every value, and what is left, and every gradient, is divided by the deviation.
+    """The mean is subtracted from every value, and what is left, and every gradient, is divided by the deviation.
 
-    So the former's roundings count in deviations, and a small deviation makes large terms that cancel in a gradient.
+    So roundings of the mean count in deviations, and a small deviation makes large terms that cancel in a gradient.
     """
     statistics = reference([x.double() for x in inputs], weight.double(), bias.double(), num_groups, eps, relu)[1]
     if statistics.numel() == 0:
@@ -153,6 +153,7 @@ GROUP_NORM_RELU = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        triton="group_norm",
         summary="group normalization and ReLU over all levels",
         public=("group_norm_relu",),
         differentiable=("inputs", "weight", "bias"),
@@ -188,18 +189,18 @@ def group_norm_relu(
     ``torch.relu(torch.nn.functional.group_norm(x, num_groups, weight, bias, eps))`` of each level.
 
     Args:
-        inputs: one fp32, fp16, bf16 or fp64 ``[B, C, H, W]`` a level, alike but for H and W; or one tensor. Any memory
-            format: where locations or channels lie side by side nothing is copied.
-        num_groups: G, how many groups of C / G neighbouring channels there are; divides C.
+        inputs: one fp32, fp16, bf16 or fp64 ``[B, C, H, W]`` per level, equal but for H and W; or one tensor. Any
+            memory format: if locations or channels are contiguous, nothing is copied.
+        num_groups: G, the number of groups of C / G neighbouring channels; divides C.
         weight: :math:`\gamma`, floating ``[C]``, shared by the levels.
         bias: :math:`\beta`, ``[C]``.
         eps: added to the variance, >= 0.
-        relu: without it the normalised values are returned as they are.
+        relu: whether a ReLU follows.
 
     Returns:
         A list of tensors with the levels' shapes, dtypes and memory formats; one tensor for one tensor.
 
-    The gradient reaches `inputs`, `weight` and `bias`; it is 0 where the ReLU cuts.
+    The gradient reaches `inputs`, `weight` and `bias`; it is 0 where the ReLU is.
 
     Raises:
         TypeError: a dtype or a type that is not taken.
@@ -208,8 +209,8 @@ def group_norm_relu(
     Note:
         Statistics and arithmetic in fp32 (fp64 for fp64), whatever autocast says; the variance is summed about values
         near the mean, so that a large mean does not cancel it away. Sums have a fixed order: repeatable bit for bit,
-        the gradients of `weight` and `bias` too. Empty levels and batches are taken. Unlike torch's, a group may have
-        a single value.
+        the gradients of `weight` and `bias` too. Empty levels and batches are allowed, and, unlike in torch, groups
+        of a single value.
     """
     levels = [inputs] if isinstance(inputs, Tensor) else inputs
     _images, channels = checks.maps(OP, "inputs", levels)

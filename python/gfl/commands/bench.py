@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS
-from . import require_folder
-from ._size import parse_size
+from . import DTYPES, parse_size, require_folder
 
-HELP = "time whole detectors: images per second by model, precision, batch and size"
+HELP = "time whole detectors, in images per second"
 ALL = "all"
 # Models, size and batches per device where none are given.
 DEFAULTS = {"cpu": (["gfl_r18_1x"], (320, 320), [1]), "cuda": (["gfl_r50_1x"], (800, 1344), [1, 16])}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Pairs of location and class above the score threshold: per image as many as a trained network finds in COCO's images,
 # or this share of all pairs of a small image.
 CANDIDATES, SHARE = 3000, 0.02
@@ -29,12 +27,13 @@ CANDIDATES, SHARE = 3000, 0.02
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
-Times gfl.Detector(..., optimize=True) with random weights and a score threshold that lets as many candidates pass as a
-trained network has. Against plain eager PyTorch, part by part: python benchmarks/bench.py detectors, in the sources.
+Times gfl.Detector(..., optimize=True) with random weights and a threshold that
+lets as many candidates pass as a trained network has. Against plain eager
+PyTorch, part by part: python benchmarks/bench.py detectors, in the sources.
 
   gfl bench                                          this machine's default
   gfl bench --models all --batch 1 8 32 --dtype all  everything
-  gfl bench --device cpu --threads 2 --clock cpu     processor time, beside other programs"""
+  gfl bench --device cpu --threads 2 --clock cpu     for a busy CPU"""
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help=f"{', '.join(PRESETS)}, or all [gfl_r18_1x; on a GPU gfl_r50_1x]")
     add("--batch", nargs="+", type=int, metavar="N", help="images at a time, 1 to 32 [1; on a GPU 1 16]")

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from . import DTYPES
+
 HELP = "detect objects in images: writes pictures and a COCO-format file"
 ANNOTATIONS = "detections.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,11 @@ def run(options: argparse.Namespace) -> int:
     annotations: list[dict[str, Any]] = []
     used: set[str] = set()
     for result in detector.stream(files, edges=options.edges, on_error=report):
-        name = _unused(result.path.stem if result.path else "image", used)
+        name = stem = result.path.stem if result.path else "image"
+        numbers = itertools.count(2)
+        while name in used:  # images of one name in several folders
+            name = f"{stem}-{next(numbers)}"
+        used.add(name)
         result.draw(options.score).save(out / f"{name}.jpg", quality=92)
         if options.edges and len(result):
             result.draw_edges(0).save(out / f"{name}.edges.png")
@@ -75,13 +81,3 @@ def run(options: argparse.Namespace) -> int:
     (out / ANNOTATIONS).write_text(json.dumps(content))
     print(f"{len(annotations)} objects in {len(images)} images, {len(unreadable)} unreadable -> {out / ANNOTATIONS}")
     return 0 if images else 1
-
-
-def _unused(stem: str, used: set[str]) -> str:
-    """`stem`, or with a number for a second image of that name."""
-    name, number = stem, 1
-    while name in used:
-        number += 1
-        name = f"{stem}-{number}"
-    used.add(name)
-    return name

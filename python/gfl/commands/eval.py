@@ -8,13 +8,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import config as configuration
 from . import require_folder
 
 if TYPE_CHECKING:
-    from ..data.coco import CocoDataset
+    from ..data.coco import Annotations, CocoDataset
+
+    # Number of images, problems of the data, annotations, detections, metrics.
+    Found = tuple[int, Mapping[str, int], Annotations, list[dict[str, Any]], dict[str, float]]
 
 HELP = "evaluate a checkpoint or detections by COCO's AP"
 
@@ -39,33 +42,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     for file in (options.output, options.save_detections):
         require_folder(file)
-    if options.detections is not None:
-        return _of_file(options)
-    if options.checkpoint is None:
-        raise ValueError("a CHECKPOINT is needed, or --detections FILE and --annotations FILE")
-    if options.annotations is not None:
-        raise ValueError("`--annotations` is for --detections; a CHECKPOINT takes --data and --val-annotations")
-    return _of_checkpoint(options)
-
-
-def _of_file(options: argparse.Namespace) -> int:
-    from ..data.coco import read_annotations, read_detections
+    found = _of_checkpoint(options) if options.detections is None else _of_file(options)
+    if found is None:  # another process reports
+        return 0
     from ..engine import evaluate
 
+    images, problems, annotations, detections, metrics = found
+    print(f"{len(detections)} detections, {images} images")
+    for problem, number in problems.items():
+        print(f"{number} {problem}")
+    print(evaluate.table(metrics))
+    if options.per_class:
+        print(evaluate.class_table(evaluate.class_metrics(annotations, detections)))
+    if options.output is not None:
+        values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
+    if options.save_detections is not None:
+        Path(options.save_detections).write_text(json.dumps(detections))
+    return 0
+
+
+def _of_file(options: argparse.Namespace) -> Found:
     if options.annotations is None:
         raise ValueError("`--detections` needs --annotations FILE")
     if options.checkpoint is not None or options.save_detections is not None or options.optimize:
         raise ValueError("`--detections` goes without a CHECKPOINT, --save-detections and --optimize")
+    from ..data.coco import read_annotations, read_detections
+    from ..engine import evaluate
+
     annotations = read_annotations(options.annotations)
     detections = read_detections(options.detections, annotations)
-    counts = f"{len(detections)} detections, {len(annotations.image_ids)} images"
-    _report(options, counts, annotations.problems, evaluate.coco_metrics(annotations, detections))
-    if options.per_class:
-        print(evaluate.class_table(evaluate.class_metrics(annotations, detections)))
-    return 0
+    metrics = evaluate.coco_metrics(annotations, detections)
+    return len(annotations.image_ids), annotations.problems, annotations, detections, metrics
 
 
-def _of_checkpoint(options: argparse.Namespace) -> int:
+def _of_checkpoint(options: argparse.Namespace) -> Found | None:
+    if options.checkpoint is None:
+        raise ValueError("a CHECKPOINT is needed, or --detections FILE and --annotations FILE")
+    if options.annotations is not None:
+        raise ValueError("`--annotations` is for --detections; a CHECKPOINT takes --data and --val-annotations")
     from ..checkpoint import model_from
     from ..data.loader import validation_dataset
     from ..engine import evaluate
@@ -74,41 +89,20 @@ def _of_checkpoint(options: argparse.Namespace) -> int:
 
     model, stored, classes, _ = model_from(options.checkpoint)
     config = configuration.overrides(stored, options)
-    dataset = validation_dataset(config)
-    _check_classes(options.checkpoint, classes, dataset)
-    if options.optimize:
-        model = FusedGFL(model)
+    data = validation_dataset(config)
+    _check_classes(options.checkpoint, classes, data)
     with processes(options.device) as process:
-        metrics, detections = evaluate.evaluate(model.to(process.device), dataset, config, process.device)
-        if not process.main:
-            return 0
-        counts = f"{len(detections)} detections, {len(dataset)} images"
-        _report(options, counts, dataset.problems, metrics)
-        if options.per_class:
-            print(evaluate.class_table(evaluate.class_metrics(dataset.annotations, detections)))
-        if options.save_detections is not None:
-            Path(options.save_detections).write_text(json.dumps(detections))
-    return 0
+        network = (FusedGFL(model) if options.optimize else model).to(process.device)
+        metrics, detections = evaluate.evaluate(network, data, config, process.device)
+        return (len(data), data.problems, data.annotations, detections, metrics) if process.main else None
 
 
-def _check_classes(checkpoint: str, classes: list[str] | None, dataset: CocoDataset) -> None:
+def _check_classes(checkpoint: str, classes: list[str] | None, data: CocoDataset) -> None:
     """Labels are positions in a list of names, so the names must be the same in the same order."""
-    there, path = dataset.classes, dataset.annotations.path
+    there, path = data.classes, data.annotations.path
     if classes is None or classes == there:
         return
     if len(classes) != len(there):
         raise ValueError(f"{checkpoint} was trained on {len(classes)} classes, {path} lists {len(there)}")
     label = next(c for c, (one, other) in enumerate(zip(classes, there)) if one != other)
     raise ValueError(f"class {label} of {checkpoint} is {classes[label]!r}, that of {path} is {there[label]!r}")
-
-
-def _report(options: argparse.Namespace, counts: str, problems: Mapping[str, int], metrics: dict[str, float]) -> None:
-    from ..engine import evaluate
-
-    print(counts)
-    for problem, number in problems.items():
-        print(f"{number} {problem}")
-    print(evaluate.table(metrics))
-    if options.output is not None:
-        values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
-        Path(options.output).write_text(json.dumps(values, indent=2) + "\n")

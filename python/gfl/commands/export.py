@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import require_folder
-from ._size import parse_size
+from . import DTYPES, parse_size, require_folder
 
 HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
 EPILOG = """\
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     height, width = (-(-side // 32) * 32 for side in (config.test.short_side, config.test.long_side))
     size = parse_size(options.size, "--size") if options.size else (height, width)
     outputs = options.outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
-    dtype = torch.float16 if options.dtype == "fp16" else torch.float32
+    dtype = getattr(torch, DTYPES[options.dtype])
     if options.format == "onnx":
         export.to_onnx(model, options.out, size, batch=batch, outputs=outputs, dtype=dtype, classes=classes)
     else:

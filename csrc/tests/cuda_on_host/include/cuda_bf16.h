@@ -3,12 +3,8 @@
 #pragma once
 #include "cuda_runtime.h"
 
-struct __nv_bfloat16 {
-  unsigned short bits;
-};
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
+struct __nv_bfloat16 { unsigned short bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 typedef __nv_bfloat16 nv_bfloat16;
 typedef __nv_bfloat162 nv_bfloat162;
 

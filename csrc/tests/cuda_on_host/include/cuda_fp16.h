@@ -4,12 +4,8 @@
 #pragma once
 #include "cuda_runtime.h"
 
-struct __half {
-  unsigned short bits;
-};
-struct alignas(4) __half2 {
-  __half x, y;
-};
+struct __half { unsigned short bits; };
+struct alignas(4) __half2 { __half x, y; };
 typedef __half half;
 typedef __half2 half2;
 

@@ -22,8 +22,25 @@ struct Site {
 };
 
 enum class BlockOp { sync, count, all, any };
-enum class WarpOp { sync, shuffle_index, shuffle_up, shuffle_down, shuffle_xor, ballot, all, any, match_any,
-                    add, min_signed, max_signed, min_unsigned, max_unsigned, bit_and, bit_or, bit_xor };
+enum class WarpOp {
+  sync,
+  shuffle_index,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  ballot,
+  all,
+  any,
+  match_any,
+  add,
+  min_signed,
+  max_signed,
+  min_unsigned,
+  max_unsigned,
+  bit_and,
+  bit_or,
+  bit_xor
+};
 
 // Waits for every thread of the block; the result is that of __syncthreads_count, _and or _or.
 int sync_block(BlockOp op, int predicate, Site site);
@@ -88,7 +105,7 @@ template <class T> T shuffle(WarpOp op, unsigned mask, T value, int argument, in
 
 }  // namespace gfl_host
 
-#define GFL_LAUNCH(kernel, grid, block, smem, stream, ...)                                                           \
+#define GFL_LAUNCH(kernel, grid, block, smem, stream, ...) \
   ::gfl_host::launcher(#kernel, ::gfl_host::Site::here(), kernel, (grid), (block), (smem), (stream))(__VA_ARGS__)
 
 namespace gfl {

@@ -3,15 +3,15 @@
 // misaligned vector access is one here too.
 #pragma once
 
-#define GFL_HOST_VECTOR(base, stem, align2, align4)                                                    \
-  struct stem##1 { base x; };                                                                          \
-  struct alignas(align2) stem##2 { base x, y; };                                                       \
-  struct stem##3 { base x, y, z; };                                                                    \
-  struct alignas(align4) stem##4 { base x, y, z, w; };                                                 \
+#define GFL_HOST_VECTOR(base, stem, align2, align4)                                                     \
+  struct stem##1 { base x; };                                                                           \
+  struct alignas(align2) stem##2 { base x, y; };                                                        \
+  struct stem##3 { base x, y, z; };                                                                     \
+  struct alignas(align4) stem##4 { base x, y, z, w; };                                                  \
   static_assert(sizeof(stem##2) == 2 * sizeof(base) && sizeof(stem##4) == 4 * sizeof(base), "padding"); \
-  inline stem##1 make_##stem##1(base x) { return {x}; }                                                \
-  inline stem##2 make_##stem##2(base x, base y) { return {x, y}; }                                     \
-  inline stem##3 make_##stem##3(base x, base y, base z) { return {x, y, z}; }                          \
+  inline stem##1 make_##stem##1(base x) { return {x}; }                                                 \
+  inline stem##2 make_##stem##2(base x, base y) { return {x, y}; }                                      \
+  inline stem##3 make_##stem##3(base x, base y, base z) { return {x, y, z}; }                           \
   inline stem##4 make_##stem##4(base x, base y, base z, base w) { return {x, y, z, w}; }
 
 GFL_HOST_VECTOR(signed char, char, 2, 4)

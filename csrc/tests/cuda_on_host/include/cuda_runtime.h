@@ -37,10 +37,10 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, gfl_host::Site site = gfl_ho
   gfl_host::sync_warp(gfl_host::WarpOp::sync, mask, 0, 0, 32, site);
 }
 
-#define GFL_HOST_SHUFFLE(name, op, argument)                                                                         \
-  template <class T>                                                                                                 \
-  T name(unsigned mask, T value, argument from, int width = 32, gfl_host::Site site = gfl_host::Site::here()) {      \
-    return gfl_host::shuffle(gfl_host::WarpOp::op, mask, value, static_cast<int>(from), width, site);                \
+#define GFL_HOST_SHUFFLE(name, op, argument)                                                                    \
+  template <class T>                                                                                            \
+  T name(unsigned mask, T value, argument from, int width = 32, gfl_host::Site site = gfl_host::Site::here()) { \
+    return gfl_host::shuffle(gfl_host::WarpOp::op, mask, value, static_cast<int>(from), width, site);           \
   }
 GFL_HOST_SHUFFLE(__shfl_sync, shuffle_index, int)
 GFL_HOST_SHUFFLE(__shfl_up_sync, shuffle_up, unsigned)
@@ -48,8 +48,8 @@ GFL_HOST_SHUFFLE(__shfl_down_sync, shuffle_down, unsigned)
 GFL_HOST_SHUFFLE(__shfl_xor_sync, shuffle_xor, int)
 #undef GFL_HOST_SHUFFLE
 
-#define GFL_HOST_VOTE(result, name, op)                                                              \
-  inline result name(unsigned mask, int predicate, gfl_host::Site site = gfl_host::Site::here()) {   \
+#define GFL_HOST_VOTE(result, name, op)                                                                       \
+  inline result name(unsigned mask, int predicate, gfl_host::Site site = gfl_host::Site::here()) {            \
     return static_cast<result>(gfl_host::sync_warp(gfl_host::WarpOp::op, mask, predicate != 0, 0, 32, site)); \
   }
 GFL_HOST_VOTE(unsigned, __ballot_sync, ballot)
@@ -62,9 +62,9 @@ template <class T> unsigned __match_any_sync(unsigned mask, T value, gfl_host::S
       gfl_host::sync_warp(gfl_host::WarpOp::match_any, mask, gfl_host::to_bits(value), 0, 32, site));
 }
 
-#define GFL_HOST_REDUCE(type, name, op)                                                                      \
-  inline type name(unsigned mask, type value, gfl_host::Site site = gfl_host::Site::here()) {                \
-    return gfl_host::shuffle(gfl_host::WarpOp::op, mask, value, 0, 32, site);                                \
+#define GFL_HOST_REDUCE(type, name, op)                                                       \
+  inline type name(unsigned mask, type value, gfl_host::Site site = gfl_host::Site::here()) { \
+    return gfl_host::shuffle(gfl_host::WarpOp::op, mask, value, 0, 32, site);                 \
   }
 GFL_HOST_REDUCE(int, __reduce_add_sync, add)
 GFL_HOST_REDUCE(unsigned, __reduce_add_sync, add)
@@ -93,15 +93,15 @@ template <class T, class F> T atomic(T* address, F&& next) {
 }
 }  // namespace gfl_host
 
-#define GFL_HOST_ATOMIC(type, name, expression)                                  \
-  inline type name(type* address, type value) {                                  \
+#define GFL_HOST_ATOMIC(type, name, expression)                                     \
+  inline type name(type* address, type value) {                                     \
     return gfl_host::atomic(address, [=](type old) -> type { return expression; }); \
   }
-#define GFL_HOST_ATOMIC_INTEGER(type)                                 \
-  GFL_HOST_ATOMIC(type, atomicMin, value < old ? value : old)         \
-  GFL_HOST_ATOMIC(type, atomicMax, value > old ? value : old)         \
-  GFL_HOST_ATOMIC(type, atomicAnd, old & value)                       \
-  GFL_HOST_ATOMIC(type, atomicOr, old | value)                        \
+#define GFL_HOST_ATOMIC_INTEGER(type)                         \
+  GFL_HOST_ATOMIC(type, atomicMin, value < old ? value : old) \
+  GFL_HOST_ATOMIC(type, atomicMax, value > old ? value : old) \
+  GFL_HOST_ATOMIC(type, atomicAnd, old& value)                \
+  GFL_HOST_ATOMIC(type, atomicOr, old | value)                \
   GFL_HOST_ATOMIC(type, atomicXor, old ^ value)
 GFL_HOST_ATOMIC_INTEGER(int)
 GFL_HOST_ATOMIC_INTEGER(unsigned)
@@ -124,9 +124,9 @@ GFL_HOST_ATOMIC(float, atomicExch, (static_cast<void>(old), value))
 #undef GFL_HOST_ATOMIC_INTEGER
 #undef GFL_HOST_ATOMIC
 
-#define GFL_HOST_CAS(type)                                                                               \
-  inline type atomicCAS(type* address, type compare, type value) {                                       \
-    return gfl_host::atomic(address, [=](type old) -> type { return old == compare ? value : old; });    \
+#define GFL_HOST_CAS(type)                                                                            \
+  inline type atomicCAS(type* address, type compare, type value) {                                    \
+    return gfl_host::atomic(address, [=](type old) -> type { return old == compare ? value : old; }); \
   }
 GFL_HOST_CAS(int)
 GFL_HOST_CAS(unsigned)
@@ -173,11 +173,13 @@ inline double rsqrt(double a) { return 1.0 / sqrt(a); }
 #define __sinf(x) sinf(x)
 #define __cosf(x) cosf(x)
 
-#define GFL_HOST_MIN_MAX(a, b, result)                                                                                \
-  constexpr result min(a x, b y) { return static_cast<result>(x) < static_cast<result>(y) ? static_cast<result>(x)    \
-                                                                                          : static_cast<result>(y); } \
-  constexpr result max(a x, b y) { return static_cast<result>(x) > static_cast<result>(y) ? static_cast<result>(x)    \
-                                                                                          : static_cast<result>(y); }
+#define GFL_HOST_MIN_MAX(a, b, result)                                                                        \
+  constexpr result min(a x, b y) {                                                                            \
+    return static_cast<result>(x) < static_cast<result>(y) ? static_cast<result>(x) : static_cast<result>(y); \
+  }                                                                                                           \
+  constexpr result max(a x, b y) {                                                                            \
+    return static_cast<result>(x) > static_cast<result>(y) ? static_cast<result>(x) : static_cast<result>(y); \
+  }
 GFL_HOST_MIN_MAX(int, int, int)
 GFL_HOST_MIN_MAX(unsigned, unsigned, unsigned)
 GFL_HOST_MIN_MAX(int, unsigned, unsigned)

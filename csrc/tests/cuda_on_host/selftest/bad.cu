@@ -83,8 +83,7 @@ __global__ void uneven_loop(int* out) {
   out[threadIdx.x] = __shfl_sync(kAll, sum, 0);
 }
 __global__ void endless_loop(int* out) {
-  while (atomicAdd(&out[threadIdx.x], 0) != 12345) {
-  }
+  while (atomicAdd(&out[threadIdx.x], 0) != 12345) {}
 }
 
 __global__ void shared_read(int* out) { out[threadIdx.x] = gfl::shared<int>()[threadIdx.x + 1]; }

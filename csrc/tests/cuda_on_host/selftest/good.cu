@@ -230,8 +230,8 @@ float nearest(float value, int digits, int exponent, float largest) {
 }
 
 template <class T> void rounding(int digits, int exponent, float largest, const char* what) {
-  std::vector<float> values = {0.0f, 1.0f, 65504.0f, 65519.996f, 65520.0f, 1e-8f, 5.9604645e-8f,
-                               2.9802322e-8f, 3e-8f, 6.1e-5f, 8.9406967e-8f, 3.3895314e38f, 3.4e38f, INFINITY};
+  std::vector<float> values = {0.0f,          1.0f,  65504.0f, 65519.996f,    65520.0f,      1e-8f,   5.9604645e-8f,
+                               2.9802322e-8f, 3e-8f, 6.1e-5f,  8.9406967e-8f, 3.3895314e38f, 3.4e38f, INFINITY};
   uint32_t state = 12345;
   for (int i = 0; i < 4000; ++i) {
     state = state * 1664525u + 1013904223u;

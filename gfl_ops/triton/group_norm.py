@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group normalization and ReLU in Triton                                             (arXiv 1803.08494, eq. 1)
 
-    x, grad_y      [B, C, H, W] a level     fp32, fp16, bf16, fp64  read, in place where rows follow each other
+    x, grad_y      [B, C, H, W] per level   fp32, fp16, bf16, fp64  read, in place where rows follow each other
     weight, bias   [C]                      as x or A               read
     y, grad_x      as x                     as x                    write, in the layout of x
     statistics     [L, B, G, 2]             A                       write, read: mean and reciprocal deviation
     partial sums   of pieces                A                       write, read
 
-Two launches a level and direction: the first sums over pieces of a level, the second puts the pieces of its groups
-together and computes the values; the parameters' gradients are one more sum over all pieces. A program holds a slab of
-whole groups, about 64 channels, padded to powers of two, and walks over its piece's locations in tiles. Bytes an
-element: forward 2 readings and 1 writing, backward twice 2 and 1. Accumulator A: fp32, fp64 for fp64, about a value of
+Two launches per level and direction: the first sums over pieces of a level, the second combines the pieces of its
+groups and computes the values; the gradients of weight and bias are one more sum over all pieces. A program holds a
+slab of whole groups, about 64 channels, padded to powers of two, and walks over its piece's locations in tiles. Bytes
+per element: forward 2 reads and 1 write, backward twice 2 and 1. Accumulator A: fp32, fp64 for fp64, about a value of
 the piece. Repeatable bit for bit: every sum has a fixed tree."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.dtypes import accumulator
-from . import _launch
+from . import launch
 
 SLAB, TILE = 64, 2048  # channels of a program; elements of a tile
 FEWEST_STEPS, MOST_PIECES = 8, 64
@@ -32,32 +32,32 @@ MOST_ROWS_INTERPRETED = 64
 
 
 @triton.jit
-def _slab(groups, each, GROUPS: tl.constexpr, EACH: tl.constexpr):
-    """This program's image and first group, and of its columns the channels and which of them exist."""
+def _slab(pieces, groups, each, GROUPS: tl.constexpr, EACH: tl.constexpr):
+    """This program's piece, image and first group; the channels of its columns and which of them exist."""
+    piece, slab = tl.program_id(0) % pieces, tl.program_id(0) // pieces
     slabs = (groups + GROUPS - 1) // GROUPS
-    image = (tl.program_id(1) // slabs).to(tl.int64)
-    first = (tl.program_id(1) % slabs) * GROUPS
+    image, first = (slab // slabs).to(tl.int64), (slab % slabs) * GROUPS
     column = tl.arange(0, GROUPS * EACH)
     group = first + column // EACH
     exists = (group < groups) & (column % EACH < each)
-    return image, first, (group * each + column % EACH).to(tl.int64), exists
+    return piece, image, first, (group * each + column % EACH).to(tl.int64), exists
 
 
 @triton.jit
 def _spread(of_group, GROUPS: tl.constexpr, EACH: tl.constexpr):
-    """A value a group to a value a column."""
+    """A value per group to a value per column."""
     return tl.reshape(tl.broadcast_to(of_group[:, None], (GROUPS, EACH)), (GROUPS * EACH,))
 
 
 @triton.jit
 def _gathered(of_column, exists, GROUPS: tl.constexpr, EACH: tl.constexpr):
-    """Values of columns that exist, to a sum a group."""
+    """Values of columns that exist to a sum per group."""
     return tl.sum(tl.reshape(tl.where(exists, of_column, 0.0), (GROUPS, EACH)), 1)
 
 
 @triton.jit
 def _passed(grad, value, RELU: tl.constexpr):
-    """The gradient where the ReLU lets it through; NaN lets it."""
+    """The gradient where the ReLU passes it; a NaN value does."""
     if RELU:
         grad = tl.where(value <= 0.0, 0.0, grad)
     return grad
@@ -65,13 +65,12 @@ def _passed(grad, value, RELU: tl.constexpr):
 
 @triton.jit
 def group_norm_relu_moments_kernel(
-    x, partial, locations, groups, each, stride_image, stride_channel, stride_location,
+    x, partial, locations, groups, each, pieces, stride_image, stride_channel, stride_location,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = partial.dtype.element_ty
-    image, first, channel, exists = _slab(groups, each, GROUPS, EACH)
-    piece = tl.program_id(0)
-    begin = piece.to(tl.int64) * (BLOCK_L * STEPS)
+    this_piece, image, first, channel, exists = _slab(pieces, groups, each, GROUPS, EACH)
+    begin = this_piece.to(tl.int64) * (BLOCK_L * STEPS)
     at = x + image * stride_image + channel * stride_channel
     shift = tl.load(at + begin * stride_location, mask=exists, other=0.0).to(acc)
     total = tl.zeros((BLOCK_L, GROUPS * EACH), dtype=acc)
@@ -97,20 +96,20 @@ def group_norm_relu_moments_kernel(
     mean = _gathered(from_base, exists, GROUPS, EACH) / each
     difference = from_base - _spread(mean, GROUPS, EACH)
     spread = _gathered(within + difference * difference * count, exists, GROUPS, EACH)
-    out = partial + ((image * groups + group) * tl.num_programs(0) + piece) * 2
+    out = partial + ((image * groups + group) * pieces + this_piece) * 2
     tl.store(out, base + mean, mask=group < groups)
     tl.store(out + 1, spread, mask=group < groups)
 
 
 @triton.jit
 def group_norm_relu_forward_kernel(
-    x, weight, bias, partial, statistics, y, locations, groups, each, eps, pieces,
+    x, weight, bias, partial, statistics, y, locations, groups, each, pieces,
     stride_image, stride_channel, stride_location, stride_y_image, stride_y_channel, stride_y_location,
-    RELU: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr,
-    PIECES: tl.constexpr,
+    EPS: tl.constexpr, RELU: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_L: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = statistics.dtype.element_ty
-    image, first, channel, exists = _slab(groups, each, GROUPS, EACH)
+    this_piece, image, first, channel, exists = _slab(pieces, groups, each, GROUPS, EACH)
     group = first + tl.arange(0, GROUPS)
     piece = tl.arange(0, PIECES)
     of_piece = partial + ((image * groups + group)[:, None] * pieces + piece[None, :]) * 2
@@ -124,16 +123,16 @@ def group_norm_relu_forward_kernel(
     difference = means - mean[:, None]
     # `spreads` are sums over a group's channels, `share` counts locations.
     variance = tl.sum(tl.where(there, spreads / locations, 0.0), 1) / each + tl.sum(share * difference * difference, 1)
-    rstd = 1.0 / tl.sqrt(variance + eps)
+    rstd = 1.0 / tl.sqrt(variance + tl.full((), EPS, acc))  # a float argument would be fp32 in fp64 too
     mean += base
-    if tl.program_id(0) == 0:
+    if this_piece == 0:
         out = statistics + (image * groups + group) * 2
         tl.store(out, mean, mask=group < groups)
         tl.store(out + 1, rstd, mask=group < groups)
     scale = _spread(rstd, GROUPS, EACH) * tl.load(weight + channel, mask=exists, other=0.0).to(acc)
     shift = tl.load(bias + channel, mask=exists, other=0.0).to(acc)
     centre = _spread(mean, GROUPS, EACH)
-    begin = tl.program_id(0).to(tl.int64) * (BLOCK_L * STEPS)
+    begin = this_piece.to(tl.int64) * (BLOCK_L * STEPS)
     at = x + image * stride_image + channel * stride_channel
     to = y + image * stride_y_image + channel * stride_y_channel
     for step in range(STEPS):
@@ -152,7 +151,7 @@ def group_norm_relu_forward_kernel(
 def _coefficients(
     weight, bias, statistics, image, first, channel, exists, groups, GROUPS: tl.constexpr, EACH: tl.constexpr
 ):
-    """Mean, scale and bias a column, and the reciprocal deviation a group."""
+    """Mean, scale and bias per column, and the reciprocal deviation per group."""
     acc: tl.constexpr = statistics.dtype.element_ty
     group = first + tl.arange(0, GROUPS)
     statistic = statistics + (image * groups + group) * 2
@@ -164,17 +163,16 @@ def _coefficients(
 
 @triton.jit
 def group_norm_relu_sums_kernel(
-    grad_y, x, weight, bias, statistics, of_groups, of_channels, locations, groups, each,
+    grad_y, x, weight, bias, statistics, of_groups, of_channels, locations, groups, each, pieces,
     stride_image, stride_channel, stride_location, stride_grad_image, stride_grad_channel, stride_grad_location,
     RELU: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = statistics.dtype.element_ty
-    image, first, channel, exists = _slab(groups, each, GROUPS, EACH)
+    this_piece, image, first, channel, exists = _slab(pieces, groups, each, GROUPS, EACH)
     centre, scale, shift, rstd = _coefficients(
         weight, bias, statistics, image, first, channel, exists, groups, GROUPS, EACH
     )
-    piece = tl.program_id(0)
-    begin = piece.to(tl.int64) * (BLOCK_L * STEPS)
+    begin = this_piece.to(tl.int64) * (BLOCK_L * STEPS)
     at = x + image * stride_image + channel * stride_channel
     grad_at = grad_y + image * stride_grad_image + channel * stride_grad_channel
     total = tl.zeros((BLOCK_L, GROUPS * EACH), dtype=acc)
@@ -191,12 +189,12 @@ def group_norm_relu_sums_kernel(
         product += tl.where(inside, grad * distance, 0.0)
     of_channel = tl.sum(total, 0)
     of_xhat = tl.sum(product, 0) * _spread(rstd, GROUPS, EACH)
-    row = (image * tl.num_programs(0) + piece) * 2 * groups * each
+    row = (image * pieces + this_piece) * 2 * groups * each
     tl.store(of_channels + row + channel, of_channel, mask=exists)
     tl.store(of_channels + row + groups * each + channel, of_xhat, mask=exists)
     gamma = tl.load(weight + channel, mask=exists, other=0.0).to(acc)
     group = first + tl.arange(0, GROUPS)
-    out = of_groups + ((image * groups + group) * tl.num_programs(0) + piece) * 2
+    out = of_groups + ((image * groups + group) * pieces + this_piece) * 2
     tl.store(out, _gathered(gamma * of_channel, exists, GROUPS, EACH), mask=group < groups)
     tl.store(out + 1, _gathered(gamma * of_xhat, exists, GROUPS, EACH), mask=group < groups)
 
@@ -210,7 +208,7 @@ def group_norm_relu_backward_kernel(
     PIECES: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = statistics.dtype.element_ty
-    image, first, channel, exists = _slab(groups, each, GROUPS, EACH)
+    this_piece, image, first, channel, exists = _slab(pieces, groups, each, GROUPS, EACH)
     centre, scale, shift, rstd = _coefficients(
         weight, bias, statistics, image, first, channel, exists, groups, GROUPS, EACH
     )
@@ -218,12 +216,12 @@ def group_norm_relu_backward_kernel(
     piece = tl.arange(0, PIECES)
     of_piece = of_groups + ((image * groups + group)[:, None] * pieces + piece[None, :]) * 2
     there = (group < groups)[:, None] & (piece < pieces)[None, :]
-    count = (locations * each).to(acc)
+    count = (tl.cast(locations, tl.int64) * each).to(acc)  # an integer argument of 1 is a Python int
     level = rstd * tl.sum(tl.load(of_piece, mask=there, other=0.0), 1) / count
     slope = rstd * rstd * tl.sum(tl.load(of_piece + 1, mask=there, other=0.0), 1) / count
     level = _spread(level, GROUPS, EACH)
     slope = _spread(slope, GROUPS, EACH)
-    begin = tl.program_id(0).to(tl.int64) * (BLOCK_L * STEPS)
+    begin = this_piece.to(tl.int64) * (BLOCK_L * STEPS)
     at = x + image * stride_image + channel * stride_channel
     grad_at = grad_y + image * stride_grad_image + channel * stride_grad_channel
     to = grad_x + image * stride_out_image + channel * stride_out_channel
@@ -239,34 +237,34 @@ def group_norm_relu_backward_kernel(
 
 
 class Walk(NamedTuple):
-    """How a level is cut up."""
+    """How a level is divided: `sizes` are its locations, groups, channels per group and pieces."""
 
-    grid: tuple[int, int]
+    programs: int
     pieces: int
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
     constants: dict[str, int]
 
 
 def _walk(x: Tensor, groups: int) -> Walk:
     images, channels, height, width = x.shape
     each, locations = channels // groups, height * width
-    padded = _launch.power_of_two(each)
-    together = min(max(SLAB // padded, 1), _launch.power_of_two(groups))
-    # The interpreter pays by the operation, but sums a tile row after row, not by halves: long tiles would lose digits.
-    block = MOST_ROWS_INTERPRETED if _launch.INTERPRETS else max(TILE // (together * padded), 1)
-    block = min(block, _launch.power_of_two(locations))
-    fewest = 2 if _launch.INTERPRETS else FEWEST_STEPS
-    steps = max(_launch.power_of_two(_launch.programs(locations, block * MOST_PIECES)), fewest)
-    steps = min(steps, _launch.power_of_two(_launch.programs(locations, block)))
-    pieces = _launch.programs(locations, block * steps)
-    grid = (pieces, images * _launch.programs(groups, together))
-    return Walk(
-        grid, pieces, (locations, groups, each), {"GROUPS": together, "EACH": padded, "BLOCK_L": block, "STEPS": steps}
-    )
+    padded = launch.power_of_two(each)
+    together = min(max(SLAB // padded, 1), launch.power_of_two(groups))
+    # The interpreter pays per operation, but sums a tile row after row, not by halves: long tiles would lose digits.
+    block = MOST_ROWS_INTERPRETED if launch.INTERPRETS else max(TILE // (together * padded), 1)
+    block = min(block, launch.power_of_two(locations))
+    fewest = 2 if launch.INTERPRETS else FEWEST_STEPS
+    steps = max(launch.power_of_two(launch.programs(locations, block * MOST_PIECES)), fewest)
+    steps = min(steps, launch.power_of_two(launch.programs(locations, block)))
+    pieces = launch.programs(locations, block * steps)
+    constants = {"GROUPS": together, "EACH": padded, "BLOCK_L": block, "STEPS": steps}
+    # All on the first axis of the grid: the others end at 65 535.
+    programs = pieces * images * launch.programs(groups, together)
+    return Walk(programs, pieces, (locations, groups, each, pieces), constants)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Of image, channel and location; None where rows don't follow each other."""
+    """Strides of image, channel and location; None if rows don't follow each other."""
     height, width = x.shape[2:]
     if height > 1 and width > 1 and x.stride(2) != width * x.stride(3):
         return None
@@ -288,7 +286,7 @@ class _Result:
     def __init__(self, like: Tensor) -> None:
         self.like = like
         # Triton's interpreter truncates to bfloat16 instead of rounding: there torch rounds.
-        dtype = torch.float32 if _launch.INTERPRETS and like.dtype == torch.bfloat16 else like.dtype
+        dtype = torch.float32 if launch.INTERPRETS and like.dtype == torch.bfloat16 else like.dtype
         self.written = torch.empty_like(like, dtype=dtype)
         if _strides(self.written) is None:
             self.written = torch.empty(like.shape, dtype=dtype, device=like.device)
@@ -301,7 +299,7 @@ class _Result:
         return wanted.copy_(self.written)
 
 
-def forward(
+def group_norm_relu_forward(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float, relu: bool
 ) -> tuple[list[Tensor], Tensor]:
     first = inputs[0]
@@ -313,19 +311,19 @@ def forward(
         result, walk = _Result(x), _walk(x, num_groups)
         map, strides = _readable(x)
         partial = torch.empty((x.shape[0], num_groups, walk.pieces, 2), dtype=acc, device=x.device)
-        _launch.launch(
-            group_norm_relu_moments_kernel, walk.grid, x, map, partial, *walk.sizes, *strides, **walk.constants
+        launch.launch(
+            group_norm_relu_moments_kernel, walk.programs, x, map, partial, *walk.sizes, *strides, **walk.constants
         )
-        _launch.launch(
-            group_norm_relu_forward_kernel, walk.grid, x,
-            map, weight, bias, partial, of_level, result.written, *walk.sizes, eps, walk.pieces, *strides,
-            *result.strides, RELU=relu, PIECES=_launch.power_of_two(walk.pieces), **walk.constants,
+        launch.launch(
+            group_norm_relu_forward_kernel, walk.programs, x,
+            map, weight, bias, partial, of_level, result.written, *walk.sizes, *strides,
+            *result.strides, EPS=eps, RELU=relu, PIECES=launch.power_of_two(walk.pieces), **walk.constants,
         )  # fmt: skip
         outputs.append(result.finished())
     return outputs, statistics
 
 
-def backward(
+def group_norm_relu_backward(
     grad_outputs: Sequence[Tensor],
     statistics: Tensor,
     inputs: Sequence[Tensor],
@@ -347,18 +345,18 @@ def backward(
         grad, grad_strides = _readable(grad_y)
         given = (grad, map, weight, bias, of_level)
         of_groups = statistics.new_empty((images, num_groups, walk.pieces, 2))
-        _launch.launch(
-            group_norm_relu_sums_kernel, walk.grid, x,
+        launch.launch(
+            group_norm_relu_sums_kernel, walk.programs, x,
             *given, of_groups, sums, *walk.sizes, *strides, *grad_strides, RELU=relu, **walk.constants,
         )  # fmt: skip
         if not needs[0]:
             grad_inputs.append(x.new_empty((0,)))
             continue
         result = _Result(x)
-        _launch.launch(
-            group_norm_relu_backward_kernel, walk.grid, x,
-            *given, of_groups, result.written, *walk.sizes, walk.pieces, *strides, *grad_strides, *result.strides,
-            RELU=relu, PIECES=_launch.power_of_two(walk.pieces), **walk.constants,
+        launch.launch(
+            group_norm_relu_backward_kernel, walk.programs, x,
+            *given, of_groups, result.written, *walk.sizes, *strides, *grad_strides, *result.strides,
+            RELU=relu, PIECES=launch.power_of_two(walk.pieces), **walk.constants,
         )  # fmt: skip
         grad_inputs.append(result.finished())
     nothing = weight.new_empty((0,))

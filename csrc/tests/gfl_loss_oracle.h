@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// The head's loss by plain loops in double.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace gfl::testing::head {
+
+struct Losses { double cls, box, dfl; };
+
+// Everything in double, but for what a map holds.
+struct Case {
+  std::vector<std::pair<int64_t, int64_t>> sizes;
+  int64_t images, classes, reg_max, gts;
+  double beta;
+  bool legacy, channels_last;
+  std::vector<std::vector<double>> cls, reg;  // per level: [images, channels, height, width]
+  std::vector<int64_t> labels, matched;
+  std::vector<double> boxes;
+  int64_t locations() const {
+    int64_t n = 0;
+    for (const auto& [h, w] : sizes) n += h * w;
+    return n;
+  }
+  double stride(size_t level) const { return 8.0 * static_cast<double>(int64_t{1} << level); }
+};
+
+inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+struct HeadTerms { double score, box, dfl, weight; };
+
+// The four terms of a location; `box` null where it has none.
+inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box) {
+  const auto [height, width] = c.sizes[level];
+  const double s = c.stride(level);
+  const double centre[2] = {static_cast<double>(x) + (c.legacy ? (s - 1) / 2 / s : 0),
+                            static_cast<double>(y) + (c.legacy ? (s - 1) / 2 / s : 0)};
+  double pred[4], target[4], dfl = 0, largest = -INFINITY;
+  const int64_t bins = c.reg_max + 1;
+  for (int side = 0; side < 4; ++side) {
+    target[side] = box[side] / s;
+    std::vector<double> logits;
+    double total = 0, mean = 0;
+    for (int64_t j = 0; j < bins; ++j) {
+      const int64_t channel = image * 4 * bins + side * bins + j;
+      logits.push_back(c.reg[level][static_cast<size_t>((channel * height + y) * width + x)]);
+      total += std::exp(logits.back());
+      mean += std::exp(logits.back()) * static_cast<double>(j);
+    }
+    mean /= total;
+    pred[side] = centre[side % 2] + (side < 2 ? -mean : mean);
+    double distance = side < 2 ? centre[side % 2] - target[side] : target[side] - centre[side % 2];
+    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - 0.1);
+    const size_t left = static_cast<size_t>(distance);
+    const double right_weight = distance - static_cast<double>(left);
+    dfl += (std::log(total) - logits[left]) * (1 - right_weight) + (std::log(total) - logits[left + 1]) * right_weight;
+  }
+  for (int side = 2; side < 4; ++side) pred[side] += c.legacy, target[side] += c.legacy;
+  const double w = std::max(std::min(pred[2], target[2]) - std::max(pred[0], target[0]), 0.0);
+  const double h = std::max(std::min(pred[3], target[3]) - std::max(pred[1], target[1]), 0.0);
+  const double ew = std::max(pred[2], target[2]) - std::min(pred[0], target[0]);
+  const double eh = std::max(pred[3], target[3]) - std::min(pred[1], target[1]);
+  const double both = (pred[2] - pred[0]) * (pred[3] - pred[1]) + (target[2] - target[0]) * (target[3] - target[1]);
+  const double area = both - w * h;
+  const double iou = w * h / std::max(area, 1e-6), enclosing = std::max(ew * eh, 1e-6);
+  for (int64_t k = 0; k < c.classes; ++k) {
+    largest = std::max(largest, c.cls[level][static_cast<size_t>(((image * c.classes + k) * height + y) * width + x)]);
+  }
+  return {iou, 1 - (iou - (enclosing - std::max(area, 1e-6)) / enclosing), dfl / 4, sigmoid(largest)};
+}
+
+// Sums of the three losses. `frozen` holds the IoU and w of the positives, constants to the gradient; filled if empty.
+inline Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
+  Losses sum{0, 0, 0};
+  const bool fill = frozen.empty();
+  size_t next = 0;
+  int64_t location = 0;
+  for (int64_t b = 0; b < c.images; ++b) {
+    for (size_t l = 0; l < c.sizes.size(); ++l) {
+      const auto [height, width] = c.sizes[l];
+      for (int64_t i = 0; i < height * width; ++i, ++location) {
+        const int64_t label = c.labels[static_cast<size_t>(location)], slot = c.matched[static_cast<size_t>(location)];
+        const bool positive = label >= 0 && label < c.classes && slot >= 0 && slot < c.gts;
+        double score = 0;
+        if (positive) {
+          const HeadTerms t =
+              terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4));
+          if (fill) frozen.push_back(t);
+          score = frozen[next].score;
+          sum.box += frozen[next].weight * t.box;
+          sum.dfl += frozen[next].weight * t.dfl;
+          ++next;
+        }
+        for (int64_t k = 0; label != -2 && k < c.classes; ++k) {
+          const double x = c.cls[l][static_cast<size_t>((b * c.classes + k) * height * width + i)];
+          const double t = positive && k == label ? score : 0;
+          sum.cls += std::pow(std::fabs(t - sigmoid(x)), c.beta) * (softplus(x) - x * t);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+}  // namespace gfl::testing::head
