@@ -251,7 +251,10 @@ def dfl_forward_kernel(
     log_total = tl.log(total)
     at_left = at_bin(x, bin, left) - largest - log_total
     at_right = at_bin(x, bin, right) - largest - log_total
-    tl.store(loss + rows, tl.where(counted, -(at_left * w_left + at_right * w_right), 0.0), mask=inside)
+    value = -(at_left * w_left + at_right * w_right)
+    if not GIVEN:
+        value = tl.where(counted, value, 0.0)
+    tl.store(loss + rows, value, mask=inside)
     if DISTANCE:
         tl.store(distance + rows, expected_bin(e, total, bin), mask=inside)
 
@@ -283,7 +286,9 @@ def dfl_backward_kernel(
         p = e / total[:, None]
         if GIVEN:
             p = (w_left + w_right)[:, None] * p
-        gradient = tl.where(counted[:, None], scale[:, None] * (p - weight), 0.0)
+        gradient = scale[:, None] * (p - weight)
+        if not GIVEN:
+            gradient = tl.where(counted[:, None], gradient, 0.0)
         if DISTANCE:
             grad = tl.load(grad_distance + rows * stride_grad_distance, mask=inside, other=0.0)
             gradient += expected_bin_gradient(e, total, bin, grad)
