@@ -164,17 +164,17 @@ def test_one_bin_compiles(report: ModuleType, triton: ModuleType, dtype: str) ->
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gfl_ops.triton import _launch, bins
+    from gfl_ops.triton import bins, launch
 
-    if _launch.INTERPRETS:
+    if launch.INTERPRETS:
         pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
     pair = torch.zeros(2, 5, 1, dtype=getattr(torch, dtype)).unbind()
-    with _launch.record() as launches:
+    with launch.record() as launches:
         bins.ld_backward(bins.ld_forward(*pair, 2.0), *pair, 2.0, [True])
     assert len(launches) == 2
-    for launch in launches:
-        *specialised, options = report.specialised(launch)
-        triton.compile(ASTSource(launch.kernel, *specialised), target=GPUTarget("cuda", 90, 32), options=options)
+    for each in launches:
+        *specialised, options = report.specialised(each)
+        triton.compile(ASTSource(each.kernel, *specialised), target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @pytest.mark.parametrize("stem", ["nms", "decode"])

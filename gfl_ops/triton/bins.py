@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.dtypes import accumulator
-from . import _launch
+from . import launch
 from .bin_terms import (
     at_bin,
     bin_pointers,
@@ -146,21 +146,21 @@ def _sides(
     box = points is not None and stride is not None
     places = [t for t in (points, stride, limit) if t is not None]
     corners = [t.select(-1, 0) if t is not stride else t for t in (pred, *places)]
-    at = _launch.locations(*corners)
+    at = launch.locations(*corners)
     if at is None:
         # Their leading dimensions can't be walked together.
         pred, *places = (t.contiguous() for t in (pred, *places))
         widths = [1 if t.dim() < pred.dim() else t.shape[-1] for t in (pred, *places)]
-        at = _launch.Locations(1, pred.numel() // pred.shape[-1], tuple(s for w in widths for s in (0, w)))
+        at = launch.Locations(1, pred.numel() // pred.shape[-1], tuple(s for w in widths for s in (0, w)))
     unread = [pred] * (3 - len(places))
     tensors = (pred, *places, *unread)
     strides = (*at.strides, *[0] * (2 * len(unread)), *(tensors[i].stride(-1) for i in (0, 1, 3)))
-    width = _launch.power_of_two(reg_max + 1)
-    block = _launch.rows_per_program(at.inner, width)
+    width = launch.power_of_two(reg_max + 1)
+    block = launch.rows_per_program(at.inner, width)
     constants = {
         "BOX": box, "CLIP": limit is not None, "BLOCK_L": block, "BINS": width, "enable_fp_fusion": not box,
     }  # fmt: skip
-    return (_launch.programs(at.inner, block), at.outer), tensors, (at.inner, reg_max, *strides), constants
+    return (launch.programs(at.inner, block), at.outer), tensors, (at.inner, reg_max, *strides), constants
 
 
 def integral_forward(pred: Tensor, reg_max: int) -> Tensor:
@@ -176,7 +176,7 @@ def decode_forward(
 ) -> Tensor:
     out = torch.empty((*pred.shape[:-1], 4), dtype=accumulator(pred.dtype), device=pred.device)
     grid, tensors, sizes, constants = _sides(pred, reg_max, points, stride, max_shape)
-    _launch.launch(sides_forward_kernel, grid, pred, *tensors, out, *sizes, **constants)
+    launch.launch(sides_forward_kernel, grid, pred, *tensors, out, *sizes, **constants)
     return out
 
 
@@ -191,15 +191,15 @@ def _sides_backward(
     grad_out: Tensor, pred: Tensor, points: Tensor | None, stride: Tensor | None, reg_max: int,
     max_shape: Tensor | None, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_pred = _launch.empty_gradient(pred, needs[0])
-    grad_points = _launch.empty_gradient(grad_out if points is None else points, needs[1])
+    grad_pred = launch.empty_gradient(pred, needs[0])
+    grad_points = launch.empty_gradient(grad_out if points is None else points, needs[1])
     if needs[0] or needs[1]:
         grid, tensors, sizes, constants = _sides(pred, reg_max, points, stride, max_shape)
-        _launch.launch(
+        launch.launch(
             sides_backward_kernel, grid, pred, grad_out.contiguous(), *tensors, grad_pred, grad_points, *sizes,
             NEED_PRED=needs[0], NEED_POINTS=needs[1], **constants,
         )  # fmt: skip
-    return _launch.finished(grad_pred, pred), grad_points
+    return launch.finished(grad_pred, pred), grad_points
 
 
 # ---- distribution focal loss ----
@@ -306,9 +306,9 @@ def dfl_backward_kernel(
 
 def _rows(rows: int, bins: int) -> tuple[int, dict[str, int]]:
     """Programs and constants of a walk over rows."""
-    width = _launch.power_of_two(bins)
-    block = _launch.rows_per_program(rows, width)
-    return _launch.programs(rows, block), {"BLOCK_M": block, "BINS": width}
+    width = launch.power_of_two(bins)
+    block = launch.rows_per_program(rows, width)
+    return launch.programs(rows, block), {"BLOCK_M": block, "BINS": width}
 
 
 def _dfl_forward(pred: Tensor, bins: tuple[Tensor, ...], ignore: bool, with_distance: bool) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,7 @@ def _dfl_forward(pred: Tensor, bins: tuple[Tensor, ...], ignore: bool, with_dist
     given = len(bins) == 3
     bins = bins if given else bins * 3
     programs, constants = _rows(m, count)
-    _launch.launch(
+    launch.launch(
         dfl_forward_kernel, programs, pred, pred, *bins, loss, distance, m, count - 1,
         *pred.stride(), *(t.stride(0) for t in bins), GIVEN=given, IGNORE=ignore, DISTANCE=with_distance, **constants,
     )  # fmt: skip
@@ -332,18 +332,18 @@ def _dfl_backward(
     """`grads` is (grad_loss,) or (grad_loss, grad_distance). The gradients of pred, and of target or of the weights."""
     m, count = pred.shape
     given = len(bins) == 3
-    grad_pred = _launch.empty_gradient(pred, needs[0])
-    found = [_launch.empty_gradient(t, n) for t, n in zip(bins[1:] if given else bins, needs[1:])]
+    grad_pred = launch.empty_gradient(pred, needs[0])
+    found = [launch.empty_gradient(t, n) for t, n in zip(bins[1:] if given else bins, needs[1:])]
     bins = bins if given else bins * 3
     programs, constants = _rows(m, count)
-    _launch.launch(
+    launch.launch(
         dfl_backward_kernel, programs, pred,
         grads[0], grads[-1], pred, *bins, grad_pred, found[0], found[-1], m, count - 1,
         grads[0].stride(0), grads[-1].stride(0), *pred.stride(), *(t.stride(0) for t in bins),
         GIVEN=given, IGNORE=ignore, DISTANCE=len(grads) == 2,
         NEED_PRED=needs[0], NEED_FIRST=needs[1], NEED_SECOND=needs[-1], **constants,
     )  # fmt: skip
-    return _launch.finished(grad_pred, pred), *found
+    return launch.finished(grad_pred, pred), *found
 
 
 def dfl_forward(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Tensor:
@@ -431,7 +431,7 @@ def ld_forward(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     m, bins = pred.shape
     loss = torch.empty(m, dtype=accumulator(pred.dtype), device=pred.device)
     programs, constants = _ld(m, bins, temperature)
-    _launch.launch(
+    launch.launch(
         ld_forward_kernel, programs, pred, pred, teacher, loss, m, bins, *pred.stride(), *teacher.stride(), **constants
     )
     return loss
@@ -439,11 +439,11 @@ def ld_forward(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def ld_backward(grad_loss: Tensor, pred: Tensor, teacher: Tensor, temperature: float, needs: Sequence[bool]) -> Tensor:
     m, bins = pred.shape
-    grad_pred = _launch.empty_gradient(pred, needs[0])
+    grad_pred = launch.empty_gradient(pred, needs[0])
     if needs[0]:
         programs, constants = _ld(m, bins, temperature)
-        _launch.launch(
+        launch.launch(
             ld_backward_kernel, programs, pred, grad_loss, pred, teacher, grad_pred, m, bins,
             grad_loss.stride(0), *pred.stride(), *teacher.stride(), **constants,
         )  # fmt: skip
-    return _launch.finished(grad_pred, pred)
+    return launch.finished(grad_pred, pred)
