@@ -123,7 +123,7 @@ template <class A> struct BoxSide {
   }
 
   // Its coordinate at an expected distance of `mean` bins; and the mean's gradient from the coordinate's.
-  GFL_HOST_DEVICE Held<A> at(A mean) const { return clipped_side_at(point[side & 1], mul_rn(mean, scale), side, limit); }
+  GFL_HOST_DEVICE auto at(A mean) const { return clipped_side_at(point[side & 1], mul_rn(mean, scale), side, limit); }
   GFL_HOST_DEVICE A mean_gradient(A passed) const { return passed * side_sign<A>(side) * scale; }
 };
 
