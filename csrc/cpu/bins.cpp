@@ -46,6 +46,16 @@ double* doubles(void* p) { return static_cast<double*>(p); }
 const float* floats(const void* p) { return static_cast<const float*>(p); }
 float* floats(void* p) { return static_cast<float*>(p); }
 
+template <class A> void boxes_of_means(const DecodeInput& in, A* boxes, int64_t begin, int64_t end) {
+  for (int64_t location = begin; location < end; ++location) {
+    BoxSide<A> box(in, location * 4);
+    for (box.side = 0; box.side < 4; ++box.side) {
+      A& at = boxes[location * 4 + box.side];
+      at = box.at(at).value;
+    }
+  }
+}
+
 // What the sum of the losses is multiplied by.
 float scale_of(const DflReduction& reduction) {
   if (reduction.norm == nullptr) return static_cast<float>(reduction.factor);
@@ -66,12 +76,11 @@ void integral_backward(const BinRows& pred, const void* grad_distance, void* gra
   GFL_BY_ISA(integral_backward, pred, floats(grad_distance), grad_pred, begin, end);
 }
 
+// The means are turned into coordinates in place: each location's point, stride and limit are looked up once.
 void decode_forward(const DecodeInput& in, void* boxes, int64_t begin, int64_t end) {
-  begin *= 4, end *= 4;
-  if (in.pred.dtype == DType::f64) {
-    return forward_rows(in.pred, DecodeForward<double>{in, doubles(boxes)}, begin, end);
-  }
-  GFL_BY_ISA(decode_forward, in, floats(boxes), begin, end);
+  integral_forward(in.pred, boxes, begin * 4, end * 4);
+  if (in.pred.dtype == DType::f64) boxes_of_means(in, doubles(boxes), begin, end);
+  else boxes_of_means(in, floats(boxes), begin, end);
 }
 
 void decode_backward(const DecodeInput& in, const void* grad_boxes, void* grad_pred, void* grad_points, int64_t begin,

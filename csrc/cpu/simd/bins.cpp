@@ -25,7 +25,7 @@ struct MeanGradient {
 
 struct IntegralForward {
   float* distance;
-  template <class T> void operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
+  template <class T> GFL_INLINE void operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
     Lanes mean;
     s.mean(mean);
     store_rows(mean, group, distance);
@@ -34,23 +34,10 @@ struct IntegralForward {
 
 struct IntegralBackward {
   const float* grad_distance;
-  template <class T> MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
+  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
     MeanGradient gradient{s, {}};
     load_rows(grad_distance, group, gradient.slope);
     return gradient;
-  }
-};
-
-struct DecodeForward {
-  const DecodeInput& in;
-  float* boxes;
-  template <class T> void operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
-    Lanes mean;
-    s.mean(mean);
-    for (int k = 0; k < group.count; ++k) {
-      const int64_t row = group.row_at(k);
-      boxes[row] = BoxSide<float>(in, row).at(mean[k]).value;
-    }
   }
 };
 
@@ -58,7 +45,7 @@ struct DecodeBackward {
   const DecodeInput& in;
   const float* grad_boxes;
   float* grad_points;
-  template <class T> MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
+  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
     Lanes mean;
     s.mean(mean);
     MeanGradient gradient{s, {}};
@@ -178,7 +165,7 @@ inline void entropies(const DflInput& in, const RowGroup<T>& group, const Lanes*
 struct DflForward {
   const DflInput& in;
   float *loss, *distance;  // null where not wanted
-  template <class T> void operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
+  template <class T> GFL_INLINE void operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
     Lanes value;
     losses(group, tile, s, value);
     store_rows(value, group, loss);
@@ -186,7 +173,7 @@ struct DflForward {
   }
 
  protected:
-  template <class T> void losses(const RowGroup<T>& group, const Lanes* tile, const BinSums& s, Lanes& value) const {
+  template <class T> GFL_INLINE void losses(const RowGroup<T>& group, const Lanes* tile, const BinSums& s, Lanes& value) const {
     BinPairs pairs;
     pairs_of(in, group, pairs);
     Lanes right;
@@ -205,7 +192,7 @@ struct DflForward {
 struct DflSum : DflForward {
   const float* weight;  // or null: all 1
   double& total;
-  template <class T> void operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
+  template <class T> GFL_INLINE void operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
     Lanes value;
     losses(group, tile, s, value);
     for (int k = 0; k < group.count; ++k) {
@@ -246,7 +233,7 @@ template <bool kDistance, class LoadOfLoss> struct DflBackward {
   DflGradients out;
 
   template <class T>
-  DflGradient<kDistance> operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
+  GFL_INLINE DflGradient<kDistance> operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
     DflGradient<kDistance> gradient{s, {}, {}, {}};
     pairs_of(in, group, gradient.pairs);
     load_of_loss(group, gradient.of_loss);
@@ -344,11 +331,6 @@ void integral_backward(const BinRows& pred, const float* grad_distance, void* gr
   dispatch_float(pred.dtype, [&](auto t) {
     backward_rows<decltype(t)>(pred, grad_pred, begin, end, IntegralBackward{grad_distance});
   });
-}
-
-void decode_forward(const DecodeInput& in, float* boxes, int64_t begin, int64_t end) {
-  dispatch_float(in.pred.dtype,
-                 [&](auto t) { forward_rows<decltype(t)>(in.pred, begin, end, DecodeForward{in, boxes}); });
 }
 
 void decode_backward(const DecodeInput& in, const float* grad_boxes, void* grad_pred, float* grad_points, int64_t begin,

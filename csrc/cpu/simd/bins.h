@@ -9,7 +9,6 @@ namespace gfl {
 GFL_DECLARE_PER_ISA(void integral_forward(const BinRows& pred, float* distance, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void integral_backward(const BinRows& pred, const float* grad_distance, void* grad_pred,
                                            int64_t begin, int64_t end))
-GFL_DECLARE_PER_ISA(void decode_forward(const DecodeInput& in, float* boxes, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void decode_backward(const DecodeInput& in, const float* grad_boxes, void* grad_pred,
                                          float* grad_points, int64_t begin, int64_t end))
 GFL_DECLARE_PER_ISA(void dfl_forward(const DflInput& in, float* loss, float* distance, int64_t begin, int64_t end))
