@@ -264,10 +264,10 @@ def _triton_kernel(compiled: Any, name: str, arch: str, sass: bool) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        said = subprocess.run([disassembler(), "-res-usage", cubin], capture_output=True, text=True, check=True)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+        done = subprocess.run([disassembler(), "-res-usage", cubin], capture_output=True, text=True, check=True)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
         if usage is None:
-            raise RuntimeError(f"{name} for sm_{arch}: cuobjdump reports no resources:\n{said.stdout}")
+            raise RuntimeError(f"{name} for sm_{arch}: cuobjdump reports no resources:\n{done.stdout}")
         registers, stack = map(int, usage.groups())
         # Triton has no local arrays: whatever is on the stack was spilled.
         code = disassembled(cubin) if sass or stack else {}
@@ -289,10 +289,10 @@ def find_nvcc() -> str | None:
 def readable(names: list[str]) -> dict[str, str]:
     """Mangled -> demangled, without return type, namespaces and arguments."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    said = names
+    shown = names
     if tool and names:
-        said = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    return {mangled: shortened(text) for mangled, text in zip(names, said)}
+        shown = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {mangled: shortened(text) for mangled, text in zip(names, shown)}
 
 
 def shortened(demangled: str) -> str:
@@ -322,10 +322,10 @@ def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
             "-gencode", f"arch=compute_{arch},code=sm_{arch}",
             "-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source),
         ]  # fmt: skip
-        said = subprocess.run(command, capture_output=True, text=True)
-        if said.returncode != 0:
-            raise RuntimeError(f"{source.name} for sm_{arch}:\n{said.stderr.strip()}")
-        found = parse_ptxas(said.stderr + said.stdout)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr.strip()}")
+        found = parse_ptxas(done.stderr + done.stdout)
         code = disassembled(cubin) if sass else {}
     counts = {name: count_instructions(body) for name, body in code.items()}
     names = readable(list(found))
@@ -350,11 +350,11 @@ def table(kernels: list[Kernel], sass: bool) -> str:
 
 
 def written(kernels: list[Kernel], sass: bool, markdown: bool) -> str:
-    said = versions()
+    found = versions()
     if not markdown:
         report = [asdict(k) | {"occupancy": k.occupancy} for k in kernels]
-        return json.dumps({"versions": said, "kernels": report}, indent=1) + "\n"
-    names = ", ".join(f"{name} {version}" for name, version in said.items() if version)
+        return json.dumps({"versions": found, "kernels": report}, indent=1) + "\n"
+    names = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     return (
         f"# Resources of each GPU kernel\n\nBy {names}; no GPU has run them. `occ`: share of a"
         " multiprocessor's warps that the registers can hold;\n`shared`: what is static, of CUDA kernels; `ldg128`:"
@@ -370,8 +370,8 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"nvcc": None, "triton": None}
     nvcc = find_nvcc()
     if nvcc:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"V(\d+\.\d+\.\d+)", said)
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"V(\d+\.\d+\.\d+)", text)
         found["nvcc"] = release[1] if release else None
     if importlib.util.find_spec("triton"):
         found["triton"] = importlib.import_module("triton").__version__

@@ -128,18 +128,17 @@ def triton() -> ModuleType:
 def test_triton_kernels_compile_without_a_gpu(triton: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     done = run(
-        "--only", "triton", "--arch", "90", "--dtype", "bfloat16", "--kernels", "^(score|qfl_forward)", "--sass",
+        "--only", "triton", "--arch", "90", "--dtype", "bfloat16", "--kernels", "^(score|qfl)", "--sass",
         "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kernels = {k["name"]: k for k in json.loads(out.read_text())["kernels"]}
-    assert all(k["arch"] == "sm_90" and 0 < k["registers"] <= 255 and k["spill"] == 0 for k in kernels.values())
+    kernels = json.loads(out.read_text())["kernels"]
+    assert all(k["arch"] == "sm_90" and 0 < k["registers"] <= 255 and k["spill"] == 0 for k in kernels)
     # What a training step runs, of every loss of the family, and the flags that only tests set.
-    reduced = {name.split("<bfloat16, ")[1].rstrip(">") for name in kernels if name.startswith("score_loss_forward")}
-    assert reduced >= {"qfl", "focal", "vfl"}
-    assert any("activated" in name for name in kernels)
+    calls = {k["name"].split("<bfloat16, ")[1].rstrip(">") for k in kernels}
+    assert calls >= {"qfl", "focal", "vfl", "qfl unreduced"} and any("activated" in call for call in calls)
     # 80 bf16 classes in tiles of 16: rows begin at multiples of 16 bytes, and are read so.
-    assert kernels["qfl_forward_kernel<bfloat16, qfl unreduced>"]["loads_16"] >= 5
+    assert max(k["loads_16"] for k in kernels if k["name"].endswith("<bfloat16, qfl>")) >= 5
 
 
 def test_an_interpreting_process_is_refused(triton: ModuleType) -> None:

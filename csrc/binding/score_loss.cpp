@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gfl/score_loss.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "operator.h"
@@ -202,8 +199,6 @@ void score_loss_finish(at::Tensor grad, const at::Tensor& grad_loss, const at::T
   differentiate(grad, grad_loss, pred, label, target, weight, norm, factor, kind, alpha, exponent, activated, true);
 }
 
-namespace {
-
 at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label,
                                const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& norm,
                                double factor, int64_t kind, double alpha, double exponent, bool activated) {
@@ -212,64 +207,8 @@ at::Tensor score_loss_backward(const at::Tensor& grad_loss, const at::Tensor& pr
   return grad;
 }
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// _GradInForward of ops/score/score_loss.py, which says what the backward passes do.
-class GradInForward : public torch::autograd::Function<GradInForward> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pred, const OptionalTensor& label,
-                            const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& norm,
-                            double factor, int64_t kind, double alpha, double exponent, bool activated) {
-    const bool store = pred.scalar_type() != at::kHalf;
-    auto [loss, grad] =
-        score_loss_forward(pred, label, target, weight, norm, factor, kind, alpha, exponent, activated, store);
-    ctx->save_for_backward({pred, label.value_or(at::Tensor()), target, weight.value_or(at::Tensor()),
-                            norm.value_or(at::Tensor())});
-    ctx->saved_data["constants"] = std::make_tuple(factor, kind, alpha, exponent, activated);
-    // Not among the saved tensors, which a retained graph would hold on to after it has been handed out.
-    if (store) ctx->saved_data["gradient"] = std::move(grad);
-    return loss;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto given = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
-    const auto [factor, kind, alpha, exponent, activated] =
-        ctx->saved_data["constants"].to<std::tuple<double, int64_t, double, double, bool>>();
-    at::Tensor grad;
-    if (const auto stored = ctx->saved_data.find("gradient"); stored != ctx->saved_data.end()) {
-      grad = std::move(stored->second).toTensor();
-      ctx->saved_data.erase(stored);
-    }
-    // A graph of the gradient is the operator's to refuse.
-    if (!grad.defined() || at::GradMode::is_enabled()) {
-      static const auto backward_of_scores = c10::Dispatcher::singleton()
-                                                 .findSchemaOrThrow("gfl::score_loss_bwd", "")
-                                                 .typed<decltype(score_loss_backward)>();
-      grad = backward_of_scores.call(grads[0], saved[0], given(1), saved[2], given(3), given(4), factor, kind, alpha,
-                                     exponent, activated);
-    } else {
-      score_loss_finish(grad, grads[0], saved[0], given(1), saved[2], given(3), given(4), factor, kind, alpha, exponent,
-                        activated);
-    }
-    variable_list found(10);
-    found[0] = std::move(grad);
-    return found;
-  }
-};
-
-}  // namespace
-
-at::Tensor score_loss_recorded(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
-                               const OptionalTensor& weight, const OptionalTensor& norm, double factor, int64_t kind,
-                               double alpha, double exponent, bool activated) {
-  return GradInForward::apply(pred, label, target, weight, norm, factor, kind, alpha, exponent, activated);
-}
-
 GFL_OPERATOR(score_loss_fwd, score_loss_forward)
 GFL_OPERATOR(score_loss_bwd, score_loss_backward)
 GFL_OPERATOR(score_loss_finish, score_loss_finish)
-GFL_ENTRY_POINT(score_loss_recorded, true)
 
 }  // namespace gfl::binding

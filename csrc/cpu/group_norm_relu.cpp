@@ -3,9 +3,9 @@
 //
 //   x, grad_y            maps of the levels   dtype  read      y, grad_x   the same   dtype  write
 //   weight, bias         [channels]           dtype or A read  statistics  [levels, images, groups, 2] A write, read
-// Where locations are contiguous, a block of work is some whole groups: each is read for its statistics and, while it is in
-// cache, once more for its values. Where channels are, a block is some locations with all their channels, and the blocks of
-// a level's image are combined, in order, between the two passes. fp32 and 16-bit maps use the vector code of
+// Where locations are contiguous, a block of work is some whole groups: each is read for its statistics and, while it
+// is in cache, once more for its values. Where channels are, a block is some locations with all their channels, and the
+// blocks of a level's image are combined, in order, between the two passes. fp32 and 16-bit maps use the vector code of
 // simd/group_norm_relu.cpp; fp64 always has whole groups, in scalar code.
 // Bytes per element: forward 2 reads and 1 write, backward twice 2 and 1. Accumulator: A within up to 512 values of a
 // channel, double beyond. The bounds of blocks depend on the shapes only: the same bits at any number of threads.
@@ -250,7 +250,8 @@ void block_moments(const GroupNormInput& in, const NormBlock* blocks, NormMoment
     row_moments(rows_of(in, b, nullptr, nullptr), shift, sum, squares);
     const double count = static_cast<double>(b.end - b.begin), channels = static_cast<double>(in.group_channels());
     for (int64_t group = 0; group < in.groups; ++group) {
-      // All channels have equally many values: means are averaged, and their distances from that are added to the squares.
+      // All channels have equally many values: means are averaged, and their distances from that are added to the
+      // squares.
       const int64_t first = group * in.group_channels(), last = first + in.group_channels();
       NormMoments m{count * channels, 0, 0};
       double of_means = 0;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along the contiguous dimension:
+// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along the contiguous
+// dimension:
 // rows of channels, whose coefficients are arrays, or runs of one channel's locations, whose coefficients are numbers.
 //
-// Sums are taken about a value of their own block, whose distance from the mean is at most √n deviations for a block of n:
+// Sums are taken about a value of their own block, whose distance from the mean is at most √n deviations for a block of
+// n:
 // the cancellation in Σd² − (Σd)²/n costs the variance at most n roundings of its own size, and usually few.
 #include "../group_norm_relu.h"
 
