@@ -37,15 +37,6 @@ def expectation(logits: Tensor) -> Tensor:
     return (logits.softmax(-1) * bins).sum(-1)
 
 
-def uncertainty(logits: Tensor) -> Tensor:
-    """Variance, entropy and highest probability ``[…, 3]`` of distributions, from their bounded logits."""
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    deviation = bins - (p * bins).sum(-1, keepdim=True)
-    return torch.stack([(p * deviation.square()).sum(-1), -(p * log_p).sum(-1), p.amax(-1)], -1)
-
-
 def reference(pred: Tensor, reg_max: int) -> Tensor:
     return expectation(bounded_logits(pred).unflatten(-1, (4, reg_max + 1)))
 
