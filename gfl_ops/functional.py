@@ -2,8 +2,7 @@
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
 from .ops.bins.decode import decode
-from .ops.bins.dfl import distribution_focal_loss
-from .ops.bins.dfl_integral import dfl_integral
+from .ops.bins.dfl import dfl_integral, distribution_focal_loss
 from .ops.bins.integral import integral
 from .ops.bins.ld import distillation_loss
 from .ops.boxes.distance import box_to_distance, distance_to_box

@@ -156,6 +156,26 @@ def test_cuda_kernels_compile_without_a_gpu(report: ModuleType, tmp_path: Path) 
     assert kernels and all(k["name"].startswith("qfl_") and k["registers"] > 0 for k in kernels)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_bin_compiles(report: ModuleType, triton: ModuleType, dtype: str) -> None:
+    """Triton makes a Python int of an integer argument that is 1, which has no method `to`."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gfl_ops.triton import bins, launch
+
+    if launch.INTERPRETS:
+        pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
+    pair = torch.zeros(2, 5, 1, dtype=getattr(torch, dtype)).unbind()
+    with launch.record() as launches:
+        bins.ld_backward(bins.ld_forward(*pair, 2.0), *pair, 2.0, [True])
+    assert len(launches) == 2
+    for each in launches:
+        *specialised, options = report.specialised(each)
+        triton.compile(ASTSource(each.kernel, *specialised), target=GPUTarget("cuda", 90, 32), options=options)
+
+
 @pytest.mark.parametrize("stem", ["nms", "decode"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_decisions_are_made_without_fused_arithmetic(

@@ -19,7 +19,7 @@ if not backends.TRITON_INTERPRETS:
 
 import triton.language as tl  # noqa: E402
 
-from gfl_ops.triton import _launch, decode, dfl, dfl_integral, dfl_two_bin, focal, integral, nms, qfl, vfl  # noqa: E402
+from gfl_ops.triton import _launch, bins, focal, nms, qfl, vfl  # noqa: E402
 from gfl_ops.triton._focal import log1p_unit, log_complement  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -92,8 +92,8 @@ def test_gradients_are_rounded_once(dtype: torch.dtype, generator: torch.Generat
     pred = normal((33, 17), CPU, dtype, generator, 2.0)
     target = uniform((33,), CPU, torch.float32, generator, 0.0, 16.0)
     grad = uniform((33,), CPU, torch.float32, generator)
-    rounded = dfl.backward(grad, pred, target, False, [True, False])[0]
-    exact = dfl.backward(grad, pred.float(), target, False, [True, False])[0]
+    rounded = bins.dfl_backward(grad, pred, target, False, [True, False])[0]
+    exact = bins.dfl_backward(grad, pred.float(), target, False, [True, False])[0]
     assert rounded.dtype == dtype
     assert torch.equal(rounded, exact.to(dtype))
 
@@ -109,12 +109,12 @@ def test_targets_out_of_range() -> None:
         leaves = [pred.clone().requires_grad_(), target.clone().requires_grad_()]
         loss = SPECS["dfl"].reference(*leaves, ignore)
         want = torch.autograd.grad(loss, leaves, grad)
-        torch.testing.assert_close(dfl.forward(pred, target, ignore), loss.detach(), rtol=1e-5, atol=1e-5)
-        for got, expected in zip(dfl.backward(grad, pred, target, ignore, [True, True]), want, strict=True):
+        torch.testing.assert_close(bins.dfl_forward(pred, target, ignore), loss.detach(), rtol=1e-5, atol=1e-5)
+        for got, expected in zip(bins.dfl_backward(grad, pred, target, ignore, [True, True]), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
             assert torch.equal(got[-1], torch.zeros_like(got[-1]))
-        both = dfl_integral.forward(pred, target, ignore)
-        assert torch.equal(both[0], dfl.forward(pred, target, ignore))
+        both = bins.dfl_integral_forward(pred, target, ignore)
+        assert torch.equal(both[0], bins.dfl_forward(pred, target, ignore))
         assert both[1][-1].isnan() and torch.isfinite(both[1][:-1]).all()
 
 
@@ -124,7 +124,7 @@ def test_the_ends_of_the_integers_are_bins_too() -> None:
     pred = torch.linspace(-2, 2, 5 * 17).reshape(5, 17).cos() * 3
     weights = torch.linspace(0.1, 1, 5), torch.linspace(1, 0.2, 5)
     want = SPECS["dfl_two_bin"].reference(pred, left, *weights)
-    torch.testing.assert_close(dfl_two_bin.forward(pred, left, *weights), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bins.dfl_two_bin_forward(pred, left, *weights), want, rtol=1e-5, atol=1e-5)
 
 
 def test_locations_fold_where_their_strides_admit_it() -> None:
@@ -147,7 +147,7 @@ def test_more_images_than_the_second_axis_of_a_grid_has(generator: torch.Generat
     spread = pred.as_strided((65536, 2, 8), (32, 9, 1))
     assert _launch.locations(spread[..., 0]) is None
     torch.testing.assert_close(
-        integral.forward(spread, 1), SPECS["integral"].reference(spread, 1), rtol=1e-5, atol=1e-5
+        bins.integral_forward(spread, 1), SPECS["integral"].reference(spread, 1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -157,9 +157,9 @@ def test_a_limit_below_zero_wins() -> None:
     points = torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]])
     limit = torch.tensor([[10.0, -2.0], [6.0, 5.0], [9.0, 8.0]])  # height, width
     stride = torch.full((3,), 2.0)
-    boxes = decode.forward(pred, points, stride, 1, limit)
+    boxes = bins.decode_forward(pred, points, stride, 1, limit)
     assert boxes.tolist() == [[-2.0, 0.0, -2.0, 2.0], [3.0, 3.0, 5.0, 5.0], [8.0, 8.0, 8.0, 9.0]]
-    _, grad_points = decode.backward(torch.ones(3, 4), pred, points, stride, 1, limit, [True, True])
+    _, grad_points = bins.decode_backward(torch.ones(3, 4), pred, points, stride, 1, limit, [True, True])
     assert grad_points.tolist() == [[0.0, 2.0], [2.0, 2.0], [1.0, 1.0]]
 
 

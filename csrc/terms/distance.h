@@ -5,6 +5,7 @@
 #include "host_device.h"
 
 namespace gfl {
+GFL_ISA_OPEN
 
 // A coordinate clamped to an interval, and whether it was inside, where alone it has a gradient; one on a bound is. A
 // NaN stays, with its gradient. The lower bound comes first, so that an upper bound below it wins, as in torch.clamp.
@@ -37,4 +38,5 @@ template <class A> GFL_HOST_DEVICE A distance_to_side(A point, A coordinate, int
   return side < 2 ? sub_rn(point, coordinate) : sub_rn(coordinate, point);
 }
 
+GFL_ISA_CLOSE
 }  // namespace gfl

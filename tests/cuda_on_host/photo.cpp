@@ -3,7 +3,7 @@
 // csrc/tests/cuda_on_host, where a host pointer serves as a device's.
 #include <vector>
 
-#include "gfl/decode.h"
+#include "gfl/bins.h"
 #include "gfl/select.h"
 
 namespace {
