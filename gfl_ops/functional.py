@@ -16,14 +16,14 @@ from .ops.score.qfl import quality_focal_loss
 from .ops.score.vfl import varifocal_loss
 from .ops.select.multiclass_nms import multiclass_nms
 from .ops.select.nms import batched_nms, nms
-from .ops.select.postprocess import Detections, UncertainDetections, postprocess
+from .ops.select.postprocess import Detections, postprocess
 from .ops.select.soft_nms import soft_nms
+from .ops.select.uncertainty import side_distributions, side_uncertainty
 
 __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
-    "UncertainDetections",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -42,6 +42,8 @@ __all__ = [
     "nms",
     "postprocess",
     "quality_focal_loss",
+    "side_distributions",
+    "side_uncertainty",
     "sigmoid_focal_loss",
     "soft_nms",
     "varifocal_loss",

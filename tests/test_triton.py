@@ -184,7 +184,7 @@ def test_a_chain_of_suppressions(n: int) -> None:
     x = torch.arange(n, dtype=torch.float32)[:, None]
     boxes = torch.cat([x, torch.zeros_like(x), x + 1.8, torch.ones_like(x)], 1)
     scores = torch.linspace(1, 0, n)
-    assert nms.forward(boxes, scores, None, 0.2, False).tolist() == list(range(0, n, 2))
+    assert nms.nms_forward(boxes, scores, None, 0.2, False).tolist() == list(range(0, n, 2))
 
 
 def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) -> None:
@@ -194,9 +194,9 @@ def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) ->
     scores = (uniform((n,), CPU, torch.float32, generator) * 50).floor()  # many ties
     for classes in (1, 20, 10**6):
         idxs = torch.randint(-classes, classes, (n,), generator=generator)
-        got = nms.forward(boxes, scores, idxs, 0.5, False).tolist()
+        got = nms.nms_forward(boxes, scores, idxs, 0.5, False).tolist()
         assert got == by_loop(boxes, scores, idxs, 0.5), f"{classes} classes"
-    assert nms.forward(boxes, scores, None, 0.7, False).tolist() == by_loop(boxes, scores, None, 0.7)
+    assert nms.nms_forward(boxes, scores, None, 0.7, False).tolist() == by_loop(boxes, scores, None, 0.7)
 
 
 def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
@@ -206,13 +206,13 @@ def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, gene
     n = 230
     boxes = draw_boxes(n, CPU, torch.float32, generator, extent=120.0)
     scores = (uniform((n,), CPU, torch.float32, generator) * 80).floor()
-    assert nms.forward(boxes, scores, None, 0.4, False).tolist() == by_loop(boxes, scores, None, 0.4)
+    assert nms.nms_forward(boxes, scores, None, 0.4, False).tolist() == by_loop(boxes, scores, None, 0.4)
     idxs = torch.where(torch.arange(n) % 3 == 0, torch.randint(-9, 9, (n,), generator=generator), 4)
     assert 100 < int((idxs == 4).sum()) < 200
-    assert nms.forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
+    assert nms.nms_forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
     with _launch.record() as launches:
-        nms.forward(boxes, scores, idxs, 0.6, False)
-        nms.forward(boxes, scores, None, 0.6, False)
+        nms.nms_forward(boxes, scores, idxs, 0.6, False)
+        nms.nms_forward(boxes, scores, None, 0.6, False)
     # All classes but the large one, and 3 or 4 panels: each is decided, and all but the last clear what follows.
     names = [launch.kernel.__name__ for launch in launches]
     pair = ["nms_kernel", "nms_clear_kernel"]
@@ -223,11 +223,11 @@ def test_an_iou_of_exactly_the_threshold_does_not_suppress() -> None:
     boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
     scores = torch.tensor([1.0, 0.5])
     below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
-    assert nms.forward(boxes, scores, None, 0.5, False).tolist() == [0, 1]
-    assert nms.forward(boxes, scores, None, below, False).tolist() == [0]
+    assert nms.nms_forward(boxes, scores, None, 0.5, False).tolist() == [0, 1]
+    assert nms.nms_forward(boxes, scores, None, below, False).tolist() == [0]
     # The threshold is rounded to the type of the arithmetic first: in fp64 the same number lies below.
-    assert nms.forward(boxes, scores, None, 0.5 - 1e-9, False).tolist() == [0, 1]
-    assert nms.forward(boxes.double(), scores, None, 0.5 - 1e-9, False).tolist() == [0]
+    assert nms.nms_forward(boxes, scores, None, 0.5 - 1e-9, False).tolist() == [0, 1]
+    assert nms.nms_forward(boxes.double(), scores, None, 0.5 - 1e-9, False).tolist() == [0]
 
 
 def test_a_recorded_launch_is_not_made() -> None:

@@ -26,7 +26,7 @@ template <class A> struct Place {
   A scale;
   const A* limit;
 
-  Held<A> side(int side, A mean) const { return clipped_side_at(point[side & 1], mul_rn(mean, scale), side, limit); }
+  Clamped<A> side(int side, A mean) const { return clipped_side_at(point[side & 1], mul_rn(mean, scale), side, limit); }
 };
 
 template <class A> Place<A> place_at(const DecodeInput& in, int64_t i) {

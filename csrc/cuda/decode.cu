@@ -19,7 +19,7 @@ namespace {
 
 // One side's coordinate from its expected distance in bins. `scale` comes back too.
 template <class A>
-__device__ __forceinline__ Held<A> side_of(const DecodeInput& in, int64_t location, int side, A mean, A& scale) {
+__device__ __forceinline__ Clamped<A> side_of(const DecodeInput& in, int64_t location, int side, A mean, A& scale) {
   const int64_t outer = in.pred.count_outer, inner = in.pred.count_inner;
   const A* point = static_cast<const A*>(in.points) + location_offset(in.stride_points, outer, inner, location);
   scale = static_cast<const A*>(in.scale)[location_offset(in.stride_scale, outer, inner, location)];

@@ -15,7 +15,7 @@ from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_pl
 from ...core.reduction import factor_and_norm
 from ...core.registry import define, triton_kernel
 
-# What the operators call the losses.
+# The values of the operators' argument `kind`.
 QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
 
 _INPUT = (
