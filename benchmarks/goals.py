@@ -125,6 +125,7 @@ def device_time(case: Case, ours: float, bench: Bench) -> tuple[float, str]:
         with gfl_ops.set_backend("native"), torch.set_grad_enabled(bool(case.gradients)):
             return bench.machine.device_time(step, bench.budget, bench.rounds) / 1e3, ""
     except RuntimeError as error:
+        bench.machine.synchronize()
         return ours, f"it can't be captured: {str(error).splitlines()[0][:120]}; timed outside a graph"
 
 

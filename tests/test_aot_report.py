@@ -74,7 +74,7 @@ def test_names_are_shortened(report: ModuleType, demangled: str, short: str) -> 
     assert report.shortened(demangled) == short
 
 
-def test_a_spill_fails(
+def test_a_spill_in_a_real_call_fails(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def found(spill: int) -> list[Any]:
@@ -87,6 +87,9 @@ def test_a_spill_fails(
     assert report.main(options) == 1
     captured = capsys.readouterr()
     assert captured.err.count("spills 20 bytes on sm_90") == 2
+    odd = [report.Kernel("triton", "sample", "sm_90", 72, 8, 8, 0, real=False)]
+    monkeypatch.setattr(report, "compile_cuda", lambda source, arch, sass: odd)
+    assert report.main(options[:4]) == 0
     assert all(80 <= len(line) <= 120 for line in captured.out.splitlines() if line.startswith("cuda"))
     written = json.loads((tmp_path / "new" / "report.json").read_text())
     assert [k["name"] for k in written["kernels"]] == ["decode_kernel", "walk<float>"]
@@ -193,7 +196,7 @@ def test_decisions_are_made_without_fused_arithmetic(
         pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
     if getattr(torch, dtype) not in SPECS[stem].dtypes:
         pytest.skip(f"{stem} does not take {dtype}")
-    _, launch = report.launches_of(stem, getattr(torch, dtype))[0]
+    launch = report.launches_of(stem, getattr(torch, dtype))[0][1]
     *specialised, options = report.specialised(launch)
     assert options["enable_fp_fusion"] is False
     ptx = triton.compile(ASTSource(launch.kernel, *specialised), target=GPUTarget("cuda", 90, 32), options=options).asm[
