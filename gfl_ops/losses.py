@@ -154,7 +154,7 @@ def _pair_reduction(weight: Tensor | None, reduction: str, avg_factor: float | T
 class _BoxLoss(_Loss):
     _kind = ""
     _options: tuple[str, ...] = ()  # attributes that are the kind's own arguments
-    _shown = ("eps", "reduction", "loss_weight")
+    _shown: tuple[str, ...] = ("eps", "reduction", "loss_weight")
 
     def __init__(self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0) -> None:
         super().__init__(reduction, loss_weight)
