@@ -274,10 +274,10 @@ def patch() -> Replaced:
 
     Returns:
         The names of what is replaced, a list: the losses `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`,
-        `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss` and `IoULoss`, `Integral`,
-        mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner` and GFLHead's prediction. As a context manager
-        (``with patch():``) it is undone at the end of the block. A call while all is replaced
-        changes nothing, at the end of its block neither.
+        `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`
+        and `IoULoss`, `Integral`, mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner` and GFLHead's
+        prediction. As a context manager (``with patch():``) it is undone at the end of the block. A call while all is
+        replaced changes nothing, at the end of its block neither.
 
     Raises:
         ImportError: mmdet or mmcv is not installed; nothing is replaced then.
