@@ -53,7 +53,7 @@ def call(generator: torch.Generator) -> tuple[Any, ...]:
     rows, classes = int(torch.randint(1, 40, (), generator=generator)), 5
     label = torch.randint(0, classes + 1, (rows,), generator=generator)
     return (
-        torch.randn((rows, classes), generator=generator), label, torch.rand(rows, generator=generator), 2.0, False,
+        torch.randn((rows, classes), generator=generator), label, torch.rand(rows, generator=generator), [2.0], False,
     )  # fmt: skip
 
 

@@ -198,11 +198,11 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     pred, target = (torch.rand(33, 20, generator=generator).to(device) for _ in range(2))
     label = torch.randint(0, 21, (33,), generator=generator).to(device)
     score, norm = torch.rand(33, generator=generator).to(device), torch.tensor(3.0, device=device)
-    for tensors, kind in (
-        ((pred, label, score, score, norm), 0),
-        ((pred.t().contiguous().t(), None, target, None, None), 1),
+    for tensors, stem, params in (
+        ((pred, label, score, score, norm), "qfl", [2.0]),
+        ((pred.t().contiguous().t(), None, target, None, None), "focal", [2.0, 0.25]),
     ):
-        arguments = (*tensors, 0.5, kind, 0.25, 2.0, False)
+        arguments = (*tensors, 0.5, stem, params, False)
         torch.library.opcheck(operators.score_loss_fwd, (*arguments, True))
         torch.library.opcheck(operators.score_loss_bwd, (norm, *arguments))
         gradient = operators.score_loss_fwd(*arguments, True)[1]

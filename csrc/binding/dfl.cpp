@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "gfl/score_loss.h"
+#include "gfl/score.h"
 #include "rows.h"
 
 #include "operator.h"
