@@ -12,6 +12,7 @@ from .ops.head.atss import Assignment, atss_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.score.focal import sigmoid_focal_loss
+from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
 from .ops.score.vfl import varifocal_loss
 from .ops.select.multiclass_nms import multiclass_nms
@@ -38,6 +39,7 @@ __all__ = [
     "group_norm_relu",
     "head_loss_norms",
     "integral",
+    "matchability_aware_loss",
     "multiclass_nms",
     "nms",
     "postprocess",

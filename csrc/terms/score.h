@@ -6,6 +6,7 @@
 //   Qfl    |t − σ(x)|^β · BCE(x, t)                                       Li et al., arXiv 2006.04388, eq. 2
 //   Focal  α_t (1 − p_t)^γ · BCE(x, t)                                    Lin et al., arXiv 1708.02002, eq. 5
 //   Vfl    w(x, t) · BCE(x, t), w = t (or 1) if t > 0 else α|σ(x) − t|^γ  Zhang et al., arXiv 2008.13367, eq. 2
+//   Mal    w · BCE(x, t^γ), w = 1 if t > 0 else σ(x)^γ, a constant        Huang et al., arXiv 2412.04234
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -228,6 +229,25 @@ struct Vfl : ScoreLoss<Vfl> {  // γ, α, whether a positive counts by its targe
   }
 };
 
+struct Mal : ScoreLoss<Mal> {  // γ. The weight of a negative has no gradient
+  static constexpr const char* name = "mal";
+  static constexpr int params = 1;
+  static constexpr bool summed = true;
+  static constexpr float fast_exponent = 1.5;
+  template <class P, class V> static GFL_TERM Term<V> term(const P& p, V pred, V t) {
+    const auto positive = t > 0.0f;
+    const Power<V> aim = power(t, p.exponent);
+    const Bernoulli<V> b = bernoulli(p, pred, positive ? aim.value : V{});
+    const V w = positive ? splat<V>(1.0f) : power(b.p, p.exponent).value;
+    return {w * b.bce, w * b.bce_pred, positive ? b.bce_target * aim.slope : V{}};
+  }
+  template <class P, class V> static GFL_TERM Term<V> background(const P& p, V pred) {
+    const Bernoulli<V> b = bernoulli(p, pred, V{});
+    const V w = power(b.p, p.exponent).value;
+    return {w * b.bce, w * b.bce_pred, V{}};
+  }
+};
+
 // The quality focal term by itself, for the head's loss.
 template <class A> GFL_TERM Term<A> qfl_term(A pred, A t, A beta, bool activated) {
   return Qfl::term(GeneralParams<A>{beta, A(0), A(0), activated}, pred, t);
@@ -249,7 +269,7 @@ template <class... Loss> struct ScoreLossList {
     return result;
   }
 };
-using ScoreLosses = ScoreLossList<Qfl, Focal, Vfl>;
+using ScoreLosses = ScoreLossList<Qfl, Focal, Vfl, Mal>;
 
 GFL_ISA_CLOSE
 }  // namespace gfl

@@ -54,6 +54,12 @@ const Oracle kOracles[] = {
        return params[1] * std::pow(std::fabs(s.p - t), (long double)params[0]) * s.bce(t);
      },
      -0.001},
+    {"mal", {{1.5}, {2.5}},
+     [](const std::vector<double>& params, const Score& s, long double t, const Score& constant) {
+       if (t > 0) return s.bce(std::pow(t, (long double)params[0]));
+       return std::pow(constant.p, (long double)params[0]) * s.bce(0);
+     },
+     0},
 };
 
 template <class F> double difference(const F& f, double at) {
