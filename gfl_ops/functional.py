@@ -14,6 +14,7 @@ from .ops.head.group_norm_relu import group_norm_relu
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
+from .ops.score.soft_bce import soft_target_bce
 from .ops.score.vfl import varifocal_loss
 from .ops.select.multiclass_nms import multiclass_nms
 from .ops.select.nms import batched_nms, nms
@@ -46,5 +47,6 @@ __all__ = [
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "soft_nms",
+    "soft_target_bce",
     "varifocal_loss",
 ]

@@ -7,6 +7,7 @@
 //   Focal  α_t (1 − p_t)^γ · BCE(x, t)                                    Lin et al., arXiv 1708.02002, eq. 5
 //   Vfl    w(x, t) · BCE(x, t), w = t (or 1) if t > 0 else α|σ(x) − t|^γ  Zhang et al., arXiv 2008.13367, eq. 2
 //   Mal    w · BCE(x, t^γ), w = 1 if t > 0 else σ(x)^γ, a constant        Huang et al., arXiv 2412.04234
+//   SoftBce  BCE(x, t)
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -248,6 +249,16 @@ struct Mal : ScoreLoss<Mal> {  // γ. The weight of a negative has no gradient
   }
 };
 
+struct SoftBce : ScoreLoss<SoftBce> {
+  static constexpr const char* name = "soft_bce";
+  static constexpr int params = 0;
+  static constexpr bool summed = true;
+  template <class P, class V> static GFL_TERM Term<V> term(const P& p, V pred, V t) {
+    const Bernoulli<V> b = bernoulli(p, pred, t);
+    return {b.bce, b.bce_pred, b.bce_target};
+  }
+};
+
 // The quality focal term by itself, for the head's loss.
 template <class A> GFL_TERM Term<A> qfl_term(A pred, A t, A beta, bool activated) {
   return Qfl::term(GeneralParams<A>{beta, A(0), A(0), activated}, pred, t);
@@ -269,7 +280,7 @@ template <class... Loss> struct ScoreLossList {
     return result;
   }
 };
-using ScoreLosses = ScoreLossList<Qfl, Focal, Vfl, Mal>;
+using ScoreLosses = ScoreLossList<Qfl, Focal, Vfl, Mal, SoftBce>;
 
 GFL_ISA_CLOSE
 }  // namespace gfl

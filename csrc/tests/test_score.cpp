@@ -60,6 +60,8 @@ const Oracle kOracles[] = {
        return std::pow(constant.p, (long double)params[0]) * s.bce(0);
      },
      0},
+    {"soft_bce", {{}},
+     [](const std::vector<double>&, const Score& s, long double t, const Score&) { return s.bce(t); }, 0},
 };
 
 template <class F> double difference(const F& f, double at) {

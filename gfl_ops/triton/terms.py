@@ -180,3 +180,10 @@ def mal(x, t, GAMMA: tl.constexpr, _2: tl.constexpr, _3: tl.constexpr, ACTIVATED
     w, _slope = power(p, GAMMA)
     w = tl.where(positive, 1.0, w)
     return w * bce, w * bce_x, tl.where(positive, bce_t * aim_slope, 0.0)
+
+
+@triton.jit
+def soft_bce(x, t, _1: tl.constexpr, _2: tl.constexpr, _3: tl.constexpr, ACTIVATED: tl.constexpr):
+    """BCE(x, t)"""
+    _p, _q, bce, bce_x, bce_t, _p_x = bernoulli(x, t, ACTIVATED)
+    return bce, bce_x, bce_t
