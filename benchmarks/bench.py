@@ -47,10 +47,10 @@ def add_options(one: argparse.ArgumentParser, name: str) -> None:
     add("--rounds", type=int, default=30, help="turns per provider at most (default %(default)s)")
     add("--seconds", type=float, default=1.0, help="aimed at per case (default %(default)s)")
     add("--limit", type=float, metavar="S", help="seconds for everything; then it stops (default %(default)s)")
-    add("--size", type=size, default=(800, 1344), metavar="HxW", help="of an image (default 800x1344)")
+    add("--size", type=size, default=(800, 1344), metavar="HxW", help="image height and width (default 800x1344)")
     add("--data", type=Path, default=inputs.DATA, help="folder of real data (default: GFL_TEST_DATA or %(default)s)")
     add("--out", type=Path, default=Path(f"out/bench_{name}"), help="folder of JSON and plot (default %(default)s)")
-    add("--seed", type=int, default=0, help="random seed of what is drawn (default 0)")
+    add("--seed", type=int, default=0, help="random seed of the inputs (default 0)")
 
 
 def size(text: str) -> tuple[int, int]:

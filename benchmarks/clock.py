@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from gfl.engine.graphs import Graph
+
 
 def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
@@ -140,7 +142,7 @@ class Machine:
         """
         if not self.cuda:
             return 1e6 * statistics.median([self.time([step])[0] for _ in range(3)])
-        replay = capture(step)
+        replay = Graph(step, device=self.device)
         times: list[float] = []
         for _ in range(max(rounds, 3)):
             if budget.used > 0.97 and len(times) >= 3:
@@ -170,28 +172,6 @@ class Machine:
         if not self.cuda:
             return None
         return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in profiled(run)) or None
-
-
-def capture(step: Callable[[], object]) -> Callable[[], None]:
-    """Record a step as a CUDA graph, after three runs that warm it up; returns what replays it.
-
-    Raises:
-        RuntimeError: the step waits for the device, or does what a graph can't hold.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        raise
-    return graph.replay
 
 
 def profiled(run: Callable[[], object], memory: bool = False) -> list[Any]:

@@ -49,7 +49,7 @@ def count_flops(name: str, height: int, width: int) -> float:
 
 
 def prepare(name: str, size: tuple[int, int], device: torch.device, seed: int) -> tuple[gfl.models.GFL, Tensor]:
-    """A preset with random weights that finds as much as a trained one, and an image uint8 ``[3, H, W]``."""
+    """A preset with random weights that has as many candidates as a trained one, and an image uint8 ``[3, H, W]``."""
     torch.manual_seed(seed)
     model = gfl.create_model(name).eval()
     model.test = dataclasses.replace(model.test, short_side=min(size), long_side=max(size))

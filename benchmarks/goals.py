@@ -25,16 +25,16 @@ FP32 = torch.float32
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case shall take.
+    """How fast a case should be.
 
     Attributes:
         name: of the goal.
         make: the case.
-        ratios: provider -> how many times as fast as it the native kernel shall be.
+        ratios: provider -> how many times as fast the native kernel should be.
         batch, dtype: of the case, for the table.
-        moved: on a GPU, bytes of the case that have to move.
-        times: limit of the device's time, as a multiple of the time that those bytes take at the rate of a copy,
-        extra: plus so many microseconds.
+        moved: counts the bytes of a case that have to move, for a limit on the device's time.
+        times: that limit, as a multiple of the time that a copy of as many bytes takes,
+        extra: plus this many microseconds.
     """
 
     name: str
@@ -125,6 +125,7 @@ def device_time(case: Case, ours: float, bench: Bench) -> tuple[float, str]:
         with gfl_ops.set_backend("native"), torch.set_grad_enabled(bool(case.gradients)):
             return bench.machine.device_time(step, bench.budget, bench.rounds) / 1e3, ""
     except RuntimeError as error:
+        bench.machine.synchronize()
         return ours, f"it can't be captured: {str(error).splitlines()[0][:120]}; timed outside a graph"
 
 
@@ -155,9 +156,9 @@ def finish(
 
 def crowd(images: int, objects: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
     """As many objects in every image: boxes ``[B, G, 4]`` and labels ``[B, G]``, with the sizes of COCO's."""
-    drawn = inputs.drawn_boxes(images * objects, size, torch.Generator().manual_seed(seed))
-    boxes = torch.cat([b for b, _ in drawn])[: images * objects]
-    labels = torch.cat([y for _, y in drawn])[: images * objects]
+    images_boxes = inputs.random_boxes(images * objects, size, torch.Generator().manual_seed(seed))
+    boxes = torch.cat([b for b, _ in images_boxes])[: images * objects]
+    labels = torch.cat([y for _, y in images_boxes])[: images * objects]
     return boxes.reshape(images, objects, 4), labels.reshape(images, objects)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks run on: real boxes, their assignment, a head's outputs; drawn like them where they are absent.
+"""Inputs of the benchmarks: real boxes, their assignment, a head's outputs; random ones like them where there are none.
 
 Real data is the folder that `--data` or ``GFL_TEST_DATA`` names, by default ``../shared/data`` as seen from the
-project's root: ``coco_val2017_47/instances_val2017_47.json`` (boxes) and ``nanodet_plus_416_head_<id>.npz`` beside it
+project's root: ``coco_val2017_47/instances_val2017_47.json`` (boxes) and ``nanodet_plus_416_head_<id>.npz`` next to it
 (all outputs of a trained head of the same family: distances up to 7, strides 8 to 64).
 """
 
@@ -71,7 +71,7 @@ class Scene:
         gt_boxes: ``[B, G, 4]``, xyxy in pixels.
         gt_labels: int64 ``[B, G]``, −1 in unused slots.
         labels, matched, iou: the assignment, ``[B, A]``.
-        head: the outputs, drawn like a trained head's: background logits as the real one's, higher at the positives.
+        head: random outputs with the statistics of a trained head's: background logits, higher ones at the positives.
         pred, label, score: all locations: ``[B·A, C]`` logits, class (C for background), IoU of the predicted box.
         rows, target, weight: the P positives' sides: ``[4P, R+1]`` logits, distance in bins, weight.
         pred_boxes, true_boxes: the positives' boxes ``[P, 4]`` in strides, as the head's loss compares them.
@@ -133,13 +133,13 @@ def unflatten(rows: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 def coco_boxes(data: Path, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    """Boxes and labels of each photo that has some, in an input of `size`; portraits are turned on their side."""
+    """Boxes and labels of each image that has any, scaled to `size`; portrait images are turned on their side."""
     path = data / "coco_val2017_47" / "instances_val2017_47.json"
     if not path.is_file():
         return []
     file = json.loads(path.read_text())
     classes = {c: i for i, c in enumerate(sorted(c["id"] for c in file["categories"]))}
-    photos = []
+    images = []
     for image in sorted(file["images"], key=lambda i: i["id"]):
         found = [a for a in file["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
         if not found:
@@ -151,13 +151,13 @@ def coco_boxes(data: Path, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]
             boxes, width, height = boxes[:, [1, 0, 3, 2]], height, width
         # As for testing: short side to the input's, unless the long one gets too long.
         scale = min(size[0] / height, size[1] / width)
-        photos.append((boxes * scale, torch.tensor([classes[a["category_id"]] for a in found])))
-    return photos
+        images.append((boxes * scale, torch.tensor([classes[a["category_id"]] for a in found])))
+    return images
 
 
-def drawn_boxes(count: int, size: tuple[int, int], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Photos with COCO's statistics: 7.3 boxes in the mean, half of them below 47 pixels in a photo 480 high."""
-    photos = []
+def random_boxes(count: int, size: tuple[int, int], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Images with COCO's statistics: 7.3 boxes on average, half of them below 47 pixels in an image 480 high."""
+    images = []
     for _ in range(count):
         n = int(torch.randn((), generator=generator).mul(0.95).add(1.55).exp().clamp(1, 60).round())
         side = torch.randn(n, generator=generator).mul(1.05).add(math.log(47)).exp() * size[0] / 480
@@ -166,12 +166,12 @@ def drawn_boxes(count: int, size: tuple[int, int], generator: torch.Generator) -
         extent = torch.minimum(extent, torch.tensor([size[1], size[0]]) * 0.95)
         corner = torch.rand((n, 2), generator=generator) * (torch.tensor([size[1], size[0]]) - extent)
         labels = torch.randint(CLASSES, (n,), generator=generator)
-        photos.append((torch.cat([corner, corner + extent], 1), labels))
-    return photos
+        images.append((torch.cat([corner, corner + extent], 1), labels))
+    return images
 
 
 def trained_head(data: Path, batch: int, size: tuple[int, int]) -> Head | None:
-    """A trained head's outputs for mosaics: photos of 416×416 side by side until they fill `size`, cut at its edge."""
+    """A trained head's outputs for mosaics: images of 416×416 side by side that fill `size`, cut at its edge."""
     folder = data / "coco_val2017_47"
     paths = sorted(p for p in folder.glob("nanodet_plus_416_head_*.npz") if "sparse" not in p.name)
     if not paths:
@@ -180,20 +180,20 @@ def trained_head(data: Path, batch: int, size: tuple[int, int]) -> Head | None:
         import numpy as np
     except ImportError:
         return None
-    photos = []
+    parts = []
     for path in paths:
         with np.load(path) as file:
-            photos.append(torch.from_numpy(file["head"]).float())
+            parts.append(torch.from_numpy(file["head"]).float())
     across, down = (math.ceil(extent / 416) for extent in (size[1], size[0]))
     maps: list[Tensor] = []
     start = 0
     for side, (height, width) in zip(TRAINED_SIDES, level_sizes(size, TRAINED_STRIDES)):
-        level = torch.stack([p[start : start + side * side].reshape(side, side, -1) for p in photos])
+        level = torch.stack([p[start : start + side * side].reshape(side, side, -1) for p in parts])
         start += side * side
         images = []
         for image in range(batch):
-            # Each image of the batch begins with another photo.
-            order = [(image * across * down + i) % len(photos) for i in range(across * down)]
+            # Each mosaic of the batch begins with another image.
+            order = [(image * across * down + i) % len(parts) for i in range(across * down)]
             mosaic = level[order].reshape(down, across, side, side, -1).permute(4, 0, 2, 1, 3)
             images.append(mosaic.reshape(-1, down * side, across * side)[:, :height, :width])
         maps.append(torch.stack(images))
@@ -203,7 +203,7 @@ def trained_head(data: Path, batch: int, size: tuple[int, int]) -> Head | None:
         TRAINED_STRIDES,
         TRAINED_REG_MAX,
         torch.tensor([size] * batch).float(),
-        f"a trained head's outputs, {len(photos)} photos in mosaics",
+        f"a trained head's outputs, {len(parts)} images in mosaics",
     )
 
 
@@ -243,12 +243,14 @@ def expected_bin(rows: Tensor, reg_max: int) -> Tensor:
 def make_scene(batch: int, size: tuple[int, int] = (800, 1344), data: Path = DATA, seed: int = 0) -> Scene:
     """The inputs of all benchmarks, on the CPU in fp32. The same seed gives the same scene."""
     generator = torch.Generator().manual_seed(seed)
-    photos = coco_boxes(data, size)
-    boxes_from = f"boxes of {len(photos)} photos of COCO val2017" if photos else "boxes drawn with COCO's statistics"
-    photos = photos or drawn_boxes(47, size, generator)
-    # Photos of every kind, empty and crowded ones alike, so that a small batch too has about the usual number of boxes.
-    photos.sort(key=lambda photo: len(photo[1]))
-    chosen = [photos[int((i + 0.5) / batch * len(photos))] for i in range(batch)]
+    chosen_from = coco_boxes(data, size)
+    boxes_from = (
+        f"boxes of {len(chosen_from)} images of COCO val2017" if chosen_from else "random boxes with COCO's statistics"
+    )
+    chosen_from = chosen_from or random_boxes(47, size, generator)
+    # Images of every kind, sparse and crowded ones, so that a small batch has about the average number of boxes too.
+    chosen_from.sort(key=lambda image: len(image[1]))
+    chosen = [chosen_from[int((i + 0.5) / batch * len(chosen_from))] for i in range(batch)]
     slots = max(len(labels) for _, labels in chosen)
     gt_boxes, gt_labels = torch.zeros((batch, slots, 4)), torch.full((batch, slots), -1)
     for image, (boxes, labels) in enumerate(chosen):
@@ -262,8 +264,8 @@ def make_scene(batch: int, size: tuple[int, int] = (800, 1344), data: Path = DAT
     point, step = points.expand(batch, -1, -1)[positive], stride.expand(batch, -1)[positive]
     target = (torch.cat([point - true[:, :2], true[:, 2:] - point], 1) / step[:, None]).clamp(0, REG_MAX - 0.1)
 
-    # Like a trained head's: background logits N(−6, 1.25), as measured on the real one; classes that are there near the
-    # middle; distributions peaked around a guess that is off by half a bin.
+    # Like a trained head's: background logits N(−6, 1.25), as measured on the real one; logits near 0 at the classes of
+    # positives; distributions that peak about half a bin from their target.
     shape = (*labels.shape,)
     pred = torch.randn((*shape, CLASSES), generator=generator) * 1.25 - 6.0
     found = torch.randn(images.shape, generator=generator) * 1.2 - 0.3
@@ -284,7 +286,7 @@ def make_scene(batch: int, size: tuple[int, int] = (800, 1344), data: Path = DAT
     label = torch.where(labels < 0, CLASSES, labels)
     sizes = level_sizes(size)
     head = Head(
-        unflatten(pred, sizes), unflatten(reg, sizes), STRIDES, REG_MAX, torch.tensor([size] * batch).float(), "drawn"
+        unflatten(pred, sizes), unflatten(reg, sizes), STRIDES, REG_MAX, torch.tensor([size] * batch).float(), "random"
     )
     trained = trained_head(data, batch, size) or head
     return Scene(
@@ -307,7 +309,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def boxes_for_nms(count: int, clustered: bool, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """Boxes of 16 to 200 pixels of CLASSES classes: anywhere, or twenty of a class around each of some places."""
+    """Boxes of 16 to 200 pixels of CLASSES classes: spread evenly, or in clusters of twenty of one class."""
     generator = torch.Generator().manual_seed(seed)
     places = max(1, count // 20) if clustered else count
     extent = torch.tensor([float(size[1]), float(size[0])])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other people's detectors, small: the whole, and by itself the part that our operators replace.
 
-None has trained weights. So that as much passes the score threshold as in a trained one, the last class layer is scaled
-and moved until its logits have mean −6 and deviation 1.25, as measured on a trained head's (`inputs.py`). The last box
-layer's bias makes boxes about four strides wide.
+None has trained weights. So that as many pairs pass the score threshold as in a trained detector, the last class layer
+is scaled and shifted until its logits have mean −6 and deviation 1.25, as measured on a trained head (`inputs.py`). The
+last box layer's bias makes boxes about four strides wide.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Batch:
-    """Noise for images ``[B, 3, H, W]`` in [0, 1], and boxes drawn with COCO's statistics, one pair an image."""
+    """Noise for images ``[B, 3, H, W]`` in [0, 1], and random boxes and labels with COCO's statistics for each."""
 
     images: Tensor
     truth: list[tuple[Tensor, Tensor]]
@@ -44,24 +44,24 @@ class Batch:
     @staticmethod
     def draw(count: int, size: tuple[int, int], seed: int, device: str) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        truth = inputs.drawn_boxes(count, size, generator)
+        truth = inputs.random_boxes(count, size, generator)
         images = torch.rand((count, 3, *size), generator=generator)
         return Batch(images.to(device), [(boxes.to(device), labels.to(device)) for boxes, labels in truth])
 
 
 @dataclass
 class Detector:
-    """Four computations, and what puts ours into them.
+    """Four computations, and what patches our operators into them.
 
     Attributes:
         train: the losses of a batch, through the whole network.
         loss: the losses of given maps, assignment included.
-        detect: detections of a batch, ``(boxes, scores, labels)`` of each image one after another.
+        detect: detections of a batch, boxes, scores and labels of each image in turn.
         read: detections of given maps.
-        model: whose weights a training step wants gradients of.
-        maps, test_maps: what the network gives in training and in evaluation.
+        model: the network, whose weights get the gradients of a training step.
+        maps, test_maps: the network's outputs in training and in evaluation mode.
         patch, unpatch: of `gfl_ops.compat`.
-        notes: what a reader has to know.
+        notes: for the reader of the table.
     """
 
     train: Callable[[], list[Tensor]]
@@ -78,7 +78,7 @@ class Detector:
 
 @dataclass(frozen=True)
 class Peer:
-    """A detector that may be built: `needs` are the packages that have to be installed."""
+    """A detector of another project; `needs` are the packages that have to be installed."""
 
     name: str
     needs: tuple[str, ...]
@@ -101,7 +101,7 @@ def as_if_trained(layers: Sequence[nn.Conv2d], logits: Callable[[], Sequence[Ten
 
 @torch.no_grad()
 def peak(layer: nn.Conv2d, bins: int) -> None:
-    """Let the distributions of the four sides have their peak at `SIDE`."""
+    """Make the distributions of the four sides peak at `SIDE`."""
     assert layer.bias is not None
     layer.bias.copy_(-((torch.arange(bins) - SIDE).abs() * 1.2).clamp(max=7.0).repeat(4))
 
@@ -117,14 +117,14 @@ def mmdet_gfl(batch: Batch) -> Detector:
     notes = []
     if isinstance(extension := sys.modules.get(stand_in.EXTENSION), stand_in._Extension):
         importlib.import_module("torchvision")
-        # The stand-in's loop would be no fair opponent. Looked up here, since torchvision may be patched too.
+        # The stand-in's Python loop would be no fair opponent. Bound here, since torchvision may be patched too.
         suppress = torch.ops.torchvision.nms
 
         def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
             return suppress(boxes, scores, iou_threshold)
 
         extension.nms = nms
-        notes.append("mmcv is installed without its operators: torchvision's nms stands in for mmcv's.")
+        notes.append("mmcv is installed without its operators: torchvision's nms replaces mmcv's.")
     warnings.filterwarnings("ignore", module="mmdet|mmengine|mmcv")
     import mmdet
     from mmdet.registry import MODELS
@@ -179,7 +179,7 @@ def mmdet_gfl(batch: Batch) -> Detector:
 
 
 def torchvision_detector(batch: Batch, name: str) -> Detector:
-    """FCOS or RetinaNet of torchvision as they are there, on a ResNet-18."""
+    """torchvision's FCOS or RetinaNet on a ResNet-18."""
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -206,7 +206,7 @@ def torchvision_detector(batch: Batch, name: str) -> Detector:
         moved, moved_targets = model.transform(images, targets)
         features = list(model.backbone(moved.tensors).values())
         anchors = model.anchor_generator(moved, features)
-    # Of each level, by the number of locations of all.
+    # Anchors per level: all anchors, divided by the levels' shares of the locations.
     counts = [x.shape[2] * x.shape[3] for x in features]
     counts = [count * (len(anchors[0]) // sum(counts)) for count in counts]
 
@@ -242,8 +242,8 @@ def torchvision_detector(batch: Batch, name: str) -> Detector:
 
 
 def ultralytics_yolov8(batch: Batch) -> Detector:
-    """YOLOv8-n from its yaml; several labels a place and its own suppression, as ultralytics validates."""
-    # It asks the network at import otherwise, writes its settings into the home folder, and says so.
+    """YOLOv8-n from its yaml; several labels per location and its own suppression, as ultralytics validates."""
+    # Otherwise it accesses the network at import, writes its settings into the home folder, and prints about it.
     os.environ.setdefault("YOLO_OFFLINE", "true")
     os.environ.setdefault("YOLO_VERBOSE", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
@@ -265,7 +265,7 @@ def ultralytics_yolov8(batch: Batch) -> Detector:
         "cls": torch.cat([labels for _, labels in batch.truth])[:, None].float(),
         "bboxes": boxes,
     }
-    # Statistics for the norms: as built they know of no image.
+    # Statistics for the batch norms, which have seen no image yet.
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         usual = [norm.momentum for norm in norms]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and when a measurement was made, by which versions and which command."""
+"""Machine, date, versions and command of a measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("gfl-ops", "torch", "triton", "torchvision", "numpy", "mmdet", "ultr
 
 
 def stamp(known_gpu: str | None = None) -> dict[str, Any]:
-    """Machine, versions, commit, date and command. Asks torch for the GPU unless it is given."""
+    """Machine, versions, commit, date and command; torch is asked for the GPU unless its name is given."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -32,7 +32,7 @@ def stamp(known_gpu: str | None = None) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """As typed from the project's root, whatever folder it was started in."""
+    """As typed from the project's root, from whatever folder it was started."""
     program = Path(sys.argv[0]).resolve()
     name = program.relative_to(ROOT) if program.is_relative_to(ROOT) else program.name
     return shlex.join(["python", str(name), *sys.argv[1:]])
@@ -46,10 +46,10 @@ def version(name: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit, with "+" where files that git follows were changed since; "unknown" outside a repository."""
+    """The commit, with "+" if tracked files have changed since; "unknown" outside a repository."""
 
     def git(*words: str) -> str:
-        # The folder may belong to somebody else, as in a container.
+        # The folder may belong to another user, as in a container.
         command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
@@ -87,7 +87,7 @@ def driver() -> str:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """The stamp as a few lines for people."""
+    """The stamp as a few readable lines."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
     return [
         f"{record['date']}  commit {record['commit']}",

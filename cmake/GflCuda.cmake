@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# Finds a CUDA toolkit and chooses the architectures; asks no GPU.
+# Finds a CUDA toolkit and chooses the architectures, without a GPU.
 include(CheckLanguage)
 
-# out: whether the CUDA kernels are built, by GFL_WITH_CUDA and by what is there. A macro, since the languages that it
+# out: whether the CUDA kernels are built, from GFL_WITH_CUDA and the toolkit found. A macro, since the languages that it
 # enables belong to the caller's scope.
 macro(gfl_find_cuda out)
   set(${out} OFF)
@@ -32,7 +32,7 @@ macro(gfl_find_cuda out)
   endif()
 endmacro()
 
-# Unless the user chose: what flags.json lists as far as this nvcc knows it, and PTX of the newest.
+# Unless the user chose: those of flags.json that this nvcc supports, and PTX of the newest.
 macro(gfl_choose_architectures)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE _gfl_known)

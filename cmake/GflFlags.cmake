@@ -44,7 +44,7 @@ function(gfl_set_flags target)
                                              CUDA_STANDARD ${GFL_CXX_STD} CUDA_STANDARD_REQUIRED ON)
 endfunction()
 
-# Compile the given sources once for each instruction set that the processor's family has, into the target.
+# Compile the given sources once per instruction set of the processor's family, into the target.
 function(gfl_add_instruction_sets target)
   set(isas portable)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")

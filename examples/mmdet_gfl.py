@@ -6,7 +6,8 @@ Or: in a config, `custom_imports = dict(imports=["gfl_ops.compat.mmdet_patch"])`
     `FusedQualityFocalLoss` and so on, `FusedATSSAssigner` and `FusedGFLHead`,
     `custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])`
 Replaces: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
-    `GIoULoss`, `DIoULoss`, `CIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`, `GFLHead.predict_by_feat`
+    `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`,
+    `GFLHead.predict_by_feat`
 """
 
 from pathlib import Path

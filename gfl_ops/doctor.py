@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed, what serves each operator, and why nothing faster does; printed by ``gfl doctor``."""
+"""What is installed, what runs each operator, and why nothing faster does; printed by ``gfl doctor``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 80
 
 
 def explain_backend() -> str:
-    """What runs each operator on this machine, and why another backend does not; a text of a few dozen lines."""
+    """A text of a few dozen lines: what runs each operator on this machine, and why another backend does not."""
     return "\n\n".join(["\n".join(_facts()), "\n".join(_table()), "\n".join(_reasons())]) + "\n"
 
 
@@ -80,7 +80,7 @@ def _chosen() -> str:
 
 
 def _table() -> list[str]:
-    """Which backend "auto" takes for each operator on each kind of device."""
+    """Which backend "auto" chooses for each operator on each kind of device."""
     lines = [f"{'operator':<18}{'cpu':<12}{'cuda':<12}has kernels for", "-" * WIDTH]
     for stem in SPECS:
         serving = [backends.automatic(stem, device) for device in ("cpu", "cuda")]
@@ -92,7 +92,7 @@ def _table() -> list[str]:
 
 
 def _reasons() -> list[str]:
-    """Why the faster backends do not serve, each reason once with the operators that it holds for."""
+    """Why the faster backends do not run: each reason once, with the operators that it applies to."""
     held: dict[tuple[str, str, str], list[str]] = {}
     for stem in SPECS:
         for device in ("cpu", "cuda"):

@@ -2,8 +2,7 @@
 """Every public function; each is written and documented beside its operator in `gfl_ops.ops`."""
 
 from .ops.bins.decode import decode
-from .ops.bins.dfl import distribution_focal_loss
-from .ops.bins.dfl_integral import dfl_integral
+from .ops.bins.dfl import dfl_integral, distribution_focal_loss
 from .ops.bins.integral import integral
 from .ops.bins.ld import distillation_loss
 from .ops.boxes.distance import box_to_distance, distance_to_box
@@ -18,14 +17,14 @@ from .ops.score.soft_bce import soft_target_bce
 from .ops.score.vfl import varifocal_loss
 from .ops.select.multiclass_nms import multiclass_nms
 from .ops.select.nms import batched_nms, nms
-from .ops.select.postprocess import Detections, UncertainDetections, postprocess
+from .ops.select.postprocess import Detections, postprocess
 from .ops.select.soft_nms import soft_nms
+from .ops.select.uncertainty import side_distributions, side_uncertainty
 
 __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
-    "UncertainDetections",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -45,6 +44,8 @@ __all__ = [
     "nms",
     "postprocess",
     "quality_focal_loss",
+    "side_distributions",
+    "side_uncertainty",
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_target_bce",

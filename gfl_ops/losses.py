@@ -29,12 +29,14 @@ __all__ = [
     "CIoULoss",
     "DIoULoss",
     "DistributionFocalLoss",
+    "EIoULoss",
     "FocalLoss",
     "GIoULoss",
     "Integral",
     "IoULoss",
     "KnowledgeDistillationKLDivLoss",
     "QualityFocalLoss",
+    "SIoULoss",
     "VarifocalLoss",
 ]
 
@@ -147,6 +149,7 @@ def _pair_reduction(weight: Tensor | None, reduction: str, avg_factor: float | T
 
 class _BoxLoss(_Loss):
     _kind = ""
+    _options: tuple[str, ...] = ()  # attributes that are the kind's own arguments
     _shown = ("eps", "reduction", "loss_weight")
 
     def __init__(self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0) -> None:
@@ -164,8 +167,9 @@ class _BoxLoss(_Loss):
         """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
         weight = _pair_weight(type(self).__name__, pred, weight)
         reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
+        options = {name: getattr(self, name) for name in self._options}
         return self.loss_weight * box_iou_loss(
-            pred, target, weight, kind=self._kind, eps=self.eps, reduction=reduction, avg_factor=avg_factor
+            pred, target, weight, self._kind, self.eps, reduction, avg_factor, **options
         )
 
 
@@ -213,6 +217,53 @@ class CIoULoss(_BoxLoss):
     """
 
     _kind = "ciou"
+
+
+class EIoULoss(_BoxLoss):
+    """The smoothed extended IoU loss that mmdet has under this name, as a module; see `gfl_ops.box_iou_loss`.
+
+    Args:
+        eps: added to the union's area, >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+        smooth_point: the 1 − IoU below which the loss is quadratic, > 0.
+
+    Note:
+        If no weight is above 0, "none" still gives ``[N]``, where mmdet gives a scalar, having asked the host.
+    """
+
+    _kind, _options = "eiou", ("smooth_point",)
+    _shown = ("eps", "reduction", "loss_weight", "smooth_point")
+
+    def __init__(
+        self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0, smooth_point: float = 0.1
+    ) -> None:
+        super().__init__(eps, reduction, loss_weight)
+        self.smooth_point = smooth_point
+
+
+class SIoULoss(_BoxLoss):
+    """1 − SIoU (arXiv 2205.12740) as a module; see `gfl_ops.box_iou_loss`.
+
+    Args:
+        eps: added to the union's area, to distances and to sizes, and the least side of the enclosing box; >= 0.
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor of the result.
+        neg_gamma: the paper's sign of the distance cost's exponent; mmdet holds the other to be more stable.
+
+    Note:
+        eps is added to widths too, where mmdet adds it to heights alone and gives NaN for two widths of 0. If no weight
+        is above 0, "none" still gives ``[N]``, where mmdet gives a scalar, having asked the host.
+    """
+
+    _kind, _options = "siou", ("neg_gamma",)
+    _shown = ("eps", "reduction", "loss_weight", "neg_gamma")
+
+    def __init__(
+        self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0, neg_gamma: bool = False
+    ) -> None:
+        super().__init__(eps, reduction, loss_weight)
+        self.neg_gamma = neg_gamma
 
 
 class IoULoss(_Loss):

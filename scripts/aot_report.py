@@ -5,7 +5,8 @@ csrc/cuda/*.cu is compiled by nvcc. Triton kernels are compiled for the calls th
 backward, and for the flags that only the contract tests' samples set, with the constants and alignments that follow
 from those calls. Registers and spills are what ptxas reports; for Triton, what cuobjdump reads in the code.
 
-Exit status: 0; 1 if something does not compile, or if a kernel spills registers; 2 if a compiler is missing."""
+Exit status: 0; 1 if something does not compile, or if a kernel spills registers in a call that users make; 2 if a
+compiler is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,6 +52,7 @@ class Kernel:
         shared: bytes of static shared memory; for Triton all of it.
         loads_16: 16-byte loads from global memory in the disassembly; None without --sass.
         local: loads from and stores to local memory there.
+        real: compiled for a call that users make, not only for a sample of the tests.
     """
 
     backend: str
@@ -62,6 +64,7 @@ class Kernel:
     shared: int
     loads_16: int | None = None
     local: int | None = None
+    real: bool = True
 
     @property
     def occupancy(self) -> float:
@@ -165,8 +168,8 @@ def calls_of(stem: str, dtype: Any) -> Iterator[tuple[str, Callable[[], Any], bo
         yield sample.id, functools.partial(both_ways, *sample.args), False
 
 
-def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, Any]]:
-    """(name of the call, launch) of an operator.
+def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, Any, bool]]:
+    """(name of the call, launch, whether a user makes the call) of an operator.
 
     Per call that a user makes, one launch per kernel and set of flags; with `samples` one for each other set of flags.
     """
@@ -176,7 +179,7 @@ def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, 
     def triton(stem: str, device: str) -> str:
         return "triton" if backends.kernels(stem).triton else "reference"
 
-    found: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    found: dict[tuple[Any, ...], tuple[str, Any, bool]] = {}
     seen = set()
     for name, call, by_user in calls_of(stem, dtype):
         if not (by_user or samples):
@@ -187,15 +190,12 @@ def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, 
             flags = tuple((key, value) for key, value in launch.constants.items() if isinstance(value, bool))
             kind = (launch.kernel.__name__, flags)
             if by_user or kind not in seen:
-                found.setdefault((*kind, name), (name, launch))
+                found.setdefault((*kind, name), (name, launch, by_user))
             seen.add(kind)
     return list(found.values())
 
 
-Specialised = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]
-
-
-def specialised(launch: Any) -> Specialised:
+def specialised(launch: Any) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
     """Signature, constants, alignments and options that Triton derives from a launch's arguments."""
     import torch
 
@@ -228,7 +228,7 @@ def specialised(launch: Any) -> Specialised:
     return {name: signature[name] for name in names}, constants, aligned, options
 
 
-def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], sass: bool) -> Iterator[Kernel]:
+def triton_kernels(options: argparse.Namespace, failures: list[str]) -> Iterator[Kernel]:
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -243,31 +243,35 @@ def triton_kernels(archs: list[str], dtypes: list[str], keep: re.Pattern[str], s
     disassembler()
     seen = set()
     for stem, spec in SPECS.items():
-        for dtype in (getattr(torch, name) for name in dtypes):
+        for dtype in (getattr(torch, name) for name in options.dtype):
             if not backends.kernels(stem).triton or dtype not in spec.dtypes:
                 continue
-            for call, launch in launches_of(stem, dtype, samples=str(dtype).endswith(dtypes[0])):
-                signature, constants, aligned, options = specialised(launch)
+            for call, launch, real in launches_of(stem, dtype, samples=str(dtype).endswith(options.dtype[0])):
+                signature, constants, aligned, settings = specialised(launch)
                 key = (launch.kernel.__name__, str(signature), str(constants), str(aligned))
-                if key in seen or not keep.search(launch.kernel.__name__):
+                if key in seen or not options.kernels.search(launch.kernel.__name__):
                     continue
                 seen.add(key)
-                for arch in archs:
+                label = [str(dtype).removeprefix("torch."), "" if stem == call.split()[0] else stem, call]
+                name = f"{launch.kernel.__name__}<{', '.join(filter(None, label))}>"
+                for arch in options.arch:
                     source = ASTSource(launch.kernel, signature, constants, aligned)
-                    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
-                    label = [str(dtype).removeprefix("torch."), "" if stem == call.split()[0] else stem, call]
-                    name = f"{launch.kernel.__name__}<{', '.join(filter(None, label))}>"
-                    yield _triton_kernel(compiled, name, arch, sass)
+                    try:
+                        compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=settings)
+                    except triton.CompilationError as error:
+                        failures.append(f"{name} for sm_{arch}:\n{error}\n{error.__cause__ or ''}")
+                        continue
+                    yield replace(_triton_kernel(compiled, name, arch, options.sass), real=real)
 
 
 def _triton_kernel(compiled: Any, name: str, arch: str, sass: bool) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        said = subprocess.run([disassembler(), "-res-usage", cubin], capture_output=True, text=True, check=True)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+        done = subprocess.run([disassembler(), "-res-usage", cubin], capture_output=True, text=True, check=True)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
         if usage is None:
-            raise RuntimeError(f"{name} for sm_{arch}: cuobjdump reports no resources:\n{said.stdout}")
+            raise RuntimeError(f"{name} for sm_{arch}: cuobjdump reports no resources:\n{done.stdout}")
         registers, stack = map(int, usage.groups())
         # Triton has no local arrays: whatever is on the stack was spilled.
         code = disassembled(cubin) if sass or stack else {}
@@ -289,10 +293,10 @@ def find_nvcc() -> str | None:
 def readable(names: list[str]) -> dict[str, str]:
     """Mangled -> demangled, without return type, namespaces and arguments."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    said = names
+    shown = names
     if tool and names:
-        said = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    return {mangled: shortened(text) for mangled, text in zip(names, said)}
+        shown = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {mangled: shortened(text) for mangled, text in zip(names, shown)}
 
 
 def shortened(demangled: str) -> str:
@@ -322,18 +326,15 @@ def compile_cuda(source: Path, arch: str, sass: bool) -> list[Kernel]:
             "-gencode", f"arch=compute_{arch},code=sm_{arch}",
             "-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source),
         ]  # fmt: skip
-        said = subprocess.run(command, capture_output=True, text=True)
-        if said.returncode != 0:
-            raise RuntimeError(f"{source.name} for sm_{arch}:\n{said.stderr.strip()}")
-        found = parse_ptxas(said.stderr + said.stdout)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr.strip()}")
+        found = parse_ptxas(done.stderr + done.stdout)
         code = disassembled(cubin) if sass else {}
     counts = {name: count_instructions(body) for name, body in code.items()}
     names = readable(list(found))
-    unknown = (None, None)
-    return [
-        Kernel("cuda", names[m], f"sm_{arch}", **v, loads_16=counts.get(m, unknown)[0], local=counts.get(m, unknown)[1])
-        for m, v in sorted(found.items(), key=lambda item: names[item[0]])
-    ]
+    kernels = [Kernel("cuda", names[m], f"sm_{arch}", *v.values(), *counts.get(m, ())) for m, v in found.items()]
+    return sorted(kernels, key=lambda kernel: kernel.name)
 
 
 def table(kernels: list[Kernel], sass: bool) -> str:
@@ -350,11 +351,11 @@ def table(kernels: list[Kernel], sass: bool) -> str:
 
 
 def written(kernels: list[Kernel], sass: bool, markdown: bool) -> str:
-    said = versions()
+    found = versions()
     if not markdown:
         report = [asdict(k) | {"occupancy": k.occupancy} for k in kernels]
-        return json.dumps({"versions": said, "kernels": report}, indent=1) + "\n"
-    names = ", ".join(f"{name} {version}" for name, version in said.items() if version)
+        return json.dumps({"versions": found, "kernels": report}, indent=1) + "\n"
+    names = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     return (
         f"# Resources of each GPU kernel\n\nBy {names}; no GPU has run them. `occ`: share of a"
         " multiprocessor's warps that the registers can hold;\n`shared`: what is static, of CUDA kernels; `ldg128`:"
@@ -370,8 +371,8 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"nvcc": None, "triton": None}
     nvcc = find_nvcc()
     if nvcc:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"V(\d+\.\d+\.\d+)", said)
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"V(\d+\.\d+\.\d+)", text)
         found["nvcc"] = release[1] if release else None
     if importlib.util.find_spec("triton"):
         found["triton"] = importlib.import_module("triton").__version__
@@ -425,16 +426,17 @@ def main(arguments: list[str] | None = None) -> int:
 
             if reason := backends.why_no_triton():
                 raise MissingCompilerError(f"{reason}; --only cuda leaves Triton out")
-            kernels += triton_kernels(options.arch, options.dtype, options.kernels, options.sass)
+            kernels += triton_kernels(options, failures)
     except MissingCompilerError as error:
         print(f"aot_report: {error}", file=sys.stderr)
         return 2
     print(table(kernels, options.sass))
-    spilling = [k for k in kernels if k.spill]
+    # Samples have odd shapes, where a few bytes cost nobody anything.
+    spilling = [k for k in kernels if k.spill and k.real]
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(written(kernels, options.sass, options.out.suffix == ".md"), encoding="utf-8")
-    print(f"{len(kernels)} kernels, {len(spilling)} with spills")
+    print(f"{len(kernels)} kernels, {sum(k.spill > 0 for k in kernels)} with spills")
     for k in spilling:
         print(f"aot_report: {k.name} spills {k.spill} bytes on {k.arch}", file=sys.stderr)
     for failure in failures:

@@ -226,10 +226,10 @@ def build(suite: Suite) -> None:
         return
     probe = json.loads(found[1])
     suite.record["build"] = probe["info"]
-    suite.record["served on cuda"] = probe["cuda"]
+    suite.record["backends on cuda"] = probe["cuda"]
     by = sorted(set(probe["cuda"].values()))
-    served = "; ".join(f"{b}: {', '.join(s for s, x in probe['cuda'].items() if x == b)}" for b in by)
-    suite.note("import gfl_ops", done, "failed" if probe["reason"] else "passed", probe["reason"] or served)
+    backends = "; ".join(f"{b}: {', '.join(s for s, x in probe['cuda'].items() if x == b)}" for b in by)
+    suite.note("import gfl_ops", done, "failed" if probe["reason"] else "passed", probe["reason"] or backends)
 
 
 def tests(suite: Suite) -> None:
@@ -248,13 +248,13 @@ def tests(suite: Suite) -> None:
     for name, selection, limit in parts:
         done = suite.run([*common, "-k", selection], limit)
         counts, failures = parse_pytest(done.output)
-        said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
+        summary = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
         if done.code == 5:
             suite.note(name, done, "failed", "no test ran")
         elif done.code is None:
-            suite.note(name, done, None, f"cut off: {said}", counts=counts, failures=failures)
+            suite.note(name, done, None, f"cut off: {summary}", counts=counts, failures=failures)
         else:
-            suite.note(name, done, None, said or f"exit code {done.code}", counts=counts, failures=failures)
+            suite.note(name, done, None, summary or f"exit code {done.code}", counts=counts, failures=failures)
 
 
 def sanitize(suite: Suite) -> None:
@@ -371,11 +371,11 @@ def find_gpu() -> tuple[Gpu | None, str]:
         return None, "nvidia-smi is not on PATH"
     command = [smi, "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
-    found = parse_gpus(asked.stdout)
-    return (found[0], "") if found else (None, f"nvidia-smi lists none: {last_line(asked.stdout + asked.stderr)}")
+    found = parse_gpus(done.stdout)
+    return (found[0], "") if found else (None, f"nvidia-smi lists none: {last_line(done.stdout + done.stderr)}")
 
 
 def main(words: list[str] | None = None) -> int:

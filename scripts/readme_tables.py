@@ -21,7 +21,9 @@ COMPAT = "gfl_ops.compat"
 
 def compiled() -> dict[str, set[str]]:
     """Per operator the devices that the binding has a kernel for: read from the sources, not from this build."""
-    found: dict[str, set[str]] = {}
+    # A family that registers whatever its list of terms holds names its operators there.
+    terms = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "terms").glob("*.h"))
+    found = {f"{stem}_fwd": {"CPU", "CUDA"} for stem in re.findall(r'constexpr const char\* name = "(\w+)"', terms)}
     for source in (ROOT / "csrc" / "binding").glob("*.cpp"):
         for cpu_only, name in re.findall(r"^GFL_OPERATOR(_CPU)?\((\w+), \w+\)", source.read_text(), re.M):
             found[name] = {"CPU"} if cpu_only else {"CPU", "CUDA"}

@@ -194,10 +194,10 @@ def test_three_significant_digits(parts: Any) -> None:
     assert [parts.report.ms(v) for v in values] == ["0.0001", "0.0123", "1.23", "98.8", "1234", "-"]
 
 
-def test_drawn_scenes_look_like_coco(parts: Any) -> None:
-    photos = parts.inputs.drawn_boxes(400, (800, 1344), torch.Generator().manual_seed(0))
-    count = torch.tensor([float(len(labels)) for _, labels in photos])
-    boxes = torch.cat([b for b, _ in photos]) * 480 / 800
+def test_random_scenes_look_like_coco(parts: Any) -> None:
+    images = parts.inputs.random_boxes(400, (800, 1344), torch.Generator().manual_seed(0))
+    count = torch.tensor([float(len(labels)) for _, labels in images])
+    boxes = torch.cat([b for b, _ in images]) * 480 / 800
     side = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
     assert 5.5 < count.mean() < 9.5
     assert 0.25 < (side < 32).float().mean() < 0.5

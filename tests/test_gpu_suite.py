@@ -71,7 +71,7 @@ ERROR tests/test_broken.py - ImportError: no module named x
 
 
 @pytest.mark.parametrize(
-    ("tool", "code", "text", "status", "said"),
+    ("tool", "code", "text", "status", "expected"),
     [
         ("memcheck", 0, "qfl: passed\n========= ERROR SUMMARY: 0 errors\n", "passed", "0 errors"),
         ("racecheck", 0, "== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "passed", "0 hazards"),
@@ -84,10 +84,10 @@ ERROR tests/test_broken.py - ImportError: no module named x
     ],
 )  # fmt: skip
 def test_it_reads_compute_sanitizer(
-    suite: ModuleType, tool: str, code: int | None, text: str, status: str, said: str
+    suite: ModuleType, tool: str, code: int | None, text: str, status: str, expected: str
 ) -> None:
     got = suite.parse_sanitizer(tool, code, text)
-    assert got[0] == status and said in got[1]
+    assert got[0] == status and expected in got[1]
 
 
 def test_it_reads_the_end_of_a_benchmark(suite: ModuleType) -> None:
@@ -139,8 +139,8 @@ def test_commands_do_not_inherit_a_backend_or_the_interpreter(running: Any, monk
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("GFL_OPS_BACKEND", "reference")
     code = "import os; print(sorted(os.environ))"
-    said = running.run([sys.executable, "-c", code], 20.0).output
-    assert "TRITON_INTERPRET" not in said and "GFL_OPS_BACKEND" not in said and "GFL_TEST_SEED" in said
+    expected = running.run([sys.executable, "-c", code], 20.0).output
+    assert "TRITON_INTERPRET" not in expected and "GFL_OPS_BACKEND" not in expected and "GFL_TEST_SEED" in expected
 
 
 def test_the_report_tells_what_failed(suite: ModuleType, running: Any) -> None:

@@ -18,6 +18,35 @@ STEM = "iou"
 NAN = float("nan")
 
 
+SIZE = (480.0, 640.0)
+
+
+def loss_of(pred: Tensor, target: Tensor, kind: str, **options: Any) -> Tensor:
+    """`box_iou_loss` with an image's size for the kind that needs it."""
+    return box_iou_loss(pred, target, kind=kind, **options, **({"image_size": SIZE} if kind == "mpdiou" else {}))
+
+
+def signed_overlap(p: list[float], t: list[float]) -> float:
+    """EIoU's intersection, from the enclosing box's corner."""
+    first = [max(p[i], t[i]) - min(p[i], t[i]) for i in (0, 1)]
+    second = [min(p[i + 2], t[i + 2]) - min(p[i], t[i]) for i in (0, 1)]
+    low, high = ([f(a, b) for a, b in zip(first, second)] for f in (min, max))
+    return second[0] * second[1] + low[0] * low[1] - first[0] * high[1] - high[0] * first[1]
+
+
+def siou_costs(p: list[float], t: list[float], eps: float) -> float:
+    """Distance and shape, the angle taken as an angle."""
+    way = [(t[i] + t[i + 2] - p[i] - p[i + 2]) / 2 + eps for i in (0, 1)]
+    gamma = 2 - math.sin(2 * math.asin(abs(way[1]) / math.hypot(*way)))
+    cost = 0.0
+    for i in (0, 1):
+        outer = max(p[i + 2], t[i + 2]) - min(p[i], t[i])
+        sizes = p[i + 2] - p[i] + eps, t[i + 2] - t[i] + eps
+        cost += 1 - math.exp(gamma * (way[i] / outer) ** 2)
+        cost += (1 - math.exp(-abs(sizes[0] - sizes[1]) / max(sizes))) ** 4
+    return cost
+
+
 def by_hand(p: list[float], t: list[float], kind: str, eps: float) -> float:
     """The formulas for one pair, in Python's own floats."""
     overlap = max(0.0, min(p[2], t[2]) - max(p[0], t[0])) * max(0.0, min(p[3], t[3]) - max(p[1], t[1]))
@@ -27,7 +56,15 @@ def by_hand(p: list[float], t: list[float], kind: str, eps: float) -> float:
     if kind in ("iou", "giou"):
         iou = overlap / max(union, eps)
         return 1 - iou if kind == "iou" else 1 - iou + (cw * ch - union) / (cw * ch)
+    if kind == "eiou":
+        overlap = signed_overlap(p, t)
+        cost = 1 - overlap / (pw * ph + tw * th - overlap + eps)
+        return cost**2 / 0.2 if cost < 0.1 else cost - 0.05
     iou = overlap / (union + eps)
+    if kind == "siou":
+        return 1 - min(1.0, max(-1.0, iou - siou_costs(p, t, eps) / 2))
+    if kind == "mpdiou":
+        return 1 - iou + sum((a - b) ** 2 for a, b in zip(p, t)) / (SIZE[0] ** 2 + SIZE[1] ** 2)
     distance = ((p[0] + p[2] - t[0] - t[2]) / 2) ** 2 + ((p[1] + p[3] - t[1] - t[3]) / 2) ** 2
     loss = 1 - iou + distance / (cw**2 + ch**2 + eps)
     if kind == "diou":
@@ -40,7 +77,7 @@ def by_hand(p: list[float], t: list[float], kind: str, eps: float) -> float:
 def test_it_is_the_formula(kind: str, backend: str, device: torch.device, generator: torch.Generator) -> None:
     target = boxes(33, device, torch.float64, generator)
     pred = target + torch.randn(33, 4, generator=generator, dtype=torch.float64).to(device)
-    got = box_iou_loss(pred, target, kind=kind, eps=1e-3, reduction="none")
+    got = loss_of(pred, target, kind, eps=1e-3, reduction="none")
     want = [by_hand(p, t, kind, 1e-3) for p, t in zip(pred.tolist(), target.tolist())]
     torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert torch.equal(giou_loss(pred, target), box_iou_loss(pred, target))
@@ -72,7 +109,7 @@ def test_degenerate_boxes_are_finite(kind: str, dtype: torch.dtype, backend: str
     ]  # fmt: skip
     values = torch.tensor(pairs, dtype=dtype, device=device)
     pred, target = values[:, 0].clone().requires_grad_(), values[:, 1].clone().requires_grad_()
-    loss = box_iou_loss(pred, target, kind=kind, reduction="none")
+    loss = loss_of(pred, target, kind, reduction="none")
     loss.sum().backward()
     assert pred.grad is not None and target.grad is not None
     for value in (loss, pred.grad, target.grad):
@@ -84,7 +121,7 @@ def test_equal_boxes_cost_nothing(backend: str, device: torch.device) -> None:
     box = torch.tensor([[10.0, 10, 110, 110]], device=device)
     for kind in KINDS:
         pred = box.clone().requires_grad_()
-        loss = box_iou_loss(pred, box, kind=kind)
+        loss = loss_of(pred, box, kind)
         loss.backward()
         assert loss == 0
         assert pred.grad is not None and torch.isfinite(pred.grad).all()
@@ -107,7 +144,7 @@ def test_nan_stays_in_its_row(backend: str, device: torch.device) -> None:
     pred = torch.tensor([[0.0, 0, 4, 4], [0, NAN, 4, 4]], device=device, requires_grad=True)
     target = torch.tensor([[1.0, 1, 5, 5], [1, 1, 5, 5]], device=device)
     for kind in KINDS:
-        loss = box_iou_loss(pred, target, kind=kind, reduction="none")
+        loss = loss_of(pred, target, kind, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), pred)
         assert torch.isnan(loss).tolist() == [False, True]
         assert torch.isnan(grad).any(1).tolist() == [False, True]
@@ -130,10 +167,10 @@ def test_weights_and_reductions(backend: str, device: torch.device, generator: t
 def test_empty_input_stays_attached(kind: str, backend: str, device: torch.device) -> None:
     pred = torch.zeros(0, 4, device=device, requires_grad=True)
     target = torch.zeros(0, 4, device=device)
-    assert box_iou_loss(pred, target, kind=kind, reduction="none").shape == (0,)
-    assert torch.isnan(box_iou_loss(pred, target, kind=kind))
+    assert loss_of(pred, target, kind, reduction="none").shape == (0,)
+    assert torch.isnan(loss_of(pred, target, kind))
     for arguments in ({"reduction": "sum"}, {"avg_factor": 1.0}):
-        loss = box_iou_loss(pred, target, kind=kind, **arguments)
+        loss = loss_of(pred, target, kind, **arguments)
         assert loss == 0 and loss.requires_grad
         loss.backward()
         assert pred.grad is not None and pred.grad.shape == (0, 4)
@@ -158,7 +195,15 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("target short", {"target": BOXES[:6]}, ValueError, "`target` must have shape [N, 4] = [7, 4], got [6, 4]"),
     ("target integer", {"target": BOXES.long()}, TypeError, "`target` must have one of the dtypes"),
     ("weight [N, 1]", {"weight": BOXES[:, :1]}, ValueError, "`weight` must have shape [N] = [7], got [7, 1]"),
-    ("kind", {"kind": "wiou"}, ValueError, "`kind` must be one of 'iou', 'giou', 'diou', 'ciou', got 'wiou'"),
+    (
+        "kind",
+        {"kind": "wiou"},
+        ValueError,
+        "`kind` must be one of 'iou', 'giou', 'diou', 'ciou', 'eiou', 'siou', 'mpdiou', got",
+    ),
+    ("no size", {"kind": "mpdiou"}, ValueError, '`image_size` must be (height, width) for kind="mpdiou", got None'),
+    ("size 0", {"kind": "mpdiou", "image_size": (0, 4)}, ValueError, "`image_size[0]` must be > 0, got 0"),
+    ("smooth point", {"kind": "eiou", "smooth_point": 0}, ValueError, "`smooth_point` must be > 0, got 0"),
     ("eps", {"eps": -1.0}, ValueError, "`eps` must be >= 0, got -1.0"),
     ("reduction", {"reduction": "max"}, ValueError, "`reduction` must be one of 'none', 'mean', 'sum', got 'max'"),
     ("device", {"target": BOXES.to("meta")}, ValueError, "`target` must be on the device of `pred`, cpu, got meta"),

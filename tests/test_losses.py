@@ -22,6 +22,8 @@ SIGNATURES = {
     "GIoULoss": "(eps=1e-06, reduction='mean', loss_weight=1.0)",
     "DIoULoss": "(eps=1e-06, reduction='mean', loss_weight=1.0)",
     "CIoULoss": "(eps=1e-06, reduction='mean', loss_weight=1.0)",
+    "EIoULoss": "(eps=1e-06, reduction='mean', loss_weight=1.0, smooth_point=0.1)",
+    "SIoULoss": "(eps=1e-06, reduction='mean', loss_weight=1.0, neg_gamma=False)",
     "IoULoss": "(linear=False, eps=1e-06, reduction='mean', loss_weight=1.0, mode='log')",
     "VarifocalLoss": "(use_sigmoid=True, alpha=0.75, gamma=2.0, iou_weighted=True, reduction='mean', loss_weight=1.0)",
     "FocalLoss": "(use_sigmoid=True, gamma=2.0, alpha=0.25, reduction='mean', loss_weight=1.0, activated=False)",
@@ -29,7 +31,7 @@ SIGNATURES = {
     "Integral": "(reg_max=16)",
 }
 LOSSES = [name for name in SIGNATURES if name != "Integral"]
-BOX_LOSSES = ["GIoULoss", "DIoULoss", "CIoULoss", "IoULoss"]
+BOX_LOSSES = ["GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss"]
 
 
 def arguments(name: str, generator: torch.Generator, n: int = 7) -> tuple[Tensor, Any]:

@@ -24,10 +24,10 @@ pytestmark = [
 ]
 
 NAMES = (
-    "QualityFocalLoss", "DistributionFocalLoss", "GIoULoss", "DIoULoss", "CIoULoss", "IoULoss", "VarifocalLoss",
-    "FocalLoss",
+    "QualityFocalLoss", "DistributionFocalLoss", "GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss",
+    "VarifocalLoss", "FocalLoss",
 )  # fmt: skip
-BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss", "IoULoss")
+BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "GIoULoss": [{}, {"eps": 1e-3, "loss_weight": 2.0}],
     "DIoULoss": [{}, {"eps": 1e-3}],
     "CIoULoss": [{}, {"eps": 1e-3}],
+    "EIoULoss": [{}, {"eps": 1e-3, "smooth_point": 0.3}],
+    "SIoULoss": [{}, {"eps": 1e-8, "neg_gamma": True}],
     "IoULoss": [{}, {"mode": "linear"}, {"mode": "square"}, {"linear": True}, {"eps": 0.3}],
     "VarifocalLoss": [{}, {"alpha": 0.5, "gamma": 1.5, "iou_weighted": False}],
     "FocalLoss": [{}, {"alpha": 0.6, "gamma": 1.5, "loss_weight": 3.0}],
@@ -145,7 +147,9 @@ def test_losses_and_gradients(
                 call = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
                 scale = normal(*shape, generator=generator) if reduction == "none" else None
                 got = evaluate(ours, leaves, arrange, scale, **call)
-                assert_same(got, evaluate(theirs, leaves, arrange, scale, **call))
+                # SIoU has eps, 1e-6, under widths of 4 and more too.
+                atol = 3e-7 if name == "SIoULoss" else 1e-12
+                assert_same(got, evaluate(theirs, leaves, arrange, scale, **call), atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,9 +227,11 @@ def test_focal_loss_of_a_dense_target(activated: bool, mmdet: SimpleNamespace, g
 def test_functions(mmdet: SimpleNamespace, generator: torch.Generator) -> None:
     """With their own defaults, which for boxes differ from the modules', there as here."""
     pred, target = pairs(21, generator)
-    for kind in ("giou", "diou", "ciou"):
+    for kind in ("giou", "diou", "ciou", "eiou", "siou"):
         theirs = getattr(mmdet, f"{kind}_loss")(pred, target)
-        torch.testing.assert_close(gfl_ops.box_iou_loss(pred, target, kind=kind), theirs, rtol=1e-12, atol=0)
+        # SIoU: eps under widths too.
+        rtol = 1e-7 if kind == "siou" else 1e-12
+        torch.testing.assert_close(gfl_ops.box_iou_loss(pred, target, kind=kind), theirs, rtol=rtol, atol=0)
     torch.testing.assert_close(gfl_ops.giou_loss(pred, target), mmdet.giou_loss(pred, target), rtol=1e-12, atol=0)
     linear = mmdet.iou_loss(pred, target, mode="linear", eps=0.0)
     torch.testing.assert_close(gfl_ops.box_iou_loss(pred, target, kind="iou", eps=1e-6), linear, rtol=1e-12, atol=0)

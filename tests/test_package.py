@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 
 import gfl_ops
 from gfl_ops.core.registry import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,6 +51,75 @@ print("fine", "gfl" in sys.modules)
 """
     result = python(code)
     assert result.stdout.strip() == "fine False", result.stderr
+
+
+def _imports_at_load(path: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """(module, level, names) of every import that runs when the file is imported: not those inside functions."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level, [alias.name for alias in node.names]
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            todo += ast.iter_child_nodes(node)
+
+
+def import_graph(root: Path, package: str) -> dict[str, set[str]]:
+    """Which modules of a package each of them imports at load; a package that only re-exports counts as a module."""
+    files = {
+        ".".join([package, *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        for module, level, names in _imports_at_load(path):
+            base = ".".join([*parts[: len(parts) + 1 - level], *filter(None, [module])]) if level else module
+            targets = [f"{base}.{n}" for n in names if f"{base}.{n}" in files]
+            graph[name].update(targets or [base] if base in files or targets else [])
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str] | None:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return None
+        for target in sorted(graph[name]):
+            if found := visit(target, [*way, name]):
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), None)
+
+
+@pytest.mark.parametrize(("folder", "package"), [("gfl_ops", "gfl_ops"), ("python/gfl", "gfl")])
+def test_imports_have_no_circle(folder: str, package: str) -> None:
+    graph = import_graph(ROOT / folder, package)
+    assert len(graph) > 10 and sum(map(len, graph.values())) > 20
+    circle = circle_in(graph)
+    assert circle is None, " -> ".join(circle)
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "__init__": "from .a import x",
+        "a": "from . import b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import c",
+        "b": "def late():\n    from . import a\nfrom .c import y",
+        "c": "if True:\n    from . import b",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert circle_in(import_graph(tmp_path, "p")) == ["p.b", "p.c", "p.b"]
+    (tmp_path / "c.py").write_text("import torch")
+    assert circle_in(import_graph(tmp_path, "p")) is None
 
 
 def test_the_backend_can_be_chosen_and_comes_back() -> None:

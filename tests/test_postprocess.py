@@ -14,8 +14,9 @@ from postprocess_loops import loops
 from torch import Tensor
 
 import gfl_ops
+from gfl_ops import Detections
 from gfl_ops.core import backends, checks
-from gfl_ops.ops.select.postprocess import Detections, UncertainDetections, ranking_threshold
+from gfl_ops.ops.select.postprocess_reference import ranking_threshold
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 RUNS = [
@@ -81,16 +82,18 @@ def test_it_is_what_the_loops_say(backend: str, device: str, seed: int) -> None:
         want = loops(*args, **keywords)
         with gfl_ops.set_backend(backend):
             got = gfl_ops.postprocess(moved(args[0], device), moved(args[1], device), *args[2:], **keywords)
-        boxes, scores, labels, count = (t.cpu() for t in got)
+        boxes, scores, labels, count, locations = (t.cpu() for t in got)
         assert count.tolist() == [len(w) for w in want], (seed + case, keywords)
         for image, detections in enumerate(want):
             n = len(detections)
-            assert labels[image, :n].tolist() == [c for _, c, _ in detections], (seed + case, keywords)
-            expected = torch.tensor([s for s, _, _ in detections], dtype=torch.float32)
+            assert labels[image, :n].tolist() == [d[1] for d in detections], (seed + case, keywords)
+            assert locations[image, :n].tolist() == [d[3] for d in detections], (seed + case, keywords)
+            expected = torch.tensor([d[0] for d in detections], dtype=torch.float32)
             torch.testing.assert_close(scores[image, :n], expected, rtol=1e-6, atol=0)
-            expected = torch.tensor([b for _, _, b in detections], dtype=torch.float32).reshape(-1, 4)
+            expected = torch.tensor([d[2] for d in detections], dtype=torch.float32).reshape(-1, 4)
             torch.testing.assert_close(boxes[image, :n], expected, rtol=1e-6, atol=0)
             assert not boxes[image, n:].any() and not scores[image, n:].any() and (labels[image, n:] == -1).all()
+            assert (locations[image, n:] == -1).all()
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
@@ -106,14 +109,9 @@ def test_the_uncertainty_of_each_side_by_its_formulas(
     reg = [(torch.randn((batch, 4 * (reg_max + 1), *s), generator=generator) * 3).to(dtype) for s in sizes]
     args = (cls, reg, [8.0, 16.0], [(1e6, 1e6)] * batch)
     options = {"reg_max": reg_max, "score_threshold": 0.3, "iou_threshold": 1.0, "max_detections": 30}
-    plain = run(backend, device, args, **options)
-    with gfl_ops.set_backend(backend):
-        got = gfl_ops.postprocess(
-            moved(cls, device), moved(reg, device), *args[2:], **options, center_offset=0.5, uncertainty=True
-        )
-    assert isinstance(got, UncertainDetections)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(plain, got[:4], strict=True))
-    uncertainty = got.uncertainty.cpu()
+    got = run(backend, device, args, **options)
+    distributions = gfl_ops.side_distributions(reg, got.locations, reg_max)
+    uncertainty = gfl_ops.side_uncertainty(distributions)
     assert uncertainty.shape == (batch, 30, 4, 3) and uncertainty.dtype == torch.float32
     rows = torch.cat([r.flatten(2) for r in reg], 2).double().permute(0, 2, 1).unflatten(2, (4, reg_max + 1))
     for image in range(batch):
@@ -123,6 +121,7 @@ def test_the_uncertainty_of_each_side_by_its_formulas(
         bins = torch.arange(reg_max + 1, dtype=torch.float64)
         mean = (p * bins).sum(-1, keepdim=True)
         want = [(p * (bins - mean) ** 2).sum(-1), torch.special.entr(p).sum(-1), p.amax(-1)]
+        torch.testing.assert_close(distributions[image, :n], p.float())
         # Sums over 17 bins in fp32.
         torch.testing.assert_close(uncertainty[image, :n], torch.stack(want, -1).float(), rtol=1e-5, atol=1e-6)
         assert not uncertainty[image, n:].any()
@@ -134,16 +133,38 @@ def test_the_uncertainty_of_sharp_and_flat_distributions(backend: str, device: s
     args[0][0][0, 0, 0] = torch.tensor([3.0, 2.0, 1.0])
     args[1][0][0, ::2, 0, 0] = 500.0  # all in bin 0 of each side
     args[1][0][0, 1::2, 0, 1] = math.inf
-    with gfl_ops.set_backend(backend):
-        got = gfl_ops.postprocess(
-            moved(args[0], device), moved(args[1], device), *args[2:], reg_max=1, iou_threshold=1.0, uncertainty=True,
-            center_offset=2.0, max_detections=4,
-        )  # fmt: skip
+    got = run(backend, device, args, iou_threshold=1.0, center_offset=2.0, max_detections=4)
+    uncertainty = gfl_ops.side_uncertainty(gfl_ops.side_distributions(args[1], got.locations, 1))
     # Without a width the first is dropped: sharp at 1, flat over two bins, nothing.
     assert got.count.tolist() == [2]
-    assert got.uncertainty[0, 0].tolist() == [[0.0, 0.0, 1.0]] * 4
-    torch.testing.assert_close(got.uncertainty[0, 1].cpu(), torch.tensor([[0.25, math.log(2), 0.5]] * 4))
-    assert not got.uncertainty[0, 2:].any()
+    assert uncertainty[0, 0].tolist() == [[0.0, 0.0, 1.0]] * 4
+    torch.testing.assert_close(uncertainty[0, 1], torch.tensor([[0.25, math.log(2), 0.5]] * 4))
+    assert not uncertainty[0, 2:].any()
+
+
+BAD_DISTRIBUTIONS = [
+    ({"reg_preds": torch.zeros(1, 8, 2, 3)}, TypeError, "`reg_preds` must be a list of tensors"),
+    ({"reg_max": 16}, ValueError, "`reg_preds` must have 4(R+1) = 68 channels, got 8"),
+    ({"locations": torch.zeros(1, 5)}, TypeError, "`locations` must have one of the dtypes int64"),
+    ({"locations": torch.zeros(2, 5).long()}, ValueError, "`locations` must have shape [B, K] = [1, K], got [2, 5]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_DISTRIBUTIONS, ids=[b[2][:24] for b in BAD_DISTRIBUTIONS])
+def test_bad_input_of_the_distributions(change: dict[str, Any], error: type, text: str) -> None:
+    arguments = {"reg_preds": [torch.zeros(1, 8, 2, 3)], "locations": torch.zeros(1, 5).long(), "reg_max": 1}
+    with pytest.raises(error) as raised:
+        gfl_ops.side_distributions(**{**arguments, **change})
+    assert str(raised.value).startswith("gfl_ops.side_distributions: ") and text in str(raised.value)
+
+
+def test_distributions_have_a_gradient_and_empty_levels() -> None:
+    reg = [torch.randn(2, 8, h, 3).requires_grad_() for h in (0, 2)]
+    p = gfl_ops.side_distributions(reg, torch.tensor([[5, -1], [0, 0]]), 1)
+    assert p.shape == (2, 2, 4, 2) and not p[0, 1].any()
+    torch.testing.assert_close(p[0, 0], reg[1][0, :, 1, 2].view(4, 2).softmax(-1))
+    p[..., 0].sum().backward()
+    assert reg[1].grad is not None and reg[1].grad[0, :, 1, 2].abs().min() > 0 and not reg[1].grad[0, :, 0].any()
 
 
 def flat(levels: list[tuple[int, int]], batch: int = 1, classes: int = 2, value: float = 0.0) -> tuple[Any, ...]:
@@ -259,7 +280,7 @@ def test_expanded_maps_are_read_in_place(backend: str, device: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), RUNS)
 def test_empty_input(backend: str, device: str) -> None:
     got = run(backend, device, flat([(2, 3)], batch=0), max_detections=7)
-    assert [tuple(t.shape) for t in got] == [(0, 7, 4), (0, 7), (0, 7), (0,)]
+    assert [tuple(t.shape) for t in got] == [(0, 7, 4), (0, 7), (0, 7), (0,), (0, 7)]
     got = run(backend, device, flat([(0, 3), (3, 0)], batch=2))
     assert got.count.tolist() == [0, 0] and (got.labels == -1).all()
     got = run(backend, device, flat([(2, 3)], classes=0))
@@ -309,7 +330,7 @@ def test_eight_levels_and_the_longest_distribution(backend: str, device: str, ge
     want = loops(*args, 128, 0.05, 1000, 0.6, 100, [0.5] * 8, "pair", None, False, False)
     got = run(backend, device, args, reg_max=128)
     assert got.count.tolist() == [len(want[0])]
-    expected = torch.tensor([b for _, _, b in want[0]], dtype=torch.float32)
+    expected = torch.tensor([d[2] for d in want[0]], dtype=torch.float32)
     torch.testing.assert_close(got.boxes[0, : len(want[0])], expected, rtol=1e-6, atol=0)
 
 
@@ -346,13 +367,12 @@ def test_it_compiles_into_one_graph(backend: str, device: str, generator: torch.
 @pytest.mark.skipif(
     backends.unavailable("native", "postprocess", "cuda") is not None, reason="the extension has no CUDA part"
 )
-@pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("topk_mode", ["pair", "anchor"])
-def test_a_cuda_graph_replays_it_with_new_input(topk_mode: str, uncertainty: bool, generator: torch.Generator) -> None:
+def test_a_cuda_graph_replays_it_with_new_input(topk_mode: str, generator: torch.Generator) -> None:
     cls = [torch.zeros((2, 20, s, s + 3), device="cuda") for s in (12, 6)]
     reg = [torch.zeros((2, 68, s, s + 3), device="cuda") for s in (12, 6)]
     sizes = torch.tensor([[90.0, 100.0], [80.0, 60.0]], device="cuda")
-    options: Any = {"nms_pre": 50, "topk_mode": topk_mode, "uncertainty": uncertainty}
+    options: Any = {"nms_pre": 50, "topk_mode": topk_mode}
 
     def detect() -> Any:
         with gfl_ops.set_backend("native"):
@@ -395,12 +415,12 @@ BAD = [
     ("reg_preds[1]", replaced(1, lambda r: [r[0], r[1][..., :1]]), {}, ValueError, "[1, 8, 1, 2]"),
     ("reg_preds[1]", replaced(1, lambda r: [r[0], r[1].bfloat16()]), {}, TypeError, "dtype of the first level"),
     ("strides", replaced(2, 8.0), {}, TypeError, "list or tuple of numbers"),
-    ("strides", replaced(2, [8.0]), {}, ValueError, "one number a level, 2, got 1"),
+    ("strides", replaced(2, [8.0]), {}, ValueError, "one number per level, 2, got 1"),
     ("strides[1]", replaced(2, [8.0, 0.0]), {}, ValueError, "must be > 0"),
     ("strides[0]", replaced(2, [float("nan"), 8.0]), {}, ValueError, "NaN"),
     ("strides[0]", replaced(2, [(8, 8), (16, 16)]), {}, TypeError, "must be a number"),
     ("image_sizes", replaced(3, 5), {}, TypeError, "tensor or a list"),
-    ("image_sizes", replaced(3, [(4, 4), (4, 4)]), {}, ValueError, "one pair an image, 1, got 2"),
+    ("image_sizes", replaced(3, [(4, 4), (4, 4)]), {}, ValueError, "one pair per image, 1, got 2"),
     ("image_sizes[0]", replaced(3, [4]), {}, ValueError, "pair of numbers"),
     ("image_sizes[0]", replaced(3, [(4, "4")]), {}, TypeError, "must be a number"),
     ("image_sizes", replaced(3, torch.zeros(2)), {}, ValueError, "[B, 2] = [1, 2], got [2]"),
@@ -413,7 +433,7 @@ BAD = [
     ("nms_pre", lambda a: a, {"nms_pre": 10.5}, TypeError, "integer"),
     ("iou_threshold", lambda a: a, {"iou_threshold": None}, TypeError, "number"),
     ("max_detections", lambda a: a, {"max_detections": -1}, ValueError, ">= 0"),
-    ("center_offset", lambda a: a, {"center_offset": [0.5]}, ValueError, "one number a level, 2, got 1"),
+    ("center_offset", lambda a: a, {"center_offset": [0.5]}, ValueError, "one number per level, 2, got 1"),
     ("center_offset", lambda a: a, {"center_offset": "0.5"}, TypeError, "number"),
     ("topk_mode", lambda a: a, {"topk_mode": "box"}, ValueError, "'pair', 'anchor', got 'box'"),
 ]
@@ -459,11 +479,10 @@ def test_a_direct_call_of_the_operator_is_checked() -> None:
             "anchor_topk": False,
             "activated": False,
             "legacy": False,
-            "uncertainty": False,
         }
         return torch.ops.gfl.postprocess(**{**values, **changes})
 
-    assert len(call()) == 5 and call()[4].numel() == 0
+    assert call()[4].tolist() == [[0, 0, -1, -1, -1]]
     for changes in (
         {"cls_scores": []},
         {"reg_max": 2},

@@ -218,5 +218,5 @@ def test_reference_agrees_with_loops_on_a_photo(variant: str, full: real_data.Ph
     )[0]
     found = detect("reference", photo, **keywords)
     got = rows(found, 0)
-    if len(want) != len(got) or not all(agree((c, s, *box), g) for (s, c, box), g in zip(want, got, strict=True)):
+    if len(want) != len(got) or not all(agree((c, s, *box), g) for (s, c, box, _), g in zip(want, got, strict=True)):
         assert near_decisions(photo, found, 0, **VARIANTS[variant]), variant

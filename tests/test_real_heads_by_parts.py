@@ -103,12 +103,12 @@ def test_the_cuda_sources_find_the_same(library: ctypes.CDLL) -> None:
     assert_same_detections(decode, suppress)
 
 
-def cuda_postprocess(library: ctypes.CDLL, photos: real_data.Photos, nms_pre: int) -> gfl_ops.UncertainDetections:
-    """`postprocess(…, uncertainty=True)` by the CUDA sources, in the photos' pixels."""
+def cuda_postprocess(library: ctypes.CDLL, photos: real_data.Photos, nms_pre: int) -> gfl_ops.Detections:
+    """`postprocess` by the CUDA sources, in the photos' pixels."""
     batch, maps = len(photos.ids), (photos.cls_scores, photos.reg_preds)
-    found = gfl_ops.UncertainDetections(
+    found = gfl_ops.Detections(
         torch.empty((batch, SLOTS, 4)), torch.empty((batch, SLOTS)), torch.empty((batch, SLOTS), dtype=torch.int64),
-        torch.empty((batch,), dtype=torch.int32), torch.empty((batch, SLOTS, 4, 3)),
+        torch.empty((batch,), dtype=torch.int32), torch.empty((batch, SLOTS), dtype=torch.int64),
     )  # fmt: skip
     pointers = [(ctypes.c_void_p * len(levels))(*(m.data_ptr() for m in levels)) for levels in maps]
     steps = [numbers([s for m in levels for s in m.stride()]) for levels in maps]
@@ -129,7 +129,7 @@ def test_the_cuda_post_process_finds_the_same(library: ctypes.CDLL, layout: str,
     photos = photos.channels_last() if layout == "channels-last" else photos
     want = gfl_ops.postprocess(
         *photos.arguments(), reg_max=real_data.REG_MAX, nms_pre=nms_pre, scale_factors=photos.scale_factors,
-        score_threshold=THRESHOLD, iou_threshold=OVERLAP, max_detections=SLOTS, uncertainty=True,
+        score_threshold=THRESHOLD, iou_threshold=OVERLAP, max_detections=SLOTS,
     )  # fmt: skip
     assert int(want.count.min()) > 0
     for got, expected in zip(cuda_postprocess(library, photos, nms_pre), want, strict=True):

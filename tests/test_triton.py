@@ -20,7 +20,7 @@ if not backends.TRITON_INTERPRETS:
 import triton.language as tl  # noqa: E402
 
 from gfl_ops.ops.score.score_loss import SUMMED  # noqa: E402
-from gfl_ops.triton import _launch, decode, dfl, dfl_integral, dfl_two_bin, integral, nms, score  # noqa: E402
+from gfl_ops.triton import _launch, bins, nms, score  # noqa: E402
 from gfl_ops.triton.terms import log1p_unit, log_complement  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -104,8 +104,8 @@ def test_gradients_are_rounded_once(dtype: torch.dtype, generator: torch.Generat
     pred = normal((33, 17), CPU, dtype, generator, 2.0)
     target = uniform((33,), CPU, torch.float32, generator, 0.0, 16.0)
     grad = uniform((33,), CPU, torch.float32, generator)
-    rounded = dfl.backward(grad, pred, target, False, [True, False])[0]
-    exact = dfl.backward(grad, pred.float(), target, False, [True, False])[0]
+    rounded = bins.dfl_backward(grad, pred, target, False, [True, False])[0]
+    exact = bins.dfl_backward(grad, pred.float(), target, False, [True, False])[0]
     assert rounded.dtype == dtype
     assert torch.equal(rounded, exact.to(dtype))
 
@@ -121,12 +121,12 @@ def test_targets_out_of_range() -> None:
         leaves = [pred.clone().requires_grad_(), target.clone().requires_grad_()]
         loss = SPECS["dfl"].reference(*leaves, ignore)
         want = torch.autograd.grad(loss, leaves, grad)
-        torch.testing.assert_close(dfl.forward(pred, target, ignore), loss.detach(), rtol=1e-5, atol=1e-5)
-        for got, expected in zip(dfl.backward(grad, pred, target, ignore, [True, True]), want, strict=True):
+        torch.testing.assert_close(bins.dfl_forward(pred, target, ignore), loss.detach(), rtol=1e-5, atol=1e-5)
+        for got, expected in zip(bins.dfl_backward(grad, pred, target, ignore, [True, True]), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
             assert torch.equal(got[-1], torch.zeros_like(got[-1]))
-        both = dfl_integral.forward(pred, target, ignore)
-        assert torch.equal(both[0], dfl.forward(pred, target, ignore))
+        both = bins.dfl_integral_forward(pred, target, ignore)
+        assert torch.equal(both[0], bins.dfl_forward(pred, target, ignore))
         assert both[1][-1].isnan() and torch.isfinite(both[1][:-1]).all()
 
 
@@ -136,7 +136,7 @@ def test_the_ends_of_the_integers_are_bins_too() -> None:
     pred = torch.linspace(-2, 2, 5 * 17).reshape(5, 17).cos() * 3
     weights = torch.linspace(0.1, 1, 5), torch.linspace(1, 0.2, 5)
     want = SPECS["dfl_two_bin"].reference(pred, left, *weights)
-    torch.testing.assert_close(dfl_two_bin.forward(pred, left, *weights), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bins.dfl_two_bin_forward(pred, left, *weights), want, rtol=1e-5, atol=1e-5)
 
 
 def test_locations_fold_where_their_strides_admit_it() -> None:
@@ -159,7 +159,7 @@ def test_more_images_than_the_second_axis_of_a_grid_has(generator: torch.Generat
     spread = pred.as_strided((65536, 2, 8), (32, 9, 1))
     assert _launch.locations(spread[..., 0]) is None
     torch.testing.assert_close(
-        integral.forward(spread, 1), SPECS["integral"].reference(spread, 1), rtol=1e-5, atol=1e-5
+        bins.integral_forward(spread, 1), SPECS["integral"].reference(spread, 1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -169,9 +169,9 @@ def test_a_limit_below_zero_wins() -> None:
     points = torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]])
     limit = torch.tensor([[10.0, -2.0], [6.0, 5.0], [9.0, 8.0]])  # height, width
     stride = torch.full((3,), 2.0)
-    boxes = decode.forward(pred, points, stride, 1, limit)
+    boxes = bins.decode_forward(pred, points, stride, 1, limit)
     assert boxes.tolist() == [[-2.0, 0.0, -2.0, 2.0], [3.0, 3.0, 5.0, 5.0], [8.0, 8.0, 8.0, 9.0]]
-    _, grad_points = decode.backward(torch.ones(3, 4), pred, points, stride, 1, limit, [True, True])
+    _, grad_points = bins.decode_backward(torch.ones(3, 4), pred, points, stride, 1, limit, [True, True])
     assert grad_points.tolist() == [[0.0, 2.0], [2.0, 2.0], [1.0, 1.0]]
 
 
@@ -196,7 +196,7 @@ def test_a_chain_of_suppressions(n: int) -> None:
     x = torch.arange(n, dtype=torch.float32)[:, None]
     boxes = torch.cat([x, torch.zeros_like(x), x + 1.8, torch.ones_like(x)], 1)
     scores = torch.linspace(1, 0, n)
-    assert nms.forward(boxes, scores, None, 0.2, False).tolist() == list(range(0, n, 2))
+    assert nms.nms_forward(boxes, scores, None, 0.2, False).tolist() == list(range(0, n, 2))
 
 
 def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) -> None:
@@ -206,9 +206,9 @@ def test_crowded_boxes_of_few_and_of_many_classes(generator: torch.Generator) ->
     scores = (uniform((n,), CPU, torch.float32, generator) * 50).floor()  # many ties
     for classes in (1, 20, 10**6):
         idxs = torch.randint(-classes, classes, (n,), generator=generator)
-        got = nms.forward(boxes, scores, idxs, 0.5, False).tolist()
+        got = nms.nms_forward(boxes, scores, idxs, 0.5, False).tolist()
         assert got == by_loop(boxes, scores, idxs, 0.5), f"{classes} classes"
-    assert nms.forward(boxes, scores, None, 0.7, False).tolist() == by_loop(boxes, scores, None, 0.7)
+    assert nms.nms_forward(boxes, scores, None, 0.7, False).tolist() == by_loop(boxes, scores, None, 0.7)
 
 
 def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
@@ -218,13 +218,13 @@ def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, gene
     n = 230
     boxes = draw_boxes(n, CPU, torch.float32, generator, extent=120.0)
     scores = (uniform((n,), CPU, torch.float32, generator) * 80).floor()
-    assert nms.forward(boxes, scores, None, 0.4, False).tolist() == by_loop(boxes, scores, None, 0.4)
+    assert nms.nms_forward(boxes, scores, None, 0.4, False).tolist() == by_loop(boxes, scores, None, 0.4)
     idxs = torch.where(torch.arange(n) % 3 == 0, torch.randint(-9, 9, (n,), generator=generator), 4)
     assert 100 < int((idxs == 4).sum()) < 200
-    assert nms.forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
+    assert nms.nms_forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
     with _launch.record() as launches:
-        nms.forward(boxes, scores, idxs, 0.6, False)
-        nms.forward(boxes, scores, None, 0.6, False)
+        nms.nms_forward(boxes, scores, idxs, 0.6, False)
+        nms.nms_forward(boxes, scores, None, 0.6, False)
     # All classes but the large one, and 3 or 4 panels: each is decided, and all but the last clear what follows.
     names = [launch.kernel.__name__ for launch in launches]
     pair = ["nms_kernel", "nms_clear_kernel"]
@@ -235,11 +235,11 @@ def test_an_iou_of_exactly_the_threshold_does_not_suppress() -> None:
     boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
     scores = torch.tensor([1.0, 0.5])
     below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
-    assert nms.forward(boxes, scores, None, 0.5, False).tolist() == [0, 1]
-    assert nms.forward(boxes, scores, None, below, False).tolist() == [0]
+    assert nms.nms_forward(boxes, scores, None, 0.5, False).tolist() == [0, 1]
+    assert nms.nms_forward(boxes, scores, None, below, False).tolist() == [0]
     # The threshold is rounded to the type of the arithmetic first: in fp64 the same number lies below.
-    assert nms.forward(boxes, scores, None, 0.5 - 1e-9, False).tolist() == [0, 1]
-    assert nms.forward(boxes.double(), scores, None, 0.5 - 1e-9, False).tolist() == [0]
+    assert nms.nms_forward(boxes, scores, None, 0.5 - 1e-9, False).tolist() == [0, 1]
+    assert nms.nms_forward(boxes.double(), scores, None, 0.5 - 1e-9, False).tolist() == [0]
 
 
 def test_a_recorded_launch_is_not_made() -> None:

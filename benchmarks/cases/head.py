@@ -84,8 +84,8 @@ def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     channels, groups, generator = 256, 32, torch.Generator().manual_seed(0)
     sizes = level_sizes(scene.size)
     # No value lies near a group's mean, where rounding decides whether ReLU passes the gradient.
-    drawn = [torch.randn((scene.batch, channels, h, w), generator=generator) for h, w in sizes]
-    maps = [(m + 0.3 * m.sign()).to(dtype) for m in drawn]
+    values = [torch.randn((scene.batch, channels, h, w), generator=generator) for h, w in sizes]
+    maps = [(m + 0.3 * m.sign()).to(dtype) for m in values]
     acc = accumulator(dtype)
     parameters = {"weight": torch.rand(channels, generator=generator).to(acc), "bias": torch.zeros(channels, dtype=acc)}
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import formulas.common
+import gfl_ops
 from gfl_ops.core.registry import OpSpec
 from harness import Case
 from inputs import CLASSES, Scene
@@ -22,10 +24,10 @@ def generic(spec: OpSpec, scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     logits, targets = list(parameters(spec))[:2]
     acc, score = accumulator(dtype), scene.score
     pool = {logits: scene.pred.to(dtype), "avg_factor": (scene.labels >= 0).sum(1).clamp(min=1).sum().to(acc)}
-    if "tuple" in str(parameters(spec)[targets].annotation):
+    if "tuple" in str(get_type_hints(getattr(gfl_ops, spec.public[0]))[targets]):
         pool |= {targets: (scene.label, score.to(acc)), "weight": torch.ones_like(score, dtype=acc)}
     else:
-        # The focal loss, which knows no quality, is told 1 at a positive.
+        # The focal loss knows no quality: its target is 1 at a positive.
         quality = score if "avg_factor" in parameters(spec) else torch.ones_like(score)
         pool[targets] = dense_target(scene, quality).to(acc)
     if "avg_factor" not in parameters(spec):

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 
 import report
-from clock import Budget, Machine, capture
+from clock import Budget, Machine
 from detectors import PARTS, Optimized, Plain, Way, count_flops, differences, prepare
 from gfl.config import PRESETS
+from gfl.engine.graphs import Graph
 from harness import DTYPES, Bench, Case, Result, Run
 
 PLAIN, OURS, COMPILED = "plain", "optimized", "compiled"
@@ -109,7 +110,7 @@ def measure(
             part_runs = {}
             for key, (part, step) in zip(ways, steps):
                 graphed = bench.machine.cuda and key != PLAIN
-                part_runs[key] = (Step(capture(step) if graphed else step), result(part, key))
+                part_runs[key] = (Step(Graph(step, device=device) if graphed else step), result(part, key))
             parts_bench.time(part_runs)
             results += [of_part for _, of_part in part_runs.values()]
     return results

@@ -2,9 +2,9 @@
 """Time every operator against what people use today, on real inputs, after
 checking that all compute the same.
 
-Inputs: a batch of 800×1344 images with COCO's boxes (or boxes drawn with COCO's
-statistics), assigned by ATSS over five levels, 22 400 locations per image; logits
-drawn like a trained head's. Decoding, NMS and post-processing run on a trained
+Inputs: a batch of 800×1344 images with COCO's boxes (or random boxes with COCO's
+statistics), assigned by ATSS over five levels, 22 400 locations per image; random
+logits with the statistics of a trained head's. Decoding, NMS and post-processing run on a trained
 head's outputs where they are available. Providers:
   eager        mmdet's formulas in plain PyTorch; where there are none, this
                package's reference

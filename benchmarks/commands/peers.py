@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time other people's detectors as they are and with ours inside, after checking
-that both compute the same.
+"""Time other people's detectors unpatched and patched with our operators, after
+checking that both compute the same.
 
 A training step is the losses of a batch and their gradients, through the whole
 network, without the optimizer. An inference call ends with the boxes of every
@@ -8,7 +8,7 @@ image. "Of it" is the part that our operators replace, timed by itself on the sa
 maps: assignment and losses with the maps' gradients, or decoding and suppression.
 The convolutions, the same in both, are most of the rest on a CPU.
 
-Images are noise, boxes drawn with COCO's statistics, weights as initialised, but
+Images are noise, boxes random with COCO's statistics, weights as initialised, but
 class logits have a trained head's mean and deviation. Score threshold 0.05, IoU
 0.6, 100 boxes per image. Patched and unpatched take turns; milliseconds are
 medians, MB the peak of what a turn allocates.
@@ -63,7 +63,7 @@ def parts(detector: Detector) -> Iterator[tuple[str, Callable[..., Any], dict[st
 
 
 def unlike(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Share of the boxes that only one side has, of `(boxes, scores, labels)` of each image one after another."""
+    """Share of the boxes that only one side has, of `(boxes, scores, labels)` of each image in turn."""
     alone = total = 0
     for start in range(0, len(want), 3):
         sides = (side[start : start + 3] for side in (got, want))
@@ -138,7 +138,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def measure_all(given: argparse.Namespace) -> tuple[list[Result], Machine]:
     machine = Machine(given.device, given.clock == "cpu")
-    # Steps of seconds are what is wanted here.
+    # Steps that take seconds are not too slow here.
     bench = Bench(machine, Budget(given.limit), given.rounds, given.seconds, slow=60.0)
     print(report.stamped(f"{given.batch} images of {given.size[0]}×{given.size[1]}, fp32"))
     print(f"\n{HEADER}\n{'=' * len(HEADER)}", flush=True)

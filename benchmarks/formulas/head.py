@@ -116,7 +116,7 @@ def dense_gfl_loss(
     gt_boxes: Tensor,
     reg_max: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One graph of fixed shapes: dense QFL, and room for nine positives a level and box, filled up with nothing."""
+    """One graph of fixed shapes: dense QFL, and slots for nine positives per level and box, zero where unused."""
     batch, slots = gt_boxes.shape[:2]
     classes = cls_scores[0].shape[1]
     cls_norm = (labels >= 0).sum(1).clamp(min=1).sum()
@@ -128,8 +128,8 @@ def dense_gfl_loss(
         start += cells
         cls = cls.permute(0, 2, 3, 1).reshape(-1, classes)
         label = labels[:, part].reshape(-1)
-        room = min(9 * slots * batch, label.numel())
-        rows = torch.nonzero_static(label >= 0, size=room, fill_value=-1).squeeze(1)
+        slots_in_level = min(9 * slots * batch, label.numel())
+        rows = torch.nonzero_static(label >= 0, size=slots_in_level, fill_value=-1).squeeze(1)
         used = (rows >= 0).to(widen(cls[:0]).dtype)
         rows = rows.clamp(min=0)
         image, cell = rows // cells, rows % cells
@@ -142,7 +142,7 @@ def dense_gfl_loss(
         weights = weights + weight.sum()
         iou = 1 - element_iou(predicted.detach(), true)
         score = torch.zeros(label.shape, dtype=used.dtype, device=cls.device).index_add(0, rows, iou * used)
-        # Unused room holds cell 0's box, which is finite; its weight is 0.
+        # Unused slots hold cell 0's box, which is finite, with weight 0.
         box = box_iou_loss(predicted, true, weight, ONE, "giou")
         target = box_to_distance(centre, true, float(reg_max)).reshape(-1)
         edge = dense_dfl(sides.reshape(-1, reg_max + 1), target, weight.repeat_interleave(4), FOUR)

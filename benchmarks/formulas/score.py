@@ -13,7 +13,7 @@ BCE = F.binary_cross_entropy_with_logits
 
 
 def qfl(pred: Tensor, target: tuple[Tensor, Tensor], weight: Tensor, avg_factor: Tensor) -> Tensor:
-    """Everything as background first, then the positives written over it."""
+    """Everything as background first, then overwritten at the positives."""
     label, score = target
     pred = widen(pred)
     sigmoid = pred.sigmoid()

@@ -14,7 +14,7 @@ from .boxes import distance_to_box, pairwise_iou
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """All overlaps first, 512 boxes at a time; then from the best to the last, who is left drops whom it overlaps."""
+    """All overlaps first, 512 boxes at a time; then from the best score down, each kept box drops those it overlaps."""
     order = scores.sort(descending=True, stable=True).indices
     boxes = boxes[order]
     over = torch.cat([pairwise_iou(some, boxes) > iou_threshold for some in boxes.split(512)])
@@ -26,7 +26,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, one_class: Any = nms) -> Tensor:
-    """Each class moved to a place of its own; mmdet's and torchvision's coordinate trick."""
+    """Each class shifted to coordinates of its own; mmdet's and torchvision's coordinate trick."""
     moved = boxes + (idxs.to(boxes) * (boxes.max() + 1))[:, None]
     return one_class(moved, scores, iou_threshold)
 
@@ -40,7 +40,7 @@ def multiclass_nms(
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, min_score: float) -> tuple[Tensor, Tensor]:
-    """Linear decay, one box a step."""
+    """Linear decay, one box per step."""
     index = torch.arange(len(scores), device=scores.device)
     scores = scores.clone()
     kept, values = [], []
@@ -134,7 +134,7 @@ def ultralytics_postprocess(
     suppress: Any,
     limit: int = 100,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ultralytics' way: everything is decoded, and its `non_max_suppression` takes one tensor ``[B, 4+C, A]``."""
+    """Everything is decoded, and ultralytics' `non_max_suppression` takes one tensor ``[B, 4+C, A]``."""
     batch, device = cls_scores[0].shape[0], cls_scores[0].device
     rows = []
     for cls, reg, stride in zip(cls_scores, reg_preds, strides):

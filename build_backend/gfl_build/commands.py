@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""setuptools' commands: what is built by `ninja_build`, and the record of it beside the extension."""
+"""setuptools' commands: they build the extension by `ninja_build` and write a record of the build into the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORD = Path("gfl_ops") / "_build_info.py"
 
 
 def extensions(plan: Plan, root: Path) -> list[Extension]:
-    """The extension, or none: the wheel is pure then."""
+    """The extension, or an empty list for a pure wheel."""
     if plan.reason:
         return []
     found = [str(s.relative_to(root)) for s in ninja_build.sources(root, with_cuda=True)]
@@ -33,12 +33,12 @@ def extensions(plan: Plan, root: Path) -> list[Extension]:
 
 
 def say(text: str) -> None:
-    """One line to the person who builds. To stderr, since frontends read the standard output."""
+    """Print one line to stderr, since frontends read the standard output."""
     print(f"gfl-ops: {text}", file=sys.stderr)
 
 
 def record(plan: Plan, abi: Abi | None = None) -> dict[str, Any]:
-    """What the doctor prints, and what `gfl_ops.core.extension` compares with the torch it meets."""
+    """What the doctor prints and `gfl_ops.core.extension` compares with the torch in use."""
     torch = plan.torch
     return {
         "extension": torch is not None,
@@ -65,12 +65,12 @@ def write_record(built: dict[str, Any], folder: Path) -> None:
 
 
 class BuildPy(build_py):
-    """Copies the modules; writes the record where no extension is built."""
+    """Copies the modules; writes the record if no extension is built."""
 
     def run(self) -> None:
         if not self.editable_mode:
             for package in ("gfl_ops", "gfl"):
-                # What an earlier build left there would go into the wheel too.
+                # Leftovers of an earlier build would go into the wheel too.
                 shutil.rmtree(Path(self.build_lib) / package, ignore_errors=True)
         super().run()
         plan = make_plan()
@@ -104,7 +104,7 @@ class BuildExt(build_ext):
         write_record(record(plan, self.abi), ROOT if in_place else Path(self.build_lib))
 
     def build_extension(self, ext: Extension) -> None:
-        # An editable install brings a temporary folder; the tree's own keeps the objects for the next time.
+        # The folder of an editable install is temporary; the tree's own keeps the objects for the next build.
         objects = ROOT / "build" / "temp" / f"{self.plat_name}-{sys.implementation.cache_tag}"
         try:
             library = ninja_build.build(self.plan, self.abi, ROOT, objects)
@@ -112,6 +112,6 @@ class BuildExt(build_ext):
             raise BuildError(f"the extension was not built: {error}") from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A process may have the old file mapped: a new file beside it, not new bytes in it.
+        # A new file, since a process may have the old one mapped.
         target.unlink(missing_ok=True)
         shutil.copy2(library, target)

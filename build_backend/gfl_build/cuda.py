@@ -134,12 +134,12 @@ def probe(toolkit: CudaToolkit, archs: tuple[str, ...]) -> str:
 
 
 def _home(nvcc: Path) -> Path:
-    """The toolkit's folder. nvcc on PATH may be a script or a link elsewhere, so nvcc itself is asked."""
+    """The toolkit's folder, as nvcc itself reports it: nvcc on PATH may be a script or a link."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.touch()
-        told = subprocess.run([str(nvcc), "--dryrun", "-c", str(source)], capture_output=True, text=True, timeout=60)
-    found = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+        dry_run = subprocess.run([str(nvcc), "--dryrun", "-c", str(source)], capture_output=True, text=True, timeout=60)
+    found = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
     return Path(found[1].strip()).resolve() if found else nvcc.resolve().parent.parent
 
 

@@ -2,7 +2,7 @@
 """Compiles the sources under csrc/ in parallel, again only what changed.
 
 torch's own BuildExtension would give one flag list to every file and torch's include folders to the kernels, which need
-none; the three kinds of sources (binding, CPU, CUDA) are told apart here by their folder.
+none; the three kinds of sources (binding, CPU, CUDA) are distinguished here by their folder.
 """
 
 from __future__ import annotations

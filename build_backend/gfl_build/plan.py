@@ -22,7 +22,7 @@ ANY_TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]}"
 
 
 class BuildError(BaseError):
-    """What was asked for can't be built. setuptools prints its text without a traceback."""
+    """The requested build is impossible. setuptools prints the text without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Plan:
         compiler: the C++ compiler, None without extension.
         cuda: the CUDA toolkit, None without CUDA part.
         archs: what the CUDA part is compiled for: nvcc's code names, "sm_90" for machine code, "compute_90" for PTX.
-        reason: why there is no extension, empty where there is one.
-        cuda_reason: why there is no CUDA part, empty where there is one.
+        reason: why there is no extension, empty if there is one.
+        cuda_reason: why there is no CUDA part, empty if there is one.
     """
 
     torch: TorchInfo | None

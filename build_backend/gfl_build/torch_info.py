@@ -56,7 +56,7 @@ class TorchInfo:
 
 
 def read_torch(folder: Path) -> TorchInfo | None:
-    """Read torch's own version.py; None where there is no torch."""
+    """Read torch's own version.py; None if there is no torch."""
     try:
         tree = ast.parse((folder / "version.py").read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
@@ -75,9 +75,9 @@ def read_torch(folder: Path) -> TorchInfo | None:
 
 
 def find_torch() -> TorchInfo | None:
-    """The torch that the installed extension will meet, None where there is none new enough.
+    """The torch that the installed extension will be used with, None if there is none new enough.
 
-    In order: what this process can import (no build isolation, or torch was asked for as a build requirement), the
+    In order: what this process can import (no build isolation, or torch is a build requirement), the
     site-packages of the interpreter (pip's isolation keeps `sys.prefix`), what that interpreter imports when it is
     started outside the isolation (user site, system site packages, a development install).
     """
@@ -144,10 +144,10 @@ def read_abi(torch: TorchInfo) -> Abi:
         pybind = [(n, getattr(torch._C, "_PYBIND11_" + n, None)) for n in names]
         print(json.dumps([torch.__version__, torch.compiled_with_cxx11_abi(), pybind]))
     """
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if asked.returncode != 0:
-        raise RuntimeError(f"torch {torch.version} in {torch.site} can't be imported:\n{asked.stderr.strip()}")
-    version, cxx11, pybind = json.loads(asked.stdout.splitlines()[-1])
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise RuntimeError(f"torch {torch.version} in {torch.site} can't be imported:\n{answer.stderr.strip()}")
+    version, cxx11, pybind = json.loads(answer.stdout.splitlines()[-1])
     if version != torch.version:
         raise RuntimeError(f"found torch {torch.version} in {torch.site}, but `import torch` gives {version}")
     return Abi(bool(cxx11), tuple((name, value) for name, value in pybind if value is not None))

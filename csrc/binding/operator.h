@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every binding needs: checks with the argument's name, dtypes, the CPU's chunks and the GPU's device and stream.
+// What every binding needs: checks with the argument's name, dtypes, chunks of work on the CPU, device and stream on the
+// GPU, and registration with the dispatcher and the Python module.
 //
-// The Python functions check what a user passes and say it in full; the checks here are the ones that keep a direct call
-// of an operator memory-safe.
+// The Python functions check what a user passes and explain what is wrong; the checks here keep a direct call of an
+// operator memory-safe.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #if defined(GFL_WITH_CUDA)
@@ -21,7 +26,6 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include "direct.h"
 #include "gfl/types.h"
 
 namespace gfl::binding {
@@ -63,7 +67,7 @@ inline void check_device(const at::Tensor& t, const at::Tensor& other, const cha
 }
 
 // Runs body(begin, end) over fixed chunks of [0, count) in torch's own thread pool. The bounds depend on the sizes alone,
-// never on the number of threads, so that a kernel which sums within its chunk gives the same bits at any.
+// so a kernel that sums within its chunk gives the same bits with any number of threads.
 template <class Body> void for_chunks(int64_t count, int64_t chunk, const Body& body) {
   const int64_t chunks = (count + chunk - 1) / chunk;
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
@@ -71,11 +75,11 @@ template <class Body> void for_chunks(int64_t count, int64_t chunk, const Body& 
   });
 }
 
-// Rows of `width` elements a chunk: enough work to pay for a thread, few enough to share out.
+// How many rows of `width` elements make a chunk: enough work to pay for a thread, few enough to share out evenly.
 inline int64_t rows_per_chunk(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
-// Runs one operator where `t` is: the launch on its device's current stream, or the CPU kernel in fixed chunks of
-// [0, count). `launch` is GFL_CUDA_LAUNCH(function, arguments), `kernel` takes the bounds of a chunk.
+// Runs an operator on the device of `t`: the launch on its current stream, or the CPU kernel in fixed chunks of
+// [0, count). `launch` is GFL_CUDA_LAUNCH(function, arguments); `kernel` takes the bounds of a chunk.
 template <class Launch, class Kernel>
 void run(const at::Tensor& t, int64_t count, int64_t chunk, const Launch& launch, const Kernel& kernel) {
 #if defined(GFL_WITH_CUDA)
@@ -89,12 +93,32 @@ void run(const at::Tensor& t, int64_t count, int64_t chunk, const Launch& launch
 }
 
 #if defined(GFL_WITH_CUDA)
-// Makes the tensor's device current and hands its current stream to `launch`, whose error becomes an exception.
+// Makes the tensor's device current and passes its current stream to `launch`, whose error becomes an exception.
 template <class Launch> void on_stream_of(const at::Tensor& t, const Launch& launch) {
   const c10::cuda::CUDAGuard guard(t.device());
   C10_CUDA_CHECK(launch(c10::cuda::getCurrentCUDAStream().stream()));
 }
 #endif
+
+// --- The Python module ---------------------------------------------------------------------------------------------
+
+// What pybind11 converts an argument to: a vector for a view of one.
+template <class T> struct Converted { using type = std::decay_t<T>; };
+template <class T> struct Converted<c10::ArrayRef<T>> { using type = std::vector<T>; };
+
+template <class R, class... A> void expose(pybind11::module_& module, const char* name, R (*function)(A...)) {
+  module.def(name, [function](const typename Converted<A>::type&... values) -> R { return function(values...); });
+}
+
+// Each GFL_OPERATOR adds itself here while the library loads; the Python module walks the list once.
+struct EntryPoint {
+  using Expose = void (*)(pybind11::module_&);
+  explicit EntryPoint(Expose expose) { all().push_back(expose); }
+  static std::vector<Expose>& all() {
+    static std::vector<Expose> list;
+    return list;
+  }
+};
 
 }  // namespace gfl::binding
 
@@ -107,14 +131,11 @@ template <class Launch> void on_stream_of(const at::Tensor& t, const Launch& lau
 #define GFL_REGISTER_CUDA(name, function)
 #endif
 
-// Registers `function` for the operator gfl::<name> on the CPU and the GPU, and as gfl_ops._C.<function>. A function that
-// records its own gradient is an entry point only.
+// Registers `function` for the operator gfl::<name> on the CPU and the GPU, and as gfl_ops._C.<function>.
 #define GFL_OPERATOR(name, function) \
   GFL_OPERATOR_CPU(name, function)   \
   GFL_REGISTER_CUDA(name, function)
-#define GFL_OPERATOR_CPU(name, function)                                    \
-  TORCH_LIBRARY_IMPL(gfl, CPU, m) { m.impl(#name, TORCH_FN(function)); }    \
-  GFL_ENTRY_POINT(function, false)
-#define GFL_ENTRY_POINT(function, records)                                  \
-  static const ::gfl::binding::EntryPoint entry_point_of_##function(        \
-      [](::gfl::binding::Entries& entries) { entries.add(#function, &function, records); });
+#define GFL_OPERATOR_CPU(name, function)                                   \
+  TORCH_LIBRARY_IMPL(gfl, CPU, m) { m.impl(#name, TORCH_FN(function)); }   \
+  static const ::gfl::binding::EntryPoint entry_point_of_##function(       \
+      [](pybind11::module_& module) { ::gfl::binding::expose(module, #function, &function); });

@@ -182,11 +182,11 @@ TORCH_LIBRARY_IMPL(gfl, CPU, m) { register_losses(m); }
 TORCH_LIBRARY_IMPL(gfl, CUDA, m) { register_losses(m); }
 #endif
 
-const EntryPoint entry_points([](Entries& entries) {
+const EntryPoint entry_points([](pybind11::module_& module) {
   ScoreLosses::for_each([&](auto kind) {
     using Loss = decltype(kind);
-    entries.add((std::string(Loss::name) + "_forward").c_str(), &forward<Loss>);
-    entries.add((std::string(Loss::name) + "_backward").c_str(), &backward<Loss>);
+    expose(module, (std::string(Loss::name) + "_forward").c_str(), &forward<Loss>);
+    expose(module, (std::string(Loss::name) + "_backward").c_str(), &backward<Loss>);
   });
 });
 

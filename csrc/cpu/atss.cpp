@@ -3,9 +3,9 @@
 //
 //   gt_boxes [images, gts, 4] float read     gt_labels [images, gts] int64 read     valid_sizes [images, 2] float read
 //   labels, matched [images, locations] int64 write                                 iou [images, locations] float write
-// Priors are grids, so the k nearest cells of a box lie in a small window around its centre. The window grows until no cell
-// outside it can be nearer or equally near, which also covers levels one cell wide, large k and boxes far off the image.
-// Boxes are processed in slot order, and a later one must have a larger IoU to win a cell.
+// Priors are grids, so the k nearest cells of a box lie in a small window around its centre. The window grows until no
+// cell outside it can be nearer or equally near, which also covers levels one cell wide, large k and boxes far off the
+// image. Boxes are processed in slot order, and a later one must have a larger IoU to win a cell.
 #include "gfl/head.h"
 
 #include <algorithm>

@@ -69,7 +69,8 @@ void box_to_distance_forward(const BoxToDistanceInput& in, void* distance, int64
       const A* box = at<A>(in, in.boxes, in.stride_boxes, i);
       for (int side = 0; side < 4; ++side) {
         const A d = distance_to_side(point[side & 1], box[side], side);
-        static_cast<A*>(distance)[i * 4 + side] = in.clamped ? hold(d, A(0), static_cast<A>(in.upper)).value : d;
+        static_cast<A*>(distance)[i * 4 + side] =
+            in.clamped ? clamp_passing_grad(d, A(0), static_cast<A>(in.upper)).value : d;
       }
     }
   });
@@ -85,7 +86,7 @@ void box_to_distance_backward(const BoxToDistanceInput& in, const void* grad_dis
       A through[4];
       for (int side = 0; side < 4; ++side) {
         const A d = distance_to_side(point[side & 1], box[side], side);
-        const bool inside = !in.clamped || hold(d, A(0), static_cast<A>(in.upper)).inside;
+        const bool inside = !in.clamped || clamp_passing_grad(d, A(0), static_cast<A>(in.upper)).inside;
         through[side] = inside ? static_cast<const A*>(grad_distance)[i * 4 + side] * side_sign<A>(side) : A(0);
         if (grad_boxes != nullptr) static_cast<A*>(grad_boxes)[i * 4 + side] = through[side];
       }

@@ -3,10 +3,10 @@
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
-// The logits are read in place: a tile of evenly spaced locations is computed as background, with β = 2 by the vector code
-// of simd/background.h, and then what belongs to positives is corrected. The classes of a location are summed in A,
-// everything else in order in double. The bounds of chunks depend on the shapes only, so the results are the same bits at
-// any number of threads.
+// The logits are read in place: a tile of evenly spaced locations is computed as background, with β = 2 by the vector
+// code of simd/background.h, and then what belongs to positives is corrected. The classes of a location are summed in
+// A, everything else in order in double. The bounds of chunks depend on the shapes only, so the results are the same
+// bits at any number of threads.
 #include "gfl/head.h"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows and runs of group normalization: fp32 and 16 bits in the vector code of this processor's instruction set, runs of
-// fp64 in scalar code.
+// Rows and runs of group normalization: fp32 and 16 bits in the vector code of this processor's instruction set, runs
+// of fp64 in scalar code.
 #include <algorithm>
 
 #include "group_norm_relu.h"

@@ -3,9 +3,9 @@
 //
 //   x, grad_y            maps of the levels   dtype  read      y, grad_x   the same   dtype  write
 //   weight, bias         [channels]           dtype or A read  statistics  [levels, images, groups, 2] A write, read
-// Where locations are contiguous, a block of work is some whole groups: each is read for its statistics and, while it is in
-// cache, once more for its values. Where channels are, a block is some locations with all their channels, and the blocks of
-// a level's image are combined, in order, between the two passes. fp32 and 16-bit maps use the vector code of
+// Where locations are contiguous, a block of work is some whole groups: each is read for its statistics and, while it
+// is in cache, once more for its values. Where channels are, a block is some locations with all their channels, and the
+// blocks of a level's image are combined, in order, between the two passes. fp32 and 16-bit maps use the vector code of
 // simd/group_norm_relu.cpp; fp64 always has whole groups, in scalar code.
 // Bytes per element: forward 2 reads and 1 write, backward twice 2 and 1. Accumulator: A within up to 512 values of a
 // channel, double beyond. The bounds of blocks depend on the shapes only: the same bits at any number of threads.
@@ -96,28 +96,37 @@ NormChannel channel_of(const GroupNormInput& in, const Statistic& s, const Corre
   return {s.mean, scale, parameter(in, in.bias, channel), correction.level, correction.slope};
 }
 
-// The coefficients of all channels of a level's image; `sums` are its own, null forward.
+// The coefficients of all channels per (level, image) pair, for blocks of locations.
 class ChannelArrays {
  public:
-  ChannelArrays(const GroupNormInput& in, const void* statistics, const NormSums* sums, int64_t level, int64_t image)
-      : room_((in.channels + kVector - 1) / kVector * kVector), values_(static_cast<size_t>(5 * room_)) {
+  explicit ChannelArrays(const GroupNormInput& in)
+      : room_((in.channels + kVector - 1) / kVector * kVector),
+        values_(static_cast<size_t>(in.level_count * in.images * 5 * room_)) {}
+
+  // Pairs [begin, end). Without `sums`, those of the forward value only.
+  void fill(const GroupNormInput& in, const void* statistics, const NormSums* sums, int64_t begin, int64_t end) {
     const int64_t channels = in.group_channels();
-    for (int64_t group = 0; group < in.groups; ++group) {
-      const Statistic s = statistic_at(in, statistics, level, image, group);
-      Correction correction{0, 0};
-      if (sums != nullptr) correction = correction_of(in, sums, s, group, in.levels[level].locations);
-      for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
-        const NormChannel k = channel_of(in, s, correction, c);
-        float* to = values_.data() + c;
-        for (const double value : {k.mean, k.scale, k.bias, k.level, k.slope}) {
-          *to = static_cast<float>(value);
-          to += room_;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t level = pair / in.images, image = pair % in.images;
+      for (int64_t group = 0; group < in.groups; ++group) {
+        const Statistic s = statistic_at(in, statistics, level, image, group);
+        Correction correction{0, 0};
+        if (sums != nullptr) {
+          correction = correction_of(in, sums + pair * in.channels, s, group, in.levels[level].locations);
+        }
+        for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
+          const NormChannel k = channel_of(in, s, correction, c);
+          float* to = values_.data() + pair * 5 * room_ + c;
+          for (const double value : {k.mean, k.scale, k.bias, k.level, k.slope}) {
+            *to = static_cast<float>(value);
+            to += room_;
+          }
         }
       }
     }
   }
-  NormChannels view() const {
-    const float* v = values_.data();
+  NormChannels at(int64_t pair) const {
+    const float* v = values_.data() + pair * 5 * room_;
     return {v, v + room_, v + 2 * room_, v + 3 * room_, v + 4 * room_};
   }
 
@@ -250,7 +259,8 @@ void block_moments(const GroupNormInput& in, const NormBlock* blocks, NormMoment
     row_moments(rows_of(in, b, nullptr, nullptr), shift, sum, squares);
     const double count = static_cast<double>(b.end - b.begin), channels = static_cast<double>(in.group_channels());
     for (int64_t group = 0; group < in.groups; ++group) {
-      // All channels have equally many values: means are averaged, and their distances from that are added to the squares.
+      // All channels have equally many values: means are averaged, and their distances from that are added to the
+      // squares.
       const int64_t first = group * in.group_channels(), last = first + in.group_channels();
       NormMoments m{count * channels, 0, 0};
       double of_means = 0;
@@ -290,20 +300,19 @@ void merge_moments(const GroupNormInput& in, const std::vector<NormBlock>& block
   }
 }
 
-void block_forward(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormMap* y,
+void block_forward(const GroupNormInput& in, const NormBlock* blocks, const ChannelArrays& channels, const NormMap* y,
                    int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
-    if (b.whole) continue;
-    const ChannelArrays channels(in, statistics, nullptr, b.level, b.image);
-    row_forward(rows_of(in, b, nullptr, y), channels.view());
+    if (!b.whole) row_forward(rows_of(in, b, nullptr, y), channels.at(b.level * in.images + b.image));
   }
 }
 
 // The first pass backward: whole groups are finished, with their sums in `sums` [levels, images, channels]; the sums of
 // other blocks go to partial[block · channels + channel].
-void block_sums(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormMap* grad_y,
-                const NormMap* grad_x, NormSums* partial, NormSums* sums, int64_t begin, int64_t end) {
+void block_sums(const GroupNormInput& in, const NormBlock* blocks, const void* statistics,
+                const ChannelArrays& channels, const NormMap* grad_y, const NormMap* grad_x, NormSums* partial,
+                NormSums* sums, int64_t begin, int64_t end) {
   const size_t room = static_cast<size_t>((in.channels + kVector - 1) / kVector * kVector);
   std::vector<float> values(2 * room);
   float *sum = values.data(), *product = sum + room;
@@ -316,8 +325,7 @@ void block_sums(const GroupNormInput& in, const NormBlock* blocks, const void* s
       }
       continue;
     }
-    const ChannelArrays channels(in, statistics, nullptr, b.level, b.image);
-    row_sums(rows_of(in, b, grad_y, nullptr), channels.view(), sum, product);
+    row_sums(rows_of(in, b, grad_y, nullptr), channels.at(b.level * in.images + b.image), sum, product);
     for (int64_t c = 0; c < in.channels; ++c) {
       const double rstd = statistic_at(in, statistics, b.level, b.image, c / in.group_channels()).rstd;
       partial[block * in.channels + c] = {sum[c], product[c] * rstd};
@@ -343,14 +351,11 @@ void merge_sums(const GroupNormInput& in, const std::vector<NormBlock>& blocks, 
   }
 }
 
-void block_backward(const GroupNormInput& in, const NormBlock* blocks, const void* statistics, const NormSums* sums,
+void block_backward(const GroupNormInput& in, const NormBlock* blocks, const ChannelArrays& channels,
                     const NormMap* grad_y, const NormMap* grad_x, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const NormBlock& b = blocks[block];
-    if (b.whole) continue;
-    const NormSums* of_image = sums + (b.level * in.images + b.image) * in.channels;
-    const ChannelArrays channels(in, statistics, of_image, b.level, b.image);
-    row_backward(rows_of(in, b, grad_y, grad_x), channels.view());
+    if (!b.whole) row_backward(rows_of(in, b, grad_y, grad_x), channels.at(b.level * in.images + b.image));
   }
 }
 
@@ -388,9 +393,12 @@ void group_norm_relu_forward(const GroupNormInput& in, const NormMap* y, void* s
     block_moments(in, blocks.data(), moments.data(), y, statistics, begin, end);
   });
   if (whole) return;
-  parallel(in.level_count * in.images, 1,
-           [&](int64_t begin, int64_t end) { merge_moments(in, blocks, moments.data(), statistics, begin, end); });
-  parallel(count, 1, [&](int64_t begin, int64_t end) { block_forward(in, blocks.data(), statistics, y, begin, end); });
+  ChannelArrays channels(in);
+  parallel(in.level_count * in.images, 1, [&](int64_t begin, int64_t end) {
+    merge_moments(in, blocks, moments.data(), statistics, begin, end);
+    channels.fill(in, statistics, nullptr, begin, end);
+  });
+  parallel(count, 1, [&](int64_t begin, int64_t end) { block_forward(in, blocks.data(), channels, y, begin, end); });
 }
 
 void group_norm_relu_backward(const GroupNormInput& in, const void* statistics, const NormMap* grad_y,
@@ -401,17 +409,23 @@ void group_norm_relu_backward(const GroupNormInput& in, const void* statistics, 
   const bool whole = all_whole(blocks);
   std::vector<NormSums> partial(whole ? 0 : blocks.size() * static_cast<size_t>(in.channels));
   std::vector<NormSums> sums(static_cast<size_t>(pairs * in.channels));
+  ChannelArrays channels(in);
+  if (!whole) {
+    parallel(pairs, 1, [&](int64_t begin, int64_t end) { channels.fill(in, statistics, nullptr, begin, end); });
+  }
   parallel(count, 1, [&](int64_t begin, int64_t end) {
-    block_sums(in, blocks.data(), statistics, grad_y, grad_x, partial.data(), sums.data(), begin, end);
+    block_sums(in, blocks.data(), statistics, channels, grad_y, grad_x, partial.data(), sums.data(), begin, end);
   });
   if (!whole) {
-    parallel(pairs, 1,
-             [&](int64_t begin, int64_t end) { merge_sums(in, blocks, partial.data(), sums.data(), begin, end); });
-  }
-  if (!whole && grad_x != nullptr) {
-    parallel(count, 1, [&](int64_t begin, int64_t end) {
-      block_backward(in, blocks.data(), statistics, sums.data(), grad_y, grad_x, begin, end);
+    parallel(pairs, 1, [&](int64_t begin, int64_t end) {
+      merge_sums(in, blocks, partial.data(), sums.data(), begin, end);
+      if (grad_x != nullptr) channels.fill(in, statistics, sums.data(), begin, end);
     });
+    if (grad_x != nullptr) {
+      parallel(count, 1, [&](int64_t begin, int64_t end) {
+        block_backward(in, blocks.data(), channels, grad_y, grad_x, begin, end);
+      });
+    }
   }
   if (grad_weight == nullptr && grad_bias == nullptr) return;
   const int64_t step = std::max<int64_t>(1, kPairsPerChunk / std::max<int64_t>(1, pairs));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the scalar and the vector code of group normalization share: pieces of maps as plain pointers, the coefficients of
-// channels, and how moments are combined.
+// What the scalar and the vector code of group normalization share: pieces of maps as plain pointers, the coefficients
+// of channels, and how moments are combined.
 #pragma once
 #include <cstdint>
 
@@ -28,8 +28,8 @@ inline void merge(NormMoments& all, const NormMoments& part) {
 
 GFL_ISA_CLOSE
 
-// Of a channel: y = max(floor, (x − mean)·scale + bias); backward grad_x = scale·g − level − slope·(x − mean). For all maps
-// but f64 each is rounded to float.
+// Of a channel: y = max(floor, (x − mean)·scale + bias); backward grad_x = scale·g − level − slope·(x − mean). For all
+// maps but f64 each is rounded to float.
 struct NormChannel { double mean, scale, bias, level, slope; };
 
 // Of all channels: arrays of `channels` floats, rounded up to a whole number of vectors.

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What gfl_loss.cpp asks of simd/gfl_loss.cpp.
+// What gfl_loss.cpp passes to simd/gfl_loss.cpp.
 #pragma once
 #include <cstdint>
 
 namespace gfl {
 
-// Locations in one go.
+// Locations per tile, at most.
 constexpr int kHeadTile = 256;
 
-// Some locations of a class map at an even pitch: element (location i, class c) is i · location + c · channel further.
+// Evenly spaced locations of a class map: (location i, class c) is at data[i · location + c · channel].
 template <class T> struct HeadTile {
   T* data;
   int64_t location, channel;

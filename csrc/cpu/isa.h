@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run-time choice of the instruction set. Every file in csrc/cpu/simd is compiled once for each, with GFL_ISA naming it;
-// all that it defines is in `namespace gfl::GFL_ISA`, so that no code for one can end up serving another.
+// Run-time choice of the instruction set. Every file in csrc/cpu/simd is compiled once per set, which GFL_ISA names,
+// and defines everything in `namespace gfl::GFL_ISA`, so that code for one is never linked for another.
 #pragma once
 
 namespace gfl::cpu {
 
 enum class Isa { portable, avx2, avx512 };
 
-// The widest that this processor has; GFL_OPS_CPU_ISA=portable|avx2|avx512 asks for a narrower one. Read once.
+// The widest that this processor supports; GFL_OPS_CPU_ISA=portable|avx2|avx512 selects a narrower one. Read once.
 Isa isa();
 const char* isa_name();
 

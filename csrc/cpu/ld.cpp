@@ -3,11 +3,9 @@
 //
 //   pred, teacher [rows, bins] dtype read, any strides     loss, grad_loss [rows] A write, read
 //   grad_pred     [rows, bins] dtype write, contiguous
-// fp64 is served here, every other dtype by the vector code of simd/ld.cpp.
-#include "gfl/ld.h"
-
+// fp64 runs here, every other dtype in the vector code of simd/ld.cpp.
 #include "isa.h"
-#include "terms/ld.h"
+#include "terms/bins.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void ld_forward(const LdInput& in, float* loss, int64_t begin, int64_t end))
@@ -18,6 +16,7 @@ GFL_DECLARE_PER_ISA(void ld_backward(const LdInput& in, const float* grad_loss, 
 namespace gfl::cpu {
 namespace {
 
+// The logits of a row, as ld_sums walks over them.
 struct Row {
   const double *x, *z;
   int64_t step_x, step_z, bins;
@@ -36,8 +35,8 @@ struct Row {
 };
 
 LdSums<double> sums_of(const LdScale<double>& scale, const Row& row) {
-  const auto alone = [](double value) { return value; };
-  return ld_sums<false>(scale, row, alone, alone);
+  const auto whole_row = [](double value) { return value; };
+  return ld_sums<false>(scale, row, whole_row, whole_row);
 }
 
 void forward(const LdInput& in, double* loss, int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The candidates of multiclass NMS: one walk over the scores to count, one to gather.
-#include "gfl/multiclass_nms.h"
+// The candidates of multiclass NMS on the CPU: one pass over the scores to count, one to gather.
+#include "gfl/select.h"
 
 #include "terms/scalar.h"
 

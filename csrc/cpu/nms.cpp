@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// NMS on the CPU: sorting and grouping; the walk over a class is vector code in simd/nms.cpp.
-#include "gfl/nms.h"
+// NMS on the CPU: sorting and grouping; a class is walked by the vector code in simd/nms.cpp.
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <vector>
@@ -37,17 +37,23 @@ void order_by_score(const void* scores, DType dtype, int64_t stride, int64_t cou
 }
 
 int64_t group_by_class(const int64_t* classes, const int64_t* order, int64_t count, int64_t* grouped, int64_t* bounds) {
+  bounds[0] = 0;
+  if (classes == nullptr) {
+    if (grouped != order) std::copy(order, order + count, grouped);
+    bounds[count > 0 ? 1 : 0] = count;
+    return count > 0 ? 1 : 0;
+  }
   std::vector<Keyed<uint64_t>> items(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) items[static_cast<size_t>(i)] = {rising_key(classes[order[i]]), order[i]};
   sort_stable(items);
-  int64_t met = 0;
+  int64_t groups = 0;
   for (int64_t i = 0; i < count; ++i) {
     const size_t at = static_cast<size_t>(i);
     grouped[i] = items[at].index;
-    if (i == 0 || items[at].key != items[at - 1].key) bounds[met++] = i;
+    if (i == 0 || items[at].key != items[at - 1].key) bounds[groups++] = i;
   }
-  bounds[met] = count;
-  return met;
+  bounds[groups] = count;
+  return groups;
 }
 
 void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint8_t* keep, int64_t begin, int64_t end) {
@@ -56,6 +62,14 @@ void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint
   std::vector<unsigned char> scratch(static_cast<size_t>(portable::nms_class_scratch_bytes(largest, in.dtype)));
   for (int64_t s = begin; s < end; ++s) {
     nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.data(), keep);
+  }
+}
+
+int64_t count_kept(const uint8_t* keep, int64_t count) { return std::count(keep, keep + count, uint8_t(1)); }
+
+void collect_kept(const uint8_t* keep, const int64_t* order, int64_t count, int64_t* kept) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (keep[order[i]] != 0) *kept++ = order[i];
   }
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-processing on the CPU: one walk over the scores, then work on the survivors alone.
+// Post-processing on the CPU: one pass over the scores, then work on the survivors alone.
 //
-//   cls [B, C, H, W] a level           cls_dtype  read once, in the order of memory
-//   reg [B, 4(R+1), H, W] a level      reg_dtype  read where a candidate comes up for suppression
-//   boxes [B, K, 4], scores [B, K]     float      write        labels [B, K] int64, count [B] int32 write
-// An image is one thread's work. Each level's values above the threshold are compacted into 64-bit keys (value, ~index)
-// and cut to nms_pre by selection. Suppression takes candidates from the best down, sorted a block at a time; each is
-// decoded when its turn comes and compared with the kept boxes of its class only, and the walk ends at K kept boxes.
-#include "gfl/postprocess.h"
+//   cls [B, C, H, W] per level         cls_dtype  read once, in the order of memory
+//   reg [B, 4(R+1), H, W] per level    reg_dtype  read where a candidate comes up for suppression
+//   boxes [B, K, 4], scores [B, K]     float      write        labels, locations [B, K] int64, count [B] int32 write
+// One thread per image. Each level's values above the threshold are compacted into 64-bit keys (value, ~index)
+// and cut to nms_pre by selection. Suppression takes candidates from the best down, sorted one block at a time; each is
+// decoded when its turn comes and compared with the kept boxes of its class only, until K boxes are kept.
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,10 +24,10 @@ namespace {
 
 using Keys = std::vector<uint64_t>;
 
-// Elements that are asked at once whether one of them is a candidate. Nearly always none is.
+// Elements tested together for a candidate; nearly always there is none.
 constexpr int kBlock = 32;
 
-// Says which elements are above the threshold, and what their values are.
+// Tests elements against the threshold, one by one or a block at a time.
 template <class T> struct Above {
   float threshold;
   explicit Above(float limit) : threshold(limit) {}
@@ -205,22 +205,6 @@ struct Decoder {
             clip(add_rn(centre_x, distance[2]), width), clip(add_rn(centre_y, distance[3]), height)};
   }
 
-  // Of the four sides: variance, entropy and peak each.
-  template <class T> void spread(const PostprocessLevel& level, int64_t x, int64_t y, float* out) const {
-    const int bins = in.reg_max + 1;
-    const T* cell = static_cast<const T*>(level.reg) + image * level.reg_stride[0] + y * level.reg_stride[2] +
-                    x * level.reg_stride[3];
-    for (int side = 0; side < 4; ++side) {
-      const T* logits = cell + side * bins * level.reg_stride[1];
-      const BinSpread<float> s = bin_spread<float>(bins, [&](int j) {
-        return bounded_logit(static_cast<float>(load(logits + j * level.reg_stride[1])));
-      });
-      *out++ = s.variance;
-      *out++ = s.entropy;
-      *out++ = s.peak;
-    }
-  }
-
   float centre(int64_t cell, const PostprocessLevel& level) const {
     const float stride = static_cast<float>(level.stride);
     if (in.legacy) return add_rn(mul_rn(static_cast<float>(cell), stride), static_cast<float>((level.stride - 1) / 2));
@@ -228,7 +212,7 @@ struct Decoder {
   }
 };
 
-// The boxes kept so far, in one chain a class.
+// The boxes kept so far, in one chain per class.
 class Kept {
  public:
   Kept(int64_t classes, float threshold, bool legacy)
@@ -262,11 +246,11 @@ void one_image(const PostprocessInput& in, const PostprocessOutput& out, int64_t
   float* boxes = out.boxes + image * slots * 4;
   float* scores = out.scores + image * slots;
   int64_t* labels = out.labels + image * slots;
+  int64_t* places = out.locations + image * slots;
   std::fill(boxes, boxes + slots * 4, 0.0f);
   std::fill(scores, scores + slots, 0.0f);
   std::fill(labels, labels + slots, int64_t(-1));
-  float* uncertainty = out.uncertainty == nullptr ? nullptr : out.uncertainty + image * slots * 12;
-  if (uncertainty != nullptr) std::fill(uncertainty, uncertainty + slots * 12, 0.0f);
+  std::fill(places, places + slots, int64_t(-1));
   out.count[image] = 0;
   if (slots == 0) return;
 
@@ -305,7 +289,8 @@ void one_image(const PostprocessInput& in, const PostprocessOutput& out, int64_t
     for (auto candidate = first; candidate != last && used < slots; ++candidate) {
       const PostprocessLevel& level = in.level[candidate->level];
       const int64_t location = candidate->index / in.classes, label = candidate->index % in.classes;
-      int32_t& slot = decoded[static_cast<size_t>(first_location[candidate->level] + location)];
+      const int64_t place = first_location[candidate->level] + location;  // over all levels
+      int32_t& slot = decoded[static_cast<size_t>(place)];
       if (slot < 0) {
         slot = static_cast<int32_t>(decoded_boxes.size());
         decoded_boxes.push_back(dispatch(in.reg_dtype, [&](auto t) {
@@ -321,11 +306,7 @@ void one_image(const PostprocessInput& in, const PostprocessOutput& out, int64_t
       boxes[used * 4 + 3] = div_rn(box.y2, factor_y);
       scores[used] = in.activated ? value : 1.0f / (1.0f + std::exp(-value));
       labels[used] = label;
-      if (uncertainty != nullptr) {
-        dispatch(in.reg_dtype, [&](auto t) {
-          decoder.spread<decltype(t)>(level, location % level.width, location / level.width, uncertainty + used * 12);
-        });
-      }
+      places[used] = place;
       ++used;
     }
     if (last == candidates.end()) break;

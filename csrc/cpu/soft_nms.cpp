@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Soft-NMS on the CPU: what is done once a call; the walk over a class is vector code in simd/soft_nms.cpp.
-#include "gfl/soft_nms.h"
+// Soft-NMS on the CPU: what is done once per call; a class is walked by the vector code in simd/soft_nms.cpp.
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <vector>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stable sorting by fixed-width keys: an own radix sort, several times the speed of
-// a comparison sort at detection's sizes.
+// Stable sorting by fixed-width keys: a radix sort, several times as fast as a comparison sort at the sizes of
+// detection.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -33,7 +33,7 @@ inline uint64_t falling_key(double x) {
 
 inline uint64_t rising_key(int64_t x) { return static_cast<uint64_t>(x) ^ (uint64_t(1) << 63); }
 
-// Sorts by rising key; equal keys stay in their order. Digits that all keys share cost no pass.
+// Sorts by rising key; equal keys keep their order. A digit that all keys share costs no pass.
 template <class Key> void sort_stable(std::vector<Keyed<Key>>& items) {
   constexpr int kDigits = sizeof(Key);
   constexpr size_t kSmall = 96;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adaptive training sample selection on the GPU: three graph nodes for a whole padded batch, no [locations, gts] matrix.
+// Adaptive training sample selection on the GPU: three graph nodes for a padded batch, without a [locations, gts]
+// matrix.
 //
 //   gt_boxes [images, gts, 4] float read     gt_labels [images, gts] int64 read     valid_sizes [images, 2] float read
 //   labels, matched [images, locations] int64 write                                 iou [images, locations] float write
-// Priors are grids, so a box's k nearest cells lie in a small window around its centre. A block is a box and a warp one
-// of its levels: the warp's lanes hold the window's cells and take out the nearest k times, ties by the lower index; the
-// window grows until no cell outside can be as near. Thread 0 sums the threshold in the CPU's order. A cell goes to the
-// largest (IoU, ~slot) by a 64-bit maximum in the memory of `matched`; the last kernel unpacks it.
-// Bytes a location: 8 cleared, 8 read and 20 written; a box adds a few hundred. Arithmetic: atss.h, rounded as on the
-// CPU, so results are equal to the bit. Repeatable: a maximum does not depend on the order of its arguments.
+// Priors are grids, so the k nearest cells of a box lie in a small window around its centre. A block takes a box and a
+// warp one of its levels: the lanes hold the window's cells and extract the nearest k times, ties by the lower index;
+// the window grows until no cell outside can be as near. Thread 0 sums the threshold in the CPU's order. A cell goes to
+// the largest (IoU, ~slot) by a 64-bit maximum in the memory of `matched`, which the last kernel unpacks.
+// Bytes per location: 8 cleared, 8 read and 20 written; a box adds a few hundred. Arithmetic: terms/atss.h, rounded as
+// on the CPU, so results are bitwise equal. Repeatable: a maximum does not depend on the order of its arguments.
 #include "gfl/head.h"
 
 #include <cstring>
@@ -21,10 +22,10 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kUnpackThreads = 256;
-constexpr size_t kCandidateBytes = 48 * 1024;  // what a block has without asking
+constexpr size_t kCandidateBytes = 48 * 1024;  // what a block has without cudaFuncSetAttribute
 constexpr unsigned kNone = 0xffffffffu;
 
-// What a kernel knows of the levels, by value.
+// The levels, passed to the kernels by value.
 struct Levels {
   AtssLevel at[kAtssMaxLevels];
   int64_t start[kAtssMaxLevels];  // first location
@@ -49,7 +50,7 @@ __device__ Range around(const AtssLevel& level, int64_t cells, float centre) {
   return {i, i + 1 < cells ? i + 1 : i};
 }
 
-// A cell as a lane offers it: nearer ones and, of equally near ones, lower ones compare lower.
+// A lane's best cell; cells order by distance, then index.
 struct Cell {
   unsigned distance;  // the bits of a float ≥ 0, which rise with it
   unsigned index;  // row-major in the whole level
@@ -65,7 +66,7 @@ __device__ __forceinline__ Cell warp_least(const Cell& mine) {
   return {distance, __reduce_min_sync(kFullMask, mine.distance == distance ? mine.index : kNone)};
 }
 
-// What a warp works on: the valid part of a level, for one box.
+// What a warp searches: the valid part of a level, for one box.
 struct Search {
   const AtssLevel& level;
   const GtBox& g;
@@ -74,7 +75,7 @@ struct Search {
   __device__ float distance_x(int64_t x) const { return axis_distance(level, x, g.centre_x); }
   __device__ float distance_y(int64_t y) const { return axis_distance(level, y, g.centre_y); }
 
-  // The least cell of the window that comes after `last`, or after none if `all`.
+  // The least cell of the window after `last`; of all cells if `all`.
   __device__ Cell next(const Range& rows, const Range& columns, const Cell& last, bool all) const {
     const unsigned width_here = static_cast<unsigned>(columns.size());
     const unsigned cells = width_here * static_cast<unsigned>(rows.size());
@@ -117,7 +118,7 @@ struct Search {
         last = next(rows, columns, last, i == 0);
         if (threadIdx.x % kWarp == 0) indices[i] = last.index;
       }
-      // What a side can hold at best: its nearest column with the nearest row of all, and the other way round.
+      // The least distance beyond each side: its nearest column with the nearest row of all, or vice versa.
       float worst;
       memcpy(&worst, &last.distance, sizeof worst);
       const auto beaten = [&](float best) { return full && best > worst; };
@@ -146,7 +147,7 @@ __device__ __forceinline__ int64_t candidates_in(const AtssInput& in, const Vali
   return in.topk < cells ? in.topk : cells;
 }
 
-// Grid: (boxes of an image, images). Block: a warp a level.
+// Grid: (boxes of an image, images). Block: a warp per level.
 __global__ void atss_candidates_kernel(AtssInput in, const __grid_constant__ Levels levels, int capacity,
                                        unsigned long long* best) {
   float* overlaps = shared<float>();  // [capacity] candidates of all levels, in order
@@ -194,7 +195,7 @@ __global__ void atss_candidates_kernel(AtssInput in, const __grid_constant__ Lev
   }
 }
 
-// Every location: what won it, or that nothing did. `best` is the memory of `matched`.
+// Unpacks what won each location. `matched` holds the keys.
 __global__ void __launch_bounds__(kUnpackThreads)
     atss_unpack_kernel(AtssInput in, const __grid_constant__ Levels levels, int64_t* labels, int64_t* matched,
                        float* iou) {
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kUnpackThreads)
   }
 }
 
-// Candidates of a box over all levels, at most.
+// The most candidates that a box can have over all levels.
 int64_t most_candidates(const AtssInput& in) {
   int64_t total = 0;
   for (int64_t l = 0; l < in.level_count; ++l) {

@@ -2,19 +2,18 @@
 // A block's rows of bins in shared memory. A row is short (17 logits) and one thread computes it; its memory is read
 // and written by the whole block, neighbouring threads at neighbouring addresses, whichever dimension is the dense one.
 //
-// In shared memory a row has an odd pitch, so that the threads of a warp, each in its own row, meet no bank twice.
+// In shared memory rows have an odd pitch, so that the threads of a warp, each in its own row, use different banks.
 #pragma once
 #include "gfl/rows.h"
-
-#include "terms/bins.h"
 #include "launch.h"
+#include "terms/bins.h"
 #include "terms/scalar.h"
 
 namespace gfl::cuda {
 
 constexpr int kTileThreads = 128;
-constexpr int kTilesPerSm = 8;            // asked of the compiler: without it, it spills at 48 registers for sm_90
-constexpr size_t kTileBytes = 48 * 1024;  // what a block has without asking
+constexpr int kTilesPerSm = 8;            // minBlocksPerSM of __launch_bounds__; without it ptxas spills on sm_90
+constexpr size_t kTileBytes = 48 * 1024;  // the default limit of dynamic shared memory per block
 constexpr int64_t kMaxTiles = 1 << 16;    // blocks; more tiles are looped over
 
 struct TileShape {
@@ -38,7 +37,7 @@ inline dim3 tile_grid(const BinRows& v, const TileShape& shape) {
 template <class A> struct BinTile {
   int64_t* offsets;  // [rows] where each row begins in memory
   A* values;         // [rows, pitch]
-  A* extra;          // [rows] free for the kernel
+  A* extra;          // [rows] for the kernel to use
 };
 
 template <class A> __device__ __forceinline__ BinTile<A> tile_in_shared(const TileShape& shape) {
@@ -47,7 +46,23 @@ template <class A> __device__ __forceinline__ BinTile<A> tile_in_shared(const Ti
   return {offsets, values, values + shape.rows * shape.pitch};
 }
 
-// Rows [first, first + count). All threads of the block take part; the tile is complete on return.
+// Calls visit(row, bin) for every kTileThreads-th element of `count` rows, without a division in the loop.
+template <class Visit> __device__ __forceinline__ void for_tile_elements(int count, int bins, const Visit& visit) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row_step = kTileThreads / bins, bin_step = kTileThreads % bins;
+  int row = thread / bins, bin = thread % bins;
+  while (row < count) {
+    visit(row, bin);
+    row += row_step;
+    bin += bin_step;
+    if (bin >= bins) {
+      bin -= bins;
+      ++row;
+    }
+  }
+}
+
+// Loads rows [first, first + count). All threads of the block take part; the tile is complete on return.
 template <class T>
 __device__ __forceinline__ void load_tile(const BinRows& v, int64_t first, int count, const TileShape& shape,
                                           const BinTile<acc_t<T>>& tile) {
@@ -63,39 +78,21 @@ __device__ __forceinline__ void load_tile(const BinRows& v, int64_t first, int c
   }
   if (thread < count) tile.offsets[thread] = row_offset(v, first + thread);
   __syncthreads();
-  // (row, bin) of every 128th element, without a division in the loop.
-  const int row_step = kTileThreads / bins, bin_step = kTileThreads % bins;
-  int row = thread / bins, bin = thread % bins;
-  while (row < count) {
+  for_tile_elements(count, bins, [&](int row, int bin) {
     tile.values[row * shape.pitch + bin] = load(data + tile.offsets[row] + bin);
-    row += row_step;
-    bin += bin_step;
-    if (bin >= bins) {
-      bin -= bins;
-      ++row;
-    }
-  }
+  });
   __syncthreads();
 }
 
-// Writes the values of rows [first, first + count) to a contiguous [rows, bins]. The block must have passed a barrier
-// since they were set.
+// Writes the values of rows [first, first + count) to a contiguous [rows, bins]; between setting them and this lies a
+// barrier.
 template <class T>
 __device__ __forceinline__ void store_tile(T* out, int64_t first, int count, int bins, const TileShape& shape,
                                            const BinTile<acc_t<T>>& tile) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row_step = kTileThreads / bins, bin_step = kTileThreads % bins;
-  int row = thread / bins, bin = thread % bins;
   T* to = out + first * bins;
-  while (row < count) {
+  for_tile_elements(count, bins, [&](int row, int bin) {
     store(to + row * bins + bin, tile.values[row * shape.pitch + bin]);
-    row += row_step;
-    bin += bin_step;
-    if (bin >= bins) {
-      bin -= bins;
-      ++row;
-    }
-  }
+  });
 }
 
 // One thread's row of the tile, read as bounded logits.
@@ -104,7 +101,7 @@ template <class A> struct TileRow {
   __device__ __forceinline__ A operator()(int j) const { return bounded_logit(x[j]); }
 };
 
-// body(first row, rows in the tile), for this block's tiles; a barrier separates one tile from the next.
+// Calls body(first row, rows in the tile) for this block's tiles, with a barrier after each.
 template <class Body> __device__ __forceinline__ void for_tiles(int64_t rows, int tile_rows, const Body& body) {
   for (int64_t first = int64_t(blockIdx.x) * tile_rows; first < rows; first += int64_t(gridDim.x) * tile_rows) {
     body(first, static_cast<int>(rows - first < tile_rows ? rows - first : tile_rows));

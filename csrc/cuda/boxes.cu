@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances to boxes and back on the GPU: one thread a location.
+// Distances to boxes and back on the GPU: one thread per location.
 //
 //   points, limit [locations, 2] A read, any strides     distance, boxes [locations, 4] A read (any strides) or write
 //   grad of the result [locations, 4] A read             gradients of the inputs A write
@@ -15,7 +15,7 @@
 namespace gfl::cuda {
 namespace {
 
-// Which of the tensors can be moved a row at a time: the input of four coordinates, the result or its gradient, the
+// Which of the tensors can be moved one row per access: the input of four coordinates, the result or its gradient, the
 // gradient of the input.
 struct Dense { bool input, result, grad; };
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kFoursThreads)
     load_four(at<A>(in, in.boxes, in.stride_boxes, i), 1, dense.input, box);
     for (int side = 0; side < 4; ++side) {
       d[side] = distance_to_side(point[side & 1], box[side], side);
-      if (in.clamped) d[side] = hold(d[side], A(0), static_cast<A>(in.upper)).value;
+      if (in.clamped) d[side] = clamp_passing_grad(d[side], A(0), static_cast<A>(in.upper)).value;
     }
     store_four(distance + i * 4, dense.result, d);
   });
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kFoursThreads)
     load_four(grad_distance + i * 4, 1, dense.result, through);
     for (int side = 0; side < 4; ++side) {
       const A d = distance_to_side(point[side & 1], box[side], side);
-      const bool inside = !in.clamped || hold(d, A(0), static_cast<A>(in.upper)).inside;
+      const bool inside = !in.clamped || clamp_passing_grad(d, A(0), static_cast<A>(in.upper)).inside;
       through[side] = inside ? through[side] * side_sign<A>(side) : A(0);
     }
     if (grad_boxes != nullptr) store_four(grad_boxes + i * 4, dense.grad, through);

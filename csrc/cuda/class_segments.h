@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Boxes that lie class by class, as segments, a segment being the boxes of one class. Where each begins is found on the
-// device and in no order, which is all the same to kernels that give every segment to one block.
+// Boxes sorted by class, as segments: a segment is the boxes of one class. Where each begins is found on the device, in
+// no particular order, which does not matter to kernels that give every segment to one block.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ struct ClassSegments {
   }
   __device__ __forceinline__ int64_t first(int64_t segment) const { return label == nullptr ? 0 : begin[segment]; }
 
-  // Where the segment that begins at `first` ends. For whole blocks: each probe is a thread's.
+  // Where the segment that begins at `first` ends. Called by whole blocks: each thread makes one probe per round.
   __device__ __forceinline__ int64_t end(int64_t first) const {
     if (label == nullptr) return count;
     int64_t low = first + 1, high = count;  // the end is one of these or between them

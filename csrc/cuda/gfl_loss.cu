@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the GPU, for any batch, levels and objects: two launches for the losses alone, three for the gradients
-// alone, four for both in one pass, with one more in the backward pass, which returns at once if the gradients that arrive
-// are 1. Nothing is copied to the host.                                                      (arXiv 2006.04388, eq. 8)
+// The head's loss on the GPU, for any batch, levels and objects: two launches for the losses alone, three for the
+// gradients alone, four for both in one pass, with one more in the backward pass, which returns at once if the
+// gradients that arrive are 1. Nothing is copied to the host.
+// (arXiv 2006.04388, eq. 8)
 //
 //   cls, reg maps of up to 16 levels  dtype read       labels, matched [images, locations]    int64 read
 //   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
 //   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
-// A block takes a tile of 128 locations with all their channels, coarse levels first, since positives are dense there. Its
-// threads walk the class logits along memory, 16 bytes per access (one element if β is not 2, and in fp64); then its warps
-// take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A tile's gradients are
-// written as those of background, zeros for the distributions, and overwritten at the positives in the same launch.
-// The factors of the gradients depend on the number and weights of the positives, which a launch of its own computes first:
+// A block takes a tile of 128 locations with all their channels, coarse levels first, since positives are dense there.
+// Its threads walk the class logits along memory, 16 bytes per access (one element if β is not 2, and in fp64); then
+// its warps take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A tile's
+// gradients are written as those of background, zeros for the distributions, and overwritten at the positives in the
+// same launch. The factors of the gradients depend on the number and weights of the positives, which a launch of its
+// own computes first:
 // it reads the labels, and logits at positives only.
-// Bytes per element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one pass 2·sizeof(dtype);
-// of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times. Accumulator: A within
-// a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
+// Bytes per element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one pass
+// 2·sizeof(dtype); of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times.
+// Accumulator: A within a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
 #include "gfl/head.h"
 
 #include <type_traits>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One positive of the head's loss by a warp, eight lanes per side of its box; the arithmetic is that of terms/gfl_loss.h.
+// One positive of the head's loss by a warp, eight lanes per side of its box; the arithmetic is that of
+// terms/gfl_loss.h.
 #pragma once
 #include "runtime_dtype.h"
 #include "terms/bins.h"

@@ -7,9 +7,9 @@
 // A block takes a slab of whole groups, about 64 channels, and one of up to 32 pieces of a level's locations. The first
 // launch sums over the block's values; the second combines the pieces of its groups, a warp per group, and computes the
 // values. Backward, the first blocks of the second launch sum the gradients of weight and bias.
-// Bytes per element: forward 2 reads and 1 write, backward twice 2 and 1; the second read comes from the L2 cache where a
-// batch fits there. Accumulator: A within a block, about a value of the piece, double beyond. Repeatable bit for bit: every
-// sum has a fixed order.
+// Bytes per element: forward 2 reads and 1 write, backward twice 2 and 1; the second read comes from the L2 cache where
+// a batch fits there. Accumulator: A within a block, about a value of the piece, double beyond. Repeatable bit for bit:
+// every sum has a fixed order.
 #include "gfl/head.h"
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the kernels of group normalization divide a pyramid, and their one walk over a block's values: 16 bytes per access
-// along the contiguous dimension where alignment allows.
+// How the kernels of group normalization divide a pyramid, and their one walk over a block's values: 16 bytes per
+// access along the contiguous dimension where alignment allows.
 #pragma once
 #include "gfl/head.h"
 #include "launch.h"
@@ -173,8 +173,8 @@ __device__ __forceinline__ void for_runs(const Slab& s, const Prepare& prepare, 
   }
 }
 
-// Two sums over the block's values of each channel, to of_channel: add(kept, x, grad, sums) adds a value. `grad` is read
-// if kGrad. `scratch`: a pair per channel and row.
+// Two sums over the block's values of each channel, to of_channel: add(kept, x, grad, sums) adds a value. `grad` is
+// read if kGrad. `scratch`: a pair per channel and row.
 template <bool kGrad, int V, class T, class Prepare, class Add>
 __device__ __forceinline__ void slab_sums(const Slab& s, const SlabView<T>& x, const SlabView<T>& grad,
                                           const Prepare& prepare, const Add& add, Pair<acc_t<T>>* scratch,

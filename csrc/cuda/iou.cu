@@ -14,7 +14,7 @@
 namespace gfl::cuda {
 namespace {
 
-// Which of the tensors can be moved a row at a time.
+// Which of the tensors can be moved one row per access.
 struct Dense { bool pred, target, grad_pred, grad_target; };
 
 template <class T, class Kind>

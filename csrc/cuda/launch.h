@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one way a kernel is launched and dynamic shared memory is reached, so that the same file also runs where there is
-// no GPU (csrc/tests/cuda_on_host puts its own cuda_runtime.h first and defines GFL_CUDA_ON_HOST).
+// The one way to launch a kernel and to reach dynamic shared memory, so that the same file also runs without a GPU
+// (csrc/tests/cuda_on_host puts its own cuda_runtime.h first and defines GFL_CUDA_ON_HOST).
 #pragma once
 #include <cuda_runtime.h>
 

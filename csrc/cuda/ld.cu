@@ -1,34 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // Distillation with a temperature T on the GPU: T²/n Σ_j q[j]·log(q[j]/p[j]), p = softmax(pred[m]/T), q = softmax(teacher[m]/T)
-// (arXiv 2102.12252, 1503.02531); formulas in common/ld.h.
+// (arXiv 2102.12252, 1503.02531); formulas in terms/bins.h.
 //
 //   pred, teacher [rows, bins] dtype read, any strides     loss, grad_loss [rows] A write, read
 //   grad_pred     [rows, bins] dtype write, contiguous
-// Layout: a tile of rows of both sides in shared memory, moved 16 bytes an access where alignment allows, and a power of
-// two of lanes to each row: one lane for up to 32 bins, a warp for 513 and more. Rows that a block's shared memory can't
-// hold (6000 and more bins) are read from global memory once a pass, a warp each.
-// Bytes per element: forward 2·sizeof(dtype), backward 3·sizeof(dtype) (the softmaxes are computed again).
+// Layout: a tile of rows of student and teacher in shared memory, moved in 16-byte accesses where alignment allows, with a
+// power of two of lanes per row: one lane for up to 32 bins, a warp for 513 and more. Rows too long for a block's shared
+// memory (6000 bins and more) are read from global memory in each pass, one warp per row.
+// Bytes per element: forward 2·sizeof(dtype), backward 3·sizeof(dtype) (the softmaxes are recomputed).
 // Accumulator: float (double for double). Repeatable bit for bit: a lane sums its bins in order, the lanes in a fixed tree.
-#include "gfl/ld.h"
-
-#include <cstring>
-
 #include "bin_tile.h"
-#include "terms/ld.h"
+#include "terms/bins.h"
+#include "vec.h"
 #include "warp.h"
 
 namespace gfl::cuda {
 namespace {
 
-constexpr int kBinsOfLane = 32;  // from more bins on, twice the lanes
+constexpr int kBinsPerLane = 32;  // at most, up to the 32 lanes of a warp
 
-template <class T> constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-
-// How a block's tile of one side lies in global memory.
+// How a block's tile of the student, the teacher or the gradient lies in global memory.
 struct Side {
   int64_t stride_row, stride_bin;
   bool dense;    // each row begins where the one before ends
-  bool vectors;  // 16 bytes an access
+  bool vectors;  // 16-byte accesses
   bool by_rows;  // neighbouring rows are nearer to each other than neighbouring bins
 };
 
@@ -38,23 +33,21 @@ struct Plan {
   Side pred, teacher, grad;
 };
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 template <class T> Side side_of(const Plan& plan, const void* data, int64_t stride_row, int64_t stride_bin) {
   Side side{stride_row, stride_bin, stride_bin == 1 && stride_row == plan.bins, false, false};
   const int64_t step = side.dense ? int64_t(plan.tile_rows) * plan.bins : stride_row;
-  side.vectors = stride_bin == 1 && is_aligned(data) && step % kVector<T> == 0;
+  side.vectors = stride_bin == 1 && is_aligned(data) && step % kRun<T> == 0;
   side.by_rows = stride_bin != 1 && stride_row < stride_bin;
   return side;
 }
 
-// tile_rows is 0 where not one row fits.
+// tile_rows is 0 where no row fits.
 template <class T> Plan plan_of(const LdInput& in, const void* grad_pred) {
   Plan plan{in.rows, 0, 1, 0, 0, {}, {}, {}};
   if (in.bins * int64_t(2 * sizeof(acc_t<T>)) > int64_t(kTileBytes)) return plan;
   plan.bins = static_cast<int>(in.bins);
-  while (plan.lanes < kWarp && plan.bins > kBinsOfLane * plan.lanes) plan.lanes *= 2;
-  // An odd number of times the lanes: those of a warp meet no bank twice.
+  while (plan.lanes < kWarp && plan.bins > kBinsPerLane * plan.lanes) plan.lanes *= 2;
+  // An odd multiple of the lanes, so that no two threads of a warp share a bank.
   plan.pitch = plan.lanes * (((plan.bins + plan.lanes - 1) / plan.lanes) | 1);
   plan.tile_rows = kTileThreads / plan.lanes;
   while (plan.tile_rows * size_t(plan.pitch) * 2 * sizeof(acc_t<T>) > kTileBytes) plan.tile_rows /= 2;
@@ -64,13 +57,13 @@ template <class T> Plan plan_of(const LdInput& in, const void* grad_pred) {
   return plan;
 }
 
-dim3 grid_of(int64_t rows, int rows_of_block) {
-  const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
+dim3 grid_of(int64_t rows, int rows_per_block) {
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
   return dim3(static_cast<unsigned>(blocks < kMaxTiles ? blocks : kMaxTiles));
 }
 
-// Calls visit(row, first bin, elements) for this thread's runs of a tile whose bins lie side by side. Runs of a dense
-// tile go on over the ends of rows; `step` adds 1 to a bin, and to the row where it was the last.
+// Calls visit(row, first bin, elements) for this thread's runs of a tile whose bins lie side by side. In a dense tile a
+// run may extend over the end of a row.
 template <int run, class Visit>
 __device__ __forceinline__ void for_runs(bool dense, int bins, int count, const Visit& visit) {
   const int width = dense ? bins : (bins + run - 1) / run * run;
@@ -89,19 +82,14 @@ __device__ __forceinline__ void for_runs(bool dense, int bins, int count, const 
   }
 }
 
-// Rows [first, first + count) of one side into `tile`.
+// Loads `count` rows into `tile`.
 template <class T, int run>
 __device__ __forceinline__ void load_runs(const Plan& plan, const Side& side, const T* data, int count, acc_t<T>* tile) {
   for_runs<run>(side.dense, plan.bins, count, [&](int row, int bin, int many) {
     const T* from = data + row * side.stride_row + bin;
     T element[run];
-    if (many == run) {
-      if constexpr (run > 1) {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        memcpy(element, &words, sizeof words);
-      } else {
-        element[0] = *from;
-      }
+    if (run > 1 && many == run) {
+      if constexpr (run > 1) load_vec(from, element);
     } else {
 #pragma unroll
       for (int v = 0; v < run; ++v) {
@@ -120,7 +108,7 @@ template <class T>
 __device__ __forceinline__ void load_side(const Plan& plan, const Side& side, const void* data, int64_t first, int count,
                                           acc_t<T>* tile) {
   const T* from = static_cast<const T*>(data) + first * side.stride_row;
-  if (side.vectors) return load_runs<T, kVector<T>>(plan, side, from, count, tile);
+  if (side.vectors) return load_runs<T, kRun<T>>(plan, side, from, count, tile);
   if (side.stride_bin == 1) return load_runs<T, 1>(plan, side, from, count, tile);
   const int inner = side.by_rows ? count : plan.bins;
   for (int i = static_cast<int>(threadIdx.x); i < count * plan.bins; i += kTileThreads) {
@@ -140,11 +128,7 @@ __device__ __forceinline__ void store_runs(const Plan& plan, T* to, int count, c
       if (++bin == plan.bins) bin = 0, ++row;
     }
     if (run > 1 && many == run) {
-      if constexpr (run > 1) {
-        uint4 words;
-        memcpy(&words, element, sizeof words);
-        *reinterpret_cast<uint4*>(at) = words;
-      }
+      if constexpr (run > 1) store_vec(at, element);
       return;
     }
 #pragma unroll
@@ -154,7 +138,7 @@ __device__ __forceinline__ void store_runs(const Plan& plan, T* to, int count, c
   });
 }
 
-// What the lanes of a row have together; all threads of the warp take part.
+// Reductions over the lanes of a row, the result in all of them; all threads of the warp take part.
 template <class A> struct LargestOfLanes {
   int lanes;
   __device__ __forceinline__ A operator()(A x) const {
@@ -173,7 +157,7 @@ template <class A> struct SumOfLanes {
   }
 };
 
-// A lane's share of a row in shared memory; `bins` is 0 where there is no row.
+// A lane's part of a row in shared memory; `bins` is 0 where there is no row.
 template <class A> struct TileWalk {
   A *pred, *teacher;
   int bins, lane, lanes;
@@ -182,7 +166,7 @@ template <class A> struct TileWalk {
   }
 };
 
-// body(row, walk) for the rows of a tile, after they have been loaded; a thread without a row has a walk of nothing.
+// Loads a tile and calls body(has_row, row, walk) for this thread's row; without one its walk is empty.
 template <class T, class Body>
 __device__ __forceinline__ void for_tile_rows(const LdInput& in, const Plan& plan, int64_t first, int count,
                                               acc_t<T>* pred, acc_t<T>* teacher, const Body& body) {
@@ -190,10 +174,10 @@ __device__ __forceinline__ void for_tile_rows(const LdInput& in, const Plan& pla
   load_side<T>(plan, plan.teacher, in.teacher, first, count, teacher);
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x), row = thread / plan.lanes;
-  const bool there = row < count;
-  const int at = there ? row * plan.pitch : 0;
-  body(there, first + row,
-       TileWalk<acc_t<T>>{pred + at, teacher + at, there ? plan.bins : 0, thread % plan.lanes, plan.lanes});
+  const bool has_row = row < count;
+  const int at = has_row ? row * plan.pitch : 0;
+  body(has_row, first + row,
+       TileWalk<acc_t<T>>{pred + at, teacher + at, has_row ? plan.bins : 0, thread % plan.lanes, plan.lanes});
 }
 
 template <class T>
@@ -203,10 +187,10 @@ __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
   A* pred = shared<A>();
   for_tiles(plan.rows, plan.tile_rows, [&](int64_t first, int count) {
     for_tile_rows<T>(in, plan, first, count, pred, pred + plan.tile_rows * plan.pitch,
-                     [&](bool there, int64_t row, const TileWalk<A>& walk) {
+                     [&](bool has_row, int64_t row, const TileWalk<A>& walk) {
       const LdSums<A> s =
           ld_sums<false>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
-      if (there && walk.lane == 0) loss[row] = scale.loss * s.divergence();
+      if (has_row && walk.lane == 0) loss[row] = scale.loss * s.divergence();
     });
   });
 }
@@ -218,20 +202,20 @@ __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
   A* pred = shared<A>();
   for_tiles(plan.rows, plan.tile_rows, [&](int64_t first, int count) {
     for_tile_rows<T>(in, plan, first, count, pred, pred + plan.tile_rows * plan.pitch,
-                     [&](bool there, int64_t row, const TileWalk<A>& walk) {
+                     [&](bool has_row, int64_t row, const TileWalk<A>& walk) {
       const LdSums<A> s = ld_sums<true>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
-      const A factor = there ? scale.gradient * grad_loss[row] : A(0);
+      const A factor = has_row ? scale.gradient * grad_loss[row] : A(0);
       const A of_pred = factor / s.total_pred, of_teacher = factor / s.total_teacher;
       walk([&](A& e_a, A& e_b) { e_a = e_a < A(0) ? A(0) : e_a * of_pred - e_b * of_teacher; });
     });
     __syncthreads();
     T* to = grad_pred + first * plan.bins;
-    if (plan.grad.vectors) store_runs<T, kVector<T>>(plan, to, count, pred);
+    if (plan.grad.vectors) store_runs<T, kRun<T>>(plan, to, count, pred);
     else store_runs<T, 1>(plan, to, count, pred);
   });
 }
 
-// A lane's share of a row in global memory.
+// A lane's part of a row in global memory.
 template <class T> struct GlobalWalk {
   using A = acc_t<T>;
   const T *pred, *teacher;
@@ -250,13 +234,13 @@ template <class T> struct GlobalWalk {
   }
 };
 
-// body(row, walk, sums) for rows that no tile holds; the lanes of a warp have the same row.
+// Calls body(row, walk, sums) for rows too long for a tile, one warp per row.
 template <class T, class Body>
-__device__ __forceinline__ void for_wide_rows(const LdInput& in, const LdScale<acc_t<T>>& scale, const Body& body) {
+__device__ __forceinline__ void for_long_rows(const LdInput& in, const LdScale<acc_t<T>>& scale, const Body& body) {
   using A = acc_t<T>;
-  constexpr int of_block = kTileThreads / kWarp;
-  for (int64_t row = int64_t(blockIdx.x) * of_block + threadIdx.x / kWarp; row < in.rows;
-       row += int64_t(gridDim.x) * of_block) {
+  constexpr int per_block = kTileThreads / kWarp;
+  for (int64_t row = int64_t(blockIdx.x) * per_block + threadIdx.x / kWarp; row < in.rows;
+       row += int64_t(gridDim.x) * per_block) {
     const GlobalWalk<T> walk(in, row);
     body(row, walk, ld_sums<false>(scale, walk, LargestOfLanes<A>{kWarp}, SumOfLanes<A>{kWarp}));
   }
@@ -264,18 +248,18 @@ __device__ __forceinline__ void for_wide_rows(const LdInput& in, const LdScale<a
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
-    ld_wide_forward_kernel(LdInput in, LdScale<acc_t<T>> scale, acc_t<T>* loss) {
+    ld_long_forward_kernel(LdInput in, LdScale<acc_t<T>> scale, acc_t<T>* loss) {
   using A = acc_t<T>;
-  for_wide_rows<T>(in, scale, [&](int64_t row, const GlobalWalk<T>&, const LdSums<A>& s) {
+  for_long_rows<T>(in, scale, [&](int64_t row, const GlobalWalk<T>&, const LdSums<A>& s) {
     if (threadIdx.x % kWarp == 0) loss[row] = scale.loss * s.divergence();
   });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
-    ld_wide_backward_kernel(LdInput in, LdScale<acc_t<T>> scale, const acc_t<T>* grad_loss, T* grad_pred) {
+    ld_long_backward_kernel(LdInput in, LdScale<acc_t<T>> scale, const acc_t<T>* grad_loss, T* grad_pred) {
   using A = acc_t<T>;
-  for_wide_rows<T>(in, scale, [&](int64_t row, const GlobalWalk<T>& walk, const LdSums<A>& s) {
+  for_long_rows<T>(in, scale, [&](int64_t row, const GlobalWalk<T>& walk, const LdSums<A>& s) {
     const A factor = scale.gradient * grad_loss[row];
     T* to = grad_pred + row * in.bins + threadIdx.x % kWarp;
     walk([&](A x, A z) {
@@ -294,7 +278,7 @@ cudaError_t ld_forward(const LdInput& in, void* loss, cudaStream_t stream) {
     using A = acc_t<T>;
     const Plan plan = plan_of<T>(in, nullptr);
     if (plan.tile_rows == 0) {
-      GFL_LAUNCH(ld_wide_forward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
+      GFL_LAUNCH(ld_long_forward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
                  LdScale<A>(in), static_cast<A*>(loss));
       return;
     }
@@ -312,7 +296,7 @@ cudaError_t ld_backward(const LdInput& in, const void* grad_loss, void* grad_pre
     using A = acc_t<T>;
     const Plan plan = plan_of<T>(in, grad_pred);
     if (plan.tile_rows == 0) {
-      GFL_LAUNCH(ld_wide_backward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
+      GFL_LAUNCH(ld_long_backward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
                  LdScale<A>(in), static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred));
       return;
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The candidates of multiclass NMS on the GPU, in order: counted, and gathered once the caller has room for them.
 //
-//   scores [rows, classes] score_dtype   read twice       boxes [rows, 4] or [rows, 4·classes] dtype   read where gathered
+//   scores [rows, classes] score_dtype  read twice    boxes [rows, 4] or [rows, 4·classes] dtype  read where gathered
 //   gathered boxes [candidates, 4] dtype, scores score_dtype, labels int64   write
 //   first [tiles] int64   scratch: the number of candidates before each tile
-// A tile is 4096 pairs in a row, a block's work; a candidate's place is the tile's first, what its warps have before it,
-// and what its warp has before it. Three launches, the second of one block. Repeatable: nothing depends on an order.
-#include "gfl/multiclass_nms.h"
+// A tile is 4096 consecutive pairs, one per block; a candidate's place is the number of candidates in earlier tiles, in
+// earlier warps of its tile, and before it in its warp. Three launches, the second of one block. Repeatable: nothing
+// depends on the order of execution.
+#include "gfl/select.h"
 
 #include "launch.h"
 #include "terms/scalar.h"
@@ -16,7 +17,7 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 16;                            // pairs of a thread, 256 apart
+constexpr int kEach = 16;                            // pairs per thread, 256 apart
 constexpr int kTile = kThreads * kEach;
 constexpr int kWords = kTile / kWarp;                // a word is what a warp sees at once
 constexpr int kScanThreads = 1024;

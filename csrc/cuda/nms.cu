@@ -3,20 +3,20 @@
 //
 // The boxes, sorted by score, are walked in panels of 1024. A panel's overlaps among themselves are a triangle of bits;
 // one block walks it and decides the panel; then the whole grid clears what the panel's kept boxes suppress further on,
-// while other blocks of the same launch fill the triangle of the next panel. Per panel: two launches, nothing for the
-// host.
-// Many boxes of many classes go another way: a block a class, which keeps a list of the boxes it has kept and tests 64
-// at a time against it, then among themselves. Two launches, whatever their number.
+// while other blocks of the same launch fill the triangle of the next panel. Two launches per panel, and the host waits
+// for nothing.
+// Many boxes of many classes take another path: one block per class, which lists the boxes it has kept and tests 64 at
+// a time against the list, then among themselves. Two launches, whatever the number of boxes.
 //
 //   order   [count]      int64  read     boxes [count, 4] dtype read     classes [count] int64 read, or null
 //   keep    [count]      uint8  write, by position in `order`
 //   sorted  [count]      Box<A> scratch: the boxes in that order      sorted_class [count] int64 scratch
 //   bits    [32][1024]   uint32 scratch: bit j of bits[w][i] says that box i of the panel suppresses its box 32w + j
 //   kept    [1024]       int32  scratch: the panel's kept boxes, counted from its start; kept_count [1]
-// Bytes moved: the sorted boxes and classes, 24 a box (40 in fp64), written once and read once a panel. Arithmetic:
+// Bytes moved: the sorted boxes and classes, 24 per box (40 in fp64), written once and read once per panel. Arithmetic:
 // fp32, fp64 for fp64 boxes, as box.h says. Repeatable bit for bit: the only unordered writes are zeros into `keep`,
 // whatever their order.
-#include "gfl/nms.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "class_segments.h"
@@ -27,12 +27,12 @@
 namespace gfl::cuda {
 namespace {
 
-constexpr int kPanel = 1024;             // boxes decided by one block, a thread each
-constexpr int kWords = kPanel / 32;      // words of bits a row of the panel has, a warp each
-constexpr int kTile = 64;                // boxes of a side that a block of `overlap_kernel` tests at once
+constexpr int kPanel = 1024;             // boxes decided by one block, one per thread
+constexpr int kWords = kPanel / 32;      // words of bits in a row of the panel, one per warp
+constexpr int kTile = 64;                // side of the tile that a block of `overlap_kernel` tests
 constexpr int kTiles = kPanel / kTile;
 constexpr int kTriangle = kTiles * (kTiles + 1) / 2;
-constexpr int kColumns = 128;            // later boxes a block clears, a thread each
+constexpr int kColumns = 128;            // later boxes that a block clears, one per thread
 constexpr int kThreads = 128;
 
 template <class A> struct Scratch {
@@ -337,8 +337,8 @@ cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t
     const ClassSegments segments{labels, in.count, scratch.sorted_class,
                                  reinterpret_cast<unsigned long long*>(scratch.bits)};
     const unsigned blocks = find_segments(segments, stream);
-    GFL_LAUNCH(nms_class_kernel<T>, dim3(blocks), dim3(kClassThreads), sizeof(ClassScratch<A>), stream, in, order, grouped,
-               segments, scratch.sorted, too_large, keep);
+    GFL_LAUNCH(nms_class_kernel<T>, dim3(blocks), dim3(kClassThreads), sizeof(ClassScratch<A>), stream, in, order,
+               grouped, segments, scratch.sorted, too_large, keep);
   });
   return cudaGetLastError();
 }

@@ -1,22 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-processing on the GPU: four graph nodes for the whole batch, of which the host learns nothing; a fifth where the
-// uncertainty of the sides is asked for.
+// Post-processing on the GPU: four graph nodes for the whole batch, of which the host learns nothing.
 //
-//   cls [B, C, H, W] a level        cls_dtype  read once, along memory     reg [B, 4(R+1), H, W] a level  reg_dtype  read
-//   boxes [B, K, 4], scores [B, K]  float      write                       labels [B, K] int64, count [B] int32      write
+//   cls [B, C, H, W] per level  cls_dtype  read once, along memory     reg [B, 4(R+1), H, W] per level  reg_dtype  read
+//   boxes [B, K, 4], scores [B, K]  float  write     labels, locations [B, K] int64, count [B] int32  write
 // clear   the counters
-// scan    a block a tile of 128 locations with all classes: values above the threshold become 64-bit keys (value, ~pair)
-//         in the segment's memory, a segment being a level of an image
-// select  a block a segment: the key down to which nms_pre candidates (or locations) lie, by radix selection
-// finish  a block an image: the next 2048 or fewer greatest keys, sorted; 128 at a time are decoded, compared with the
-//         boxes kept so far and with each other; it ends at K kept boxes or with the last key
-// uncertainty  four threads a detection, a side each: variance, entropy and peak from the map again
-// Memory is bounded: a segment has room for 16384 keys. Where more is above the threshold, the map itself is walked again
-// instead, up to six times a selection; the result is the same.
-// Bytes: sizeof(cls_dtype) a score, 8 a candidate written and read about three times, 4(R+1)·sizeof(reg_dtype) for each
-// candidate that comes up for suppression. Decisions in float, rounded as on the CPU. Repeatable: the order of keys in
-// memory changes from run to run, their set and the sorted order do not.
-#include "gfl/postprocess.h"
+// scan    one block per tile of 128 locations with all classes: values above the threshold become 64-bit keys
+//         (value, ~pair) in the segment's memory, a segment being one level of one image
+// select  one block per segment: the key down to which nms_pre candidates (or locations) lie, by radix selection
+// finish  one block per image: the next 2048 or fewer greatest keys, sorted; 128 at a time are decoded, compared with
+//         the boxes kept so far and with each other; it ends at K kept boxes or with the last key
+// Memory is bounded: a segment has room for 16384 keys. Where more is above the threshold, the map itself is walked
+// again instead, up to six times per selection; the result is the same. Bytes: sizeof(cls_dtype) per score, 8 per
+// candidate written and read about three times, 4(R+1)·sizeof(reg_dtype) for each candidate that comes up for
+// suppression. Decisions in float, rounded as on the CPU. Repeatable: the order of keys in memory changes from run to
+// run, their set and the sorted order do not.
+#include "gfl/select.h"
 
 #include "terms/bins.h"
 #include "terms/box.h"
@@ -30,10 +28,9 @@ namespace {
 
 constexpr int kScanKeys = 512;   // of a tile, before they go to the segment
 constexpr int kChunk = 2048;     // candidates sorted at a time, fewer where a digit's border is near
-constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads each
+constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads per candidate
 constexpr int kWords = kRound / 32;
-constexpr int kUncertaintyThreads = 128;
-static_assert(kRound * 4 == kSelectThreads, "a thread a side");
+static_assert(kRound * 4 == kSelectThreads, "one thread per side");
 
 struct ScanScratch {
   Key keys[kScanKeys];
@@ -254,7 +251,7 @@ __device__ __forceinline__ int64_t one_round(const PostprocessInput& in, const P
     const int i = s.chosen[thread];
     const int64_t slot = image * in.max_detections + used + thread;
     const Box<float> b = s.box[i];
-    plan.kept[slot] = {b, s.area[i], s.label[i], index_in(s.keys[begin + i])};
+    plan.kept[slot] = {b, s.area[i], s.label[i]};
     const float x = in.scale_factors == nullptr ? 1.0f : in.scale_factors[image * 2];
     const float y = in.scale_factors == nullptr ? 1.0f : in.scale_factors[image * 2 + 1];
     out.boxes[slot * 4 + 0] = div_rn(b.x1, x);
@@ -264,6 +261,7 @@ __device__ __forceinline__ int64_t one_round(const PostprocessInput& in, const P
     const float value = value_of(rank_in(s.keys[begin + i]));
     out.scores[slot] = in.activated ? value : 1.0f / (1.0f + std::exp(-value));
     out.labels[slot] = s.label[i];
+    out.locations[slot] = static_cast<int64_t>(index_in(s.keys[begin + i])) / in.classes;
   }
   used += s.chosen_count;
   __syncthreads();
@@ -306,24 +304,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     for (int side = 0; side < 4; ++side) out.boxes[i * 4 + side] = 0.0f;
     out.scores[i] = 0.0f;
     out.labels[i] = -1;
+    out.locations[i] = -1;
   }
   if (threadIdx.x == 0) out.count[image] = static_cast<int32_t>(used);
-}
-
-__global__ void __launch_bounds__(kUncertaintyThreads)
-    postprocess_uncertainty_kernel(const __grid_constant__ PostprocessInput in,
-                                   const __grid_constant__ PostprocessPlan plan, PostprocessOutput out) {
-  const int64_t i = int64_t(blockIdx.x) * kUncertaintyThreads + threadIdx.x, slot = i / 4;
-  if (slot >= in.batch * in.max_detections) return;
-  const int64_t image = slot / in.max_detections;
-  BinSpread<float> s{0.0f, 0.0f, 0.0f};
-  if (slot - image * in.max_detections < out.count[image]) {
-    const Candidate c = candidate_of(in, plan, plan.kept[slot].index);
-    s = bin_spread<float>(in.reg_max + 1, SideLogits(in, image, c, static_cast<int>(i % 4)));
-  }
-  out.uncertainty[i * 3] = s.variance;
-  out.uncertainty[i * 3 + 1] = s.entropy;
-  out.uncertainty[i * 3 + 2] = s.peak;
 }
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -341,10 +324,10 @@ PostprocessPlan plan_of(const PostprocessInput& in, void* workspace, Bytes& byte
     plan.first[l] = pairs;
     plan.first_tile[l] = plan.tiles;
     plan.room[l] = here < kSegmentKeys ? here : kSegmentKeys;
-    plan.keys_at[l] = plan.keys_an_image;
+    plan.keys_at[l] = plan.keys_per_image;
     plan.locations += locations;
     plan.tiles += static_cast<int>((locations + kMapTile - 1) / kMapTile);
-    plan.keys_an_image += plan.room[l];
+    plan.keys_per_image += plan.room[l];
     pairs += here;
   }
   char* const base = static_cast<char*>(workspace);
@@ -361,7 +344,7 @@ PostprocessPlan plan_of(const PostprocessInput& in, void* workspace, Bytes& byte
   }
   bytes.cleared = at;
   plan.cut = reinterpret_cast<Key*>(take(sizeof(Key) * segments));
-  plan.keys = reinterpret_cast<Key*>(take(sizeof(Key) * images * static_cast<size_t>(plan.keys_an_image)));
+  plan.keys = reinterpret_cast<Key*>(take(sizeof(Key) * images * static_cast<size_t>(plan.keys_per_image)));
   plan.kept = reinterpret_cast<KeptBox*>(take(sizeof(KeptBox) * images * static_cast<size_t>(in.max_detections)));
   bytes.all = at;
   return plan;
@@ -408,12 +391,6 @@ cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out
   }
   GFL_LAUNCH(postprocess_finish_kernel, dim3(images), dim3(kSelectThreads), sizeof(FinishScratch), stream, in, plan,
              out);
-  const int64_t sides = in.batch * in.max_detections * 4;
-  if (out.uncertainty != nullptr && sides > 0) {
-    GFL_LAUNCH(postprocess_uncertainty_kernel,
-               dim3(static_cast<unsigned>((sides + kUncertaintyThreads - 1) / kUncertaintyThreads)),
-               dim3(kUncertaintyThreads), 0, stream, in, plan, out);
-  }
   return cudaGetLastError();
 }
 

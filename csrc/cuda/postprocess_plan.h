@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the kernels of the post-processing find everything: the workspace, and a segment's keys, a segment being one
-// level of one image.
+// The workspace of post-processing, and the keys of a segment: one level of one image.
 #pragma once
 #include <cstdint>
 
-#include "gfl/postprocess.h"
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "launch.h"
@@ -13,7 +12,7 @@
 
 namespace gfl::cuda {
 
-constexpr int64_t kSegmentKeys = 16384;  // what a segment has room for; more candidates are read off the map again
+constexpr int64_t kSegmentKeys = 16384;  // room per segment; with more candidates the map is read again
 
 using Key = unsigned long long;
 
@@ -22,21 +21,20 @@ struct alignas(16) KeptBox {
   Box<float> box;
   float area;
   int label;
-  uint32_t index;  // its pair of location and class, as keys count them
 };
 
 struct PostprocessPlan {
   float threshold;
-  int64_t locations;                           // of an image
+  int64_t locations;                           // per image
   int64_t start[kPostprocessMaxLevels];        // first location of a level
-  int64_t first[kPostprocessMaxLevels];        // first (location, class) pair of a level, as keys count them
+  int64_t first[kPostprocessMaxLevels];        // first (location, class) pair of a level: start · classes
   int64_t room[kPostprocessMaxLevels], keys_at[kPostprocessMaxLevels];  // of a level's keys within an image's
-  int64_t keys_an_image;
+  int64_t keys_per_image;
   int first_tile[kPostprocessMaxLevels], tiles;
   unsigned* count;  // [images, levels] candidates; more than there is room for: at least so many
   unsigned* best;   // [images, locations] rank of the best class, 0 for none; with anchor_topk
   Key* cut;         // [images, levels] least key that is kept: of pairs, or of locations with anchor_topk
-  Key* keys;        // [images, keys_an_image]
+  Key* keys;        // [images, keys_per_image]
   KeptBox* kept;    // [images, max_detections]
 };
 
@@ -50,7 +48,7 @@ struct Segment {
   __device__ __forceinline__ const PostprocessLevel& map() const { return in.level[level]; }
   __device__ __forceinline__ int64_t index() const { return image * in.levels + level; }
   __device__ __forceinline__ int64_t locations() const { return map().height * map().width; }
-  __device__ __forceinline__ Key* keys() const { return plan.keys + image * plan.keys_an_image + plan.keys_at[level]; }
+  __device__ __forceinline__ Key* keys() const { return plan.keys + image * plan.keys_per_image + plan.keys_at[level]; }
   __device__ __forceinline__ unsigned* best() const {
     return plan.best + image * plan.locations + plan.start[level];
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Radix selection by one block: the key from which on a number of the greatest keys lie. Keys are 64 bits, all of them
-// different, and need not be in memory: a pass is a walk over whatever has them, six passes at most.
+// Radix selection by one block: the least of a given number of greatest keys. Keys are 64 bits, all different, and need
+// not lie in memory: a pass goes over whatever produces them, six passes at most.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace gfl::cuda {
 
 constexpr int kSelectThreads = 512;
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
-constexpr int kDigitsEach = kDigits / kSelectThreads;  // digits that a thread adds up
+constexpr int kDigitsPerThread = kDigits / kSelectThreads;
 
 struct SelectScratch {
   unsigned histogram[kDigits];
@@ -23,9 +23,9 @@ struct SelectScratch {
 // Finds, among the digits from the highest, the one at which the number of keys passes `wanted`. All threads get it.
 __device__ __forceinline__ void find_digit(SelectScratch& s, unsigned long long taken, unsigned long long wanted) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int top = kDigits - 1 - thread * kDigitsEach;
+  const int top = kDigits - 1 - thread * kDigitsPerThread;
   unsigned long long sum = 0;
-  for (int i = 0; i < kDigitsEach; ++i) sum += s.histogram[top - i];
+  for (int i = 0; i < kDigitsPerThread; ++i) sum += s.histogram[top - i];
   unsigned long long through = sum;  // keys of this thread's digits and the higher ones of the warp
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const unsigned long long other = __shfl_up_sync(kFullMask, through, offset);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void find_digit(SelectScratch& s, unsigned long long 
   __syncthreads();
   unsigned long long above = taken + through - sum;
   for (int w = 0; w < warp; ++w) above += s.of_warp[w];
-  if (above <= wanted && above + sum > wanted) {  // one thread's alone
+  if (above <= wanted && above + sum > wanted) {  // true for one thread only
     int digit = top;
     while (above + s.histogram[digit] <= wanted) above += s.histogram[digit--];
     s.digit = digit;
@@ -71,7 +71,7 @@ __device__ __forceinline__ unsigned long long select_greatest(const Each& each, 
   }
 }
 
-// Sorts a block's keys from the greatest down; `size` is a power of two, and what is beyond `count` is set to 0.
+// Sorts the keys of a block in descending order; `size` is a power of two, and what is beyond `count` is set to 0.
 __device__ __forceinline__ void sort_descending(unsigned long long* keys, int count, int size) {
   for (int i = count + static_cast<int>(threadIdx.x); i < size; i += kSelectThreads) keys[i] = 0;
   __syncthreads();

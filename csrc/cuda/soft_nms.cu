@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Soft-NMS on the GPU: a block a class, one barrier a box that is taken.
+// Soft-NMS on the GPU: one block per class, one barrier per box that is taken.
 //
 //   grouped [count] int64 read: boxes class by class     labels [count] int64 read: their classes, or null
 //   boxes [count, 4] dtype, scores [count] score_dtype   read once
 //   keep [count] uint8, final_scores [count] A           write, by index of the box
 //   box [count] Box<A>, score [count] A, left [count] uint8, by position in `grouped`   scratch
-// Each thread owns every 512th box of its class: in one walk over them it decays what the box just taken overlaps and
-// finds the best of what is left; the block's best is taken next. Bytes a box taken: the class's scratch once, from the
-// caches. Arithmetic in A, the exponential in double, as on the CPU. Repeatable bit for bit: a class is one block's, and
-// the greatest of (score, lower index) does not depend on who looks first.
-#include "gfl/soft_nms.h"
+// Each thread owns every 512th box of its class: in one pass over them it decays what the box just taken overlaps and
+// finds the best of what is left; the block's best is taken next. Bytes per box taken: the class's scratch once, from
+// the caches. Arithmetic in A, the exponential in double, as on the CPU. Repeatable bit for bit: a class belongs to one
+// block, and the greatest of (score, lower index) does not depend on who looks first.
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "class_segments.h"
@@ -42,7 +42,7 @@ __device__ __forceinline__ Best best_of_warp(Best best) {
   return best;
 }
 
-// `scratch` holds a warp's each, and must not be that of the call before.
+// `scratch` holds one per warp, and must not be that of the previous call.
 __device__ __forceinline__ Best best_of_block(Best best, Best* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   best = best_of_warp(best);

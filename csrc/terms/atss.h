@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arithmetic of the assignment. Every operation is rounded on its own and in the order of the reference, because each
-// of these numbers decides something: which cells are nearest, which of them are positive, which box wins a cell.
+// Arithmetic of the assignment. Every operation is rounded by itself and in the order of the reference, because each
+// result decides something: which cells are nearest, which of them are positive, which box wins a cell.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -23,7 +23,7 @@ GFL_HOST_DEVICE GtBox gt_box(const float* b, bool legacy) {
           mul_rn(add_rn(box.y1, box.y2), 0.5f)};
 }
 
-// A NaN or an infinity in a box leaves no distance to rank by: such a box is passed over, as padding is.
+// A box with a NaN or an infinity has no distance to rank by: it is ignored, as padding is.
 GFL_HOST_DEVICE bool is_finite_box(const float* b) {
   bool finite = true;
   for (int i = 0; i < 4; ++i) finite = finite && b[i] - b[i] == 0.0f;
@@ -34,8 +34,8 @@ GFL_HOST_DEVICE float cell_centre(const AtssLevel& level, int64_t index) {
   return add_rn(mul_rn(add_rn(static_cast<float>(index), level.offset), level.stride), level.shift);
 }
 
-// One axis' part of the squared distance. As a function of the cell's index it falls up to the box's centre and rises
-// after it, also after rounding, since every step is monotone.
+// One axis' part of the squared distance. As a function of the cell's index it decreases up to the box's centre and
+// increases after it, even rounded, since every step is monotone.
 GFL_HOST_DEVICE float axis_distance(const AtssLevel& level, int64_t index, float centre) {
   const float d = sub_rn(cell_centre(level, index), centre);
   return mul_rn(d, d);
@@ -70,7 +70,7 @@ GFL_HOST_DEVICE float atss_threshold(const float* iou, int64_t count) {
   return add_rn(static_cast<float>(mean), static_cast<float>(deviation));
 }
 
-// Cells of one axis that lie in the valid part of an image: ceil(valid / stride), at most all. Not a number: none.
+// Cells of one axis in the valid part of an image: ceil(valid / stride), at most all; none for NaN.
 GFL_HOST_DEVICE int64_t valid_cells(int64_t cells, float valid, float stride) {
   const float count = std::ceil(div_rn(valid, stride));
   if (!(count > 0.0f)) return 0;

@@ -8,8 +8,8 @@
 //   IoU    = inter / union             compared `IoU > threshold`, the threshold rounded to the type of the arithmetic
 //
 // Every operation is rounded once, in exactly this order, in fp32 (fp64 for fp64 boxes), never contracted;
-// gfl_ops/ops/boxes/box_ops.py is the same in torch, so that all backends take the same decision. IoU is symmetric in its
-// arguments, bit for bit. A union of 0 with no intersection gives NaN, and so does any NaN coordinate: such a pair
+// gfl_ops/ops/boxes/box_ops.py is the same in torch, so that all backends take the same decision. IoU is symmetric in
+// its arguments, bit for bit. A union of 0 with no intersection gives NaN, and so does any NaN coordinate: such a pair
 // never compares greater. So two degenerate boxes do not suppress each other, as in torchvision. (A negative union,
 // from inverted boxes, is divided by.)
 #pragma once
@@ -21,7 +21,7 @@ GFL_ISA_OPEN
 // Aligned for the GPU's vector loads.
 template <class A> struct alignas(16) Box { A x1, y1, x2, y2; };
 
-// What there is to know of a pair; assignment divides by max(union, eps) where NMS divides by the union itself.
+// Intersection and union of a pair; assignment divides by max(union, eps) where NMS divides by the union itself.
 template <class A> struct Overlap { A intersection, union_area; };
 
 template <class A> GFL_HOST_DEVICE A larger(A a, A b) { return a > b ? a : b; }
@@ -34,7 +34,7 @@ template <class A> GFL_HOST_DEVICE A box_area(const Box<A>& b, A offset) {
   return mul_rn(add_rn(sub_rn(b.x2, b.x1), offset), add_rn(sub_rn(b.y2, b.y1), offset));
 }
 
-// The areas are passed in: they are those of `box_area`, computed once a box.
+// The areas are passed in: they are those of `box_area`, computed once per box.
 template <class A>
 GFL_HOST_DEVICE Overlap<A> box_overlap(const Box<A>& a, A area_a, const Box<A>& b, A area_b, A offset) {
   const A width = larger(add_rn(sub_rn(smaller(a.x2, b.x2), larger(a.x1, b.x1)), offset), A(0));

@@ -5,15 +5,16 @@
 #include "host_device.h"
 
 namespace gfl {
+GFL_ISA_OPEN
 
-// A coordinate held within an interval, and whether it was inside, where alone it has a gradient. A NaN stays, with its
-// gradient. The lower bound first, so that an upper bound below it wins, as torch.clamp has it.
-template <class A> struct Held {
+// A coordinate clamped to an interval, and whether it was inside, where alone it has a gradient; one on a bound is. A
+// NaN stays, with its gradient. The lower bound comes first, so that an upper bound below it wins, as in torch.clamp.
+template <class A> struct Clamped {
   A value;
   bool inside;
 };
-template <class A> GFL_HOST_DEVICE Held<A> hold(A x, A lower, A upper) {
-  Held<A> h{x, true};
+template <class A> GFL_HOST_DEVICE Clamped<A> clamp_passing_grad(A x, A lower, A upper) {
+  Clamped<A> h{x, true};
   if (h.value < lower) h = {lower, false};
   if (h.value > upper) h = {upper, false};
   return h;
@@ -27,14 +28,15 @@ template <class A> GFL_HOST_DEVICE A side_at(A point, A distance, int side) {
 }
 
 // The same clipped to the image; `limit` is (height, width) or null.
-template <class A> GFL_HOST_DEVICE Held<A> clipped_side_at(A point, A distance, int side, const A* limit) {
+template <class A> GFL_HOST_DEVICE Clamped<A> clipped_side_at(A point, A distance, int side, const A* limit) {
   const A x = side_at(point, distance, side);
   if (limit == nullptr) return {x, true};
-  return hold(x, A(0), limit[1 - (side & 1)]);
+  return clamp_passing_grad(x, A(0), limit[1 - (side & 1)]);
 }
 
 template <class A> GFL_HOST_DEVICE A distance_to_side(A point, A coordinate, int side) {
   return side < 2 ? sub_rn(point, coordinate) : sub_rn(coordinate, point);
 }
 
+GFL_ISA_CLOSE
 }  // namespace gfl

@@ -10,7 +10,8 @@
 
 namespace gfl {
 
-// Of the union and of the enclosing box, in cells squared; and what keeps a target below the last bin. As in mmdet's head.
+// Of the union and of the enclosing box, in cells squared; and what keeps a target below the last bin. As in mmdet's
+// head.
 constexpr double kHeadIouEps = 1e-6;
 constexpr double kHeadTargetMargin = 0.1;
 
@@ -52,11 +53,12 @@ template <class A> GFL_HOST_DEVICE A head_centre(const HeadGeometry<A>& g, int s
 // The two bins of a side's target.
 template <class A> GFL_HOST_DEVICE TwoBins<A> head_bins(A centre, A target, int side, int reg_max) {
   const A distance = distance_to_side(centre, target, side);
-  return bins_at_position(hold(distance, A(0), static_cast<A>(reg_max - kHeadTargetMargin)).value, reg_max + 1, false);
+  const A most = static_cast<A>(reg_max - kHeadTargetMargin);
+  return bins_at_position(clamp_passing_grad(distance, A(0), most).value, reg_max + 1, false);
 }
 
-// The loss or overlap of the decoded box, whose sides are `distance` from the centre. The legacy +1 of widths is added to
-// the far sides.
+// The loss or overlap of the decoded box, whose sides are `distance` from the centre. The legacy +1 of widths is added
+// to the far sides.
 template <class A, class Kind>
 GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance)[4], Kind kind, bool legacy) {
   A pred[4], target[4];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What lets one line of arithmetic serve the CPU and the CUDA kernels.
+// What lets CPU and CUDA kernels share their arithmetic.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -8,8 +8,8 @@
 #define GFL_HOST_DEVICE inline
 #endif
 
-// Where a file is compiled for one instruction set (csrc/cpu/simd), inline functions get names of their own: the linker
-// would otherwise be free to serve every caller by the version that only newer processors can run.
+// In files compiled per instruction set (csrc/cpu/simd) inline functions get names of their own. Otherwise the linker
+// could give every caller the version that only newer processors can run.
 #if defined(GFL_ISA)
 #define GFL_ISA_OPEN inline namespace GFL_ISA {
 #define GFL_ISA_CLOSE }
@@ -22,8 +22,8 @@ namespace gfl {
 GFL_ISA_OPEN
 
 // IEEE product, sum, difference and quotient that no compiler may contract into a fused multiply-add. Every geometric
-// decision (IoU, distance, threshold) goes through these, so that all backends take the same one. On the host the build
-// flag -ffp-contract=off does it; nvcc contracts by default, hence the intrinsics.
+// decision (IoU, distance, threshold) uses these, so that all backends take the same one. On the host the build flag
+// -ffp-contract=off ensures it; nvcc contracts by default, hence the intrinsics.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }

@@ -2,9 +2,10 @@
 // Losses of the overlap of two boxes xyxy, with their derivatives: one functor per kind.
 //
 //   iou    1 − I/U                                       U = max(union, ε)
-//   giou   iou + (E − U)/E                               Rezatofighi et al., arXiv 1902.09630, E = max(enclosing area, ε)
+//   giou   iou + (E − U)/E, E = max(enclosing area, ε)   Rezatofighi et al., arXiv 1902.09630
 //   diou   1 − I/(union + ε) + ρ²/(c² + ε)               Zheng et al., arXiv 1911.08287, eq. 7
 //   ciou   diou + α·v, within [0, 2]                     Zheng et al., arXiv 2005.03572, α constant in the derivative
+//   eiou, siou, mpdiou: stated at their functors; U = union + ε
 //   overlap  I/U itself, for losses of the IoU other than 1 − IoU, which a subtraction would round
 // Where a max or min ties, each side takes half the derivative, and a clamp at its bound lets it pass, both as torch's.
 #pragma once
@@ -12,6 +13,9 @@
 #include <cstring>
 
 #include "host_device.h"
+
+// For the functions that would otherwise remain calls within the loop over the pairs, which is vector code without them.
+#define GFL_INLINED __attribute__((always_inline)) GFL_HOST_DEVICE
 
 namespace gfl {
 
@@ -21,27 +25,32 @@ template <class A> struct IouTerm { A value, grad_pred[4], grad_target[4]; };
 // The numbers that a kind is called with; `parameter` is its own, and what it means is said there.
 template <class A> struct IouParams { A eps, parameter; };
 
-// A pair of boxes in the pieces that losses are made of, [0] along x and [1] along y. A second one holds the derivatives
-// by each piece.
+// A pair of boxes in the pieces that losses are made of, [0] along x and [1] along y. A second one holds the
+// derivatives by each piece.
 template <class A> struct BoxPair {
   A pred[4], target[4];
   A inner_low[2], inner_high[2];  // the intersection; high < low where there is none
   A outer_low[2], outer_high[2];  // the enclosing box
 };
 
-// The larger or smaller of two numbers, with the share of the derivative that goes to either; NaN if one of them is.
+// The larger or smaller of two numbers, with the share of the derivative that goes to either. In a form that compiles
+// without branches, which random boxes would mispredict. Of two numbers of which one is NaN it is `a`: where that hides a
+// NaN of `b`, the area of its box has it.
 template <class A> struct Extreme { A value, to_a, to_b; };
 
+// 1 for a > b, 1/2 in a tie, else 0.
+template <class A> GFL_HOST_DEVICE A share_of_greater(A a, A b) {
+  return (a > b ? A(0.5) : A(0)) + (a >= b ? A(0.5) : A(0));
+}
+
 template <class A> GFL_HOST_DEVICE Extreme<A> max_of(A a, A b) {
-  if (a > b) return {a, A(1), A(0)};
-  if (a < b) return {b, A(0), A(1)};
-  if (a == b) return {a, A(0.5), A(0.5)};
-  return {a + b, A(1), A(1)};
+  const A share = share_of_greater(a, b);
+  return {b > a ? b : a, share, A(1) - share};
 }
 
 template <class A> GFL_HOST_DEVICE Extreme<A> min_of(A a, A b) {
-  const Extreme<A> e = max_of(-a, -b);
-  return {-e.value, e.to_a, e.to_b};
+  const A share = share_of_greater(a, b);
+  return {b < a ? b : a, A(1) - share, share};
 }
 
 // Adds `g` times the derivative of an extreme to those of its two arguments.
@@ -61,8 +70,7 @@ template <class A> struct Length { A value, slope; };
 
 template <class A> GFL_HOST_DEVICE Length<A> length_of(A low, A high, A least = A(0)) {
   const A length = high - low;
-  if (length < least) return {least, A(0)};
-  return {length, A(1)};
+  return {least > length ? least : length, least > length ? A(0) : A(1)};
 }
 
 // Width (axis 0) or height (axis 1) of a box, which is negative for an inverted one.
@@ -89,7 +97,7 @@ template <class A> struct AreaRatio {
 
   // Adds the derivatives by the boxes of a loss whose own ones are `by_value`, and `by_united` where U appears outside
   // of I/U too. Returns the one by I.
-  GFL_HOST_DEVICE A backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
+  GFL_INLINED A backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
     const A by_union = (by_united - by_value * value / united) * slope;
     add_area(b.pred, by_union, d.pred);
     add_area(b.target, by_union, d.target);
@@ -106,7 +114,7 @@ template <class A> struct OverlapRatio {
       : inner{length_of(b.inner_low[0], b.inner_high[0]), length_of(b.inner_low[1], b.inner_high[1])},
         ratio(b, inner[0].value * inner[1].value, eps, adds_eps) {}
 
-  GFL_HOST_DEVICE void backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
+  GFL_INLINED void backward(const BoxPair<A>& b, A by_value, A by_united, BoxPair<A>& d) const {
     const A by_overlap = ratio.backward(b, by_value, by_united, d);
     for (int axis = 0; axis < 2; ++axis) {
       add_length(by_overlap * inner[1 - axis].value * inner[axis].slope, d.inner_low[axis], d.inner_high[axis]);
@@ -140,7 +148,7 @@ template <class A> struct DistanceIou {
     penalty = (dx * dx / A(4) + dy * dy / A(4)) / diagonal;
   }
 
-  GFL_HOST_DEVICE void backward(const BoxPair<A>& b, BoxPair<A>& d) const {
+  GFL_INLINED void backward(const BoxPair<A>& b, BoxPair<A>& d) const {
     iou.backward(b, A(-1), A(0), d);
     for (int axis = 0; axis < 2; ++axis) {
       add_centre_distance(centre_distance(b, axis) / A(2) / diagonal, axis, d);
@@ -159,7 +167,7 @@ template <class A> GFL_HOST_DEVICE A bounded_loss(A loss, BoxPair<A>& d) {
   return loss;
 }
 
-// Every kind has a name and loss(pair, params, d), which adds to the zeros in `d`. A new one is added to `IouKinds` below.
+// Every kind has a name and loss(pair, params, d), which adds to the zeros in `d`. A new one joins `IouKinds` below.
 namespace iou_kind {
 
 struct overlap {
@@ -323,7 +331,7 @@ template <class F> bool dispatch_iou_kind(const char* name, const F& f) {
 }
 
 template <class A, class Kind>
-GFL_HOST_DEVICE IouTerm<A> iou_term(const A (&p)[4], const A (&t)[4], Kind, A eps, A parameter = A(0)) {
+GFL_INLINED IouTerm<A> iou_term(const A (&p)[4], const A (&t)[4], Kind, A eps, A parameter = A(0)) {
   BoxPair<A> b, d{};
   Extreme<A> inner_low[2], inner_high[2], outer_low[2], outer_high[2];
   for (int i = 0; i < 4; ++i) {

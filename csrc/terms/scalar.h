@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The four element types, their accumulator, and the switch from a run-time DType to a compile-time type.
+// The four element types, their accumulator, and the dispatch from a run-time DType to a compile-time type.
 //
 // Half and bfloat16 are CUDA's own types in `.cu` files and two plain structs elsewhere; both round to nearest even, so
 // the same bits come out on every backend.

@@ -9,7 +9,7 @@
 
 namespace gfl::testing {
 
-// Differs from run to run, is printed, and GFL_TEST_SEED brings it back.
+// Differs from run to run and is printed; GFL_TEST_SEED repeats a run.
 inline uint64_t fresh_seed() {
   const char* given = std::getenv("GFL_TEST_SEED");
   const uint64_t seed = given != nullptr ? std::strtoull(given, nullptr, 10) : std::random_device{}();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decoding and its gradients against a loop over locations, sides and bins.
-#include "gfl/decode.h"
+#include "gfl/bins.h"
 
 #include "bins_oracle.h"
 
@@ -9,7 +9,7 @@ using namespace gfl::testing;
 
 namespace {
 
-// How points, stride and limit lie: an own one for each location, or one shared by all outer items.
+// Whether each location has its own point, stride and limit, or all outer items share them.
 enum class Sharing { none, grid };
 
 void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sharing, bool clipped) {
@@ -22,7 +22,7 @@ void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sh
   std::vector<double> strides(places);
   for (double& stride : strides) stride = static_cast<double>(8 << generator.integer(0, 4));
   FloatBuffer scale(acc, strides);
-  // One limit an outer item where the grid is shared.
+  // One limit per outer item where the grid is shared.
   FloatBuffer limit(acc, uniforms(generator, static_cast<size_t>(2 * (shared ? layout.outer : locations)), 40, 80));
   DecodeInput in{};
   in.pred = rows_in(layout, pred, dtype);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distribution focal loss in both forms, the distance beside it and all gradients, against a loop over the bins.
-#include "gfl/dfl.h"
+// Distribution focal loss in both forms, the distance from the same softmax and all gradients, against a loop over the
+// bins; a kept softmax and a reduced loss against the plain launchers.
+#include "gfl/bins.h"
 
 #include "bins_oracle.h"
 
@@ -9,7 +10,7 @@ using namespace gfl::testing;
 
 namespace {
 
-// What a row means to the loss, found from the target by the rules' own words.
+// What a row means to the loss, found from the target as the rules say it.
 struct Meaning {
   size_t left, right;
   double weight_left, weight_right;
@@ -33,7 +34,7 @@ void compare(Generator& generator, const Layout& layout, DType dtype, bool two_b
   FloatBuffer pred(dtype, normals(generator, static_cast<size_t>(layout.elements), 2));
   const std::vector<double> values = pred.read();
   FloatBuffer grad_loss(acc, uniforms(generator, n, -2, 2)), grad_distance(acc, uniforms(generator, n, -2, 2));
-  // A third of the positions lies outside; ends, bins and NaN come exactly.
+  // A third of the positions lies outside; some are exactly an end, a bin or NaN.
   const double width = static_cast<double>(last);
   std::vector<double> positions = uniforms(generator, n, -width / 4, width * 5 / 4);
   const double exact[] = {0, width, 1, -0.0, std::nan(""), width + 1, -1e30, 1e30};
@@ -123,6 +124,64 @@ void special_values() {
   expect_close(grad_target.read(), {0, 2 * quarter, 2 * quarter}, 1e-6, "special gradients of the target");
 }
 
+#if !defined(GFL_TEST_CUDA)
+// Keeping the softmax changes no bit of loss, distance and gradient, row by row or reduced, chunk by chunk.
+void kept_softmax(Generator& generator, const Layout& layout, bool with_distance, bool weighted) {
+  constexpr int64_t kChunk = 48;
+  const int64_t rows = layout.inner;
+  const size_t n = static_cast<size_t>(rows), elements = n * static_cast<size_t>(layout.bins);
+  std::vector<double> logits = normals(generator, static_cast<size_t>(layout.elements), 2);
+  if (n > 20) logits[logits.size() / 3] = HUGE_VAL, logits[logits.size() / 2] = 50;
+  const DType f32 = DType::f32;
+  FloatBuffer pred(f32, logits), target(f32, uniforms(generator, n, -1, static_cast<double>(layout.bins)));
+  FloatBuffer weight(f32, uniforms(generator, n, 0, 2)), grad_distance(f32, uniforms(generator, n, -2, 2));
+  const auto floats = [](FloatBuffer& buffer) { return static_cast<float*>(buffer.data()); };
+  float norm = 3.5f, grad_loss = 1.75f;
+  const DflReduction reduction{weighted ? floats(weight) : nullptr, &norm, 0.25};
+  const float scale = 0.25f / (norm + 1.1920929e-07f) * grad_loss;
+  std::vector<double> of_rows = weighted ? weight.read() : std::vector<double>(n, 1.0);
+  for (double& value : of_rows) value = static_cast<double>(scale * static_cast<float>(value));
+  FloatBuffer grad_losses(f32, of_rows);
+
+  DflInput in{};
+  in.pred = rows_in(layout, pred, f32);
+  in.target = target.data();
+  FloatBuffer loss(f32, n), distance(f32, n), grad(f32, elements);
+  const DflGradients out{grad.data(), nullptr, nullptr, nullptr};
+  GFL_RUN(rows, dfl_forward, in, loss.data(), with_distance ? distance.data() : nullptr);
+  GFL_RUN(rows, dfl_backward, in, grad_losses.data(), with_distance ? grad_distance.data() : nullptr, out);
+
+  FloatBuffer kept_loss(f32, n), kept_distance(f32, n), sum_distance(f32, n), kept(f32, elements), sums(f32, 2 * n);
+  FloatBuffer kept_of_sum(f32, elements), sums_of_sum(f32, 2 * n);
+  const DflKept by_rows{floats(kept), floats(sums), rows}, reduced{floats(kept_of_sum), floats(sums_of_sum), rows};
+  std::vector<double> of_chunks;
+  for (int64_t begin = 0; begin < rows; begin += kChunk) {
+    const int64_t end = begin + kChunk < rows ? begin + kChunk : rows;
+    cpu::dfl_forward_keeping(in, floats(kept_loss), with_distance ? floats(kept_distance) : nullptr, by_rows, begin, end);
+    of_chunks.push_back(
+        cpu::dfl_sum_keeping(in, reduction, with_distance ? floats(sum_distance) : nullptr, reduced, begin, end));
+  }
+  const float* of_distance = with_distance ? floats(grad_distance) : nullptr;
+  for (int64_t begin = 0; begin < rows; begin += kChunk) {
+    const int64_t end = begin + kChunk < rows ? begin + kChunk : rows;
+    cpu::dfl_finish(in, nullptr, floats(grad_losses), of_distance, by_rows, begin, end);
+    cpu::dfl_finish(in, &reduction, &grad_loss, of_distance, reduced, begin, end);
+  }
+  const std::vector<double> losses = loss.read(), weights = weight.read();
+  double total = 0;
+  for (size_t i = 0; i < n; ++i) total += losses[i] * (weighted ? weights[i] : 1.0);
+  const double one = cpu::dfl_reduce(reduction, of_chunks.data(), static_cast<int64_t>(of_chunks.size()));
+  CHECK(close(one, total * 0.25 / norm, 1e-6, 0), "%s rows %zu: the reduced loss is %g", layout.name, n, one);
+  CHECK(kept_loss.read() == losses, "%s rows %zu: a kept loss differs", layout.name, n);
+  if (with_distance) {
+    CHECK(kept_distance.read() == distance.read(), "%s rows %zu: a kept distance differs", layout.name, n);
+    CHECK(sum_distance.read() == distance.read(), "%s rows %zu: a distance beside the sum differs", layout.name, n);
+  }
+  CHECK(kept.read() == grad.read(), "%s rows %zu: a kept gradient differs", layout.name, n);
+  CHECK(kept_of_sum.read() == grad.read(), "%s rows %zu: the gradient of the reduced loss differs", layout.name, n);
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -140,5 +199,15 @@ int main() {
     compare(generator, dense_layout(35, 1, 129), dtype, true, false, false);
   }
   special_values();
+#if !defined(GFL_TEST_CUDA)
+  for (const bool with_distance : {false, true}) {
+    for (const bool weighted : {false, true}) {
+      for (const int64_t rows : {0, 1, 16, 37, 205}) {
+        kept_softmax(generator, dense_layout(rows, 1, 17), with_distance, weighted);
+        kept_softmax(generator, planar_layout(1, rows, 1, 5), with_distance, weighted);
+      }
+    }
+  }
+#endif
   return result("dfl");
 }

@@ -17,7 +17,7 @@ using gfl::testing::Generator;
 using gfl::testing::rounded;
 using namespace gfl::testing::head;
 
-// A map in T, in the layout asked for, and its strides.
+// A map in T, in either layout, and its strides.
 template <class T> struct Map {
   std::vector<T> data;
   int64_t stride[4];
@@ -32,7 +32,7 @@ template <class T> struct Map {
         for (int64_t y = 0; y < height; ++y)
           for (int64_t x = 0; x < width; ++x, ++i) store(&data[at(b, k, y, x)], static_cast<acc_t<T>>(values[i]));
   }
-  // What the map holds: the oracle takes that.
+  // What the map holds, which is what the oracle uses.
   std::vector<double> held(int64_t images, int64_t channels, int64_t height, int64_t width) const {
     std::vector<double> values;
     for (int64_t b = 0; b < images; ++b)
@@ -46,7 +46,7 @@ template <class T> struct Map {
   }
 };
 
-// What a launcher gave: the losses before any norm, and through the maps that `gradients` names their gradient.
+// The launchers' losses before any norm; their gradients are in the maps that `gradients` names.
 struct Got {
   Losses losses;
   int64_t positives;
@@ -103,8 +103,8 @@ template <class T> struct DeviceMaps {
   }
 };
 
-// Losses and gradients from one pass are those of two, and stay untouched if 1 arrives; otherwise they are computed anew in
-// place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
+// Losses and gradients from one pass are those of two, and stay untouched if 1 arrives; otherwise they are computed
+// anew in place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
 template <class T>
 void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
                     const std::vector<HeadGradients>& gradients, const DeviceMaps<T>& of_cls,
@@ -168,7 +168,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   for (size_t l = 0; l < levels.size(); ++l) {
     levels[l].cls = inputs.add(cls[l].data);
     levels[l].reg = inputs.add(reg[l].data);
-    // Not even zeros are there before.
+    // NaN, so that an element that is not written shows.
     gradients[l].cls = cls_out.add(std::vector<T>(grad_cls[l].data.size(), rounded<T>({NAN})[0]));
     gradients[l].reg = reg_out.add(std::vector<T>(grad_reg[l].data.size(), rounded<T>({NAN})[0]));
   }
@@ -196,7 +196,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
     grad_cls[l].data = cls_out.maps[l]->read();
     grad_reg[l].data = reg_out.maps[l]->read();
   }
-  // With the default norms the same, scaled: forward by the norms' quotient, backward by it too.
+  // The default norms scale losses and gradients.
   const std::vector<A> sums = out.read(), losses = again.read();
   double norm = 0;
   for (int64_t b = 0; b < in.images; ++b) {
@@ -373,7 +373,7 @@ int main() {
   }
   check<float>(draw_case(draw, {{1, 70}}, 1, 1, 2.0, false, true), DType::f32, 1e-5, "one class");
   check<float>(draw_case(draw, {{13, 21}, {1, 1}, {0, 4}}, 3, 7, 2.0, false, false), DType::f32, 1e-5, "over a block");
-  for (const bool channels_last : {false, true}) {  // what vector accesses suit
+  for (const bool channels_last : {false, true}) {  // shapes that allow vector accesses
     const Case c = draw_case(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 7, 2.0, false, channels_last);
     check<float>(c, DType::f32, 1e-5, "aligned f32", false);
     check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);

@@ -14,10 +14,10 @@ using gfl::testing::FloatBuffer;
 using gfl::testing::Generator;
 
 struct Shape {
-  std::vector<int64_t> locations;  // a level
+  std::vector<int64_t> locations;  // per level
   int64_t images, channels, groups;
-  std::vector<bool> planar;        // a level
-  int64_t gap;                     // elements that follow each row of the dense dimension
+  std::vector<bool> planar;        // per level
+  int64_t gap;                     // unused elements after each row of the contiguous dimension
   bool relu;
   double mean, scale;
 };
@@ -97,8 +97,8 @@ std::vector<double> statistics_by_loops(const Shape& s, const Levels& x, double 
   return result;
 }
 
-// By how much a group magnifies the roundings of its values: they are of the size of the mean, what is left of them when
-// that is taken away is of the size of the deviation. A group of two values can lie close together by chance.
+// By how much a group magnifies the roundings of its values: they are of the size of the mean, what is left of them
+// when that is taken away is of the size of the deviation. A group of two values can lie close together by chance.
 double condition(const std::vector<double>& statistics, size_t group) {
   return std::max(1.0, std::fabs(statistics[2 * group]) * statistics[2 * group + 1]);
 }
@@ -230,7 +230,7 @@ void test(Generator& generator, const Shape& s, DType dtype, DType parameter_dty
           "%s level %zu image %d channel %d: grad_x %.9g, expected %.9g", gfl::testing::name_of(dtype), l, int(b),
           int(c), got_grad[l][at], want.grad_x[l][at]);
   });
-  // What lies between a map's rows is nobody's to write: it was NaN before.
+  // The gaps between a map's rows are not written: they still hold NaN.
   for (size_t l = 0; l < s.locations.size() && s.gap > 0 && s.images * s.locations[l] > 0; ++l) {
     const Layout layout(s, l);
     const size_t beyond = static_cast<size_t>(s.planar[l] ? s.locations[l] : s.channels);
@@ -262,10 +262,10 @@ int main() {
       {{96, 35, 4}, 2, 96, 12, {false, false, false}, 0, true, 0.3, 1.5},
       {{600, 75}, 1, 16, 2, {true, true}, 0, true, -1, 2},
       {{600, 75}, 1, 16, 2, {false, false}, 0, true, -1, 2},
-      // A layout a level, odd channels, rows that don't touch, no ReLU.
+      // A layout per level, odd channels, gaps between rows, no ReLU.
       {{70, 35}, 2, 21, 7, {true, false}, 3, true, 0.3, 1.5},
       {{70, 130}, 1, 24, 3, {false, true}, 8, false, 0.3, 1.5},
-      // A channel a group, and one group of more channels than a slab or a warp has.
+      // A channel per group, and one group of more channels than a slab or a warp has.
       {{33}, 1, 72, 72, {false}, 0, true, 0.3, 1.5},
       {{33}, 1, 136, 1, {true}, 0, true, 0.3, 1.5},
       {{17}, 1, 300, 1, {false}, 0, true, 0.3, 1.5},

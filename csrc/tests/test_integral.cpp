@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integral and its gradient against a loop over the bins.
-#include "gfl/integral.h"
+#include "gfl/bins.h"
 
 #include "bins_oracle.h"
 

@@ -13,21 +13,65 @@ using namespace gfl::testing;
 namespace {
 
 struct Kind { std::string name; double parameter; };
-const Kind kKinds[] = {{"overlap", 0}, {"iou", 0}, {"giou", 0}, {"diou", 0}, {"ciou", 0}};
+const Kind kKinds[] = {{"overlap", 0}, {"iou", 0},    {"giou", 0}, {"diou", 0},     {"ciou", 0},
+                       {"eiou", 0.1}, {"eiou", 0.5}, {"siou", 1}, {"siou", -1}, {"mpdiou", 5000}};
 using Real = long double;
 
-// `alpha`: CIoU's factor, which its derivative takes as a constant; negative to have it computed and returned in `used`.
+// The intersection signed by inclusion and exclusion, in the terms of mmdet's eiou_loss.
+Real extended_iou_loss(const Real* p, const Real* t, Real smooth_point, Real eps) {
+  Real first[2], second[2];
+  for (int a = 0; a < 2; ++a) {
+    first[a] = std::max(p[a], t[a]) - std::min(p[a], t[a]);
+    second[a] = std::min(p[a + 2], t[a + 2]) - std::min(p[a], t[a]);
+  }
+  const Real overlap = second[0] * second[1] + std::min(first[0], second[0]) * std::min(first[1], second[1]) -
+                       first[0] * std::max(first[1], second[1]) - std::max(first[0], second[0]) * first[1];
+  const Real area = (p[2] - p[0]) * (p[3] - p[1]) + (t[2] - t[0]) * (t[3] - t[1]) - overlap + eps;
+  const Real cost = 1 - overlap / area;
+  return cost < smooth_point ? cost * cost / smooth_point / 2 : cost - smooth_point / 2;
+}
+
+// With the angle itself, as the paper has it.
+Real siou_loss(const Real* p, const Real* t, bool neg_gamma, Real eps) {
+  Real inner = 1, area_p = 1, area_t = 1, way[2], outer[2], shape = 0;
+  for (int a = 0; a < 2; ++a) {
+    inner *= std::max<Real>(0, std::min(p[a + 2], t[a + 2]) - std::max(p[a], t[a]));
+    const Real size_p = p[a + 2] - p[a], size_t = t[a + 2] - t[a];
+    area_p *= size_p;
+    area_t *= size_t;
+    way[a] = (t[a] + t[a + 2] - p[a] - p[a + 2]) / 2 + eps;
+    outer[a] = std::max(eps, std::max(p[a + 2], t[a + 2]) - std::min(p[a], t[a]));
+    const Real difference = std::fabs(size_p - size_t) / (std::max(size_p, size_t) + eps);
+    shape += std::pow(1 - std::exp(-difference), Real(4));
+  }
+  const Real angle = std::sin(2 * std::asin(std::fabs(way[1]) / std::sqrt(way[0] * way[0] + way[1] * way[1])));
+  const Real gamma = neg_gamma ? angle - 2 : 2 - angle;
+  Real distance = 0;
+  for (int a = 0; a < 2; ++a) distance += 1 - std::exp(gamma * way[a] * way[a] / outer[a] / outer[a]);
+  const Real value = inner / (area_p + area_t - inner + eps) - (distance + shape) / 2;
+  return 1 - std::min<Real>(1, std::max<Real>(-1, value));
+}
+
+// `alpha`: CIoU's factor, constant in its derivative; negative to have it computed and returned in `used`.
 Real formula(const Real* p, const Real* t, const Kind& kind, Real eps, Real alpha, Real* used) {
   const std::string& name = kind.name;
+  if (name == "eiou") return extended_iou_loss(p, t, kind.parameter, eps);
+  if (name == "siou") return siou_loss(p, t, kind.parameter < 0, eps);
   const Real width = std::max<Real>(0, std::min(p[2], t[2]) - std::max(p[0], t[0]));
   const Real height = std::max<Real>(0, std::min(p[3], t[3]) - std::max(p[1], t[1]));
   const Real outer_width = std::max<Real>(0, std::max(p[2], t[2]) - std::min(p[0], t[0]));
   const Real outer_height = std::max<Real>(0, std::max(p[3], t[3]) - std::min(p[1], t[1]));
   const Real pw = p[2] - p[0], ph = p[3] - p[1], tw = t[2] - t[0], th = t[3] - t[1];
   const Real area = pw * ph + tw * th - width * height;
-  const Real iou = width * height / (name == "diou" || name == "ciou" ? area + eps : std::max(area, eps));
+  const bool adds_eps = name == "diou" || name == "ciou" || name == "mpdiou";
+  const Real iou = width * height / (adds_eps ? area + eps : std::max(area, eps));
   if (name == "overlap") return iou;
   if (name == "iou") return 1 - iou;
+  if (name == "mpdiou") {
+    Real corners = 0;
+    for (int i = 0; i < 4; ++i) corners += (p[i] - t[i]) * (p[i] - t[i]);
+    return 1 - iou + corners / kind.parameter;
+  }
   if (name == "giou") {
     const Real enclosing = std::max(outer_width * outer_height, eps);
     return 1 - iou + (enclosing - std::max(area, eps)) / enclosing;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distillation with a temperature and its gradient, against the definition in long double: every way that rows lie in
-// memory, short rows, long ones and ones that no block's shared memory holds.
-#include "gfl/ld.h"
+// Distillation with a temperature and its gradient, against the definition in long double: rows of every
+// layout, short, long, and too long for a block's shared memory.
+#include "gfl/bins.h"
 
 #include "bins_oracle.h"
 
@@ -58,7 +58,7 @@ void compare(Generator& generator, const Layout& pred, const Layout& teacher, DT
     const Row p = row_of(pred, xs, static_cast<int64_t>(i)), q = row_of(teacher, zs, static_cast<int64_t>(i));
     want.push_back(static_cast<double>(divergence(p, q, t)));
     const auto of_row = [&](const Row& row) { return divergence(row, q, t); };
-    // A slope takes as long as the row is: of long ones some bins, the last always among them.
+    // A slope takes time in proportion to the row: of long rows only some bins are tested, always with the last.
     for (size_t j = 0; j < bins; ++j) {
       if (bins > 64 && j + 1 < bins && generator.uniform() > 12 / count) continue;
       got_some.push_back(got_grad[i * bins + j]);
@@ -90,7 +90,7 @@ void equal_rows_cost_nothing(Generator& generator, DType dtype, int64_t bins) {
 }
 
 // Infinite logits count as the largest that count, without gradient; NaN stays in its row. `filler` more bins without
-// weight lead to the code for rows of other lengths.
+// weight select the code for longer rows.
 void special_values(double t, int64_t filler) {
   const double infinity = HUGE_VAL, nan = std::nan("");
   const double pairs[][4] = {{infinity, -infinity, -infinity, infinity},  // both at the bounds, apart

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The candidates of multiclass NMS against a double loop.
-#include "gfl/multiclass_nms.h"
+#include "gfl/select.h"
 
 #include <limits>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // NMS against a plain double loop over all pairs.
-#include "gfl/nms.h"
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <limits>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Soft-NMS against a plain loop that looks at every pair.
-#include "gfl/soft_nms.h"
+#include "gfl/select.h"
 
 #include <algorithm>
 #include <limits>
 #include <map>
 
-#include "gfl/nms.h"
+#include "gfl/select.h"
 #include "testing.h"
 
 namespace {

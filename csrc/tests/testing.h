@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the plain C++ tests share: checks that count, a seeded generator, and memory that a launcher can reach.
+// What the plain C++ tests share: checks that count failures, a seeded generator, and memory that a launcher can
+// access.
 //
 // With GFL_TEST_CUDA the buffers are the device's, on a GPU or on the host layer.
 #pragma once

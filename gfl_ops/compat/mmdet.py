@@ -38,7 +38,7 @@ _LOSSES = (
     "VarifocalLoss",
     "KnowledgeDistillationKLDivLoss",
 )
-_BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss")
+_BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss")
 # What mmdet's assigner gives as the overlap of a prior without a box.
 _NO_OVERLAP = -100000000.0
 
@@ -253,7 +253,7 @@ def _plan() -> Iterator[Change]:
 
     for name in (*_LOSSES, *_BOX_LOSSES, "IoULoss"):
         needed = ["forward", "_reduction"]
-        needed += ["_kind"] if name in _BOX_LOSSES else []
+        needed += ["_kind", "_options"] if name in _BOX_LOSSES else []
         needed += ["_AREA_EPS"] if name == "IoULoss" else []
         yield from graft(getattr(their_losses, name), getattr(losses, name), needed)
     yield from graft(gfl_head.Integral, losses.Integral)
@@ -274,7 +274,7 @@ def patch() -> Replaced:
 
     Returns:
         The names of what is replaced, a list: the losses `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`,
-        `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss` and `IoULoss`, `Integral`,
+        `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss` and `IoULoss`, `Integral`,
         mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner` and GFLHead's prediction. As a context manager
         (``with patch():``) it is undone at the end of the block. A call while all is replaced
         changes nothing, at the end of its block neither.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every operator needs and no operator is in: registry, backends, autograd, checks."""
+"""What all operators share: registry, backends, the autograd node, checks, reduction, dtypes."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend serves an operator: the user's choice, what is there, and why another can't."""
+"""Which backend runs an operator: the user's choice, what is available, and why another backend can't run it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BACKENDS = ("auto", "native", "triton", "reference")
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Where an operator has kernels: devices of the compiled extension, and whether it has a Triton one."""
+    """What an operator has kernels for: devices of the compiled extension, and Triton."""
 
     native: tuple[str, ...]
     triton: bool
 
 
 _KERNELS: dict[str, _Kernels] = {}
-_AUTOMATIC: dict[tuple[str, str], str] = {}  # worked out once: it can't change while the process runs
+_AUTOMATIC: dict[tuple[str, str], str] = {}  # computed once: it can't change while the process runs
 _no_native_on_gpu: str | None = None  # known from the first call on a GPU
 _gpu_is_new = True
 _AT_FIRST_GPU_CALL: list[Callable[[], None]] = []
@@ -50,14 +50,14 @@ _backend = "auto"
 
 
 def declare(stem: str, native: Iterable[str], triton: bool) -> None:
-    """Say where an operator has kernels. Called once an operator, when it is registered."""
+    """Record what an operator has kernels for. Called once per operator, when it is registered."""
     _KERNELS[stem] = _Kernels(tuple(native), triton)
     for device_type in ("cpu", "cuda"):
         _AUTOMATIC[stem, device_type] = automatic(stem, device_type)
 
 
 def kernels(stem: str) -> _Kernels:
-    """Where the operator has kernels, whether or not this machine can run them."""
+    """What the operator has kernels for, whether or not this machine can run them."""
     return _KERNELS[stem]
 
 
@@ -71,7 +71,7 @@ def why_no_triton() -> str | None:
 
 
 def unavailable(backend: str, stem: str, device_type: str) -> str | None:
-    """Why `backend` can't run the operator there; None if it can. Serves "auto", the doctor and the errors alike."""
+    """Why `backend` can't run the operator there; None if it can. "auto", the doctor and the error texts all use it."""
     kernels = _KERNELS[stem]
     if backend == "native":
         if device_type in kernels.native:
@@ -89,7 +89,7 @@ def unavailable(backend: str, stem: str, device_type: str) -> str | None:
 
 
 def automatic(stem: str, device_type: str) -> str:
-    """The fastest backend that works there. Triton's interpreter is for testing and never chosen unasked."""
+    """The fastest backend that works there. Triton's interpreter is for tests and never chosen automatically."""
     for backend in ("native", "triton") if device_type == "cuda" else ("native",):
         if (backend, stem, device_type) not in _DISTRUSTED and unavailable(backend, stem, device_type) is None:
             return backend
@@ -164,12 +164,12 @@ def set_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
     Args:
         name: "native" (the compiled extension), "triton" (Triton kernels, on a GPU or in Triton's interpreter),
-            "reference" (plain PyTorch) or "auto" (the fastest that works, operator by operator). The environment
+            "reference" (plain PyTorch) or "auto" (the fastest that works, per operator). The environment
             variable ``GFL_OPS_BACKEND`` sets what a process starts with.
 
     Raises:
-        ValueError: no backend of that name. A backend that can't run an operator raises RuntimeError with the reason
-            when the operator is called.
+        ValueError: there is no backend of that name. A backend that can't run an operator raises RuntimeError with the
+            reason when the operator is called.
     """
     global _backend
     if name not in BACKENDS:
@@ -179,7 +179,7 @@ def set_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def get_backend() -> str:
-    """The backend that is set: "auto", "native", "triton" or "reference"."""
+    """The current backend: "auto", "native", "triton" or "reference"."""
     return _backend
 
 

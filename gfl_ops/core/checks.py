@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a user passes, and the one form of every error text: operator, argument, rule, what came."""
+"""Checks of what a user passes. Every error text has one form: function, argument, rule, what was passed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INTEGERS = (int, torch.SymInt)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 REDUCTIONS = ("none", "mean", "sum")
 
-# Checks that would make the host wait for the device run only when asked for.
+# Checks that would make the host wait for the device run only on request.
 SYNCHRONISING = os.environ.get("GFL_OPS_CHECK", "0") == "1"
 
 
@@ -33,7 +33,7 @@ def tensor(op: str, argument: str, value: object, dtypes: Sequence[torch.dtype] 
 
 
 def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int | None]) -> None:
-    """`value` has the given sizes; None admits any. `names` is the shape as the documentation writes it, "[N, C]"."""
+    """`value` has the given sizes; None matches any. `names` is the shape as the documentation writes it, "[N, C]"."""
     found = value.shape
     if found == sizes:
         return
@@ -57,7 +57,7 @@ def same_device(op: str, argument: str, value: Tensor, other_argument: str, othe
 
 
 def maps(op: str, argument: str, value: object) -> tuple[int, int]:
-    """A list of floating ``[B, channels, H, W]``, alike but for H and W. Returns B and the channels."""
+    """A list of floating ``[B, channels, H, W]`` that differ only in H and W. Returns B and the channels."""
     if not isinstance(value, (tuple, list)):
         raise TypeError(message(op, argument, "must be a list of tensors", type(value).__name__))
     if not value:
@@ -92,7 +92,7 @@ def number(
     exclusive: bool = False,
     integer: bool = False,
 ) -> None:
-    """`value` is a plain number within [minimum, maximum]; `exclusive` leaves `minimum` itself out."""
+    """`value` is a plain number in [minimum, maximum], or in (minimum, maximum] if `exclusive`."""
     kinds = _INTEGERS if integer else _NUMBERS
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "an integer" if integer else "a number"

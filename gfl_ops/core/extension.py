@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled extension: loaded where it fits the torch at hand, else the reason why it is not there."""
+"""The compiled extension: loaded if it fits the installed torch, else the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +19,13 @@ _FOLDER = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Extension:
-    """What there is of the compiled extension.
+    """The state of the compiled extension.
 
     Attributes:
-        module: `gfl_ops._C`, None where it is absent or switched off.
-        reason: why there is no module, empty where there is one.
-        cuda_reason: why its CUDA part is missing, empty where it is there.
-        info: the build's record: torch, CUDA, compiler, architectures; empty for a tree that was never built.
+        module: `gfl_ops._C`, or None if it could not be loaded.
+        reason: why there is no module; empty if there is one.
+        cuda_reason: why its CUDA part is missing; empty if it is not.
+        info: what the build recorded: torch, CUDA, compiler, architectures; empty for a tree that was never built.
     """
 
     module: ModuleType | None
@@ -56,7 +55,7 @@ def _without(reason: str, info: dict[str, Any]) -> Extension:
 
 
 def _mismatch(info: dict[str, Any]) -> str:
-    """Why an extension with this record does not fit the imported torch; empty if it does.
+    """Why an extension that was built so does not fit the imported torch; empty if it does.
 
     The C++ interface of torch is stable within a minor version. A CUDA part also needs the CUDA libraries of the torch
     that it was linked with, and builds for different CUDA versions may differ in the C++ standard library's ABI.
@@ -83,7 +82,7 @@ def _major(version: str | None) -> str:
 
 
 def _shadowed() -> str:
-    """Says so where this folder, on sys.path before site-packages, hides an installed package; empty if it does not."""
+    """A text if this folder, on sys.path before site-packages, hides an installed package; empty if it does not."""
     for distribution in importlib.metadata.distributions(name="gfl-ops"):
         installed = Path(str(distribution.locate_file("gfl_ops"))).resolve()
         if installed != _FOLDER and (installed / "_build_info.py").is_file():
@@ -97,7 +96,7 @@ def _shadowed() -> str:
 def _say_what_is_missing(extension: Extension) -> None:
     if extension.module is None:
         if sys.platform != "linux":
-            return  # there is none to be had there; the doctor says so
+            return  # it is built for Linux only, as the doctor says
         what, why, rest = "the compiled extension", extension.reason, "everything"
     elif extension.cuda_reason and torch.version.cuda:
         what, why, rest = "the extension's CUDA part", extension.cuda_reason, "CUDA tensors"
@@ -161,30 +160,3 @@ def serves(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel(operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
         operator, device_type.upper()
     )
-
-
-def direct(entry_point: str) -> Callable[..., Any] | None:
-    """The compiled entry point past the dispatcher, if the extension is there.
-
-    It declines by None, having done nothing, where the dispatcher has more to do: to record a gradient, or to show the
-    call to a mode, a transform, a tracer, a profiler or a subclass.
-    """
-    return getattr(getattr(EXTENSION.module, "direct", None), entry_point, None)
-
-
-def eager_bypass(entry_point: str, operator: str) -> Callable[..., Any]:
-    """A function that runs the operator ``gfl::<operator>``, past the dispatcher where that would only run the kernel.
-
-    The compiled entry point is asked first, which may decline.
-    """
-    function = direct(entry_point)
-
-    def call(*arguments: Any) -> Any:
-        # The compiler can't look into an entry point.
-        if function is not None and not torch.compiler.is_compiling():
-            results = function(*arguments)
-            if results is not None:
-                return results
-        return getattr(torch.ops.gfl, operator)(*arguments)
-
-    return call

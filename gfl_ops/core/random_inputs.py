@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn inputs for the samples of the registry. Drawn on the CPU, so that a seed means the same on every device."""
+"""Random inputs for the registry's samples, made on the CPU so that a seed gives the same numbers on every device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uniform(
 def boxes(
     count: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator, extent: float = 640.0
 ) -> Tensor:
-    """`count` boxes xyxy within [0, extent], sides log-uniform from a few pixels to half the extent."""
+    """`count` boxes xyxy in [0, extent], with sides log-uniform from a few pixels to half the extent."""
     centre = torch.rand((count, 2), generator=generator, dtype=torch.float64) * extent
     size = 4.0 * (extent / 8.0) ** torch.rand((count, 2), generator=generator, dtype=torch.float64)
     return torch.cat([centre - size / 2, centre + size / 2], 1).clamp(0, extent).to(device=device, dtype=dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighting and reduction, the same for every loss: mmdet's rules, with the arithmetic in the loss's own dtype."""
+"""Weighting and reduction of every loss: mmdet's rules, computed in the dtype of the loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from . import checks
 from .dtypes import as_dtype
 
-# mmdet adds float32's epsilon to the average factor, so that a batch without positives divides by it instead of by 0.
+# mmdet adds float32's epsilon to the average factor, so that a batch without positives does not divide by 0.
 AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
 
 
 def check_reduction(
     op: str, loss_shape: torch.Size, names: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
 ) -> None:
-    """What can be said of `weight`, `reduction` and `avg_factor` before the loss is computed."""
+    """Check `weight`, `reduction` and `avg_factor` before the loss is computed."""
     checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
     if weight is not None:
         checks.tensor(op, "weight", weight, checks.FLOATING + checks.INTEGER + (torch.bool,))
@@ -36,8 +36,8 @@ def check_reduction(
 def factor_and_norm(
     reduction: str, avg_factor: float | Tensor | None, count: int, pred: Tensor, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
-    """What a kernel multiplies the sum of `count` losses by, and the number, None for none, that it divides it by after
-    adding AVG_FACTOR_EPS: a factor on the device of `pred` stays there."""
+    """How a kernel reduces the sum of `count` losses: multiply by the first result, then divide by the second, unless
+    it is None, plus AVG_FACTOR_EPS. The host does not read an `avg_factor` on the device of `pred`."""
     if reduction != "mean":
         return 1.0, None
     if avg_factor is None:
@@ -54,7 +54,8 @@ def _reciprocal(x: float) -> float:
 def check_element_reduction(
     op: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
 ) -> Tensor | None:
-    """The same for a loss of pred's shape. Returns `weight`, which may hold one number a row, so that it broadcasts."""
+    """`check_reduction` for a loss of pred's shape. Returns `weight`, which may have one number per row, ready to
+    broadcast."""
     shape = pred.shape
     if weight is not None:
         checks.tensor(op, "weight", weight, checks.FLOATING + checks.INTEGER + (torch.bool,))

@@ -5,9 +5,9 @@
     result [K]    int64                   write: kept boxes by falling score, equal scores by lower index
 
 torch sorts by score and, with classes, once more by class, so that each class is one segment in the order of its
-scores; then one kernel does all segments. A program takes a segment at a time and walks over it in tiles of TILE
-boxes: it tests the tile against the boxes kept so far, settles the tile within itself, and appends what is left to
-the kept list. Within a tile all boxes are settled at once, by repeating keep(j) = no kept i before j suppresses j
+scores; then one kernel does all segments. A program takes one segment after another and walks over it in tiles of TILE
+boxes: it tests the tile against the boxes kept so far, then its boxes among themselves, and appends what is left to
+the kept list. Within a tile all boxes are decided at once, by repeating keep(j) = no kept i before j suppresses j
 until nothing changes: the greedy choice is the one fixed point, and it is reached after as many rounds as the longest
 chain of suppressions. A segment of more than CHAIN boxes is walked in panels of PANEL instead: a program decides a
 panel, then the whole grid clears further on what its kept boxes suppress. Memory is O(N). IoU as csrc/terms/box.h, in
@@ -27,7 +27,7 @@ from ..ops.boxes.box_ops import rounded
 from . import _launch
 
 TILE = 64
-# Beyond CHAIN boxes one program is slower than two launches a panel.
+# Beyond CHAIN boxes one program is slower than two launches per panel.
 CHAIN, PANEL = 4096, 1024
 # Enough to fill a large GPU twice; further segments queue behind.
 MAX_PROGRAMS = 8 if _launch.INTERPRETS else 264
@@ -118,7 +118,7 @@ def nms_clear_kernel(
     boxes, kept, starts, rank, keep, counts, n, end,
     THRESHOLD: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Drops from the boxes after a panel, up to `end`, what the panel's kept ones suppress: a tile a program."""
+    """Drops from the boxes after a panel, up to `end`, what the panel's kept ones suppress: one tile per program."""
     lane = tl.arange(0, TILE)
     other = tl.load(starts)
     at = tl.load(starts + 1) + tl.program_id(0).to(tl.int64) * TILE + lane
@@ -136,7 +136,7 @@ def nms_clear_kernel(
     tl.store(place, alive.to(tl.int8), mask=inside)
 
 
-def forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, legacy: bool) -> Tensor:
+def nms_forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, legacy: bool) -> Tensor:
     n = boxes.shape[0]
     order = torch.sort(scores, stable=True, descending=True).indices
     positions = torch.arange(n + 1, device=boxes.device)
@@ -155,7 +155,7 @@ def forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: f
     sides = boxes.to(acc).t().index_select(1, by_class)
     kept = torch.empty_like(sides)
     keep = torch.ones(n, dtype=torch.int8, device=boxes.device)
-    counts = torch.empty(n, dtype=torch.int64, device=boxes.device)  # of kept boxes, a segment or a panel each
+    counts = torch.empty(n, dtype=torch.int64, device=boxes.device)  # kept boxes per segment or panel
     constants = {
         "THRESHOLD": rounded(iou_threshold, boxes.dtype), "OFFSET": 1.0 if legacy else 0.0, "TILE": TILE,
         "num_warps": 8, "enable_fp_fusion": False,

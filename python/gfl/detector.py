@@ -18,11 +18,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import gfl_ops
+
 from . import checkpoint, draw
+from .config import ModelConfig
 from .data import transforms
-from .edges import Edges, find_edges
 from .engine.distributed import choose_device
-from .engine.infer import Coming, Engine
+from .engine.pipeline import PendingDetections, Pipeline
 from .models.fused import FusedGFL
 from .models.gfl import GFL
 
@@ -54,7 +56,7 @@ class Result:
     category_ids: list[int]
     size: tuple[int, int]
     path: Path | None
-    edges: Edges | None
+    edges: draw.Edges | None
     # Kept for images without a file only, so that a folder's results stay small.
     _pixels: Tensor | None
 
@@ -168,7 +170,7 @@ class Detector:
             raise ValueError("gfl.Detector: `compile` goes with `optimize=True`")
         self.optimize = optimize
         self._network = FusedGFL(self.model, self.dtype).to(self.device) if optimize else self.model
-        self._engine = Engine(self._network, self.device, graphs=optimize, compile=compile)
+        self._pipeline = Pipeline(self._network, self.device, graphs=optimize, compile=compile)
 
     def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
         """Detect the objects in one image, or in each of several.
@@ -255,28 +257,25 @@ class Detector:
         for places in (g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)):
             images = [loaded[i] for i in places]
             with self._configured():
-                batch = self._engine.load([one.pixels for one in images], [one.input_size for one in images])
-                found = self._engine.run(batch)
-            read = []
-            for i, count in enumerate(found.detections[3].tolist() if edges else ()):
-                cls_scores, reg_preds = ([level[i] for level in maps] for maps in found[1:])
-                boxes, scores, labels = (part[i, :count] for part in found.detections[:3])
-                read.append(find_edges(cls_scores, reg_preds, config, batch.sizes[i], boxes, scores, labels))
-            started.append(_Started(images, places, Coming(found.detections), read))
+                batch = self._pipeline.load([one.pixels for one in images], [one.input_size for one in images])
+                found = self._pipeline.run(batch)
+            # The maps are overwritten by the next batch.
+            read = _edges(found.reg_preds, found.detections.locations, config) if edges else None
+            started.append(_Started(images, places, PendingDetections(found.detections), read))
         return started
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
         """Their results, in the order in which the images were given."""
         results: dict[int, Result] = {}
         for part in started:
-            detections = part.coming.wait()
+            detections = part.pending.wait()
             for i, (one, count) in enumerate(zip(part.images, detections[3].tolist())):
                 boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
                 (height, width), (h, w) = one.size, one.input_size
                 factor = torch.tensor([w / width, h / height])
                 edges = None
-                if part.edges:
-                    here = Edges(*(value.cpu() for value in part.edges[i]))
+                if part.edges is not None:
+                    here = draw.Edges(*(value[i, :count].cpu() for value in part.edges))
                     edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
                 # Boxes clipped to the scaled image may end an ulp outside the image after the division.
                 limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
@@ -320,8 +319,21 @@ class _Started:
 
     images: Sequence[_Loaded]
     places: list[int]
-    coming: Coming
-    edges: list[Edges]
+    pending: PendingDetections
+    edges: draw.Edges | None
+
+
+def _edges(reg_preds: Sequence[Tensor], locations: Tensor, config: ModelConfig) -> draw.Edges:
+    """The distributions at the locations ``[B, K]`` of detections; what stands in unused slots means nothing."""
+    points, strides = [], []
+    for level, stride in zip(reg_preds, config.strides, strict=True):
+        cell = torch.arange(level.shape[2] * level.shape[3], device=level.device)
+        shift = (stride - 1) / 2 if config.legacy else config.center_offset * stride
+        points.append(torch.stack([cell % level.shape[3], cell // level.shape[3]], 1).float() * stride + shift)
+        strides.append(torch.full_like(points[-1], stride))
+    probabilities = gfl_ops.side_distributions(reg_preds, locations, config.reg_max)
+    place = locations.clamp(min=0)
+    return draw.Edges(probabilities, torch.cat(points)[place], torch.cat(strides)[place])
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from .edges import Edges
+import gfl_ops
 
 Color = tuple[int, int, int]
 
@@ -27,6 +29,33 @@ def class_color(label: int) -> Color:
     value = 0.78 if label % 3 == 2 else 0.98
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
     return red, green, blue
+
+
+class Edges(NamedTuple):
+    """The distributions of n boxes' edges.
+
+    Attributes:
+        probabilities: fp32 ``[n, 4, R+1]``, sides in the order left, top, right, bottom.
+        locations: fp32 ``[n, 2]``, (x, y) that the distances are measured from, in pixels.
+        bins: fp32 ``[n, 2]``, width and height of a bin in the same pixels: left and right edge lie at
+            ``x ∓ expected bin · width``, top and bottom edge at ``y ∓ expected bin · height``.
+    """
+
+    probabilities: Tensor
+    locations: Tensor
+    bins: Tensor
+
+    def doubt(self) -> Tensor:
+        """Standard deviation of each edge in bins, ``[n, 4]``, less what an edge that is known exactly must have.
+
+        Such an edge is spread over the two bins around it, with variance f·(1−f) at the fraction f between them, and
+        no distribution of that mean has less.
+        """
+        mean = (self.probabilities * torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)).sum(
+            -1
+        )
+        variance = gfl_ops.side_uncertainty(self.probabilities)[..., 0]
+        return (variance - mean.frac() * (1 - mean.frac())).clamp(min=0).sqrt()
 
 
 def draw_detections(
@@ -86,7 +115,7 @@ def draw_edges(
 
     Left and right edge are above the image, top and bottom at its right. A bar's length is its bin's probability, the
     dark line is the expected value, which is the edge. The number is the standard deviation in pixels that
-    `gfl.edges.Edges.doubt` gives: ±0.0 is an edge known exactly. Colours go from `SHARP`, where the network is sure, to
+    `Edges.doubt` gives: ±0.0 is an edge known exactly. Colours go from `SHARP`, where the network is sure, to
     `VAGUE`.
 
     Args:

@@ -3,9 +3,8 @@
 // csrc/tests/cuda_on_host, where a host pointer serves as a device's.
 #include <vector>
 
-#include "gfl/decode.h"
-#include "gfl/nms.h"
-#include "gfl/postprocess.h"
+#include "gfl/bins.h"
+#include "gfl/select.h"
 
 namespace {
 
@@ -57,7 +56,7 @@ extern "C" int postprocess_maps(const void* const* cls, const void* const* reg, 
                                 int64_t levels, int64_t batch, int64_t classes, int64_t reg_max,
                                 const float* image_sizes, const float* scale_factors, double score_threshold,
                                 int64_t nms_pre, double iou_threshold, int64_t max_detections, float* boxes,
-                                float* scores, int64_t* labels, int32_t* count, float* uncertainty) {
+                                float* scores, int64_t* labels, int32_t* count, int64_t* locations) {
   gfl::PostprocessInput in{};
   in.levels = static_cast<int>(levels);
   for (int64_t l = 0; l < levels; ++l) {
@@ -83,5 +82,5 @@ extern "C" int postprocess_maps(const void* const* cls, const void* const* reg, 
   in.iou_threshold = iou_threshold;
   in.max_detections = max_detections;
   Workspace workspace(gfl::cuda::postprocess_workspace_bytes(in));
-  return gfl::cuda::postprocess(in, {boxes, scores, labels, count, uncertainty}, workspace.aligned(), nullptr);
+  return gfl::cuda::postprocess(in, {boxes, scores, labels, count, locations}, workspace.aligned(), nullptr);
 }

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from gfl import draw
-from gfl.edges import Edges
+from gfl.draw import Edges
 
 
 def grey(width: int, height: int) -> Image.Image:

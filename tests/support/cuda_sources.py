@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
         command += ["-DGFL_CUDA_ON_HOST", "-DGFL_WITH_CUDA", f"-I{HOST / 'include'}"]
         command += [f"-I{ROOT / 'csrc' / name}" for name in ("include", ".")]
         command += ["-x", "c++", str(ROOT / "tests" / "cuda_on_host" / "photo.cpp")]
-        command += [str(ROOT / "csrc" / "cuda" / name) for name in ("decode.cu", "nms.cu", "postprocess.cu")]
+        command += [str(ROOT / "csrc" / "cuda" / name) for name in ("bins.cu", "nms.cu", "postprocess.cu")]
         command += [str(HOST / name) for name in ("api.cpp", "fiber.cpp", "runtime.cpp", "warp.cpp")]
         subprocess.run([*command, "-o", str(target)], check=True, timeout=600)
         return ctypes.CDLL(str(target))  # once it is loaded, the file may go

@@ -24,12 +24,12 @@ def loops(
     scale_factors: list[tuple[float, float]] | None,
     activated: bool,
     legacy: bool,
-) -> list[list[tuple[float, int, list[float]]]]:
-    """(score, label, box) of every image, by the contract's words: one candidate at a time, in double."""
+) -> list[list[tuple[float, int, list[float], int]]]:
+    """(score, label, box, location) of every image, by the contract's words: one candidate at a time, in double."""
     results = []
     grow = 1.0 if legacy else 0.0
     for image, (height, width) in enumerate(image_sizes):
-        candidates = []
+        candidates, first = [], 0
         for level, (cls, reg) in enumerate(zip(cls_scores, reg_preds, strict=True)):
             scores, bins = cls[image].tolist(), reg[image].tolist()
             rows, columns = cls.shape[2:]
@@ -65,17 +65,19 @@ def loops(
                 limits = [width - grow, height - grow] * 2
                 box = [min(max(b, 0.0), limit) for b, limit in zip(box, limits, strict=True)]
                 if box[2] > box[0] and box[3] > box[1]:
-                    candidates.append((value, level, location, c, box))
+                    candidates.append((value, level, location, c, box, first + location))
+            first += rows * columns
         candidates.sort(key=lambda a: (-a[0], a[1], a[2], a[3]))
-        kept: list[tuple[float, int, list[float]]] = []
-        for value, _, _, c, box in candidates:
+        kept: list[tuple[float, int, list[float], int]] = []
+        for value, _, _, c, box, place in candidates:
             if len(kept) < max_detections and all(
-                other != c or overlap(box, b, grow) <= float(torch.tensor(iou_threshold)) for _, other, b in kept
+                other != c or overlap(box, b, grow) <= float(torch.tensor(iou_threshold)) for _, other, b, _ in kept
             ):
-                kept.append((value if activated else 1 / (1 + math.exp(-min(max(value, -700), 700))), c, box))
+                score = value if activated else 1 / (1 + math.exp(-min(max(value, -700), 700)))
+                kept.append((score, c, box, place))
         if scale_factors is not None:
             factors = [*scale_factors[image]] * 2
-            kept = [(s, c, [v / f for v, f in zip(box, factors, strict=True)]) for s, c, box in kept]
+            kept = [(s, c, [v / f for v, f in zip(box, factors, strict=True)], i) for s, c, box, i in kept]
         results.append(kept)
     return results
 

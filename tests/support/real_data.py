@@ -132,7 +132,7 @@ def reference_detections() -> list[dict[str, Any]]:
 def coco_results(ids: list[int], detections: Any) -> list[dict[str, Any]]:
     """`Detections` of the photos `ids` as COCO's list of results."""
     categories, results = category_ids(), []
-    boxes, scores, labels, count = (t.cpu().tolist() for t in detections)
+    boxes, scores, labels, count = (t.cpu().tolist() for t in detections[:4])
     for photo, photo_boxes, photo_scores, photo_labels, used in zip(ids, boxes, scores, labels, count, strict=True):
         for (x1, y1, x2, y2), score, label in list(zip(photo_boxes, photo_scores, photo_labels, strict=True))[:used]:
             results.append(

@@ -12,18 +12,19 @@ void background(HeadTile<const T> in, int64_t count, int64_t classes, float scal
     return background_columns<kHeadTile, kLoss, kGrad>(in.data, in.channel, count, classes, scale, sums, out.data,
                                                        out.channel);
   }
-  const bool side_by_side = in.channel == 1 && (!kGrad || out.channel == 1);
+  const bool contiguous = in.channel == 1 && (!kGrad || out.channel == 1);
   for (int64_t i = 0; i < count; ++i, in.data += in.location, out.data += kGrad ? out.location : 0) {
-    const float sum = side_by_side ? background_row<kLoss, kGrad>(in.data, classes, scale, out.data)
-                                   : background_row<kLoss, kGrad>(in.data, in.channel, classes, -1 - kWidth, scale,
-                                                                  out.data, out.channel);
+    const float sum = contiguous ? background_row<kLoss, kGrad>(in.data, classes, scale, out.data)
+                                 : background_row<kLoss, kGrad>(in.data, in.channel, classes, -1 - kWidth, scale,
+                                                                out.data, out.channel);
     if (kLoss) sums[i] = sum;
   }
 }
 
 }  // namespace
 
-// Of `count` locations up to kHeadTile: the losses to `sums`, `scale` times their gradients to `out`; either may be null.
+// Of `count` locations up to kHeadTile: the losses to `sums`, `scale` times their gradients to `out`; either may be
+// null.
 void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes, float scale, float* sums,
                      HeadTile<void> out) {
   dispatch_float(dtype, [&](auto t) {
@@ -36,7 +37,7 @@ void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_
   });
 }
 
-// The loss of one location but for the class `label`.
+// The loss of one location without that of the class `label`.
 float head_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes, int64_t label) {
   float sum = 0.0f;
   dispatch_float(dtype, [&](auto t) {

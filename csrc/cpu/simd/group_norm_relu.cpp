@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along the contiguous dimension:
+// Group normalization and ReLU of fp32 and 16-bit maps in fp32, kWidth elements at a time along the contiguous
+// dimension:
 // rows of channels, whose coefficients are arrays, or runs of one channel's locations, whose coefficients are numbers.
 //
-// Sums are taken about a value of their own block, whose distance from the mean is at most √n deviations for a block of n:
+// Sums are taken about a value of their own block, whose distance from the mean is at most √n deviations for a block of
+// n:
 // the cancellation in Σd² − (Σd)²/n costs the variance at most n roundings of its own size, and usually few.
 #include "../group_norm_relu.h"
 
@@ -52,17 +54,19 @@ inline Floats passed(Floats grad, Floats distance, const Coefficients& k, float 
 }
 
 template <class T, class K> void forward_row(const NormRows& in, const K& coefficients, int64_t row) {
+  const float floor = static_cast<float>(in.floor);
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   T* y = static_cast<T*>(in.out) + row * in.out_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    store_floats(at_least(static_cast<float>(in.floor), normalised(distance, k)), count, y + i);
+    store_floats(at_least(floor, normalised(distance, k)), count, y + i);
   }
 }
 
 template <class T, class K> void backward_row(const NormRows& in, const K& coefficients, int64_t row) {
+  const float floor = static_cast<float>(in.floor);
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   const T* grad = static_cast<const T*>(in.grad) + row * in.grad_stride;
   T* out = static_cast<T*>(in.out) + row * in.out_stride;
@@ -70,7 +74,7 @@ template <class T, class K> void backward_row(const NormRows& in, const K& coeff
     const Coefficients k = coefficients.at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, static_cast<float>(in.floor));
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, floor);
     store_floats(multiply_add(g, k.scale, -multiply_add(distance, k.slope, k.level)), count, out + i);
   }
 }
@@ -89,13 +93,14 @@ template <class T> void add_moments(const NormRows& in, const float* shift, floa
 // Σg and Σg·(x − mean).
 template <class T> void add_sums(const NormRows& in, const OfRow& coefficients, float* sum, float* product,
                                  int64_t row) {
+  const float floor = static_cast<float>(in.floor);
   const T* x = static_cast<const T*>(in.x) + row * in.x_stride;
   const T* grad = static_cast<const T*>(in.grad) + row * in.grad_stride;
   for (int64_t i = 0; i < in.length; i += kWidth) {
     const Coefficients k = coefficients.forward_at(i);
     const int64_t count = in.length - i;
     const Floats distance = load_floats(x + i, count, 0.0f) - k.mean;
-    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, static_cast<float>(in.floor));
+    const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, k, floor);
     store_floats(load_floats(sum + i) + g, sum + i);
     store_floats(multiply_add(g, distance, load_floats(product + i)), product + i);
   }
@@ -144,6 +149,7 @@ template <class T> void run_moments(const T* x, int64_t length, NormMoments& all
 }
 
 template <class T> void run_sums(const NormRows& in, const NormChannel& channel, NormSums& all) {
+  const float floor = static_cast<float>(in.floor);
   const T* x = static_cast<const T*>(in.x);
   const T* grad = static_cast<const T*>(in.grad);
   const OfRun run(channel);
@@ -151,7 +157,7 @@ template <class T> void run_sums(const NormRows& in, const NormChannel& channel,
     const int64_t end = begin + kRunBlock < in.length ? begin + kRunBlock : in.length;
     const Pair of = sum_pair(begin, end, [&](int64_t i, int64_t count) {
       const Floats distance = load_floats(x + i, count, 0.0f) - run.k.mean;
-      const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, run.k, static_cast<float>(in.floor));
+      const Floats g = passed(load_floats(grad + i, count, 0.0f), distance, run.k, floor);
       return Terms{g, g * distance};
     });
     all.grad += of.first;

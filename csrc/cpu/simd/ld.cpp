@@ -1,29 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distillation with a temperature of fp32 and 16-bit logits; formulas in common/ld.h. Rows of up to kTileBins are taken
-// kLanes at a time, one a lane; longer ones one at a time, a register of their logits at once. Which it is depends on
-// the number of bins alone, so a row has the same bits in any layout.
-#include "gfl/ld.h"
-
-#include "bin_rows.h"
-#include "terms/ld.h"
+// Distillation with a temperature of fp32 and 16-bit logits; formulas in terms/bins.h. Rows of up to kTileBins bins go
+// kLanes at a time, one per lane; longer rows one at a time, a register of logits at once. The choice depends on the
+// number of bins alone, so a row has the same bits in any layout.
+#include "bin_tile.h"
+#include "gfl/bins.h"
 #include "row_sum.h"
+#include "terms/bins.h"
 
 namespace gfl::GFL_ISA {
 namespace {
 
 constexpr int kTileBins = 64;
-// Exponentials of a long row that are kept for its gradient; those beyond are computed again.
+// How many exponentials of a long row are kept for its gradient; the rest are recomputed.
 constexpr int64_t kKept = 2048;
 
 using Scale = LdScale<float>;
 
-inline Floats held(const Scale& scale, Floats x) { return at_least(-scale.limit, at_most(scale.limit, x)); }
-inline float held(const Scale& scale, float x) { return at_least(-scale.limit, at_most(scale.limit, x)); }
+template <class F> inline F bounded(const Scale& scale, F x) { return at_least(-scale.limit, at_most(scale.limit, x)); }
 
 struct Sums {
   Floats pred, teacher, cross;
 
-  // Of the next logits, less the largest and over the temperature. Returns their exponentials.
+  // Adds the terms of the next logits, a and b of terms/bins.h, where `inside` is set. Returns their exponentials.
   struct Exponentials { Floats pred, teacher; };
   Exponentials add(Floats a, Floats b, Ints inside) {
     const Floats e_a = (Floats)((Ints)exp_of_negative(a) & inside), e_b = (Floats)((Ints)exp_of_negative(b) & inside);
@@ -38,26 +36,9 @@ inline float divergence(float total_pred, float total_teacher, float cross) {
   return cross / total_teacher + (log_of_sum(total_pred) - log_of_sum(total_teacher));
 }
 
-// ---- rows side by side ----
+// ---- kLanes rows at a time ----
 
-template <class T> RowGroup<T> group_at(const void* data, int64_t stride, int64_t first, int64_t end) {
-  const T* from = static_cast<const T*>(data) + first * stride;
-  RowGroup<T> group;
-  if (end - first >= kLanes) {
-    group.set_spaced(from, first, stride);
-    return group;
-  }
-  group.count = static_cast<int>(end - first);
-  group.consecutive = false;
-  for (int k = 0; k < group.count; ++k) {
-    group.row[k] = first + k;
-    group.from[k] = from + k * stride;
-  }
-  group.fill_up();
-  return group;
-}
-
-// Logits of kLanes rows of both sides, and what is made of them in their place.
+// Logits of kLanes rows of student and teacher; their exponentials may take their place.
 template <class T> struct Pair {
   RowGroup<T> of_pred, of_teacher;
   Lanes pred[kTileBins], teacher[kTileBins];
@@ -66,8 +47,9 @@ template <class T> struct Pair {
 
   void load(const LdInput& in, int64_t first, int64_t end) {
     const int bins = static_cast<int>(in.bins);
-    of_pred = group_at<T>(in.pred, in.pred_stride_row, first, end);
-    of_teacher = group_at<T>(in.teacher, in.teacher_stride_row, first, end);
+    of_pred.set_spaced(static_cast<const T*>(in.pred) + first * in.pred_stride_row, first, end, in.pred_stride_row);
+    of_teacher.set_spaced(static_cast<const T*>(in.teacher) + first * in.teacher_stride_row, first, end,
+                          in.teacher_stride_row);
     load_tile(of_pred, in.pred_stride_bin, bins, pred);
     load_tile(of_teacher, in.teacher_stride_bin, bins, teacher);
   }
@@ -79,7 +61,7 @@ template <class T> struct Pair {
   }
 
  private:
-  // The kWidth rows from k on.
+  // For the kWidth rows from k on.
   template <bool kKeep> void soften(int bins, const Scale& scale, int k) {
     Floats max_pred = lanes_at(pred[0], k), max_teacher = lanes_at(teacher[0], k), extent{};
     for (int j = 0; j < bins; ++j) {
@@ -90,11 +72,11 @@ template <class T> struct Pair {
     }
     if (any_of(extent > scale.limit)) {
       beyond = true;
-      max_pred = held(scale, max_pred);
-      max_teacher = held(scale, max_teacher);
+      max_pred = bounded(scale, max_pred);
+      max_teacher = bounded(scale, max_teacher);
       for (int j = 0; j < bins; ++j) {
-        store_floats(held(scale, lanes_at(pred[j], k)), pred[j].at + k);
-        store_floats(held(scale, lanes_at(teacher[j], k)), teacher[j].at + k);
+        store_floats(bounded(scale, lanes_at(pred[j], k)), pred[j].at + k);
+        store_floats(bounded(scale, lanes_at(teacher[j], k)), teacher[j].at + k);
       }
     }
     Sums s{};
@@ -182,9 +164,9 @@ template <class T> struct LongRow {
     find_largest();
   }
 
-  // visit(part, first bin, pred, teacher): which of the row's kLanes partial sums it goes to, and logits as they are.
+  // visit(part, first bin, pred, teacher): `part` numbers the registers of the row's kLanes partial sums.
   template <class Visit> void walk(const Visit& visit) const {
-    // Stands where no bin is: the largest stays what it is.
+    // Fills the lanes beyond the last bin, where it cannot change the largest.
     const float first_pred = load(pred), first_teacher = load(teacher);
     for (int64_t j = 0, part = 0; j < bins; j += kWidth, part = (part + 1) % kParts) {
       visit(part, j, load_every(pred + j * step_pred, step_pred, bins - j, first_pred),
@@ -200,13 +182,14 @@ template <class T> struct LongRow {
       largest_teacher = larger_of(z, largest_teacher);
       extent = larger_of(absolute_of(x), larger_of(absolute_of(z), extent));
     });
-    max_pred = held(scale, largest_in(largest_pred));
-    max_teacher = held(scale, largest_in(largest_teacher));
+    max_pred = bounded(scale, largest_in(largest_pred));
+    max_teacher = bounded(scale, largest_in(largest_teacher));
     beyond = any_of(extent > scale.limit);
   }
 
-  Floats from_largest(Floats x, float max) const {
-    if (beyond) x = held(scale, x);
+  // The logits less the row's largest, over the temperature.
+  Floats below_largest(Floats x, float max) const {
+    if (beyond) x = bounded(scale, x);
     return (x - max) * scale.inverse;
   }
 
@@ -215,8 +198,8 @@ template <class T> struct LongRow {
     Sums sums[kParts] = {};
     const Ints inside = lanes_inside(kWidth);
     walk([&](int64_t part, int64_t j, Floats x, Floats z) {
-      const Ints there = bins - j < kWidth ? lanes_inside(bins - j) : inside;
-      keep(j, sums[part].add(from_largest(x, max_pred), from_largest(z, max_teacher), there));
+      const Ints in_row = bins - j < kWidth ? lanes_inside(bins - j) : inside;
+      keep(j, sums[part].add(below_largest(x, max_pred), below_largest(z, max_teacher), in_row));
     });
     RowSum of_pred, of_teacher, of_cross;
     for (int part = 0; part < kParts; ++part) {
@@ -265,7 +248,7 @@ template <class T> void backward_rows(const LdInput& in, const float* grad_loss,
     if (j >= in.bins) continue;
     row.walk([&](int64_t, int64_t at, Floats x, Floats z) {
       if (at < kKept) return;
-      put(at, exp_of_negative(row.from_largest(x, row.max_pred)), exp_of_negative(row.from_largest(z, row.max_teacher)));
+      put(at, exp_of_negative(row.below_largest(x, row.max_pred)), exp_of_negative(row.below_largest(z, row.max_teacher)));
     });
   }
 }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// NMS within a class: a box is tested against the boxes that are kept already, and
-// left at the first hit. The kept boxes are a structure of arrays padded to whole groups of lanes, so that a group is
-// one straight-line loop; it needs no division, and what passes it is decided as box.h says, so that every instruction
-// set decides alike.
-#include "gfl/nms.h"
+// NMS within a class: a box is tested against the kept boxes until one suppresses it. The kept boxes are a structure of
+// arrays padded to whole groups of lanes, so that a group is one straight-line loop without a division; what passes it
+// is decided as box.h says, so that every instruction set decides alike.
+#include "gfl/select.h"
 
 #include "terms/box.h"
 #include "vector_math.h"

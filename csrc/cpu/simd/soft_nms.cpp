@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Soft-NMS within a class. Boxes lie in groups of lanes in the order of their
-// indices; each group remembers its best score, as an integer that orders like the scores. Taking a box is a vector
-// test of every group for an intersection; only groups that have one are worked on box by box and look for their best
-// again.
-#include "gfl/soft_nms.h"
+// Soft-NMS within a class. Boxes lie in groups of lanes in the order of their indices; each group remembers its best
+// score, as an integer that orders like the scores. When a box is taken, every group is tested for an intersection by
+// vector code, and only groups that have one go box by box and look for their best again.
+#include "gfl/select.h"
 
 #include <cmath>
 

@@ -92,6 +92,25 @@ inline Floats at_most(float limit, Floats x) { return x > limit ? splat<Floats>(
 inline Floats at_least(float limit, Floats x) { return x < limit ? splat<Floats>(limit) : x; }
 #endif
 
+inline Floats larger_of(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline bool any_of(Ints condition) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)condition) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+  return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
+}
+
 // Infinities become the largest finite floats; NaN stays.
 template <class F> inline F clamp_infinite(F x) {
   constexpr float largest = std::numeric_limits<float>::max();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a detector's head needs in training besides its convolutions: the assignment of ground-truth boxes to locations, the
-// loss over all levels and images, and group normalization with ReLU.
+// What a detector's head needs in training besides its convolutions: the assignment of ground-truth boxes to locations,
+// the loss over all levels and images, and group normalization with ReLU.
 #pragma once
 #include "gfl/parallel.h"
 #include "gfl/types.h"
 
 namespace gfl {
 
-// ---- adaptive training sample selection: which ground-truth box each location learns (arXiv 1912.02424, algorithm 1) ----
+// ---- adaptive training sample selection: which box each location learns (arXiv 1912.02424, algorithm 1) ----
 
 // One level of the pyramid: a grid of square priors, centred at (x + offset)·stride + shift pixels.
 struct AtssLevel {
@@ -52,7 +52,8 @@ cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* 
 //
 //   cls = w₀/cls_norm · Σ QFL over all locations but those labelled −2
 //   box = w₁/box_norm · Σ w·(1 − GIoU) over the positives        dfl = w₂/box_norm · Σ w·¼ Σ DFL over the positives
-// Boxes are in units of the stride; the target of QFL is the IoU of the decoded box; w is the largest class probability.
+// Boxes are in units of the stride; the target of QFL is the IoU of the decoded box; w is the largest class
+// probability.
 
 // One level's maps, read in place in any layout. Strides are in elements, of image, channel, row and column.
 struct HeadLevel {
@@ -141,8 +142,8 @@ cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scal
 // Backward, with g = grad_y where y > 0 and else 0, x̂ = (x − μ)·r, means over the group:
 //   grad_x = r·(γ[c]·g − mean(γ·g) − x̂·mean(γ·g·x̂)),   grad_γ[c] = Σ g·x̂,   grad_β[c] = Σ g
 
-// A level's map [images, channels, locations] in memory; strides in elements. In all maps of a level either locations are
-// contiguous (stride_location 1: `planar`) or channels are (stride_channel 1).
+// A level's map [images, channels, locations] in memory; strides in elements. In all maps of a level either locations
+// are contiguous (stride_location 1: `planar`) or channels are (stride_channel 1).
 struct NormMap {
   void* data;  // the launchers write to results only
   int64_t stride_image, stride_channel, stride_location;

@@ -8,8 +8,9 @@
 
 namespace gfl {
 
-// What a launcher of several steps is given to run each of them: calls body(begin, end) for every chunk of [0, count), on
-// any threads and in any order, and returns when all are done. The caller brings its own thread pool or OpenMP's, below.
+// What a launcher of several steps is given to run each of them: calls body(begin, end) for every chunk of [0, count),
+// on any threads and in any order, and returns when all are done. The caller brings its own thread pool or OpenMP's,
+// below.
 using ParallelFor =
     std::function<void(int64_t count, int64_t chunk, const std::function<void(int64_t begin, int64_t end)>& body)>;
 

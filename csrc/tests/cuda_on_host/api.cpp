@@ -9,7 +9,7 @@
 #include "runtime.h"
 
 struct gfl_host_stream {};
-struct gfl_host_event { std::chrono::steady_clock::time_point at{}; };
+struct gfl_host_event { std::chrono::steady_clock::time_point at; };
 
 namespace {
 

@@ -50,7 +50,7 @@ bool create_context(Context& context, unsigned number, void (*entry)()) {
   address[0] = nullptr;
   address[-1] = reinterpret_cast<void*>(entry);
   for (int saved = 2; saved <= 7; ++saved) address[-saved] = nullptr;
-  context.stack_pointer = address - 7;
+  context.stack_pointer = static_cast<void*>(address - 7);
 #endif
   return true;
 }

@@ -24,7 +24,7 @@ struct Context {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// A stack on which the first switch_context calls `entry`, which must not return. False where there is no memory.
+// A stack on which the first switch_context calls `entry`, which must not return. False if there is no memory.
 bool create_context(Context& context, unsigned number, void (*entry)());
 // The first call in `entry`.
 void begin_context(Context& self);

@@ -35,7 +35,7 @@ struct Random {
     const unsigned turned = (mask >> turn) | (mask << ((32 - turn) & 31));
     return (static_cast<unsigned>(__builtin_ctz(turned)) + turn) & 31;
   }
-  // Garbage for unset memory: NaN and −1, a large negative or a large positive number, whatever it is read as.
+  // Garbage for unset memory: NaN and −1, a large negative or a large positive number, in every type.
   unsigned char garbage() {
     static const unsigned char patterns[] = {0xff, 0xcb, 0x7f};
     return patterns[below(3)];
@@ -95,7 +95,7 @@ struct Machine {
   Machine() {
     const char* seed = std::getenv("GFL_HOST_SEED");
     random.reset(seed ? std::strtoull(seed, nullptr, 10) : 0);
-    if (const char* seconds = std::getenv("GFL_HOST_TIMEOUT")) timeout = std::atof(seconds);
+    if (const char* seconds = std::getenv("GFL_HOST_TIMEOUT")) timeout = std::strtod(seconds, nullptr);
   }
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the blocks of a launch one after another, in random order, on the calling thread. The threads of a block are fibers
-// that yield only where they wait (barrier, warp operation) or at an atomic; the next to run is drawn at random. So a
-// result that depends on an order nobody enforced differs from seed to seed.
+// Runs the blocks of a launch one after another, in random order, on the calling thread. The threads of a block are
+// fibers that yield only where they wait (barrier, warp operation) or at an atomic; the next to run is drawn at random.
+// So a result that depends on an order nobody enforced differs from seed to seed.
 //
 // Stricter than a GPU on purpose: every thread of the block takes part in every barrier and every lane of a mask in its
 // warp operation (warp.cpp), at the same line of the source; a thread that returned before is an error, not an arrival.
@@ -138,8 +138,8 @@ namespace {
 }
 
 // --- shared memory ------------------------------------------------------------------------------------------------
-// On a boundary of 16 and not of 32, so that no wider alignment is there by luck. AddressSanitizer sees every access
-// beyond either end; without it a guard on both sides shows the writes.
+// Aligned to 16 and not to 32, so that no kernel relies on a wider alignment by luck. AddressSanitizer sees every
+// access beyond either end; without it a guard on both sides shows the writes.
 constexpr size_t kBefore = 80;
 constexpr unsigned char kGuard = 0xa5;
 #if defined(GFL_HOST_ASAN)

@@ -21,7 +21,7 @@ constexpr int kMaxThreads = 1024;                      // of a block
 constexpr size_t kDefaultSharedLimit = 48 * 1024;      // without cudaFuncSetAttribute
 constexpr size_t kMaxSharedLimit = 227 * 1024;         // with it, on sm_90
 
-// A byte for memory that nobody has written yet.
+// A byte for memory that has not been written.
 unsigned char garbage();
 // Dynamic shared memory that the kernel may be launched with.
 size_t shared_limit(const void* kernel);

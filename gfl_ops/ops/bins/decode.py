@@ -13,16 +13,12 @@ from ...core.dtypes import accumulator, as_dtype, device_type
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
 from ..boxes.distance import box_of, check_coordinates, expand_to, limit_of
-from .integral import bounded_logits, check_distributions, expectation, spread
+from .integral import bounded_logits, check_distributions, expectation, fake_sides, rms_deviation
 
 
 def reference(pred: Tensor, points: Tensor, stride: Tensor, reg_max: int, max_shape: Tensor | None) -> Tensor:
     distance = expectation(bounded_logits(pred).unflatten(-1, (4, reg_max + 1))) * stride[..., None]
     return box_of(points, distance, max_shape)
-
-
-def fake(pred: Tensor, points: Tensor, stride: Tensor, reg_max: int, max_shape: Tensor | None) -> Tensor:
-    return pred.new_empty((*pred.shape[:-1], 4), dtype=accumulator(pred.dtype))
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
@@ -31,7 +27,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     def call(name: str, pred: Tensor, reg_max: int, clipped: bool) -> Sample:
         leading = pred.shape[:-1]
         points = uniform((*leading, 2), device, acc, generator, 0.0, 64.0)
-        # A pyramid's levels side by side, as a location's own stride.
+        # Each location has the stride of its level in the pyramid.
         stride = (8 * 2 ** torch.randint(0, 5, leading, generator=generator)).to(device=device, dtype=acc)
         limit = uniform((*leading, 2), device, acc, generator, 40.0, 80.0) if clipped else None
         return Sample(name, (pred, points, stride, reg_max, limit))
@@ -43,7 +39,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield call(f"{name}-clipped", pred, reg_max, True)
     maps = normal((2, 68, 3, 5), device, dtype, generator, scale=3.0)
     yield call("nchw-view", maps.permute(0, 2, 3, 1), 16, True)
-    # One grid of points for the batch, one stride for all, one limit an image.
+    # One grid of points for the batch, one stride for all, one limit per image.
     pred = normal((2, 68, 35), device, dtype, generator, scale=3.0).transpose(1, 2)
     points = uniform((35, 2), device, acc, generator, 0.0, 64.0).expand(2, 35, 2)
     stride = torch.full((), 8.0, dtype=acc, device=device).expand(2, 35)
@@ -53,7 +49,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 
 
 def _magnitude(pred: Tensor, points: Tensor, stride: Tensor, reg_max: int, max_shape: Tensor | None) -> float:
-    return spread(reg_max) * float(stride.max()) if stride.numel() > 0 else 1.0
+    return rms_deviation(reg_max) * float(stride.max()) if stride.numel() > 0 else 1.0
 
 
 DECODE = register(
@@ -61,11 +57,12 @@ DECODE = register(
         stem="decode",
         schema="(Tensor pred, Tensor points, Tensor stride, int reg_max, Tensor? max_shape) -> Tensor",
         reference=reference,
-        fake=fake,
+        fake=fake_sides,
         samples=samples,
         summary="boxes from distributions over bins",
         public=("decode",),
         differentiable=("pred", "points"),
+        triton="bins",
         magnitude=_magnitude,
     )
 )
@@ -87,15 +84,15 @@ def decode(
     ``distance_to_box(points, integral(pred, reg_max) * stride[..., None], max_shape)``.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, the bins of
-            a side next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A logit
-            beyond a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, each
+            side's bins next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A
+            logit beyond a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
         points: floating ``[…, 2]``, x and y in pixels; broadcasts to pred's leading dimensions.
-        stride: pixels a bin, the stride of a location's level: a number, or a tensor ``[…]`` that broadcasts to pred's
-            leading dimensions.
+        stride: pixels per bin, the stride of a location's level: a number, or a tensor ``[…]`` that broadcasts to
+            pred's leading dimensions.
         reg_max: R, 1 to 128.
-        max_shape: (height, width) to clip to: two numbers, a tensor ``[2]``, or ``[B, 2]``, one an item of the first of
-            two or more leading dimensions.
+        max_shape: (height, width) to clip to: two numbers, a tensor ``[2]``, or ``[B, 2]``, one per item of the first
+            of two or more leading dimensions.
 
     Returns:
         ``[…, 4]`` boxes xyxy in pixels, fp32 (fp64 for fp64 `pred`).

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distribution focal loss: a distribution over bins against the position between two of them."""
+"""Distribution focal loss: a distribution over bins against a position between two of them, against two given bins, or
+together with the expected distance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ...core.random_inputs import normal, uniform
 from ...core.reduction import check_reduction, reduce_loss
 from ...core.registry import OpSpec, Sample, register
 from . import kept_softmax
-from .integral import bounded_logits, check_reg_max
+from .integral import bounded_logits, check_reg_max, expectation, fake_rows, rms_deviation
 
 OUT_OF_RANGE = ("clamp", "ignore", "error")
 
@@ -33,7 +34,7 @@ def reference(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Tensor
     """Log-softmax and two gathers, in fp32 or in fp64 for fp64 input."""
     reg_max = pred.shape[1] - 1
     counted = (target >= 0) & (target <= reg_max) if ignore_out_of_range else ~target.isnan()
-    # Masked before the softmax, not after it: a row that doesn't count has no gradient whatever its logits are.
+    # Masked before the softmax: a row that doesn't count has no gradient, whatever its logits are.
     logits = torch.where(counted[:, None], bounded_logits(pred), 0.0)
     position = clamp_passing_grad(torch.where(counted, target, 0.0), 0.0, reg_max)
     left = position.detach().long().clamp(max=reg_max - 1)
@@ -44,17 +45,17 @@ def reference(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Tensor
 def reference_two_bin(pred: Tensor, left: Tensor, weight_left: Tensor, weight_right: Tensor) -> Tensor:
     """The same with bins and weights given; each bin is moved to the nearest that exists."""
     reg_max = pred.shape[1] - 1
-    # The first clamp keeps left + 1 from running over.
+    # The first clamp keeps left + 1 from overflowing.
     right = (left.clamp(-1, reg_max) + 1).clamp(max=reg_max)
     return two_bin_cross_entropy(bounded_logits(pred), left.clamp(0, reg_max), right, weight_left, weight_right)
 
 
-def fake(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Tensor:
-    return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
+def reference_integral(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> tuple[Tensor, Tensor]:
+    return reference(pred, target, ignore_out_of_range), expectation(bounded_logits(pred))
 
 
-def fake_two_bin(pred: Tensor, left: Tensor, weight_left: Tensor, weight_right: Tensor) -> Tensor:
-    return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
+def fake_integral(pred: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return fake_rows(pred), fake_rows(pred)
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
@@ -94,11 +95,12 @@ DFL = register(
         stem="dfl",
         schema="(Tensor pred, Tensor target, bool ignore_out_of_range) -> Tensor",
         reference=reference,
-        fake=fake,
+        fake=fake_rows,
         samples=samples,
         summary="distribution focal loss with unit bins",
         public=("distribution_focal_loss",),
         differentiable=("pred", "target"),
+        triton="bins",
     )
 )
 
@@ -107,11 +109,28 @@ DFL_TWO_BIN = register(
         stem="dfl_two_bin",
         schema="(Tensor pred, Tensor left, Tensor weight_left, Tensor weight_right) -> Tensor",
         reference=reference_two_bin,
-        fake=fake_two_bin,
+        fake=fake_rows,
         samples=samples_two_bin,
         summary="distribution focal loss with bins and weights given",
         public=("distribution_focal_loss",),
         differentiable=("pred", "weight_left", "weight_right"),
+        triton="bins",
+    )
+)
+
+
+DFL_INTEGRAL = register(
+    OpSpec(
+        stem="dfl_integral",
+        schema="(Tensor pred, Tensor target, bool ignore_out_of_range) -> (Tensor, Tensor)",
+        reference=reference_integral,
+        fake=fake_integral,
+        samples=samples,
+        summary="distribution focal loss and expected distance from one softmax",
+        public=("dfl_integral",),
+        differentiable=("pred", "target"),
+        triton="bins",
+        magnitude=lambda pred, target, ignore_out_of_range: rms_deviation(pred.shape[1] - 1),
     )
 )
 
@@ -193,19 +212,9 @@ def distribution_focal_loss(
         fails at a target of exactly R or above, and extrapolates between −1 and 0.
     """
     op = "distribution_focal_loss"
-    reg_max = check_bins(op, pred)
-    acc = accumulator(pred.dtype)
     if not isinstance(target, (tuple, list)):
-        position = cast(Tensor, target)
-        check_position(op, position, pred, reg_max, out_of_range)
-        check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
-        arguments = (pred, as_dtype(position, acc), out_of_range == "ignore")
-        loss = kept_softmax.dfl("dfl", *arguments, weight, reduction, avg_factor)
-        if loss is not None:
-            return loss
-        loss = DFL(device_type(pred), *arguments)
-        return reduce_loss(loss, weight, reduction, avg_factor)
-
+        return _at_position(op, DFL, pred, target, weight, reduction, avg_factor, out_of_range)
+    reg_max = check_bins(op, pred)
     if len(target) != 3:
         rule = "must be one tensor or (left, weight_left, weight_right)"
         raise ValueError(checks.message(op, "target", rule, f"{len(target)} items"))
@@ -214,7 +223,7 @@ def distribution_focal_loss(
     checks.tensor(op, "target[1]", weight_left)
     checks.tensor(op, "target[2]", weight_right)
     for i, value in enumerate(target):
-        checks.shape(op, f"target[{i}]", value, "[M]", (pred.shape[0],))
+        checks.shape(op, f"target[{i}]", value, "[M]", pred.shape[:1])
         checks.same_device(op, f"target[{i}]", value, "pred", pred)
     checks.choice(op, "out_of_range", out_of_range, OUT_OF_RANGE)
     check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
@@ -226,5 +235,70 @@ def distribution_focal_loss(
         if out_of_range == "error":
             _raise_for_first(op, "target[0]", f"and the bin after it must lie in [0, R] = [0, {reg_max}]", left, wrong)
         weight_left, weight_right = (torch.where(wrong, 0.0, w) for w in (weight_left, weight_right))
+    acc = accumulator(pred.dtype)
     loss = DFL_TWO_BIN(device_type(pred), pred, left, weight_left.to(acc), weight_right.to(acc))
     return reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def dfl_integral(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+    out_of_range: str = "clamp",
+) -> tuple[Tensor, Tensor]:
+    r"""Distribution focal loss together with the expected distance, both from one softmax.
+
+    .. math:: L(x, y) = -(l+1-y) \log p_l - (y-l) \log p_{l+1}, \qquad \hat y = \sum_j p_j \, j, \qquad
+              p = \mathrm{softmax}(x),\; l = \lfloor y \rfloor
+
+    Equations 6 and 5 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins.
+
+    Args:
+        pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a
+            quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        target: floating ``[M]``, positions in bins, [0, R].
+        weight: ``[M]``, multiplies the loss of each row, not the distance.
+        reduction: "none", "mean" or "sum", of the loss.
+        avg_factor: as in :func:`distribution_focal_loss`.
+        out_of_range: as in :func:`distribution_focal_loss`; the distance does not depend on the target.
+
+    Returns:
+        (loss, distance): the loss ``[M]`` for "none", else a scalar; the distance ``[M]`` in bins. Both fp32, or fp64
+        for fp64 `pred`.
+
+    The gradient reaches `pred` from both, `target` and `weight` from the loss.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`distribution_focal_loss`.
+
+    Note:
+        Accumulator, repeatability and empty input as in :func:`distribution_focal_loss`.
+    """
+    return _at_position("dfl_integral", DFL_INTEGRAL, pred, target, weight, reduction, avg_factor, out_of_range)
+
+
+def _at_position(
+    op: str,
+    spec: OpSpec,
+    pred: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+    out_of_range: str,
+) -> Any:
+    """The checked results of `spec`, DFL or DFL_INTEGRAL, with the loss reduced."""
+    reg_max = check_bins(op, pred)
+    check_position(op, target, pred, reg_max, out_of_range)
+    check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
+    arguments = (pred, as_dtype(target, accumulator(pred.dtype)), out_of_range == "ignore")
+    results = kept_softmax.dfl(spec.stem, *arguments, weight, reduction, avg_factor)
+    if results is not None:
+        return results
+    results = spec(device_type(pred), *arguments)
+    if spec.results == 1:
+        return reduce_loss(results, weight, reduction, avg_factor)
+    loss, distance = results
+    return reduce_loss(loss, weight, reduction, avg_factor), distance

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,15 @@ from ...core.dtypes import accumulator, device_type
 from ...core.random_inputs import normal
 from ...core.registry import OpSpec, Sample, register
 
-# The compiled and the Triton kernels hold whole rows of bins on chip; published models use 17.
+# The kernels hold whole rows of bins on chip; published models use 17 bins.
 MAX_REG_MAX = 128
 
 
 def bounded_logits(pred: Tensor, share: float = 1.0) -> Tensor:
-    """Logits in the accumulator dtype, held within a quarter of its range without gradient beyond; NaN stays.
+    """Logits in the accumulator dtype, clamped to a quarter of its range without gradient beyond; NaN stays.
 
-    No difference of two such logits overflows, so neither an infinite logit nor a huge one makes a NaN of 0 · ∞. Those
-    that are to be divided by a number below 1 are held within that `share` of it.
+    No difference of two such logits overflows, so an infinite or huge logit never makes a NaN of 0 · ∞. Logits that are
+    to be divided by a number below 1 are clamped to that `share` of it.
     """
     x = pred.to(accumulator(pred.dtype))
     limit = torch.finfo(x.dtype).max / 4 * share
@@ -40,8 +41,14 @@ def reference(pred: Tensor, reg_max: int) -> Tensor:
     return expectation(bounded_logits(pred).unflatten(-1, (4, reg_max + 1)))
 
 
-def fake(pred: Tensor, reg_max: int) -> Tensor:
+def fake_sides(pred: Tensor, *_: Any) -> Tensor:
+    """Four numbers per location."""
     return pred.new_empty((*pred.shape[:-1], 4), dtype=accumulator(pred.dtype))
+
+
+def fake_rows(pred: Tensor, *_: Any) -> Tensor:
+    """One number per row."""
+    return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
@@ -52,14 +59,14 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("nchw-view", (maps.permute(0, 2, 3, 1), 16))
     yield Sample("flattened-nchw-view", (maps.flatten(2).transpose(1, 2), 16))
     yield Sample("channel-slice", (normal((9, 80), device, dtype, generator)[:, 3:71], 16))
-    # No two leading dimensions of this view can be walked with one stride.
+    # No single stride walks over two leading dimensions of this view.
     yield Sample("scattered", (normal((3, 4, 5, 16), device, dtype, generator).permute(2, 0, 1, 3)[::2, :, ::2], 3))
     extreme = torch.tensor([1e4, -1e4, 0.0, 6e4, -6e4, 1.0, 1e4, 1e4], dtype=torch.float64)
     yield Sample("extreme", (extreme.to(device=device, dtype=dtype)[None], 1))
 
 
-def spread(reg_max: int) -> float:
-    """Root mean square of j − ŷ over R+1 bins of equal probability, at least 1: what rounding is judged against."""
+def rms_deviation(reg_max: int) -> float:
+    """Root mean square of j − ŷ over R+1 equally likely bins, at least 1: what rounding is measured against."""
     return max(1.0, 0.29 * reg_max)
 
 
@@ -68,12 +75,13 @@ INTEGRAL = register(
         stem="integral",
         schema="(Tensor pred, int reg_max) -> Tensor",
         reference=reference,
-        fake=fake,
+        fake=fake_sides,
         samples=samples,
         summary="expected distance of four distributions over bins",
         public=("integral",),
         differentiable=("pred",),
-        magnitude=lambda pred, reg_max: spread(reg_max),
+        triton="bins",
+        magnitude=lambda pred, reg_max: rms_deviation(reg_max),
     )
 )
 
@@ -101,9 +109,9 @@ def integral(pred: Tensor, reg_max: int) -> Tensor:
     Equation 5 of Li et al., Generalized Focal Loss, NeurIPS 2020 (arXiv 2006.04388), with unit bins.
 
     Args:
-        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, the bins of
-            a side next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A logit
-            beyond a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
+        pred: fp32, fp16, bf16 or fp64 ``[…, 4(R+1)]``, logits; sides in the order left, top, right, bottom, each
+            side's bins next to each other. Any strides; a permuted view of ``[B, 4(R+1), H, W]`` is read in place. A
+            logit beyond a quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
         reg_max: R, 1 to 128.
 
     Returns:

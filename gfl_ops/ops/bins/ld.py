@@ -13,7 +13,7 @@ from ...core.dtypes import accumulator, as_dtype
 from ...core.random_inputs import normal
 from ...core.reduction import check_reduction, reduce_loss
 from ...core.registry import OpSpec, Sample, register
-from .integral import bounded_logits
+from .integral import bounded_logits, fake_rows
 
 
 def reference(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -22,10 +22,6 @@ def reference(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_p = (bounded_logits(pred, share) / temperature).log_softmax(1)
     log_q = (bounded_logits(teacher.detach().to(log_p.dtype), share) / temperature).log_softmax(1)
     return (log_q.exp() * (log_q - log_p)).sum(1) * (temperature * temperature / pred.shape[1])
-
-
-def fake(pred: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return pred.new_empty(pred.shape[0], dtype=accumulator(pred.dtype))
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
@@ -45,7 +41,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 
 
 def _magnitude(pred: Tensor, teacher: Tensor, temperature: float) -> float:
-    """Terms of both signs cancel in a divergence: log-probabilities, times T²."""
+    """Terms of both signs cancel in a divergence: log-probabilities times T²."""
     if not pred.numel():
         return 1.0
     largest = max(float(x.detach().double().abs().max()) for x in (pred, teacher))
@@ -57,11 +53,12 @@ LD = register(
         stem="ld",
         schema="(Tensor pred, Tensor teacher, float temperature) -> Tensor",
         reference=reference,
-        fake=fake,
+        fake=fake_rows,
         samples=samples,
         summary="distillation of distributions with a temperature",
         public=("distillation_loss",),
         differentiable=("pred",),
+        triton="bins",
         magnitude=_magnitude,
     )
 )
@@ -80,15 +77,15 @@ def distillation_loss(
     .. math:: L = \frac{T^2}{n} \sum_j q_j \log \frac{q_j}{p_j}, \qquad
         p = \mathrm{softmax}(x / T),\; q = \mathrm{softmax}(z / T)
 
-    Of the bins of a box's side it is localisation distillation, Zheng et al., CVPR 2022 (arXiv 2102.12252); of classes
-    Hinton's (arXiv 1503.02531). The mean over the n entries is mmdet's.
+    Over the bins of a box's side this is localisation distillation, Zheng et al., CVPR 2022 (arXiv 2102.12252); over
+    classes it is Hinton's (arXiv 1503.02531). The mean over the n entries is mmdet's.
 
     Args:
         pred: fp32, fp16, bf16 or fp64 ``[M, n]``, the student's logits; n from 1, any strides. A logit beyond a quarter
             of fp32's range (8.5e37, times T where that is below 1; an infinite one too) counts as that, without
             gradient.
-        teacher: floating ``[M, n]``, the teacher's logits, taken likewise. Of another dtype than `pred`, both are
-            widened first.
+        teacher: floating ``[M, n]``, the teacher's logits, bounded likewise. If its dtype is not that of `pred`, both
+            are widened first.
         weight: ``[M]``, multiplies the loss of each row.
         temperature: T > 0.
         reduction: "none", "mean" or "sum".

@@ -40,7 +40,7 @@ def fake_box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | No
 def _shapes(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Leading shapes, as points and numbers in fours."""
+    """Leading shapes, with points and four numbers for each."""
     for shape in ((0,), (1,), (33,), (1025,), (2, 7), (), (2, 3, 5)):
         points = uniform((*shape, 2), device, dtype, generator, 0.0, 640.0)
         fours = uniform((*shape, 4), device, dtype, generator, -16.0, 200.0)
@@ -171,8 +171,8 @@ def distance_to_box(points: Tensor, distance: Tensor, max_shape: Tensor | Sequen
         points: floating ``[…, 2]``, x and y in pixels.
         distance: floating ``[…, 4]``, left, top, right, bottom in pixels; the leading dimensions broadcast with those
             of `points`.
-        max_shape: (height, width) to clip to: two numbers, a tensor ``[2]``, or ``[B, 2]``, one an item of the first of
-            two or more leading dimensions. x is held within [0, width], y within [0, height].
+        max_shape: (height, width) to clip to: two numbers, a tensor ``[2]``, or ``[B, 2]``, one per item of the first
+            of two or more leading dimensions. x is clamped to [0, width], y to [0, height].
 
     Returns:
         ``[…, 4]`` boxes xyxy in fp32, or fp64 where `points` or `distance` is fp64.
@@ -203,8 +203,8 @@ def box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | None = 
     Args:
         points: floating ``[…, 2]``, x and y in pixels, or in any other unit shared with `boxes`.
         boxes: floating ``[…, 4]``, xyxy; the leading dimensions broadcast with those of `points`.
-        max_distance: where given, distances are held within [0, max_distance − eps]; a point outside a box has a
-            negative distance otherwise.
+        max_distance: where given, distances are clamped to [0, max_distance − eps]; otherwise a point outside a box
+            has a negative distance.
         eps: keeps the distance below `max_distance`, so that a bin remains to the right of it.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the overlap of aligned boxes: 1 − IoU, GIoU, DIoU and CIoU."""
+"""Losses of the overlap of aligned boxes: one minus their IoU, GIoU, DIoU, CIoU, EIoU, SIoU or MPDIoU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ...core.reduction import check_reduction, reduce_loss
 from ...core.registry import OpSpec, Sample, register
 from . import box_ops
 
+# (pairs, eps, the kind's own parameter) -> loss ``[N]``.
 Formula = Callable[["Pair", float, float], Tensor]
-# By the kind's name, as csrc/terms/iou.h has it: the loss ``[N]`` of (pair, eps, the kind's own parameter), and the
-# parameter that samples are drawn with.
+# By the kind's name, the one that csrc/terms/iou.h gives it: the formula, and the parameter for samples.
 _FORMULAS: dict[str, tuple[Formula, float]] = {}
 
 
@@ -163,7 +163,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
                 yield Sample(f"{strides_id}-n{n}", (small, target / 64, kind, 1e-6, parameter))
                 sides_first = apart.t().contiguous().t()
                 yield Sample(f"strided-{kind}-n{n}", (sides_first, target, *numbers))
-        # Equal, sharing sides, touching, one within the other, without area, points, turned round.
+        # Equal, sharing sides, touching, one within the other, without area, points, inverted.
         special = [
             [[8, 8, 24, 40], [8, 8, 24, 40]], [[8, 8, 24, 40], [8, 8, 16, 40]], [[0, 0, 8, 8], [8, 0, 16, 8]],
             [[4, 4, 8, 8], [0, 0, 16, 16]], [[4, 4, 4, 8], [4, 4, 8, 8]], [[4, 4, 4, 4], [4, 4, 4, 4]],
@@ -180,7 +180,7 @@ IOU = register(
         reference=reference,
         fake=fake,
         samples=samples,
-        summary="1 − IoU, GIoU, DIoU or CIoU of aligned boxes",
+        summary="1 − IoU, GIoU, DIoU, CIoU, EIoU, SIoU or MPDIoU of aligned boxes",
         public=("box_iou_loss", "giou_loss"),
         differentiable=("pred", "target"),
     )
@@ -210,7 +210,7 @@ def box_iou_loss(
     neg_gamma: bool = False,
     image_size: tuple[float, float] | None = None,
 ) -> Tensor:
-    r"""Loss of predicted boxes against aligned target boxes: one minus their IoU, GIoU, DIoU or CIoU.
+    r"""Loss of predicted boxes against aligned target boxes, one minus their IoU or one of its successors.
 
     .. math:: L = 1 - \frac{I}{U}
         \;\; [\, + \frac{E - U}{E} \,]_{\mathrm{giou}}
@@ -219,18 +219,29 @@ def box_iou_loss(
 
     with I, U, E the areas of overlap, union and enclosing box, c its diagonal, ρ the distance of the centres and
     :math:`v = \frac{4}{\pi^2} (\arctan \frac{w_t}{h_t} - \arctan \frac{w_p}{h_p})^2`: Rezatofighi et al., CVPR 2019
-    (arXiv 1902.09630); Zheng et al., AAAI 2020 (arXiv 1911.08287, eq. 7) and TCYB 2022 (arXiv 2005.03572).
+    (arXiv 1902.09630); Zheng et al., AAAI 2020 (arXiv 1911.08287, eq. 7) and TCYB 2022 (arXiv 2005.03572). Further:
+
+    - "eiou": the extended IoU of Peng and Yu (TPAMI 2021, "A systematic IoU-related method"), as mmdet 3.3 has it: the
+      intersection is signed where the boxes are apart, and 1 − IoU is smoothed quadratically below `smooth_point`. Not
+      the efficient IoU of arXiv 2101.08158, which other libraries call EIoU.
+    - "siou": Gevorgyan (arXiv 2205.12740), as mmdet 3.3 has it: costs of angle, distance and shape; within [0, 2].
+    - "mpdiou": Ma and Xu (arXiv 2307.07662): :math:`1 - I/U + (d_1^2 + d_2^2) / (w^2 + h^2)` with d the distances of
+      the upper left and of the lower right corners, and w, h the size of the image.
 
     Args:
         pred: fp32, fp16, bf16 or fp64 ``[N, 4]``, boxes xyxy, in any unit of length.
         target: floating ``[N, 4]``, in the same unit.
         weight: ``[N]``, multiplies the loss of each pair.
-        kind: "iou", "giou", "diou" or "ciou".
-        eps: >= 0. For "iou" and "giou" the least area of union and enclosing box; for "diou" and "ciou" added to the
-            area of the union, to c² and to the heights under the arctangent.
+        kind: "iou", "giou", "diou", "ciou", "eiou", "siou" or "mpdiou".
+        eps: >= 0. For "iou" and "giou" the least area of union and enclosing box; for the others added to the area of
+            the union, with "diou" and "ciou" to c² and to the heights under the arctangent, with "siou" to distances
+            and sizes, and there the least side of the enclosing box.
         reduction: "none", "mean" or "sum".
         avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by N. A number, or a tensor
             of one element, which is not read by the host.
+        smooth_point: of "eiou", > 0: the 1 − IoU below which the loss is quadratic.
+        neg_gamma: of "siou": the paper's sign of the distance cost's exponent; mmdet holds the other to be more stable.
+        image_size: of "mpdiou", which needs it: (height, width) in the boxes' unit, each > 0.
 
     Returns:
         ``[N]`` for "none", else a scalar; fp32, or fp64 for fp64 `pred`.
@@ -246,8 +257,9 @@ def box_iou_loss(
     Note:
         Arithmetic in fp32 (fp64 for fp64), whatever autocast says. Repeatable bit for bit. N = 0 gives 0 for "sum" and
         with an `avg_factor`, still attached to the graph, and NaN for a plain mean. Differs from mmdet's in that empty
-        input stays attached to the graph there only in DIoU and CIoU, and that CIoU of equal boxes is 0, where there it
-        is NaN as soon as eps is lost in rounding.
+        input stays attached to the graph there only in DIoU and CIoU, that CIoU of equal boxes is 0, where there it
+        is NaN as soon as eps is lost in rounding, and that SIoU adds eps to widths too, where two widths of 0 are NaN
+        there.
     """
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)

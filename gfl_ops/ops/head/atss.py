@@ -314,6 +314,9 @@ def atss_assign(
         Differs from mmdet's, which leaves the order of equal distances to its sort.
     """
     op = "atss_assign"
+    if not isinstance(level_sizes, (tuple, list)):
+        rule = "must be a list of (height, width) pairs"
+        raise TypeError(checks.message(op, "level_sizes", rule, type(level_sizes).__name__))
     for item in level_sizes:
         if not isinstance(item, (tuple, list, torch.Size)) or len(item) != 2:
             raise ValueError(checks.message(op, "level_sizes", "must hold (height, width) pairs", repr(item)))

@@ -72,7 +72,7 @@ MULTICLASS_NMS = register(
         reference=reference,
         fake=fake,
         samples=samples,
-        summary="score threshold, class-wise NMS and cut for boxes with a score a class",
+        summary="score threshold, class-wise NMS and cut for boxes with a score per class",
         public=("multiclass_nms",),
     )
 )

@@ -78,6 +78,7 @@ NMS = register(
         samples=samples,
         summary="greedy non-maximum suppression, class by class",
         public=("nms", "batched_nms"),
+        triton="nms",
     )
 )
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ from ...core import checks
 from ...core.dtypes import device_type
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
-from ..bins.integral import bounded_logits, check_reg_max, expectation
-from ..boxes.box_ops import aligned_iou, rounded
+from ..bins.integral import check_reg_max
+from .postprocess_reference import reference
 
 OP = "postprocess"
 MAX_LEVELS = 8
@@ -31,146 +30,15 @@ class Detections(NamedTuple):
         scores: fp32 ``[B, K]``, falling; zero in unused slots.
         labels: int64 ``[B, K]``, in [0, C); −1 in unused slots.
         count: int32 ``[B]``, how many slots of each image are used.
+        locations: int64 ``[B, K]``, where each was read: level by level and row by row, an index over the locations of
+            all levels; −1 in unused slots. `side_distributions` takes them.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
-
-
-class UncertainDetections(NamedTuple):
-    """`Detections`, and how sure the head is of each side of each box.
-
-    Attributes:
-        boxes, scores, labels, count: as in `Detections`.
-        uncertainty: fp32 ``[B, K, 4, 3]``; of the sides l, t, r, b: the variance of the side's distribution in bins²
-            (times the level's stride², pixels²), its entropy in nats, and the probability of its likeliest bin, its
-            peak. Zero in unused slots.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
-    uncertainty: Tensor
-
-
-def ranking_threshold(score_threshold: float, activated: bool) -> float:
-    """What a map's value must exceed: the logit of the threshold, or the threshold itself; before rounding to fp32."""
-    if activated:
-        return score_threshold
-    if score_threshold <= 0:
-        return -math.inf
-    if score_threshold >= 1:
-        return math.inf
-    return math.log(score_threshold / (1 - score_threshold))
-
-
-def select(cls_score: Tensor, threshold: float, nms_pre: int, anchor_topk: bool) -> tuple[Tensor, Tensor]:
-    """fp32 values and indices ``location · C + class`` of one level's candidates, the greatest value first."""
-    classes = cls_score.shape[0]
-    flat = cls_score.float().permute(1, 2, 0).reshape(-1)
-    # False for NaN, which is never a candidate.
-    index = (flat > threshold).nonzero().squeeze(1)
-    value = flat[index]
-    if anchor_topk and nms_pre > 0:
-        best = torch.full((flat.numel() // max(classes, 1),), -math.inf, device=flat.device)
-        best.scatter_reduce_(0, index // max(classes, 1), value, "amax")
-        rank = best.sort(descending=True, stable=True).indices
-        chosen = torch.zeros_like(best, dtype=torch.bool)
-        chosen[rank[:nms_pre]] = True
-        kept = chosen[index // max(classes, 1)]
-        index, value = index[kept], value[kept]
-    # `index` rises, so a stable sort leaves equal values in the order of their indices.
-    value, order = value.sort(descending=True, stable=True)
-    if not anchor_topk and nms_pre > 0:
-        value, order = value[:nms_pre], order[:nms_pre]
-    return value, index[order]
-
-
-def spread(logits: Tensor) -> Tensor:
-    """Variance, entropy and peak ``[…, 3]`` of distributions over the last dimension of bounded fp32 logits."""
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    away = bins - (p * bins).sum(-1, keepdim=True)
-    return torch.stack([(p * away.square()).sum(-1), -(p * log_p).sum(-1), p.amax(-1)], -1)
-
-
-def reference(
-    cls_scores: Sequence[Tensor],
-    reg_preds: Sequence[Tensor],
-    strides: Sequence[float],
-    image_sizes: Tensor,
-    scale_factors: Tensor | None,
-    reg_max: int,
-    score_threshold: float,
-    nms_pre: int,
-    iou_threshold: float,
-    max_detections: int,
-    center_offset: Sequence[float],
-    anchor_topk: bool,
-    activated: bool,
-    legacy: bool,
-    uncertainty: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image by image, level by level; fp32 throughout, fp64 maps are rounded to it."""
-    device, batch, classes = cls_scores[0].device, cls_scores[0].shape[0], cls_scores[0].shape[1]
-    boxes = torch.zeros((batch, max_detections, 4), device=device)
-    scores = torch.zeros((batch, max_detections), device=device)
-    labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
-    count = torch.zeros((batch,), dtype=torch.int32, device=device)
-    spreads = torch.zeros((batch, max_detections if uncertainty else 0, 4, 3), device=device)
-    threshold = rounded(ranking_threshold(score_threshold, activated), torch.float32)
-
-    for image in range(batch):
-        limit = image_sizes[image].float().flip(0).repeat(2)  # w, h, w, h
-        if legacy:
-            limit = limit - 1
-        found = []
-        for cls_score, reg_pred, stride, offset in zip(cls_scores, reg_preds, strides, center_offset, strict=True):
-            value, index = select(cls_score[image], threshold, nms_pre, anchor_topk)
-            location, label = index // max(classes, 1), index % max(classes, 1)
-            width = max(cls_score.shape[3], 1)
-            cell = torch.stack([location % width, location // width], 1)
-            if legacy:
-                centre = cell.float() * stride + (stride - 1) / 2
-            else:
-                centre = (cell.float() + offset) * stride
-            logits = reg_pred[image][:, cell[:, 1], cell[:, 0]].t().float()
-            sides = bounded_logits(logits).unflatten(1, (4, reg_max + 1))
-            distance = expectation(sides) * stride
-            box = torch.cat([centre - distance[:, :2], centre + distance[:, 2:]], 1)
-            box = torch.minimum(box.clamp(min=0), limit)
-            sized = (box[:, 2] - box[:, 0] > 0) & (box[:, 3] - box[:, 1] > 0)
-            found.append((value[sized], label[sized], box[sized], sides[sized]))
-        value, label, box, sides = (torch.cat(parts) for parts in zip(*found, strict=True))
-        # Each level is in its own order already, so a stable sort leaves equal values by level, location and class.
-        value, order = value.sort(descending=True, stable=True)
-        label, box, sides = label[order], box[order], sides[order]
-        kept = _suppress(box, label, iou_threshold, max_detections, legacy)
-        n = kept.numel()
-        boxes[image, :n] = box[kept] if scale_factors is None else box[kept] / scale_factors[image].float().repeat(2)
-        scores[image, :n] = value[kept] if activated else value[kept].sigmoid()
-        labels[image, :n] = label[kept]
-        count[image] = n
-        if uncertainty:
-            spreads[image, :n] = spread(sides[kept])
-    return boxes, scores, labels, count, spreads
-
-
-def _suppress(box: Tensor, label: Tensor, iou_threshold: float, max_detections: int, legacy: bool) -> Tensor:
-    """Indices that class-wise NMS keeps of boxes in the order of their rank, at most `max_detections`."""
-    alive = torch.ones_like(label, dtype=torch.bool)
-    threshold = rounded(iou_threshold, torch.float32)
-    kept: list[int] = []
-    while len(kept) < max_detections and bool(alive.any()):
-        best = int(alive.int().argmax())
-        kept.append(best)
-        alive &= (label != label[best]) | ~(aligned_iou(box[best], box, legacy) > threshold)
-        alive[best] = False
-    return torch.tensor(kept, dtype=torch.int64, device=box.device)
+    locations: Tensor
 
 
 def fake(
@@ -188,7 +56,6 @@ def fake(
     anchor_topk: bool,
     activated: bool,
     legacy: bool,
-    uncertainty: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like, batch = cls_scores[0], cls_scores[0].shape[0]
     return (
@@ -196,12 +63,12 @@ def fake(
         like.new_empty((batch, max_detections), dtype=torch.float32),
         like.new_empty((batch, max_detections), dtype=torch.int64),
         like.new_empty((batch,), dtype=torch.int32),
-        like.new_empty((batch, max_detections if uncertainty else 0, 4, 3), dtype=torch.float32),
+        like.new_empty((batch, max_detections), dtype=torch.int64),
     )
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    """Small maps; all but the "smooth" ones decode exactly, so that IoUs and what they decide are equal everywhere."""
+    """Small maps; all but the "smooth" ones decode exactly, so that all backends take equal decisions."""
 
     def call(
         id: str,
@@ -222,7 +89,6 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         anchor_topk: bool = False,
         activated: bool = False,
         legacy: bool = False,
-        uncertainty: bool = False,
     ) -> Sample:
         def arranged(values: Tensor) -> Tensor:
             if layout == "transposed":
@@ -264,7 +130,6 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
                 anchor_topk,
                 activated,
                 legacy,
-                uncertainty,
             ),
         )
 
@@ -272,10 +137,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     # An IoU is never above 1: nothing here depends on the last bit of an exponential.
     yield call("smooth", smooth=True, iou_threshold=1.0, max_detections=60)
     yield call("smooth-channels-last", smooth=True, iou_threshold=1.0, layout="channels-last", scaled=True, offset=0.5)
-    yield call("uncertainty", uncertainty=True)
-    yield call("smooth-uncertainty", smooth=True, iou_threshold=1.0, layout="channels-last", uncertainty=True)
     yield call("batch0", batch=0)
-    yield call("batch0-uncertainty", batch=0, uncertainty=True)
     yield call("one-class-r16", batch=1, classes=1, reg_max=16)
     yield call("one-cell", batch=1, sizes=((1, 1),))
     yield call("empty-level", sizes=((0, 4), (5, 7)))
@@ -300,8 +162,8 @@ POSTPROCESS = register(
         schema=(
             "(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor image_sizes, Tensor? scale_factors,"
             " int reg_max, float score_threshold, int nms_pre, float iou_threshold, int max_detections,"
-            " float[] center_offset, bool anchor_topk, bool activated, bool legacy, bool uncertainty)"
-            " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count, Tensor uncertainty)"
+            " float[] center_offset, bool anchor_topk, bool activated, bool legacy)"
+            " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count, Tensor locations)"
         ),
         reference=reference,
         fake=fake,
@@ -312,7 +174,6 @@ POSTPROCESS = register(
 )
 
 
-@overload
 def postprocess(
     cls_scores: Sequence[Tensor],
     reg_preds: Sequence[Tensor],
@@ -329,49 +190,7 @@ def postprocess(
     scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
     activated: bool = False,
     legacy: bool = False,
-    uncertainty: Literal[False] = False,
-) -> Detections: ...
-
-
-@overload
-def postprocess(
-    cls_scores: Sequence[Tensor],
-    reg_preds: Sequence[Tensor],
-    strides: Sequence[float],
-    image_sizes: Tensor | Sequence[Sequence[float]],
-    *,
-    reg_max: int = 16,
-    score_threshold: float = 0.05,
-    nms_pre: int = 1000,
-    iou_threshold: float = 0.6,
-    max_detections: int = 100,
-    center_offset: float | Sequence[float] = 0.0,
-    topk_mode: str = "pair",
-    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
-    activated: bool = False,
-    legacy: bool = False,
-    uncertainty: Literal[True],
-) -> UncertainDetections: ...
-
-
-def postprocess(
-    cls_scores: Sequence[Tensor],
-    reg_preds: Sequence[Tensor],
-    strides: Sequence[float],
-    image_sizes: Tensor | Sequence[Sequence[float]],
-    *,
-    reg_max: int = 16,
-    score_threshold: float = 0.05,
-    nms_pre: int = 1000,
-    iou_threshold: float = 0.6,
-    max_detections: int = 100,
-    center_offset: float | Sequence[float] = 0.0,
-    topk_mode: str = "pair",
-    scale_factors: Tensor | Sequence[Sequence[float]] | None = None,
-    activated: bool = False,
-    legacy: bool = False,
-    uncertainty: bool = False,
-) -> Detections | UncertainDetections:
+) -> Detections:
     r"""Detections of a batch from the maps of a Generalized Focal Loss head.
 
     Per level, the (location, class) pairs above the threshold, the best `nms_pre` of them; each is decoded to
@@ -387,16 +206,16 @@ def postprocess(
             `activated`. Any memory format. NaN and −inf are never candidates.
         reg_preds: as many levels of ``[B, 4(R+1), H, W]``, logits of the distances left, top, right, bottom, the bins
             of a side together; their dtype may be another than that of `cls_scores`. Boxes with a NaN are dropped.
-        strides: pixels between neighbouring locations, one number a level, > 0.
+        strides: pixels between neighbouring locations, one number per level, > 0.
         image_sizes: ``[B, 2]``, height and width of each image without padding, in pixels of the network's input: a
             tensor (integer or floating; on the maps' device, so that nothing is copied) or a sequence of pairs.
         reg_max: R, the distance of the last bin, in strides; 1 to 128.
         score_threshold: a candidate's probability is above it: compared as ``x > fp32(logit(threshold))``. With 0 or
             less all are candidates, with 1 or more none.
-        nms_pre: how many candidates a level keeps; 0 or less keeps all.
+        nms_pre: how many candidates are kept per level; 0 or less keeps all.
         iou_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
         max_detections: K, how many detections an image has at most.
-        center_offset: where in its cell a location's centre is, in cells, one number or one a level: the centre of
+        center_offset: where in its cell a location's centre is, in cells, one number or one per level: the centre of
             cell (x, y) is ``((x + offset)·s, (y + offset)·s)``. Not used by `legacy`.
         topk_mode: "pair" ranks pairs of location and class (mmdet 3); "anchor" ranks locations by their best class
             and keeps all classes above the threshold of the best `nms_pre` (mmdet 2, GFocal v1).
@@ -404,13 +223,11 @@ def postprocess(
         activated: `cls_scores` holds probabilities.
         legacy: the geometry of GFocal v1: centres ``x·s + (s−1)/2``, clipping at W−1 and H−1, widths and heights in
             the IoU one pixel greater.
-        uncertainty: return also how spread out the distribution of each side of each detection is.
 
     Returns:
-        `Detections` ``(boxes [B, K, 4] fp32, scores [B, K] fp32, labels [B, K] int64, count [B] int32)``, the best
-        first; unused slots are zero with label −1. There is no gradient. With `uncertainty` it is
-        `UncertainDetections`, which has one more: ``uncertainty [B, K, 4, 3] fp32``, of the sides left, top, right and
-        bottom the variance (bins²), the entropy (nats) and the peak (greatest probability) of the distribution.
+        `Detections` ``(boxes [B, K, 4] fp32, scores [B, K] fp32, labels [B, K] int64, count [B] int32,
+        locations [B, K] int64)``, the best first; unused slots are zero with label and location −1. A location is an
+        index over all levels, the first level's first, each row by row. There is no gradient.
 
     Raises:
         TypeError: a dtype or a type that is not taken.
@@ -457,9 +274,8 @@ def postprocess(
             topk_mode == "anchor",
             activated,
             legacy,
-            uncertainty,
         )
-    return UncertainDetections(*results) if uncertainty else Detections(*results[:4])
+    return Detections(*results)
 
 
 def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:
@@ -467,7 +283,7 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
     check_reg_max(OP, "reg_max", reg_max)
     for name, value in (("cls_scores", cls_scores), ("reg_preds", reg_preds)):
         if not isinstance(value, (list, tuple)):
-            rule = "must be a list or tuple of tensors, one a level"
+            rule = "must be a list or tuple of tensors, one per level"
             raise TypeError(checks.message(OP, name, rule, type(value).__name__))
     levels = len(cls_scores)
     if levels == 0:
@@ -504,10 +320,10 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
 def _check_numbers(values: Sequence[float], name: str, levels: int, above: float | None) -> None:
     if not isinstance(values, (list, tuple)):
         raise TypeError(
-            checks.message(OP, name, "must be a list or tuple of numbers, one a level", type(values).__name__)
+            checks.message(OP, name, "must be a list or tuple of numbers, one per level", type(values).__name__)
         )
     if len(values) != levels:
-        raise ValueError(checks.message(OP, name, f"must have one number a level, {levels}", len(values)))
+        raise ValueError(checks.message(OP, name, f"must have one number per level, {levels}", len(values)))
     for i, value in enumerate(values):
         checks.number(OP, f"{name}[{i}]", value, above, exclusive=True)
 
@@ -532,7 +348,7 @@ def _tensor_of_pairs(name: str, value: Sequence[Sequence[float]], batch: int) ->
         rule = "must be a tensor or a list or tuple of pairs"
         raise TypeError(checks.message(OP, name, rule, type(value).__name__))
     if len(value) != batch:
-        raise ValueError(checks.message(OP, name, f"must have one pair an image, {batch}", len(value)))
+        raise ValueError(checks.message(OP, name, f"must have one pair per image, {batch}", len(value)))
     for i, pair in enumerate(value):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(checks.message(OP, f"{name}[{i}]", "must be a pair of numbers", repr(pair)))

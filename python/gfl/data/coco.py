@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files in COCO's format, checked, and the images that they are of.
+"""Annotation files in COCO's format, checked, and the images they describe.
 
-What breaks the file as a whole (not JSON, a missing key, an id twice, an image that is not there) is an error that
-names the file and the place. What is wrong with a single box costs this box: it is left out and counted in `problems`.
+What breaks the file as a whole (not JSON, a missing key, an id twice, a missing image) is an error that names the file
+and the place. A single wrong box is left out and counted in `problems`.
 """
 
 from __future__ import annotations
@@ -24,59 +24,37 @@ from .transforms import read_image
 
 @dataclass
 class Annotations:
-    """What a COCO annotation file says, N boxes on n images, boxes that mean nothing left out.
-
-    Attributes:
-        path: the file.
-        category_ids: ascending; label `c` stands for ``category_ids[c]``.
-        classes: their names.
-        image_ids: one an image, in the file's order.
-        file_names: of the images, from their folder.
-        sizes: int64 ``[n, 2]``, (height, width) in pixels.
-        boxes: fp64 ``[N, 4]``, (x, y, width, height) in pixels as in the file, of any sign and size but finite.
-        labels: int64 ``[N]``.
-        rows: int64 ``[N]``, the image of each box as an index into `image_ids`.
-        areas: fp64 ``[N]``, of the object (of its mask where there is one), square pixels.
-        crowd: bool ``[N]``, one box around many objects.
-        ignored: bool ``[N]``, marked by the key ``ignore`` as no target of a training.
-        problems: what was left out, in words, and how often.
-    """
+    """The contents of a COCO annotation file: N boxes on n images, without malformed boxes."""
 
     path: Path
-    category_ids: list[int]
-    classes: list[str]
-    image_ids: list[int]
-    file_names: list[str]
-    sizes: Tensor
-    boxes: Tensor
-    labels: Tensor
-    rows: Tensor
-    areas: Tensor
-    crowd: Tensor
-    ignored: Tensor
-    problems: Counter[str]
+    category_ids: list[int]  # ascending; label c stands for category_ids[c]
+    classes: list[str]  # their names
+    image_ids: list[int]  # in the file's order
+    file_names: list[str]  # of the images, relative to their folder
+    sizes: Tensor  # int64 [n, 2], (height, width) in pixels
+    boxes: Tensor  # fp64 [N, 4], (x, y, width, height) in pixels as in the file, of any sign and size but finite
+    labels: Tensor  # int64 [N]
+    rows: Tensor  # int64 [N], the image of each box as an index into image_ids
+    areas: Tensor  # fp64 [N], of the object (of its mask where there is one), square pixels
+    crowd: Tensor  # bool [N], one box around many objects
+    ignored: Tensor  # bool [N], marked by the key `ignore` as no target of a training
+    problems: Counter[str]  # what was left out, in words, and how often
 
     def to_coco(self) -> dict[str, list[dict[str, Any]]]:
-        """The same as pycocotools takes it.
+        """The same in the form that pycocotools takes.
 
-        Boxes are numbered anew from 1: pycocotools takes an object of id 0 for none and loses repeated ids.
+        Boxes are renumbered from 1: pycocotools takes an object of id 0 for none and loses repeated ids.
         """
         images = [
             {"id": image, "file_name": name, "height": h, "width": w}
             for image, name, (h, w) in zip(self.image_ids, self.file_names, self.sizes.tolist(), strict=True)
         ]
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
-        columns = (self.rows, self.labels, self.boxes, self.areas, self.crowd.int())
+        columns = zip(*(c.tolist() for c in (self.rows, self.labels, self.boxes, self.areas, self.crowd.int())))
+        names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
         annotations = [
-            {
-                "id": number,
-                "image_id": self.image_ids[row],
-                "category_id": self.category_ids[label],
-                "bbox": box,
-                "area": area,
-                "iscrowd": crowd,
-            }
-            for number, (row, label, box, area, crowd) in enumerate(zip(*(c.tolist() for c in columns)), 1)
+            dict(zip(names, (number, self.image_ids[row], self.category_ids[label], *rest)))
+            for number, (row, label, *rest) in enumerate(columns, 1)
         ]
         return {"images": images, "categories": categories, "annotations": annotations}
 
@@ -89,8 +67,8 @@ def read_annotations(path: str | Path) -> Annotations:
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not JSON, not an annotation file, a key is missing or of a wrong type, or an id of an image or
-            category comes twice. The text names the file and the place.
+        ValueError: it is not JSON or not an annotation file, a key is missing or of a wrong type, or an id of an image
+            or category comes twice. The text names the file and the place.
     """
     path = Path(path)
     content = _json(path)
@@ -127,35 +105,31 @@ def read_annotations(path: str | Path) -> Annotations:
             if area is None:
                 raise ValueError(f"{where}: `area` must be a finite number, got {entry['area']!r}")
             kept.append((of_image, label, box, area[0], bool(entry.get("iscrowd")), bool(entry.get("ignore"))))
-    columns = list(zip(*kept)) if kept else [()] * 6
+    rows, targets, boxes, areas, crowd, ignored = list(zip(*kept)) or [()] * 6
     return Annotations(
-        path,
-        category_ids,
-        [categories[c] for c in category_ids],
-        list(images),
-        file_names,
-        torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
-        torch.tensor(columns[2], dtype=torch.float64).reshape(-1, 4),
-        torch.tensor(columns[1], dtype=torch.int64),
-        torch.tensor(columns[0], dtype=torch.int64),
-        torch.tensor(columns[3], dtype=torch.float64),
-        torch.tensor(columns[4], dtype=torch.bool),
-        torch.tensor(columns[5], dtype=torch.bool),
-        problems,
+        path=path,
+        category_ids=category_ids,
+        classes=[categories[c] for c in category_ids],
+        image_ids=list(images),
+        file_names=file_names,
+        sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+        boxes=torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
+        labels=torch.tensor(targets, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        areas=torch.tensor(areas, dtype=torch.float64),
+        crowd=torch.tensor(crowd, dtype=torch.bool),
+        ignored=torch.tensor(ignored, dtype=torch.bool),
+        problems=problems,
     )
 
 
 def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str, Any]]:
-    """Reads and checks a file of detections in COCO's result format.
-
-    Args:
-        path: a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``.
-        annotations: what the detections will be compared with.
+    """A file of detections in COCO's result format, checked; `annotations` are what they will be compared with.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not JSON or no such list, or an entry lacks a key, has numbers that are not finite, or an
-            image or a category that the annotations don't know. The text names the file and the entry.
+        ValueError: it is not a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``, or one
+            has numbers that are not finite, or an image or category unknown to the annotations. The text names it.
     """
     path = Path(path)
     content = _json(path)
@@ -165,59 +139,50 @@ def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str
     detections = []
     for number, entry in enumerate(content):
         where = _Place(path, "entry ", number)
-        image, category = _get(where, entry, "image_id", int), _get(where, entry, "category_id", int)
-        if image not in images:
-            raise ValueError(f"{where}: `image_id` {image} is not in {annotations.path}")
-        if category not in categories:
-            raise ValueError(f"{where}: `category_id` {category} is not in {annotations.path}")
-        box = _numbers(_get(where, entry, "bbox", list))
+        found: dict[str, Any] = {}
+        for key, known in (("image_id", images), ("category_id", categories)):
+            found[key] = _get(where, entry, key, int)
+            if found[key] not in known:
+                raise ValueError(f"{where}: `{key}` {found[key]} is not in {annotations.path}")
+        box, score = _numbers(_get(where, entry, "bbox", list)), _numbers([entry.get("score")], 1)
         if box is None:
             raise ValueError(f"{where}: `bbox` must be four finite numbers, got {entry['bbox']!r}")
-        score = _numbers([entry.get("score")], 1)
         if score is None:
             raise ValueError(f"{where}: `score` must be a finite number, got {entry.get('score')!r}")
-        detections.append({"image_id": image, "category_id": category, "bbox": box, "score": score[0]})
+        detections.append({**found, "bbox": box, "score": score[0]})
     return detections
 
 
 class Sample(NamedTuple):
-    """An image with its objects.
+    """An image with its objects."""
 
-    Attributes:
-        image: uint8 ``[3, H, W]``, RGB.
-        boxes: fp32 ``[n, 4]``, xyxy in pixels, inside the image, at least a pixel wide and high.
-        labels: int64 ``[n]``.
-        image_id: of the annotation file.
-        size: (height, width).
-    """
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    image_id: int
-    size: tuple[int, int]
+    image: Tensor  # uint8 [3, H, W], RGB
+    boxes: Tensor  # fp32 [n, 4], xyxy in pixels, inside the image, at least a pixel wide and high
+    labels: Tensor  # int64 [n]
+    image_id: int  # of the annotation file
+    size: tuple[int, int]  # (height, width)
 
 
 class CocoDataset(torch.utils.data.Dataset[Sample]):
     """Images and their objects, from an annotation file in COCO's format and a folder.
 
-    Of the boxes that `read_annotations` keeps, these are no targets, each kind counted in `problems`: crowd boxes (an
-    evaluation still knows them), boxes marked ``ignore``, boxes without width or height, boxes outside their image,
-    boxes less than a pixel wide or high. The rest is clipped to the image.
+    Of the boxes that `read_annotations` keeps, these are no targets, each kind counted in `problems`: crowd boxes
+    (which an evaluation still uses), boxes marked ``ignore``, without width or height, outside their image, or less
+    than a pixel wide or high. The rest is clipped to the image.
 
     Args:
-        annotations: the file, or what was read of it.
-        images: the folder that the file names start from.
-        keep_empty: keep images without a target; they are background as a whole.
+        annotations: the file, or what was read from it.
+        images: the folder that the file names are relative to.
+        keep_empty: keep images without a target; they are all background.
 
     Attributes:
-        annotations: the whole file's `Annotations`, images without objects among them.
+        annotations: the whole file's `Annotations`, including images without objects.
         classes: names of the labels, by ascending category id.
         category_ids: the id of each label.
         image_ids: of the images in this data set.
         sizes: int64 ``[n, 2]``, their (height, width).
         problems: what was left out or changed, in words, and how often.
-        unreadable: files that were found to be undecodable, as `pass_over` was told.
+        unreadable: files that can't be decoded, as reported to `pass_over`.
 
     Raises:
         OSError: the annotation file or the folder can't be read, or images are missing in it.
@@ -246,7 +211,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
             found = "; ".join(f"{n} {what}" for what, n in self.problems.items())
             raise ValueError(f"{annotations.path} has no image with an object to train on: {found}")
         order = rows.argsort(stable=True)
-        # One tensor for all boxes, cut where it is read: a process that reads images then copies none of it.
+        # One tensor for all boxes, sliced where it is read, so that worker processes copy none of it.
         self._boxes, self._labels = boxes[order], labels[order]
         ends = count.cumsum(0)
         self._first, self._last = (ends - count)[chosen].tolist(), ends[chosen].tolist()
@@ -263,7 +228,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         return self.images / self._names[index]
 
     def pass_over(self, path: Path) -> bool:
-        """Counts an image that can't be decoded; whether it is a new one."""
+        """Counts an image that can't be decoded; returns whether it is a new one."""
         if path in self.unreadable:
             return False
         self.unreadable.add(path)
@@ -271,13 +236,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         return True
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads an image.
-
-        Raises:
-            OSError: the file can't be read.
-            gfl.data.transforms.UnreadableImage: it can't be decoded.
-            ValueError: its size is not the annotation file's.
-        """
+        """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
         image = read_image(self.path(index), (height, width))
         part = slice(self._first[index], self._last[index])
@@ -304,14 +263,14 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
             if number:
                 self.problems[what] = number
             left &= ~there
-        # COCO's own boxes end fractions of a pixel outside, which is nothing to report.
+        # COCO's own boxes end fractions of a pixel outside, which is not worth reporting.
         over = int((left & ((corners - clipped).abs() > 1).any(1)).sum())
         if over:
             self.problems["boxes more than a pixel over their image's edge, clipped"] = over
         return clipped[left].float(), a.rows[left], a.labels[left]
 
     def _require_images(self) -> None:
-        # One listing a folder instead of one question a file, which takes minutes on a network's file system.
+        # One listing per folder: one query per file takes minutes on a network file system.
         folders = {os.path.dirname(name) for name in self._names}
         there = {folder: set(os.listdir(self.images / folder)) for folder in folders if (self.images / folder).is_dir()}
         missing = [n for n in self._names if os.path.basename(n) not in there.get(os.path.dirname(n), ())]
@@ -330,7 +289,7 @@ def _json(path: Path) -> Any:
 
 
 class _Place(NamedTuple):
-    """Of an entry in a file; in words only when an error needs them."""
+    """The place of an entry in a file; formatted only when an error needs it."""
 
     path: Path
     key: str

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of images: which images, in which order, how augmented, read by which process.
 
-Nothing of a batch depends on chance, on the number of worker processes or on what was read before: its images follow
-from (seed, epoch, position), each image's augmentation from (seed, epoch, image). So a training may stop after any
-batch and go on there.
+A batch is a pure function: its images follow from (seed, epoch, position), each image's augmentation from (seed, epoch,
+image), whatever the number of worker processes and whatever was read before. So a training may stop after any batch and
+be resumed there.
 """
 
 from __future__ import annotations
@@ -25,93 +25,70 @@ from ..config import Config
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
 
-# Neighbours that are tried in place of an image that can't be decoded, before the data set is given up.
+# Following images tried in place of one that can't be decoded, before giving up.
 ATTEMPTS = 100
 
 
 @dataclass
 class Batch:
-    """B images as the network takes them but for `transforms.normalise`, which is quicker where the network is.
+    """B images as the network takes them except for `transforms.normalise`, which is faster where the network is.
 
     The objects of all images are in one tensor, since each tensor costs a file handle on its way from a worker and a
-    copy on its way to a GPU; `targets` cuts it.
-
-    Attributes:
-        images: uint8 ``[B, 3, H, W]``, RGB, padded right and below, in channels-last order in memory.
-        image_sizes: fp32 ``[B, 2]``, (height, width) without padding, pixels.
-        scale_factors: fp32 ``[B, 2]``, (width, height) over the image file's.
-        boxes: fp32 ``[N, 4]``, xyxy in pixels of `images`, one image's after another's.
-        labels: int64 ``[N]``.
-        counts: objects of each image.
-        image_ids: of the annotation file.
-        original_sizes: (height, width) of the image files.
-        unreadable: image files of this batch that can't be decoded, and why. A training batch has another image in
-            their place; a test batch is shorter by them.
+    copy on its way to a GPU; `targets` splits it.
     """
 
-    images: Tensor
-    image_sizes: Tensor
-    scale_factors: Tensor
-    boxes: Tensor
-    labels: Tensor
-    counts: list[int]
-    image_ids: list[int]
-    original_sizes: list[tuple[int, int]]
+    images: Tensor  # uint8 [B, 3, H, W], RGB, padded right and below, in channels-last memory format
+    image_sizes: Tensor  # fp32 [B, 2], (height, width) without padding, pixels
+    scale_factors: Tensor  # fp32 [B, 2], (width, height) over the image file's
+    boxes: Tensor  # fp32 [N, 4], xyxy in pixels of `images`, image after image
+    labels: Tensor  # int64 [N]
+    counts: list[int]  # objects of each image
+    image_ids: list[int]  # of the annotation file
+    original_sizes: list[tuple[int, int]]  # (height, width) of the image files
+    # Files that can't be decoded, and why. A training batch has other images in their place; a test batch is shorter.
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:
-        """One an image: ``boxes`` fp32 ``[n, 4]``, ``labels`` int64 ``[n]``."""
+        """Per image: ``boxes`` fp32 ``[n, 4]``, ``labels`` int64 ``[n]``."""
         parts = zip(self.boxes.split(self.counts), self.labels.split(self.counts), strict=True)
         return [{"boxes": boxes, "labels": labels} for boxes, labels in parts]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device, without waiting for the copies where `pin_memory` was called before."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on another device, without waiting for the copies if `pin_memory` was called before."""
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """The same in memory that a GPU can copy from on its own."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            images=change(self.images),
-            image_sizes=change(self.image_sizes),
-            scale_factors=change(self.scale_factors),
-            boxes=change(self.boxes),
-            labels=change(self.labels),
-        )
+        """The same in memory that a GPU copies from on its own."""
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self.tensors().items()}
+        return replace(self, **pinned)
 
 
 def training_dataset(config: Config) -> CocoDataset:
-    """The images to train on, as `config.data` says; without those that have no object, but for ``keep_empty``."""
-    data = config.data
-    root = Path(data.data)
+    """The images to train on, as `config.data` says; without those that have no object, unless ``keep_empty``."""
+    data, root = config.data, Path(config.data.data)
     return CocoDataset(root / data.train_annotations, root / data.train_images, keep_empty=data.keep_empty)
 
 
 def validation_dataset(config: Config) -> CocoDataset:
-    """The images to evaluate on, all of the annotation file.
-
-    Raises:
-        ValueError: `val_annotations` is empty; beside what `CocoDataset` raises.
-    """
-    if not config.data.val_annotations:
+    """The images to evaluate on, all of the annotation file; ValueError if `val_annotations` is empty."""
+    data, root = config.data, Path(config.data.data)
+    if not data.val_annotations:
         raise ValueError("`val_annotations` is empty: there is nothing to evaluate on")
-    root = Path(config.data.data)
-    return CocoDataset(root / config.data.val_annotations, root / config.data.val_images)
+    return CocoDataset(root / data.val_annotations, root / data.val_images)
 
 
 def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches, over all processes, as indices into the data set; a pure function of its arguments.
 
-    The images are shuffled, and dealt in this order to landscape and portrait batches, so that little is padded. What
-    is left of both at the end is put together. Every image comes once; if they don't make whole batches, the last one
-    is filled with the epoch's first images, which come twice then.
-
-    Raises:
-        ValueError: `batch_size` is not positive.
+    The images are shuffled, and dealt in this order to landscape and portrait batches, to pad little; what is left of
+    both at the end is put together. Every image comes once, except that the epoch's first images also fill the last
+    batch.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}")
@@ -133,11 +110,7 @@ def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: in
 
 
 def test_batches(dataset: CocoDataset, batch_size: int) -> list[list[int]]:
-    """Batches in which each image comes once, those of like shape together; the last one may be shorter.
-
-    Raises:
-        ValueError: `batch_size` is not positive.
-    """
+    """Batches in which each image comes once, those of similar shape together; the last one may be shorter."""
     if batch_size < 1:
         raise ValueError(f"`test_batch_size` must be positive, got {batch_size}")
     height, width = dataset.sizes.double().unbind(1)
@@ -151,8 +124,8 @@ def training_loader(
     """Augmented batches of one process: its share of each of `training_batches`.
 
     Iterating gives the epoch's batches from `start_batch` on; `Loader.at` moves to another epoch and keeps the worker
-    processes. An image that can't be decoded is counted in ``dataset.problems``, warned of once, and the next
-    image of the data set that can be is taken in its place.
+    processes. An image that can't be decoded is counted in ``dataset.problems``, warned of once, and replaced by the
+    next image of the data set that can be.
 
     Raises:
         ValueError: `batch_size` is not positive or no multiple of `world`, or `train_short_side` or `flip` is out of
@@ -175,7 +148,7 @@ def training_loader(
         whole = training_batches(dataset, train.batch_size, train.seed, epoch)
         return [batch[rank * share : (rank + 1) * share] for batch in whole]
 
-    return Loader(TrainingReader(dataset, config), batches, config.data.workers).at(epoch, start_batch)
+    return Loader(BatchReader(dataset, config, training=True), batches, config.data.workers).at(epoch, start_batch)
 
 
 def test_loader(dataset: CocoDataset, config: Config, rank: int = 0, world: int = 1) -> Loader:
@@ -188,35 +161,50 @@ def test_loader(dataset: CocoDataset, config: Config, rank: int = 0, world: int 
         ValueError: `test_batch_size` is not positive. While iterating: what `CocoDataset` raises for an image.
     """
     batches = test_batches(dataset, config.test.test_batch_size)[rank::world]
-    return Loader(TestReader(dataset, config), lambda epoch: batches, config.data.workers)
+    return Loader(BatchReader(dataset, config, training=False), lambda epoch: batches, config.data.workers)
 
 
 @dataclass
-class TrainingReader:
-    """Reads a training batch; what a worker process is given."""
+class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
+    """Reads and resizes the images of a batch, for a training augmented; what a worker process is given."""
 
     dataset: CocoDataset
     config: Config
+    training: bool
 
-    def __call__(self, epoch: int, indices: Sequence[int]) -> Batch:
+    def __getitem__(self, position: tuple[int, list[int]]) -> Batch | Exception:
+        """The batch at a position, or the error: raised in a worker, its text would be buried in a traceback's."""
+        try:
+            return self.read(*position)
+        except (ValueError, OSError) as error:
+            return error
+
+    def read(self, epoch: int, indices: Sequence[int]) -> Batch:
         unreadable: dict[Path, str] = {}
-        samples = [self._sample(epoch, index, unreadable) for index in indices]
-        return _batch(samples, self.config.test.size_divisor, unreadable)
-
-    def _sample(self, epoch: int, index: int, unreadable: dict[Path, str]) -> tuple[Sample, Sample]:
-        for step in range(min(ATTEMPTS, len(self.dataset))):
-            candidate = (index + step) % len(self.dataset)
-            try:
-                sample = self.dataset[candidate]
-            except UnreadableImage as error:
-                unreadable[self.dataset.path(candidate)] = str(error)
+        test = self.config.test
+        samples = []
+        for index in indices:
+            candidates = range(index, index + min(ATTEMPTS, len(self.dataset))) if self.training else (index,)
+            for candidate in (i % len(self.dataset) for i in candidates):
+                try:
+                    sample = self.dataset[candidate]
+                except UnreadableImage as error:
+                    unreadable[self.dataset.path(candidate)] = str(error)
+                    continue
+                if self.training:
+                    samples.append((sample, self._augmented(sample, epoch, candidate)))
+                else:
+                    samples.append((sample, _resized(sample, test.short_side, test.long_side)))
+                break
             else:
-                return sample, self._augment(sample, epoch, candidate)
-        raise ValueError(f"none of {step + 1} images can be decoded; {next(iter(unreadable.values()))}")
+                if self.training:
+                    first = next(iter(unreadable.values()))
+                    raise ValueError(f"none of {len(candidates)} images can be decoded; {first}")
+        return _batch(samples, test.size_divisor, unreadable)
 
-    def _augment(self, sample: Sample, epoch: int, index: int) -> Sample:
+    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
         train = self.config.train
-        # Only `random()` of a seeded generator is the same in every Python.
+        # Of a seeded generator only `random()` is the same in every Python.
         draw = random.Random(f"image {train.seed} {epoch} {index}").random
         low, high = train.train_short_side
         sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side)
@@ -225,36 +213,10 @@ class TrainingReader:
         return sample
 
 
-@dataclass
-class TestReader:
-    """Reads a test batch; what a worker process is given."""
-
-    __test__ = False  # its name is not a test's
-
-    dataset: CocoDataset
-    config: Config
-
-    def __call__(self, epoch: int, indices: Sequence[int]) -> Batch:
-        test = self.config.test
-        unreadable: dict[Path, str] = {}
-        samples = []
-        for index in indices:
-            try:
-                sample = self.dataset[index]
-            except UnreadableImage as error:
-                unreadable[self.dataset.path(index)] = str(error)
-            else:
-                samples.append((sample, _resized(sample, test.short_side, test.long_side)))
-        return _batch(samples, test.size_divisor, unreadable)
-
-
 def _resized(sample: Sample, short_side: int, long_side: int) -> Sample:
-    height, width = keep_ratio_size(*sample.size, short_side, long_side)
-    return sample._replace(
-        image=resize(sample.image, height, width),
-        boxes=resize_boxes(sample.boxes, sample.size, (height, width)),
-        size=(height, width),
-    )
+    size = keep_ratio_size(*sample.size, short_side, long_side)
+    boxes = resize_boxes(sample.boxes, sample.size, size)
+    return sample._replace(image=resize(sample.image, *size), boxes=boxes, size=size)
 
 
 def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: dict[Path, str]) -> Batch:
@@ -277,46 +239,40 @@ def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: d
 class Loader:
     """The batches of a process, read ahead by worker processes that live as long as this object.
 
-    Args:
-        reader: makes a batch of (epoch, indices).
-        batches: an epoch's batches, as lists of indices.
-        workers: processes that read, at most one a core; 0: this one does.
+    `batches` gives an epoch's batches as lists of indices, `reader` reads them, in `workers` processes but at most one
+    per core; with 0, in this one.
     """
 
-    def __init__(self, reader: TrainingReader | TestReader, batches: Callable[[int], list[list[int]]], workers: int):
+    def __init__(self, reader: BatchReader, batches: Callable[[int], list[list[int]]], workers: int):
         self.dataset = reader.dataset
         self._of_epoch = batches
-        self._to_come = _ToCome()
+        # The sampler is a list and not this object: in a reference cycle the workers would outlive it until killed.
+        self._positions: list[tuple[int, list[int]]] = []
         workers = min(workers, _cores())
         self._loader: DataLoader[Any] = DataLoader(
-            _Reading(reader),  # type: ignore[arg-type]  # any object with __getitem__ will do
+            reader,
             batch_size=None,
-            sampler=self._to_come,
-            collate_fn=_as_it_is,
+            sampler=self._positions,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            # Of its own, or it would draw from the generator that the training's other draws come from.
+            # One of its own, or it would draw from the generator of the training's other draws.
             generator=torch.Generator(),
         )
         self.at(0)
 
     def at(self, epoch: int, start_batch: int = 0) -> Loader:
-        """Moves to a position; returns itself.
-
-        Raises:
-            ValueError: the epoch has no such batch.
-        """
+        """Moves to a position and returns itself; ValueError if the epoch has no such batch."""
         batches = self._of_epoch(epoch)
         if not 0 <= start_batch <= len(batches):
             raise ValueError(f"an epoch has {len(batches)} batches, got `start_batch` = {start_batch}")
-        self._to_come.positions = [(epoch, batch) for batch in batches[start_batch:]]
+        self._positions[:] = [(epoch, batch) for batch in batches[start_batch:]]
         return self
 
     def __len__(self) -> int:
         """Batches from the position to the end of the epoch."""
-        return len(self._to_come)
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
@@ -324,52 +280,16 @@ class Loader:
                 try:
                     raise batch
                 finally:
-                    del batch  # an error that its own traceback holds is such a cycle as in `_ToCome`
-            self._report(batch)
+                    del batch  # an error that its own traceback holds would be such a cycle
+            for path, reason in batch.unreadable.items():
+                if self.dataset.pass_over(path):
+                    warnings.warn(f"{reason}; it is passed over", stacklevel=2)
             yield batch
-
-    def _report(self, batch: Batch) -> None:
-        for path, reason in batch.unreadable.items():
-            if self.dataset.pass_over(path):
-                warnings.warn(f"{reason}; it is passed over", stacklevel=3)
-
-
-class _ToCome:
-    """The positions that are still to come, asked for anew by each iteration.
-
-    Not the `Loader` itself: in a cycle of references the workers would outlive it until they are ended by force.
-    """
-
-    def __init__(self) -> None:
-        self.positions: list[tuple[int, list[int]]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-
-@dataclass
-class _Reading:
-    """A batch for a position, or the error: raised in a worker, its text would be buried in a traceback's."""
-
-    reader: TrainingReader | TestReader
-
-    def __getitem__(self, position: tuple[int, list[int]]) -> Batch | Exception:
-        try:
-            return self.reader(*position)
-        except (ValueError, OSError) as error:
-            return error
 
 
 def _cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _start_worker(number: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an image file to a normalised batch, in the steps that the published weights were trained with."""
+"""From an image file to a normalised batch, by the steps that the published weights were trained with."""
 
 from __future__ import annotations
 
@@ -23,17 +23,11 @@ class UnreadableImage(ValueError):
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """An image file as RGB.
+    """An image file as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
-    A photo is turned upright as its EXIF orientation says, as OpenCV and viewers do, unless `size` tells that its
-    annotations were made on the stored pixels.
-
-    Args:
-        path: any format that pillow reads; of an animation the first picture.
-        size: (height, width) in pixels that the annotations refer to; None: not known.
-
-    Returns:
-        uint8 ``[3, H, W]``, in channels-last order in memory; see `to_tensor` for other modes than RGB.
+    It is turned upright by its EXIF orientation, as OpenCV and viewers do, unless `size`, the (height, width) in pixels
+    that annotations refer to, tells that they were made on the stored pixels. Of an animation it is the first frame;
+    `to_tensor` tells about other modes than RGB.
 
     Raises:
         OSError: the file can't be read (it is missing, for example).
@@ -66,13 +60,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A pillow image of any mode as RGB.
+    """A pillow image of any mode as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
     Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
-    their upper 8 (as OpenCV does all but CMYK).
-
-    Returns:
-        uint8 ``[3, H, W]``, in channels-last order in memory.
+    their upper 8 (as in OpenCV, except CMYK).
 
     Raises:
         ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
@@ -92,7 +83,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) after scaling as far as neither the short side nor the long side grows over its limit.
+    """(height, width) at the largest scale at which neither the short nor the long side exceeds its limit.
 
     Rounded half up, as mmdet's ``Resize(keep_ratio=True)``; at least one pixel.
     """
@@ -100,19 +91,17 @@ def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) ->
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``.
+def resize(image: Tensor, height: int, width: int, fp32: bool = False) -> Tensor:
+    """An image uint8 ``[3, H, W]`` in another size, the same at any number of threads.
 
-    Args:
-        image: uint8 ``[3, H, W]``.
-        height, width: of the result, pixels.
-
-    Returns:
-        uint8 ``[3, height, width]``, the same at any number of threads.
+    Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``. With `fp32` as a GPU
+    has to interpolate, at most one level from the CPU's fixed-point weights.
     """
     if tuple(image.shape[1:]) == (height, width):
         return image
-    return functional.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+    given = image[None].float() if fp32 else image[None]
+    resized = functional.interpolate(given, (height, width), mode="bilinear", align_corners=False)[0]
+    return resized.round_().clamp_(0, 255).to(torch.uint8) if fp32 else resized
 
 
 def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
@@ -134,34 +123,27 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 
 
 def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
-    """Images of several sizes in one tensor, padded right and below.
-
-    Args:
-        images: uint8 ``[3, H, W]`` each.
-        divisor: of the padded height and width, pixels.
+    """Images uint8 ``[3, H, W]`` of several sizes in one tensor on their device, padded right and below.
 
     Returns:
-        uint8 ``[B, 3, H, W]`` in channels-last order in memory, zero in the padding, and fp32 ``[B, 2]``, each image's
-        (height, width) without it.
+        uint8 ``[B, 3, H, W]`` in channels-last memory format, H and W multiples of `divisor`, zero in the padding, and
+        on the CPU fp32 ``[B, 2]``, each image's (height, width) without it.
     """
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (-(-max((s[i] for s in sizes), default=1) // divisor) * divisor for i in (0, 1))
-    shape = (len(images), 3, height, width)
-    batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last).zero_()
+    shape, device = (len(images), 3, height, width), images[0].device if images else None
+    batch = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last).zero_()
     for row, image, (h, w) in zip(batch, images, sizes, strict=True):
         row[:, :h, :w] = image
     return batch, torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
 
 
 def normalise(images: Tensor, image_sizes: Tensor) -> Tensor:
-    """What the network takes: mean and deviation of ImageNet removed, zero in the padding.
+    """The network's input, fp32, contiguous: ImageNet's mean subtracted, divided by its deviation, padded with zero.
 
     Args:
-        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``, on the network's device.
-        image_sizes: ``[B, 2]``, (height, width) without padding, on the same device. Nothing is synchronised.
-
-    Returns:
-        fp32 ``[B, 3, H, W]``, contiguous.
+        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``.
+        image_sizes: ``[B, 2]``, (height, width) without padding, on the same device; the host does not wait for it.
     """
     result = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set drawn from nothing, and the training on it: what `gfl demo` shows."""
+"""A data set drawn from scratch, and a training on it: what `gfl demo` shows."""
 
-# Training steps, for AP above 0.5 in under six minutes on two cores that multiply fp32 only.
+# Training steps, for AP above 0.5 in under six minutes on two cores without bf16.
 ITERATIONS = 2500

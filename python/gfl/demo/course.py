@@ -17,12 +17,12 @@ from . import ITERATIONS, pictures
 from .scenes import write_dataset
 
 BATCH, EPOCHS, SIZE = 8, 8, 160
-# More have too little to do each on a batch of small images.
+# A batch of small images does not occupy more.
 MOST_THREADS = 8
 
 
 def configuration(data: Path, seed: int, amp: str) -> Config:
-    """`gfl_tiny` on the drawn data: only what a training from nothing in minutes needs is not the preset's."""
+    """`gfl_tiny` on the drawn data, changed only where training from scratch in minutes needs it."""
     return preset("gfl_tiny").replace(
         data=str(data),
         train_annotations="annotations/train.json",
@@ -34,13 +34,13 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
         long_side=SIZE,
         train_short_side=(SIZE, SIZE),
         train_long_side=SIZE,
-        # Slim: in the same time, more steps of a small network find more than fewer of a larger one.
+        # In the same time, more steps of a small network learn more than fewer of a larger one.
         width=16,
         head_convs=1,
-        # Objects reach to half of the image, so that levels of larger strides would have nothing to learn.
+        # Objects reach to half of the image, so levels of larger strides would have nothing to learn.
         strides=(8, 16, 32),
         anchor_scale=6.0,
-        # Many small steps: few images are seen, and there is no trained backbone to spoil.
+        # Many small steps: there are few images, and no pretrained backbone to spoil.
         batch_size=BATCH,
         epochs=EPOCHS,
         optimizer="adamw",
@@ -55,15 +55,11 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
 
 
 def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, device: str = "cpu") -> dict[str, float]:
-    """Draw scenes, train on them from scratch, evaluate on others, and write two pictures; says what it does.
+    """Draws scenes, trains on them from scratch, evaluates on others, writes two pictures, and prints what it does.
 
-    In `out`: ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and ``distributions.jpg``.
-
-    Args:
-        out: folder, made if it is not there.
-        seed: of the scenes, the initial weights and the order of images.
-        iterations: training steps of 8 images. As many scenes are drawn, each is seen eight times.
-        device: to train on.
+    `out`, a new folder, gets ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and
+    ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
+    many scenes as iterations, steps of 8 images, so each is seen eight times.
 
     Returns:
         The metrics of `gfl.engine.evaluate` on the held-out scenes.
@@ -76,17 +72,17 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     out = Path(out)
     if (out / "training").exists():
         raise ValueError(f"{out} holds a demo: choose another folder for this one")
-    clock = _Clock()
+    started = time.perf_counter()
     amp = "bf16" if device != "cpu" or computes_bf16() else "none"
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     held_out = max(8, min(300, iterations // 8))
     _say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
     write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
-    drawn = clock.lap()
+    drawn = time.perf_counter()
     config = configuration(out / "data", seed, amp)
-    _say(f"training gfl_tiny from nothing: {iterations} steps of {BATCH} images on {_machine(device, amp)}")
+    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {_machine(device, amp)}")
     metrics = train(config, out / "training", device=device)
-    trained = clock.lap()
+    trained = time.perf_counter()
 
     detector = Detector(out / "training" / BEST, device)
     scenes = validation_dataset(config)
@@ -96,10 +92,10 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     ]
     _say()
     _say(f"  {held_out} held-out scenes  " + "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items()))
-    _say(f"  {'time':<20}drawing {drawn:.0f} s, training and evaluation {trained:.0f} s")
+    _say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
     for name, picture in made:
         if picture is None:
-            _say(f"  {name:<20}none: nothing was found surely enough; train for longer")
+            _say(f"  {name:<20}none: no detection is confident enough; train for longer")
         else:
             picture.save(out / name, quality=80)
             _say(f"  {name:<20}{out / name}")
@@ -115,22 +111,12 @@ _SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "small", "APm": "me
 
 
 def _say(line: str = "") -> None:
-    # At once, so that it keeps its place among the training's own lines on the standard error.
+    # Flushed, to keep its place among the training's own lines on standard error.
     print(line, flush=True)
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        before, self._last = self._last, time.perf_counter()
-        return self._last - before
-
-
 def computes_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself (AVX512-BF16 or AMX); where it is emulated, fp32 is faster."""
+    """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX); where bf16 is emulated, fp32 is faster."""
     return any(
         bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )

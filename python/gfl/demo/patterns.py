@@ -16,7 +16,7 @@ def color(rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.9
 
 
 def ground(size: int, rng: np.random.Generator) -> np.ndarray:
-    """What a scene lies on, float32 ``[size, size, 3]``: two dull colours, cloudy or in a pattern, lit from a side."""
+    """A background, float32 ``[size, size, 3]``: two dull colours, cloudy or in a pattern, lit from one side."""
     dull = (0.05, 0.4)
     return pattern((size, size), color(rng, dull), color(rng, dull), rng, contrast=(0.3, 1.0), clouds=0.5)
 
@@ -32,7 +32,7 @@ def pattern(
 ) -> np.ndarray:
     """Two colours in a pattern, float32 ``[h, w, 3]``: clouds with probability `clouds`, else stripes, dots, ….
 
-    The second is drawn towards the first one as far as `contrast` says, a range of shares of their difference.
+    `contrast` is the range of the share of their difference that is kept.
     """
     second = first + np.float32(rng.uniform(*contrast)) * (second - first)
     height, width = shape
@@ -45,9 +45,8 @@ def pattern(
     if rng.random() < clouds:
         mix = _clouds(height, width, int(rng.integers(3, 12)), rng)
     else:
-        mix = _MIXES[int(rng.integers(len(_MIXES)))](
-            u * (2 * np.pi / period), v * (2 * np.pi / period), longest / period
-        )
+        scale = 2 * np.pi / period
+        mix = _MIXES[int(rng.integers(len(_MIXES)))](u * scale, v * scale, longest / period)
     light = 1 + np.float32(rng.uniform(0.1, 0.25)) * (x + y) / longest
     return (first + mix[..., None] * (second - first)) * light[..., None]
 
@@ -61,7 +60,7 @@ def _clouds(height: int, width: int, cells: int, rng: np.random.Generator) -> np
 
 
 def _soft(wave: np.ndarray) -> np.ndarray:
-    """A wave's sign with its jumps smoothed over about a pixel, in [0, 1]."""
+    """A square wave with its edges smoothed over about a pixel, in [0, 1]."""
     return np.clip(0.5 + 2 * wave, 0, 1)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Textured scenes of cut-out shapes, with their boxes, as a data set in COCO's format.
 
-A scene is a collage: patterned objects of five classes lie on a textured ground among scraps that belong to no class,
-and cover one another. Colour, pattern, turn and proportion are drawn without regard to the class, so only the outline
-tells it. A box is the extent of the *whole* outline, clipped to the image, covered parts included: where an edge is
-hidden its place can only be guessed, which is what a learned distribution is for.
+A scene is a collage: patterned objects of five classes lie on a textured background among distractors of no class, and
+cover one another. Colour, pattern, rotation and proportion are drawn regardless of the class, so only the outline tells
+it. A box is the extent of the *whole* outline, clipped to the image, covered parts included: where an edge is hidden
+its place can only be guessed, which is what a learned distribution is for.
 """
 
 from __future__ import annotations
@@ -22,28 +22,20 @@ from .patterns import color, ground, pattern
 CLASSES = ("ring", "star", "cross", "moon", "heart")
 # Longest side of an object's box: from this many pixels to this share of the image.
 SMALLEST, LARGEST = 12, 0.5
-# What must stay uncovered, and inside the image, of every object.
+# Share of every object that must stay uncovered and inside the image.
 VISIBLE = 0.5
 _SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image and what is on it, n objects from the bottom to the top of the pile.
+    """A drawn image and what is on it, n objects from the bottom to the top of the pile."""
 
-    Attributes:
-        image: uint8 ``[size, size, 3]``, RGB.
-        boxes: float32 ``[n, 4]``, xyxy in pixels: the exact extent of each mask.
-        labels: int64 ``[n]``, indices into `CLASSES`.
-        masks: bool ``[n, size, size]``: the whole objects, also where others cover them.
-        visible: float32 ``[n]``: share of each object's whole area that can be seen.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    masks: np.ndarray
-    visible: np.ndarray
+    image: np.ndarray  # uint8 [size, size, 3], RGB
+    boxes: np.ndarray  # float32 [n, 4], xyxy in pixels: the exact extent of each mask
+    labels: np.ndarray  # int64 [n], indices into CLASSES
+    masks: np.ndarray  # bool [n, size, size]: the whole objects, also where others cover them
+    visible: np.ndarray  # float32 [n]: visible share of each object's whole area
 
 
 def draw_scene(size: int, rng: np.random.Generator) -> Scene:
@@ -57,28 +49,20 @@ def draw_scene(size: int, rng: np.random.Generator) -> Scene:
     pile = _Pile(size, rng)
     kinds = rng.permutation([True] * int(rng.integers(3, 9)) + [False] * int(rng.integers(1, 4)))
     for is_object in kinds:
-        if is_object:
-            pile.add(int(rng.integers(len(CLASSES))))
-        else:
-            pile.add(None)
+        pile.add(int(rng.integers(len(CLASSES))) if is_object else None)
     return pile.finish()
 
 
 def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, seed: int = 0) -> None:
-    """Draw scenes into `folder`: ``train/``, ``val/`` (JPEG), ``annotations/train.json`` and ``annotations/val.json``.
+    """Draws scenes into `folder`: ``train/``, ``val/`` (JPEG), ``annotations/train.json`` and ``annotations/val.json``.
 
-    A scene depends on the seed, its split and its number alone, so fewer scenes are the first ones of more.
-
-    Args:
-        folder: made if it is not there; files of the same names are replaced.
-        train: scenes to train on.
-        val: held-out scenes.
-        size: side of the scenes, pixels.
-        seed: of everything that is drawn.
+    `train` scenes to train on and `val` held-out ones, `size` pixels wide and high. A scene depends on the random seed,
+    its split and its number alone, so fewer scenes are the first ones of more.
     """
     folder = Path(folder)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, (name, count) in enumerate((("train", train), ("val", val))):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(count):
@@ -86,47 +70,38 @@ def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, 
             file_name = f"{index:05d}.jpg"
             Image.fromarray(scene.image).save(folder / name / file_name, quality=92)
             images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
-            annotations += _annotations(scene, index + 1, len(annotations) + 1)
+            for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 1,
+                        "category_id": label + 1,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                    }
+                )
         categories = [{"id": label + 1, "name": title} for label, title in enumerate(CLASSES)]
-        (folder / "annotations").mkdir(exist_ok=True)
-        (folder / "annotations" / f"{name}.json").write_text(
-            json.dumps({"images": images, "annotations": annotations, "categories": categories})
-        )
-
-
-def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    found = []
-    for offset, (box, label, mask) in enumerate(zip(scene.boxes, scene.labels, scene.masks, strict=True)):
-        x1, y1, x2, y2 = (float(side) for side in box)
-        found.append(
-            {
-                "id": first_id + offset,
-                "image_id": image_id,
-                "category_id": int(label) + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-            }
-        )
-    return found
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
 
 
 class _Pile:
-    """A scene in the making."""
+    """A scene while it is drawn."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.size, self.rng = size, rng
         self.image = ground(size, rng)
-        # Which object is seen at a pixel: its index plus one, 0 for the ground and scraps.
+        # The object visible at a pixel: its index plus one, 0 for background and distractors.
         self.top = np.zeros((size, size), dtype=np.int64)
         self.masks: list[np.ndarray] = []
         self.labels: list[int] = []
-        # Pixels of each object: all, and those that can be seen.
+        # Pixels of each object: all, and the visible ones.
         self.areas: list[int] = []
         self.seen = np.zeros(0, dtype=np.int64)
 
     def add(self, label: int | None) -> None:
-        """Lay an object, or a scrap for None, where it hides no other too much; leave it out if there is no place."""
+        """Adds an object, or a distractor for None, where it hides no other too much; none if there is no place."""
         for _ in range(8):
             alpha, inside = self._outline(label)
             x = int(self.rng.integers(-alpha.shape[1] // 4, self.size - alpha.shape[1] * 3 // 4))
@@ -135,13 +110,13 @@ class _Pile:
                 return
 
     def _outline(self, label: int | None) -> tuple[np.ndarray, int]:
-        """Coverage ``[h, w]`` in [0, 1] of a shape turned, squeezed and scaled by chance, and its area in pixels."""
+        """Coverage ``[h, w]`` in [0, 1] of a shape rotated, squeezed and scaled at random, and its area in pixels."""
         rng = self.rng
-        shapes = _OBJECTS[CLASSES[label]] if label is not None else _SCRAPS[int(rng.integers(len(_SCRAPS)))]
+        shapes = _OBJECTS[CLASSES[label]] if label is not None else _DISTRACTORS[int(rng.integers(len(_DISTRACTORS)))]
         turn, axis = rng.uniform(0, 2 * np.pi, 2)
         squeeze = rng.uniform(0.7, 1.0)
         matrix = _rotation(axis) @ np.diag([1.0, squeeze]) @ _rotation(turn - axis)
-        # Small ones are the rarer: a third of the boxes are below 32 pixels.
+        # A third of the boxes are below 32 pixels.
         longest = SMALLEST * (self.size * LARGEST / SMALLEST) ** (rng.random() ** 0.6)
         outlines = [points @ matrix.T for points in shapes]
         low, high = outlines[0].min(0), outlines[0].max(0)
@@ -156,11 +131,7 @@ class _Pile:
         return alpha, int((alpha >= 0.5).sum())
 
     def _place(self, alpha: np.ndarray, whole: int, x: int, y: int, label: int | None) -> bool:
-        size = self.size
-        left, above = max(0, -x), max(0, -y)
-        right, below = min(alpha.shape[1], size - x), min(alpha.shape[0], size - y)
-        window = (slice(y + above, y + below), slice(x + left, x + right))
-        part = alpha[above:below, left:right]
+        window, part = self._clip(alpha, x, y)
         mask = part >= 0.5
         if label is not None and mask.sum() < VISIBLE * whole:
             return False
@@ -175,36 +146,33 @@ class _Pile:
         self.areas.append(whole)
         self.seen = np.append(self.seen, mask.sum())
         self.labels.append(label)
-        full = np.zeros((size, size), dtype=bool)
+        full = np.zeros((self.size, self.size), dtype=bool)
         full[window] = mask
         self.masks.append(full)
         self.top[full] = len(self.areas)
         return True
+
+    def _clip(self, drawn: np.ndarray, x: int, y: int) -> tuple[tuple[slice, slice], np.ndarray]:
+        """The window of the image that something drawn at (x, y) covers, and the part of it that lies inside."""
+        left, above = max(0, -x), max(0, -y)
+        right, below = min(drawn.shape[1], self.size - x), min(drawn.shape[0], self.size - y)
+        window = (slice(y + above, max(y + below, y + above)), slice(x + left, max(x + right, x + left)))
+        return window, drawn[above:below, left:right]
 
     def _paint(self, alpha: np.ndarray, x: int, y: int) -> None:
         """A soft shadow, then the patterned shape itself."""
         rng = self.rng
         depth = max(1.5, 0.05 * max(alpha.shape))
         margin = int(np.ceil(3 * depth))
-        coat = np.pad(alpha, margin)
-        shadow = Image.fromarray((coat * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(depth))
+        shadow = Image.fromarray((np.pad(alpha, margin) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(depth))
         shade = 1 - 0.45 * np.asarray(shadow, dtype=np.float32) / 255
         drop = int(np.ceil(depth * 0.7))
-        self._blend(shade[..., None], None, x - margin + drop, y - margin + drop)
+        window, inside = self._clip(shade[..., None], x - margin + drop, y - margin + drop)
+        self.image[window] *= inside
         skin = pattern(alpha.shape, color(rng), color(rng), rng, contrast=(0.2, 0.9))
-        self._blend(alpha[..., None], skin, x, y)
-
-    def _blend(self, weight: np.ndarray, skin: np.ndarray | None, x: int, y: int) -> None:
-        left, above = max(0, -x), max(0, -y)
-        right, below = min(weight.shape[1], self.size - x), min(weight.shape[0], self.size - y)
-        if right <= left or below <= above:
-            return
-        target = self.image[y + above : y + below, x + left : x + right]
-        weight = weight[above:below, left:right]
-        if skin is None:
-            target *= weight
-        else:
-            target += weight * (skin[above:below, left:right] - target)
+        window, inside = self._clip(np.concatenate([skin, alpha[..., None]], 2, dtype=skin.dtype), x, y)
+        target = self.image[window]
+        target += inside[..., 3:] * (inside[..., :3] - target)
 
     def finish(self) -> Scene:
         size, count = self.size, len(self.masks)
@@ -240,23 +208,11 @@ def _spikes(count: int, inner: float) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
 
 
-def _cross(arm: float) -> np.ndarray:
-    a = arm
-    corners = [
-        (a, a),
-        (1, a),
-        (1, -a),
-        (a, -a),
-        (a, -1),
-        (-a, -1),
-        (-a, -a),
-        (-1, -a),
-        (-1, a),
-        (-a, a),
-        (-a, 1),
-        (a, 1),
-    ]
-    return np.array(corners, dtype=float)
+def _cross(a: float) -> np.ndarray:
+    """The corners of a plus sign with arms of half-width `a`."""
+    x = [a, 1, 1, a, a, -a, -a, -1, -1, -a, -a, a]
+    y = [a, a, -a, -a, -1, -1, -a, -a, a, a, 1, 1]
+    return np.stack([x, y], 1)
 
 
 # Outlines around the origin; a second one is cut out of the first.
@@ -269,7 +225,7 @@ _OBJECTS = {
     # A square's corner is the tip, half circles on its two far sides are the lobes.
     "heart": [np.concatenate([[[-0.5, -0.5], [0.5, -0.5]], _arc(0.5, 0, 0.5, -90, 90), _arc(0, 0.5, 0.5, 0, 180)])],
 }
-_SCRAPS = [
+_DISTRACTORS = [
     [_arc(0, 0, 1, 0, 360, 64)],
     [_spikes(3, 0.5)],
     [np.array([(-1, -0.7), (1, -0.7), (1, 0.7), (-1, 0.7)], dtype=float)],

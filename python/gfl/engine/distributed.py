@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a training started by ``torchrun``; one process is the special case of it."""
+"""The processes of a training started by ``torchrun``; a single process is a special case."""
 
 from __future__ import annotations
 
@@ -14,25 +14,19 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the training.
+    """This process among those of the training."""
 
-    Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        device: where its share of the batch is computed.
-    """
-
-    rank: int
-    world: int
-    device: torch.device
+    rank: int  # its number, from 0
+    world: int  # how many there are
+    device: torch.device  # computes its share of the batch
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all the others are here."""
+        """Waits for all processes."""
         if self.world > 1:
             dist.barrier()
 
@@ -41,13 +35,10 @@ class Process:
 def processes(device: str | None = None) -> Iterator[Process]:
     """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
 
-    Args:
-        device: as for `torch.device`; None is the GPU of this process's local rank, or the CPU where there is none.
-
-    Raises:
-        ValueError: a device that torch does not know or this machine does not have.
+    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors.
     """
-    rank, world, local = (int(os.environ.get(name, given)) for name, given in _SINGLE.items())
+    single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in single.items())
     where = choose_device(device, local)
     joined = world > 1 and not dist.is_initialized()
     if joined:
@@ -57,9 +48,6 @@ def processes(device: str | None = None) -> Iterator[Process]:
     finally:
         if joined:
             dist.destroy_process_group()
-
-
-_SINGLE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:

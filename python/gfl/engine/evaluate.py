@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's average precision of a detector, or of detections that were made before, by pycocotools."""
+"""COCO's average precision of a detector, or of stored detections, by pycocotools."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import gfl_ops
 
 from ..config import Config
 from ..data.coco import Annotations, CocoDataset, read_annotations
-from ..data.loader import Batch, test_loader
+from ..data.loader import test_loader
 from ..data.transforms import normalise
 
-# In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes an image find.
+# In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -31,21 +31,19 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Detects in all images of a data set and compares with its annotations.
 
-    Where `torch.distributed` is initialised the images are dealt to its processes. They are put into batches before, so
-    the result is that of one process, and every process returns it. In an image that can't be decoded nothing is found;
-    ``dataset.problems`` counts it.
+    Where `torch.distributed` is initialised its processes share the batches, so the result is that of one process, and
+    every process returns it. An image that can't be decoded has no detections; ``dataset.problems`` counts it.
 
     Args:
-        model: a `gfl.models.gfl.GFL` or anything called alike, in any mode. It reads boxes as ``config.test`` says;
-            its mode and its own settings are afterwards as before.
-        dataset: of as many classes as the model.
+        model: a `gfl.models.gfl.GFL` or anything with its `forward`, in any mode. It detects by ``config.test``; its
+            own mode and settings are restored.
+        dataset: with as many classes as the model.
         config: sizes, batches and workers.
-        device: where the model is.
-        progress: show a bar, if the standard error is a terminal.
+        device: the model's.
+        progress: show a progress bar, if standard error is a terminal.
 
     Returns:
-        Metrics as `coco_metrics` gives them, and the detections in COCO's format: ``bbox`` (x, y, width, height) in
-        pixels of the image file; images in the data set's order, an image's detections the best first.
+        Metrics as `coco_metrics` gives them, and the detections as `to_results` does, in the data set's order.
 
     Raises:
         ValueError: the model has another number of classes; an image or annotation is broken (see `CocoDataset`).
@@ -58,11 +56,13 @@ def evaluate(
     loader = test_loader(dataset, config, rank, world)
     own: list[dict[str, Any]] = []
     with _testing(model, config), torch.no_grad():
-        for batch in tqdm(
-            loader, desc="evaluate", unit="batch", leave=False, disable=None if progress and rank == 0 else True
-        ):
+        hidden = None if progress and rank == 0 else True
+        for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
             if batch.image_ids:
-                own += to_results(_detect(model, batch, device), batch.image_ids, dataset.category_ids)
+                batch = batch.to(device)
+                images = normalise(batch.images, batch.image_sizes)
+                found = model(images, batch.image_sizes, batch.scale_factors)
+                own += to_results(found, batch.image_ids, dataset.category_ids)
 
     everything: list[Any] = [(own, dataset.unreadable)]
     if _distributed():
@@ -84,7 +84,7 @@ def coco_metrics(
     """The twelve figures of pycocotools for boxes, by the names of `METRICS`; NaN where there is no object to find.
 
     Args:
-        annotations: the file or what was read of it. Numbers are exactly pycocotools' for a file that it can read.
+        annotations: the file or what was read from it. Numbers are exactly pycocotools' for a file that it can read.
         detections: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``; may be empty.
         image_ids: the images that count; None: all of the annotations.
 
@@ -92,7 +92,10 @@ def coco_metrics(
         OSError, ValueError: as `read_annotations`; an image that the annotations don't know.
         RuntimeError: pycocotools is not installed.
     """
-    return _summary(coco_evaluation(annotations, detections, image_ids))
+    evaluation = coco_evaluation(annotations, detections, image_ids)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    return {name: _figure(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
 
 
 def class_metrics(
@@ -147,7 +150,7 @@ def to_results(
     detections: gfl_ops.Detections, image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
-    boxes, scores, labels, count = (tensor.tolist() for tensor in detections)
+    boxes, scores, labels, count = (tensor.tolist() for tensor in detections[:4])
     return [
         {
             "image_id": image_ids[row],
@@ -161,7 +164,7 @@ def to_results(
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """Metrics of `coco_metrics` in four lines of fewer than 80 columns, "–" where there is no object."""
+    """Metrics of `coco_metrics` in four lines of less than 80 columns, "–" where there is no object."""
     lines = []
     for names, keys in (
         (("AP", "AP50", "AP75", "small", "medium", "large"), METRICS[:6]),
@@ -172,7 +175,7 @@ def table(metrics: Mapping[str, float]) -> str:
 
 
 def class_table(metrics: Mapping[str, float]) -> str:
-    """Metrics of `class_metrics` in two columns of 80 together."""
+    """Metrics of `class_metrics` in two columns, 80 characters wide together."""
     cells = [f"  {_cut(name, 28):<28} {shown(value):>6}" for name, value in metrics.items()]
     half = -(-len(cells) // 2)
     return "\n".join("".join(cells[row::half]).rstrip() for row in range(half))
@@ -187,36 +190,26 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _summary(evaluation: Any) -> dict[str, float]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.summarize()
-    return {name: _figure(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-
-
 def _figure(value: Any) -> float:
-    # pycocotools says −1 where there is nothing to find, which averages and plots would take for a value.
+    # pycocotools gives −1 where there is nothing to find, which averages and plots would take for a value.
     return float(value) if value >= 0 else math.nan
 
 
-def _detect(model: nn.Module, batch: Batch, device: torch.device | str) -> gfl_ops.Detections:
-    batch = batch.to(device)
-    return model(normalise(batch.images, batch.image_sizes), batch.image_sizes, batch.scale_factors)
-
-
 @contextlib.contextmanager
-def _testing(model: nn.Module, config: Config) -> Iterator[None]:
+def _testing(model: Any, config: Config) -> Iterator[None]:
+    """The model in evaluation by ``config.test``, if it has such settings; afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
-    settings: Any = getattr(model, "test", None)
+    settings = getattr(model, "test", None)
     model.eval()
     if settings is not None:
-        setattr(model, "test", config.test)  # noqa: B010  # not every module has it
+        model.test = config.test
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
         if settings is not None:
-            setattr(model, "test", settings)  # noqa: B010
+            model.test = settings
 
 
 def _distributed() -> bool:
@@ -224,7 +217,7 @@ def _distributed() -> bool:
 
 
 def _once(compute: Any, rank: int) -> Any:
-    """What the first process computes, or its error, in all processes: none waits for one that has failed."""
+    """What the first process computes, or its error, in all processes, so that none waits for one that failed."""
     outcome: list[Any] = [None]
     if rank == 0:
         try:

@@ -2,45 +2,72 @@
 """A detector as a file that runs without this package's Python: ONNX, or a program of `torch.export`.
 
 The integral of equation 4 (arXiv 2006.04388) is a softmax and a product with the bins 0 … R. Both are fp32 whatever the
-rest is: a step of 8 bits in a sum over 16 bins is a sixteenth of a bin, 8 pixels at the stride 128, beside what the
-softmax loses. An ONNX file lists these nodes under the metadata key ``integral_nodes``: give them to a quantiser as
-those to leave alone (``nodes_to_exclude`` of onnxruntime's ``quantize_static``).
+rest is: a step of 8 bits in a sum over 16 bins is a sixteenth of a bin, 8 pixels at stride 128, on top of what the
+softmax loses. An ONNX file lists these nodes under the metadata key ``integral_nodes``: have a quantiser leave them
+alone (``nodes_to_exclude`` of onnxruntime's ``quantize_static``).
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gfl_ops.ops.head.atss import centres
+
+from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL
 
 MAPS, DECODED, DETECTIONS = "maps", "decoded", "detections"
 OUTPUTS = (MAPS, DECODED, DETECTIONS)
 OPSET = 18
-MAX_PAIRS = 2**24  # fp32 counts so far
+MAX_PAIRS = 2**24  # fp32 holds integers exactly up to here
 INTEGRAL_NODES = "integral_nodes"
+CANDIDATES = ("candidate_boxes", "candidate_scores", "candidate_labels")
+# NMS class by class of the candidates: a row of scores per class, 0 for boxes of other classes.
+NMS = """
+nms (float[1, k, 4] candidate_boxes, float[1, k] candidate_scores, int64[1, k] candidate_labels)
+    => (float[n, 4] boxes, float[n] scores, int64[n] labels)
+    <int64[1, {classes}, 1] every_class = {{{every_class}}}, float zero = {{0}}, int64[1] most = {{{most}}},
+     float[1] iou_threshold = {{{iou:.9g}}}, float[1] score_threshold = {{{score:.9g}}},
+     int64[1] axis_one = {{1}}, int64[1] axis_zero = {{0}}, int64[1] flat = {{-1}}, int64[1] box_column = {{2}}>
+{{
+    labels_row = Unsqueeze(candidate_labels, axis_one)
+    scores_row = Unsqueeze(candidate_scores, axis_one)
+    of_class = Equal(labels_row, every_class)
+    class_scores = Where(of_class, scores_row, zero)
+    selected = NonMaxSuppression<center_point_box = 0>(
+        candidate_boxes, class_scores, most, iou_threshold, score_threshold)
+    selected_column = Gather<axis = 1>(selected, box_column)
+    kept = Reshape(selected_column, flat)
+    all_boxes = Squeeze(candidate_boxes, axis_zero)
+    all_scores = Squeeze(candidate_scores, axis_zero)
+    all_labels = Squeeze(candidate_labels, axis_zero)
+    kept_scores = Gather<axis = 0>(all_scores, kept)
+    kept_count = Shape(kept)
+    count = Min(kept_count, most)
+    scores, best = TopK<axis = 0>(kept_scores, count)
+    chosen = Gather<axis = 0>(kept, best)
+    boxes = Gather<axis = 0>(all_boxes, chosen)
+    labels = Gather<axis = 0>(all_labels, chosen)
+}}
+"""
 
 
 class Exportable(nn.Module):
-    """A detector at one size of input, in plain operators: convolutions, norms, softmax, matmul.
+    """A detector at one (height, width) of input, in plain operators: convolutions, norms, softmax, matmul.
 
-    Args:
-        model: copied; its batch norms are folded.
-        size: (height, width) of the input.
-        outputs: "maps": class logits and distribution logits of each level; "decoded": `scores` ``[B, A, C]``,
-            probabilities, and `boxes` ``[B, A, 4]`` of all locations; "detections": the best pairs of location and
-            class of each level, `boxes` ``[B, K, 4]``, `scores` and `labels` ``[B, K]``, for an NMS to follow.
-        dtype: of the network; inputs and decoded outputs are fp32.
+    `outputs` are "maps": class logits and distribution logits of each level; "decoded": `boxes` ``[B, A, 4]`` and
+    `scores` ``[B, A, C]``, probabilities, of all locations; or "detections": the best pairs of location and class of
+    each level, `boxes` ``[B, K, 4]``, `scores` and `labels` ``[B, K]``, for an NMS to follow. `dtype` is the network's;
+    inputs and decoded outputs are fp32. The model is copied, and its batch norms are folded.
     """
-
-    bins: Tensor
-    limit: Tensor
 
     def __init__(self, model: GFL, size: tuple[int, int], outputs: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -49,20 +76,19 @@ class Exportable(nn.Module):
         network.bbox_head = copy.deepcopy(model.bbox_head).eval()
         network.dtype = dtype
         self.network = network.to(dtype)
-        self.config, self.test, self.outputs, self.size = model.config, model.test, outputs, size
-        points, strides = [], []
-        for stride in self.config.strides:
-            shift = (stride - 1) / 2 if self.config.legacy else self.config.center_offset * stride
-            y = torch.arange(-(-size[0] // stride)) * stride + shift
-            x = torch.arange(-(-size[1] // stride)) * stride + shift
-            points.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2).float())
-            strides.append(torch.full((len(points[-1]), 1), float(stride)))
-        for level, (point, cell) in enumerate(zip(points, strides)):
-            self.register_buffer(f"points{level}", point)
-            self.register_buffer(f"strides{level}", cell)
-        self.register_buffer("bins", torch.arange(self.config.reg_max + 1, dtype=torch.float32))
-        limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2) - float(self.config.legacy)
-        self.register_buffer("limit", limit)
+        config = self.config = model.config
+        self.test, self.outputs = model.test, outputs
+        device, offset = torch.device("cpu"), config.center_offset
+        cells = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in config.strides]
+        self.points = nn.Buffer(
+            torch.cat([centres(*c, s, offset, config.legacy, device) for c, s in zip(cells, config.strides)])
+        )
+        self.counts = [height * width for height, width in cells]
+        strides = torch.tensor(config.strides, dtype=torch.float32)
+        self.strides = nn.Buffer(strides.repeat_interleave(torch.tensor(self.counts))[:, None])
+        self.bins = nn.Buffer(torch.arange(config.reg_max + 1, dtype=torch.float32))
+        limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2) - float(config.legacy)
+        self.limit = nn.Buffer(limit)
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -70,33 +96,27 @@ class Exportable(nn.Module):
         cls_scores, reg_preds = self.network.predict_maps(images)
         if self.outputs == MAPS:
             return (*(x.float() for x in cls_scores), *(x.float() for x in reg_preds))
-        boxes = [self._boxes(reg, level) for level, reg in enumerate(reg_preds)]
-        scores = [x.float().flatten(2).transpose(1, 2).sigmoid() for x in cls_scores]
+        score = _rows(cls_scores).sigmoid()
+        side = _rows(reg_preds).unflatten(2, (4, self.config.reg_max + 1))
+        distance = torch.matmul(side.softmax(-1), self.bins) * self.strides
+        box = torch.cat([self.points - distance[..., :2], self.points + distance[..., 2:]], -1)
+        box = torch.minimum(box.clamp(min=0), self.limit)
         if self.outputs == DECODED:
-            return torch.cat(boxes, 1), torch.cat(scores, 1)
-        parts = [self._best(box, score) for box, score in zip(boxes, scores)]
-        box, score, label = (torch.cat(of_levels, 1) for of_levels in zip(*parts))
+            return box, score
+        levels = [self._best(box[:, a:b], score[:, a:b]) for a, b in pairwise((0, *accumulate(self.counts)))]
+        box, score, label = (torch.cat(of_levels, 1) for of_levels in zip(*levels))
         # Without width or height it is no candidate; the NMS leaves out scores of 0.
         sized = ((box[..., 2:] - box[..., :2]) > 0).all(-1)
         return box, score * sized, label
 
-    def _boxes(self, reg_pred: Tensor, level: int) -> Tensor:
-        """``[B, H·W, 4]`` xyxy, clipped to the input."""
-        # Not get_buffer, which torch 2.6 can't export.
-        point, stride = getattr(self, f"points{level}"), getattr(self, f"strides{level}")
-        side = reg_pred.float().flatten(2).transpose(1, 2).unflatten(2, (4, self.config.reg_max + 1))
-        distance = torch.matmul(side.softmax(-1), self.bins) * stride
-        box = torch.cat([point - distance[..., :2], point + distance[..., 2:]], -1)
-        return torch.minimum(box.clamp(min=0), self.limit)
-
     def _best(self, box: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of the `nms_pre` pairs of the highest scores."""
+        """Boxes, scores and labels of a level's `nms_pre` best pairs."""
         classes = score.shape[2]
         pairs = score.flatten(1)
         count = pairs.shape[1] if self.test.nms_pre <= 0 else min(self.test.nms_pre, pairs.shape[1])
         value, index = pairs.topk(count, 1)
         label = torch.remainder(index, classes)
-        # Exact, of multiples below 2²⁴; an integer division becomes a chain of operators in ONNX.
+        # Exact for multiples below 2²⁴; an integer division becomes a chain of operators in ONNX.
         location = ((index - label).float() / classes).long()
         return box.gather(1, location[..., None].expand(-1, -1, 4)), value, label
 
@@ -105,7 +125,12 @@ class Exportable(nn.Module):
         levels = range(len(self.config.strides))
         if self.outputs == MAPS:
             return [f"{kind}{level}" for kind in ("cls_scores", "reg_preds") for level in levels]
-        return ["boxes", "scores"] if self.outputs == DECODED else ["boxes", "scores", "labels"]
+        return ["boxes", "scores"] if self.outputs == DECODED else list(CANDIDATES)
+
+
+def _rows(maps: list[Tensor]) -> Tensor:
+    """fp32 ``[B, A, C]`` of levels ``[B, C, H, W]``."""
+    return torch.cat([x.float().flatten(2).transpose(1, 2) for x in maps], 1)
 
 
 def to_onnx(
@@ -144,7 +169,7 @@ def to_onnx(
         raise RuntimeError(f"ONNX needs onnx and onnxscript: pip install 'gfl-ops[export]' ({error})") from None
     _check(model, outputs, batch, size)
     whole = Exportable(model, size, outputs, dtype)
-    images = torch.zeros(2 if batch is None else batch, 3, *size)
+    images, shapes = _example(batch, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -155,7 +180,7 @@ def to_onnx(
             opset_version=OPSET,
             input_names=["images"],
             output_names=whole.names(),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch is None else None,
+            dynamic_shapes=shapes,
         )
     assert program is not None
     proto = program.model_proto
@@ -167,99 +192,62 @@ def to_onnx(
     onnx.save_model(proto, str(file))
 
 
+def _example(batch: int | None, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any] | None]:
+    """An input to trace with, and which of its dimensions are free."""
+    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch is None else None
+    return torch.zeros(2 if batch is None else batch, 3, *size), shapes
+
+
 def _check(model: GFL, outputs: str, batch: int | None, size: tuple[int, int]) -> None:
+    if outputs != DETECTIONS:
+        return
     stride = model.config.strides[0]
     pairs = -(-size[0] // stride) * -(-size[1] // stride) * model.config.num_classes
-    if outputs == DETECTIONS and pairs > MAX_PAIRS:
-        raise ValueError(f"gfl export: `detections` of at most 2^24 pairs of location and class a level, got {pairs}")
-    if outputs == DETECTIONS and batch != 1:
-        raise ValueError(f"gfl export: `detections` are of one image, got a batch of {batch or 'any size'}")
-    if outputs == DETECTIONS and model.config.topk_mode != "pair":
-        raise ValueError("gfl export: `detections` rank pairs of location and class; export `decoded` for `anchor`")
-    if outputs == DETECTIONS and model.test.score_threshold < 0:
-        raise ValueError("gfl export: `detections` need a `score_threshold` of 0 or more")
+    for refused, why in (
+        (pairs > MAX_PAIRS, f"of at most 2^24 pairs of location and class per level, got {pairs}"),
+        (batch != 1, f"are of one image, got a batch of {batch or 'any size'}"),
+        (model.config.topk_mode != "pair", "rank pairs of location and class; export `decoded` for `anchor`"),
+        (model.test.score_threshold < 0, "need a `score_threshold` of 0 or more"),
+    ):
+        if refused:
+            raise ValueError(f"gfl export: `detections` {why}")
 
 
 def _name_integral(proto: Any) -> list[str]:
-    """Names the softmax of each level's distributions and the product with the bins; returns the names."""
-    names: list[str] = []
+    """Names the softmax of the distributions and the product with the bins; returns the names."""
     softmax = {node.output[0]: node for node in proto.graph.node if node.op_type == "Softmax"}
-    for product in [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[0] in softmax]:
-        level = len(names) // 2
-        for node, kind in ((softmax[product.input[0]], "softmax"), (product, "matmul")):
-            node.name = f"integral_{kind}_{level}"
-            names.append(node.name)
-    return names
+    products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[0] in softmax]
+    for number, product in enumerate(products):
+        softmax[product.input[0]].name, product.name = f"integral_softmax_{number}", f"integral_matmul_{number}"
+    return [node.name for product in products for node in (softmax[product.input[0]], product)]
 
 
 def _append_nms(proto: Any, model: GFL) -> None:
-    """NMS class by class of the outputs boxes, scores and labels, which are replaced by what it keeps."""
-    from onnx import TensorProto, helper
+    """Replaces the candidates by what `NMS` keeps of them."""
+    from onnx import parser
 
-    graph, test = proto.graph, model.test
-    renamed = {name: f"candidate_{name}" for name in ("boxes", "scores", "labels")}
-    for node in graph.node:
-        for values in (node.input, node.output):
-            for place, name in enumerate(values):
-                values[place] = renamed.get(name, name)
-    for info in graph.value_info:
-        info.name = renamed.get(info.name, info.name)
-
-    def constant(name: str, value: Any, kind: int, shape: list[int]) -> str:
-        graph.initializer.append(helper.make_tensor(name, kind, shape, value))
-        return name
-
-    classes = model.config.num_classes
-    INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
-    every = constant("every_class", list(range(classes)), INT, [1, classes, 1])
-    zero = constant("zero", [0.0], FLOAT, [])
-    most = constant("max_detections", [test.max_detections], INT, [1])
-    iou = constant("iou_threshold", [test.iou_threshold], FLOAT, [1])
-    threshold = constant("score_threshold", [test.score_threshold], FLOAT, [1])
-    one = constant("axis_one", [1], INT, [1])
-    first = constant("axis_zero", [0], INT, [1])
-    flat = constant("flat", [-1], INT, [1])
-    column = constant("box_column", [2], INT, [1])
-    node = helper.make_node
-    graph.node.extend(
-        [
-            # A row of scores for each class, 0 for boxes of other classes.
-            node("Unsqueeze", ["candidate_labels", one], ["labels_row"]),
-            node("Unsqueeze", ["candidate_scores", one], ["scores_row"]),
-            node("Equal", ["labels_row", every], ["of_class"]),
-            node("Where", ["of_class", "scores_row", zero], ["class_scores"]),
-            node(
-                "NonMaxSuppression",
-                ["candidate_boxes", "class_scores", most, iou, threshold],
-                ["selected"],
-                name="nms",
-                center_point_box=0,
-            ),
-            node("Gather", ["selected", column], ["selected_column"], axis=1),
-            node("Reshape", ["selected_column", flat], ["kept"]),
-            node("Squeeze", ["candidate_boxes", first], ["all_boxes"]),
-            node("Squeeze", ["candidate_scores", first], ["all_scores"]),
-            node("Squeeze", ["candidate_labels", first], ["all_labels"]),
-            node("Gather", ["all_scores", "kept"], ["kept_scores"], axis=0),
-            node("Shape", ["kept"], ["kept_count"]),
-            node("Min", ["kept_count", most], ["count"]),
-            node("TopK", ["kept_scores", "count"], ["scores", "best"], axis=0),
-            node("Gather", ["kept", "best"], ["chosen"], axis=0),
-            node("Gather", ["all_boxes", "chosen"], ["boxes"], axis=0),
-            node("Gather", ["all_labels", "chosen"], ["labels"], axis=0),
-        ]
+    classes, test = model.config.num_classes, model.test
+    nms = parser.parse_graph(
+        NMS.format(
+            classes=classes,
+            every_class=", ".join(map(str, range(classes))),
+            most=test.max_detections,
+            iou=test.iou_threshold,
+            score=test.score_threshold,
+        )
     )
-    del graph.output[:]
-    for name, kind, width in (("boxes", FLOAT, [4]), ("scores", FLOAT, []), ("labels", INT, [])):
-        graph.output.append(helper.make_tensor_value_info(name, kind, ["n", *width]))
+    for node in nms.node:
+        node.name = f"nms_{node.output[0]}"
+    proto.graph.node.extend(nms.node)
+    proto.graph.initializer.extend(nms.initializer)
+    del proto.graph.output[:]
+    proto.graph.output.extend(nms.output)
 
 
 def _describe(
     proto: Any, model: GFL, size: tuple[int, int], outputs: str, integral: list[str], classes: list[str] | None
 ) -> None:
     from onnx import helper
-
-    from ..data.transforms import MEAN, STD
 
     del proto.metadata_props[:]
     values = {
@@ -289,21 +277,18 @@ def to_torch(
     """Writes a detector as a program of `torch.export`, or compiled by AOTInductor.
 
     ``torch.export.load(file).module()`` runs the first, ``torch._inductor.aoti_load_package(file)`` the second, which
-    C++ loads too; neither needs this package. Inputs and outputs as for `to_onnx`, but "detections" are the candidates
-    before NMS.
+    C++ loads too; neither needs this package. Arguments, inputs and outputs as for `to_onnx`, but "detections" are the
+    candidates before NMS.
 
     Args:
-        model, file, size, outputs, dtype: as for `to_onnx`.
-        batch: images at a time; None: any number.
         compiled: by AOTInductor, for this machine's kind of CPU or GPU; needs a C++ compiler.
         device: that the program runs on.
     """
     whole = Exportable(model, size, outputs, dtype).to(device)
-    images = torch.zeros(2 if batch is None else batch, 3, *size, device=device)
-    shapes = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}} if batch is None else None
+    images, shapes = _example(batch, size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(whole, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(whole, (images.to(device),), dynamic_shapes=shapes)
         if compiled:
             torch._inductor.aoti_compile_and_package(program, package_path=str(file))
         else:

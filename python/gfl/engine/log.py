@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training writes down: lines of text, a row of figures every few steps (CSV and TensorBoard), evaluations."""
+"""A training's log: lines of text, a row of figures every few steps (CSV and TensorBoard), evaluations."""
 
 from __future__ import annotations
 
@@ -18,16 +18,10 @@ EVALUATIONS = "evaluations.csv"
 
 
 class RunLog:
-    """The log of one training in its folder; a process that is not the main one writes nothing.
+    """The log of one training in its folder, created if missing; only an active process writes.
 
-    Rows are bound to steps: going on from step n drops what was written after n, so that the tables of a training
-    that was killed and resumed read as those of one that was not.
-
-    Args:
-        folder: of the training, made where it is not there.
-        step: after which the training goes on.
-        evaluated: step of the last evaluation that it knows of.
-        active: whether this process writes.
+    Resuming after `step`, with the last evaluation at `evaluated`, drops what was written later, so that the tables of
+    a training that was killed and resumed read like those of one that was not.
     """
 
     def __init__(self, folder: Path, step: int = 0, evaluated: int = 0, active: bool = True) -> None:
@@ -55,7 +49,7 @@ class RunLog:
             file.write(text + "\n")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of the steps up to and with `step`."""
+        """Figures of the steps up to and including `step`."""
         self._write(STEPS, "train", step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
@@ -82,7 +76,7 @@ class RunLog:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drops the rows of a table that lie after `step`, and a last row that a kill left unfinished."""
+    """Drops a table's rows after `step`, and a last row left unfinished by a kill."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:

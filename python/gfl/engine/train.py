@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training: batches through the model, steps of the optimiser, checkpoints, evaluations."""
+"""Training: batches through the model, optimizer steps, checkpoints, evaluations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .. import backbone_weights, checkpoint, models
-from ..config import Config
+from ..config import Config, TrainConfig
 from ..data.coco import CocoDataset
 from ..data.loader import Batch, training_dataset, training_loader, validation_dataset
 from .distributed import Process, processes
@@ -32,31 +32,32 @@ from .step import LOSSES, Step, on_device
 LAST = "last.pt"
 BEST = "best.pt"
 CONFIG = "config.json"
-# An optimiser's choice of kernels, not what it computes.
-HOW = ("fused", "foreach")
-# What decides which images are in which step: a training that goes on can't change it.
-FIXED = ("batch_size", "seed", "keep_empty")
+# Which of its kernels an optimizer uses, not what it computes.
+OPTIMIZER_IMPL_KEYS = ("fused", "foreach", "capturable")
+# What decides which images are in which step: a resumed training can't change it.
+RESUME_LOCKED = {"batch_size": "train", "seed": "train", "keep_empty": "data"}
 
 
 def train(
     config: Config, out: str | Path, *, resume: bool = False, device: str | None = None, progress: bool | None = None
 ) -> dict[str, float]:
-    """Trains a detector, or goes on with a training, and evaluates it.
+    """Trains a detector, or resumes a training, and evaluates it.
 
-    In the folder `out`: ``last.pt``, from which `resume` goes on; ``best.pt``, the weights of the highest AP;
-    ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, where the package tensorboard is
-    installed, its files. A training that is killed at any moment and resumed ends with the weights of one that was
-    not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads that
-    torch used, which is set again.
+    The folder `out` gets ``last.pt``, which `resume` starts from; ``best.pt``, the weights of the highest AP;
+    ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, if the package tensorboard is installed, its
+    files. A training that is killed at any moment and resumed ends with the weights of one that was not, bit for bit on
+    a CPU: a checkpoint holds the position among the batches, and the number of threads that torch used, which is set
+    again.
 
-    Started by ``torchrun``, the processes share each batch, and their losses are one process's with the whole batch;
-    but batch norms that are trained see their process's part, and the box losses' normaliser is at least 1 a process.
+    Started by ``torchrun``, the processes share each batch, and their losses are those of one process with the whole
+    batch; but batch norms that are trained see their process's share, and the box losses' normaliser is at least 1 per
+    process.
 
     Args:
         config: detector, data and training; the number of classes is the data's. With `resume` the network is the
             checkpoint's.
-        out: folder of the training, made where it is not there.
-        resume: go on with the training in `out`; what decides the batches may not have changed.
+        out: folder of the training, created if missing.
+        resume: continue the training in `out`; what decides the batches may not have changed.
         device: as for `torch.device`; None: a GPU if there is one.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -65,8 +66,8 @@ def train(
 
     Raises:
         ValueError: an argument or file that can't be used; `out` holds a training and `resume` is not given.
-        RuntimeError: the loss is no longer finite. The last checkpoint is from before.
-        OSError: a file can't be read or written. The last checkpoint that was whole stays.
+        RuntimeError: the loss is no longer finite; the last checkpoint is from before.
+        OSError: a file can't be read or written; the last whole checkpoint stays.
     """
     with processes(device) as process:
         training = Training(config, Path(out), process, resume, progress)
@@ -78,23 +79,14 @@ def train(
 
 @dataclass
 class Position:
-    """Where a training stands, between two steps.
+    """Where a training stands, between two steps."""
 
-    Attributes:
-        epoch: epochs that are complete.
-        batch: batches of the next one that are done.
-        step: steps in all.
-        evaluated: epochs after which the last evaluation was.
-        best: the highest AP.
-        metrics: of the last evaluation.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    evaluated: int = 0
-    best: float = -1.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done of the next epoch
+    step: int = 0  # steps in total
+    evaluated: int = 0  # epochs completed at the last evaluation
+    best: float = -1.0  # the highest AP
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
 
 class Training:
@@ -106,35 +98,35 @@ class Training:
         self.progress = progress
         saved = self._saved(resume)
         settings = config.train
-        _check(config)
+        _check(settings)
         self.data = training_dataset(config)
         self.validation = validation_dataset(config) if config.data.val_annotations else None
-        if self.validation is not None and self.validation.classes != self.data.classes:
+        notes, classes = [], self.data.classes
+        if self.validation is not None and self.validation.classes != classes:
             raise ValueError(
                 f"gfl: the classes of {config.data.val_annotations} are {', '.join(self.validation.classes)}; those of "
-                f"{config.data.train_annotations} are {', '.join(self.data.classes)}"
+                f"{config.data.train_annotations} are {', '.join(classes)}"
             )
-        notes = []
-        if config.model.num_classes != len(self.data.classes):
-            config = config.replace(num_classes=len(self.data.classes))
-            notes.append(f"{len(self.data.classes)} classes, as the data has them: {', '.join(self.data.classes)}")
+        if config.model.num_classes != len(classes):
+            config = config.replace(num_classes=len(classes))
+            notes.append(f"{len(classes)} classes, as the data has them: {', '.join(classes)}")
         torch.manual_seed(settings.seed)
         if saved is None:
             model = models.build(config.model, config.test)
             notes += _initial_weights(model, config)
         else:
             before = Config.from_dict(saved["meta"]["config"])
-            if saved["meta"]["classes"] != self.data.classes:
+            if saved["meta"]["classes"] != classes:
                 raise ValueError(
                     f"{out / LAST} was trained on the classes {', '.join(saved['meta']['classes'])}; "
-                    f"{config.data.train_annotations} has {', '.join(self.data.classes)}"
+                    f"{config.data.train_annotations} has {', '.join(classes)}"
                 )
             model = models.build(before.model, config.test)
         self.config = config = dataclasses.replace(config, model=model.config)
         self.model = model.to(process.device)
         self.model.backbone.fold_norms(settings.fold_norms)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        # What computes the losses: the model, or what wraps it for several processes.
+        # Computes the losses: the model, or what wraps it for several processes.
         self.network: nn.Module = self.model
         if process.world > 1:
             ids = [process.device.index] if process.device.type == "cuda" else None
@@ -145,17 +137,14 @@ class Training:
         self.loader = training_loader(self.data, config, 0, 0, process.rank, process.world)
         self.steps_per_epoch = len(self.loader)
         self.position = Position()
-        # Steps that the sums of the losses are over, since the last row of the log.
+        # Steps since the last row of the log, whose losses `step.sums` holds.
         self.summed = 0
-        if saved is not None:
-            notes += self._restore(saved, before)
+        notes += self._restore(saved, before) if saved is not None else self._describe()
         self.log = RunLog(out, self.position.step, self.position.evaluated * self.steps_per_epoch, active=process.main)
         for line in notes:
             self.log.say(line)
-        if saved is None:
-            self._say_what_is_trained()
-            if process.main:
-                config.save(out / CONFIG)
+        if saved is None and process.main:
+            config.save(out / CONFIG)
 
     def run(self) -> dict[str, float]:
         """The rest of the training."""
@@ -163,7 +152,7 @@ class Training:
         epochs = self.config.train.epochs
         with _stop_signals(self.process) as stopped:
             while True:
-                if self.validation is not None and self._due():
+                if self.validation is not None and self._evaluation_due():
                     self._evaluate(self.validation)
                 if at.epoch >= epochs:
                     return at.metrics
@@ -173,15 +162,10 @@ class Training:
         at, settings = self.position, self.config.train
         self.network.train()
         self._started, self._images = time.perf_counter(), 0
-        bar = tqdm(
-            on_device(self.loader.at(at.epoch, at.batch), self.process.device),
-            desc=f"epoch {at.epoch + 1}/{settings.epochs}",
-            total=self.steps_per_epoch,
-            initial=at.batch,
-            unit="step",
-            leave=False,
-            disable=not self.process.main or (None if self.progress is None else not self.progress),
-        )
+        batches = on_device(self.loader.at(at.epoch, at.batch), self.process.device)
+        hidden = not self.process.main or (None if self.progress is None else not self.progress)
+        title, total = f"epoch {at.epoch + 1}/{settings.epochs}", self.steps_per_epoch
+        bar = tqdm(batches, title, total, initial=at.batch, unit="step", leave=False, disable=hidden)
         for batch in bar:
             self._step(batch)
             if at.step % settings.log_steps == 0:
@@ -192,7 +176,7 @@ class Training:
             if last or stopped.is_set() or (settings.checkpoint_steps and at.batch % settings.checkpoint_steps == 0):
                 self._save()
             if stopped.is_set():
-                self.log.say(f"stopped after step {at.step}; {self.out / LAST} is of there")
+                self.log.say(f"stopped after step {at.step}, saved in {self.out / LAST}")
                 raise KeyboardInterrupt
 
     def _step(self, batch: Batch) -> None:
@@ -204,7 +188,7 @@ class Training:
         at.step += 1
 
     def _write_row(self) -> str:
-        """Mean losses since the last row, into the log; returns them in short."""
+        """Logs the mean losses since the last row and returns them for the progress bar."""
         at = self.position
         sums = self.step.sums.clone()
         if self.process.world > 1:
@@ -213,9 +197,14 @@ class Training:
         self._check_finite(sum(means))
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
-        row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
-        row |= dict(zip(LOSSES, means)) | {"images_per_second": self._images / seconds}
-        row["unreadable_images"] = len(self.data.unreadable)
+        row = {
+            "epoch": (at.step - 1) // self.steps_per_epoch + 1,
+            "lr": rate,
+            "loss": sum(means),
+            **dict(zip(LOSSES, means)),
+            "images_per_second": self._images / seconds,
+            "unreadable_images": len(self.data.unreadable),
+        }
         self.log.row(at.step, row)
         self.step.sums.zero_()
         self.summed = self._images = 0
@@ -228,23 +217,20 @@ class Training:
                 "A smaller `lr`, a longer `warmup_steps` or `clip_grad_norm` may help"
             )
 
-    def _due(self) -> bool:
+    def _evaluation_due(self) -> bool:
         at, settings = self.position, self.config.train
         if at.batch or at.evaluated == at.epoch:
             return False
         return at.epoch >= settings.epochs or bool(settings.eval_every and at.epoch % settings.eval_every == 0)
 
     def _evaluate(self, validation: CocoDataset) -> None:
-        at = self.position
-        started = time.perf_counter()
-        metrics, _ = evaluate(
-            self.model, validation, self.config, self.process.device, progress=self.progress is not False
-        )
+        at, started = self.position, time.perf_counter()
+        shown = self.progress is not False
+        metrics, _ = evaluate(self.model, validation, self.config, self.process.device, progress=shown)
         at.metrics, at.evaluated = metrics, at.epoch
-        seconds = time.perf_counter() - started
-        self.log.evaluation(at.step, {"epoch": at.epoch, **metrics, "seconds": seconds})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
-        self.log.say(f"epoch {at.epoch}/{self.config.train.epochs}: {shown}")
+        self.log.evaluation(at.step, {"epoch": at.epoch, **metrics, "seconds": time.perf_counter() - started})
+        figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
+        self.log.say(f"epoch {at.epoch}/{self.config.train.epochs}: {figures}")
         if metrics["AP"] > at.best:
             at.best = metrics["AP"]
             if self.process.main:
@@ -260,7 +246,7 @@ class Training:
             content = {
                 "meta": self._meta(),
                 "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": _optimizer_state(self.optimizer),
                 "training": {
                     "position": dict(vars(self.position)),
                     "images": len(self.data),
@@ -275,19 +261,17 @@ class Training:
         self.process.wait()
 
     def _saved(self, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to go on from; None for a fresh training."""
-        there = (self.out / LAST).exists() or (self.out / CONFIG).exists()
-        # All have looked before one writes.
-        self.process.wait()
-        if not resume:
-            if there:
-                raise ValueError(f"{self.out} holds a training: resume it, or choose another folder for this one")
-            return None
-        if not there:
-            raise ValueError(f"{self.out} holds no training to resume: neither {LAST} nor {CONFIG} is there")
-        # Killed before its first checkpoint: it starts again.
+        """The checkpoint to resume from; None for a new training."""
         path = self.out / LAST
-        if not path.exists():
+        exists, begun = path.exists(), path.exists() or (self.out / CONFIG).exists()
+        # Every process has looked before one writes.
+        self.process.wait()
+        if begun and not resume:
+            raise ValueError(f"{self.out} holds a training: resume it, or choose another folder for this one")
+        if resume and not begun:
+            raise ValueError(f"{self.out} holds no training to resume: neither {LAST} nor {CONFIG} is there")
+        # A training killed before its first checkpoint starts again.
+        if not exists:
             return None
         saved = checkpoint.read(path)
         if "training" not in saved or "optimizer" not in saved:
@@ -295,10 +279,8 @@ class Training:
         return saved
 
     def _restore(self, saved: dict[str, Any], before: Config) -> list[str]:
-        path = self.out / LAST
-        state = saved["training"]
-        for name in FIXED:
-            section = "data" if name == "keep_empty" else "train"
+        path, state = self.out / LAST, saved["training"]
+        for name, section in RESUME_LOCKED.items():
             now, then = getattr(getattr(self.config, section), name), getattr(getattr(before, section), name)
             if now != then:
                 raise ValueError(f"`{name}` was {then} when {path} was written; a training can't go on with {now}")
@@ -307,8 +289,9 @@ class Training:
                 f"{path} was trained on {state['images']} images, the data has {len(self.data)}: it can't go on there"
             )
         checkpoint.load_weights(self.model, saved["state_dict"])
-        # How this training computes its steps is this training's; the state is the saved one's.
-        own = [{key: group[key] for key in ("lr", *HOW) if key in group} for group in self.optimizer.param_groups]
+        # The choice of kernels, and a rate that a graph reads, stay this optimizer's own.
+        keys = ("lr", *OPTIMIZER_IMPL_KEYS)
+        own = [{key: group[key] for key in keys if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, values in zip(self.optimizer.param_groups, own, strict=True):
             group.update(values)
@@ -317,7 +300,7 @@ class Training:
         self.step.sums.copy_(state["sums"])
         self.summed = state["summed"]
         self.position = Position(**state["position"])
-        notes = [f"going on after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
+        notes = [f"resuming after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
         if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
             notes.append(
                 f"{state['threads']} threads, as before, for the same results: torch had {torch.get_num_threads()}"
@@ -325,27 +308,26 @@ class Training:
             torch.set_num_threads(state["threads"])
         return notes
 
-    def _say_what_is_trained(self) -> None:
+    def _describe(self) -> list[str]:
+        """What a new training says of its data and its length."""
         data, settings = self.data, self.config.train
-        self.log.say(
+        lines = [
             f"{len(data)} images, {len(data.classes)} classes; {settings.epochs} epochs of {self.steps_per_epoch} "
             f"steps of {settings.batch_size} images on {self.process.world} × {self.process.device.type}"
-        )
-        for what, count in data.problems.items():
-            self.log.say(f"training data: {count} {what}")
-        if self.validation is not None:
-            for what, count in self.validation.problems.items():
-                self.log.say(f"validation data: {count} {what}")
+        ]
+        for kind, dataset in (("training", data), ("validation", self.validation)):
+            if dataset is not None:
+                lines += [f"{kind} data: {count} {what}" for what, count in dataset.problems.items()]
+        return lines
 
 
-def _check(config: Config) -> None:
-    train = config.train
+def _check(settings: TrainConfig) -> None:
     for name in ("epochs", "lr", "log_steps"):
-        if getattr(train, name) <= 0:
-            raise ValueError(f"gfl: `{name}` must be positive, got {getattr(train, name)}")
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"gfl: `{name}` must be positive, got {getattr(settings, name)}")
     for name in ("warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
-        if getattr(train, name) < 0:
-            raise ValueError(f"gfl: `{name}` must not be negative, got {getattr(train, name)}")
+        if getattr(settings, name) < 0:
+            raise ValueError(f"gfl: `{name}` must not be negative, got {getattr(settings, name)}")
 
 
 def _initial_weights(model: models.GFL, config: Config) -> list[str]:
@@ -356,7 +338,7 @@ def _initial_weights(model: models.GFL, config: Config) -> list[str]:
     if not settings.backbone_weights:
         raise ValueError(
             "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "
-            "train from nothing (all of the backbone, its norms too)"
+            "train from scratch (all of the backbone, its norms too)"
         )
     return backbone_weights.load(model.backbone, settings.backbone_weights)
 
@@ -364,26 +346,26 @@ def _initial_weights(model: models.GFL, config: Config) -> list[str]:
 def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     settings = config.train
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # All weights by a few kernels, or by one walk each on the CPU.
-    rest: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.graph and device.type == "cuda":
-        # A rate that a graph reads when it runs.
-        rest["lr"] = torch.tensor(settings.lr, device=device)
+    graph = settings.graph and device.type == "cuda"
+    # Fused: a few kernels for all weights, and on the CPU one pass over each. A graph reads its rate from a tensor.
+    rate: Any = torch.tensor(settings.lr, device=device) if graph else settings.lr
+    rest: dict[str, Any] = {"lr": rate, "weight_decay": settings.weight_decay, "fused": True}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), **rest)
+        return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), capturable=graph, **rest)
     return torch.optim.SGD(parameters, momentum=settings.momentum, **rest)
 
 
-def _plain_rates(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state whose rates are numbers, whatever a graph needs."""
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state with learning rates as plain numbers, so that a checkpoint is the same with a graph."""
+    state = optimizer.state_dict()
     return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
 
 
 @contextmanager
 def _stop_signals(process: Process) -> Iterator[threading.Event]:
-    """Makes SIGINT and SIGTERM wait for the end of a step and a checkpoint there; the event is set when one came.
+    """Makes SIGINT and SIGTERM wait for the end of the step and a checkpoint; the event is set when one came.
 
-    Several processes would stop at different steps and wait for each other for ever: there the signals end them at
+    Several processes would stop at different steps and wait for each other forever: there the signals end them at
     once, and the last checkpoint is what is left.
     """
     stopped = threading.Event()

@@ -29,7 +29,7 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
             version 2 (arXiv 2011.12885), whose scores are class times quality; gfl_r18_1x or gfl_tiny for small work;
             or a JSON file with a configuration.
         num_classes: C, without a background.
-        fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, in place of the preset's.
+        fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, instead of the preset's.
 
     Raises:
         ValueError: no such preset or field, or a value that a field does not take.
@@ -40,59 +40,47 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
 
 
 def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
-    """A detector with random weights.
-
-    Args:
-        config: of the network.
-        test: how boxes are read off its maps; the paper's way by default.
+    """A detector with random weights; by default boxes are read from its maps as in the paper.
 
     Raises:
-        ValueError: a field with a value that makes no network, named.
+        ValueError: a field has a value that makes no network; it is named.
         RuntimeError: a timm backbone where timm is not installed.
     """
     _check(config)
     if config.backbone.startswith(TIMM):
         backbone: Backbone = TimmBackbone(config.backbone[len(TIMM) :], config.frozen_stages, config.norm_eval)
     else:
-        architecture = ARCHITECTURES[config.backbone]
-        backbone = ResNet(
-            architecture, config.width, config.dcn, config.dcn_stages, config.frozen_stages, config.norm_eval
-        )
+        backbone = ResNet(ARCHITECTURES[config.backbone], config)
     return GFL(backbone, config, test)
 
 
 def _check(config: ModelConfig) -> None:
-    for name in ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk"):
-        _require(config, name, getattr(config, name) >= 1, "must be >= 1")
-    _require(config, "head_convs", config.head_convs >= 0, "must be >= 0")
-    _require(config, "anchor_scale", config.anchor_scale > 0, "must be > 0")
-    _require(config, "beta", config.beta >= 0, "must be >= 0")
-    _require(config, "reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]")
-    enough = config.reg_max + 1 >= PEAKS or not config.quality_branch
-    _require(config, "quality_branch", enough, f"needs a `reg_max` of {PEAKS - 1} or more")
-    _require(config, "frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]")
-    divides = config.head_channels % config.head_groups == 0
-    _require(config, "head_groups", divides, f"must divide `head_channels`, {config.head_channels}")
+    timm = config.backbone.startswith(TIMM)
+    architecture = ARCHITECTURES.get(config.backbone)
     levels = len(config.strides)
     doubling = tuple(STRIDES[0] * 2**i for i in range(levels))
-    rule = f"must be 8, 16, 32 and so on, each twice the last, 3 to {MAX_LEVELS} of them"
-    _require(config, "strides", 3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling, rule)
-    _require(config, "dcn_stages", set(config.dcn_stages) <= {2, 3, 4, 5}, "must be among 2, 3, 4, 5")
-    if config.backbone.startswith(TIMM):
-        _require(config, "dcn", config.dcn is None, "is for resnet50, resnet101 and resnext101_32x4d")
-        return
-    known = ", ".join(ARCHITECTURES)
-    _require(config, "backbone", config.backbone in ARCHITECTURES, f"must be one of {known}, or timm:NAME")
-    architecture = ARCHITECTURES[config.backbone]
-    _require(
-        config, "dcn", config.dcn is None or architecture.bottleneck, "is for resnet50, resnet101 and resnext101_32x4d"
-    )
-    # 32 groups of 4·width/64 channels.
-    _require(
-        config, "width", architecture.groups == 1 or config.width % 16 == 0, f"must be in 16s for {config.backbone}"
-    )
-
-
-def _require(config: ModelConfig, name: str, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"gfl.ModelConfig: `{name}` {rule}, got {getattr(config, name)!r}")
+    deformable = architecture is not None and architecture.bottleneck
+    grouped = architecture is not None and architecture.groups > 1
+    positive = ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk")
+    rules = [(name, getattr(config, name) >= 1, "must be >= 1") for name in positive]
+    quality = config.reg_max + 1 >= PEAKS or not config.quality_branch
+    divides = config.head_groups > 0 and config.head_channels % config.head_groups == 0
+    strides = 3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling
+    rules += [
+        ("head_convs", config.head_convs >= 0, "must be >= 0"),
+        ("anchor_scale", config.anchor_scale > 0, "must be > 0"),
+        ("beta", config.beta >= 0, "must be >= 0"),
+        ("reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]"),
+        ("quality_branch", quality, f"needs a `reg_max` of {PEAKS - 1} or more"),
+        ("frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]"),
+        ("head_groups", divides, f"must divide `head_channels`, {config.head_channels}"),
+        ("strides", strides, f"must be 8, 16, 32 and so on, each twice the last, 3 to {MAX_LEVELS} of them"),
+        ("dcn_stages", set(config.dcn_stages) <= {2, 3, 4, 5}, "must be among 2, 3, 4, 5"),
+        ("backbone", timm or architecture is not None, f"must be one of {', '.join(ARCHITECTURES)}, or timm:NAME"),
+        ("dcn", config.dcn is None or deformable, "is for resnet50, resnet101 and resnext101_32x4d"),
+        # ResNeXt's 32 groups of 4·width/64 channels.
+        ("width", not grouped or config.width % 16 == 0, f"must be in 16s for {config.backbone}"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"gfl.ModelConfig: `{name}` {rule}, got {getattr(config, name)!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a detector is given, and its form on the device; nothing here waits for a device."""
+"""Checks and conversions of a detector's inputs; nothing here waits for a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_images(function: str, images: Tensor) -> None:
-    """`images` is a floating ``[B, 3, H, W]`` without a size of 0."""
+    """Raises unless `images` is a floating ``[B, 3, H, W]``, none of them 0."""
     what = f"gfl.GFL.{function}: `images`"
     if not isinstance(images, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(images).__name__}")
@@ -28,7 +28,7 @@ def sizes(function: str, images: Tensor, image_sizes: Tensor | Sequence[Sequence
     check_images(function, images)
     height, width = images.shape[2:]
     if image_sizes is None:
-        # Filled there, not copied there: a copy from the host would wait.
+        # Filled on the device: a copy from the host would wait.
         whole = torch.empty(images.shape[0], 2, device=images.device)
         whole[:, 0], whole[:, 1] = height, width
         return whole
@@ -65,17 +65,15 @@ def padded_targets(targets: Sequence[Mapping[str, Tensor]], images: Tensor, num_
     """fp32 boxes ``[B, G, 4]`` and int64 labels ``[B, G]`` on the images' device; padding has label −1, G is >= 1."""
     what = "gfl.GFL.loss: `targets`"
     if not isinstance(targets, Sequence):
-        raise TypeError(f"{what} must be a list with one dictionary an image, got {type(targets).__name__}")
+        raise TypeError(f"{what} must be a list with one dictionary per image, got {type(targets).__name__}")
     if len(targets) != images.shape[0]:
-        raise ValueError(f"{what} must hold one dictionary an image, {images.shape[0]}, got {len(targets)}")
-    found = [_target(f"{what}[{i}]", target, num_classes) for i, target in enumerate(targets)]
-    # One slot at least: an operator's shapes stay clear of 0 in a batch without objects.
-    slots = max(1, *(len(labels) for _, labels in found))
-    longest = found[0][0].new_zeros(slots, 4), found[0][1].new_zeros(slots)
-    boxes, labels = (list(parts) for parts in zip(*found, longest))
+        raise ValueError(f"{what} must hold one dictionary per image, {images.shape[0]}, got {len(targets)}")
+    boxes, labels = zip(*(_target(f"{what}[{i}]", target, num_classes) for i, target in enumerate(targets)))
+    # At least one slot, so that no operator gets a dimension of 0.
+    one = boxes[0].new_zeros(1, 4), labels[0].new_zeros(1)
     return (
-        pad_sequence(boxes, batch_first=True)[:-1].to(images.device, non_blocking=True),
-        pad_sequence(labels, batch_first=True, padding_value=-1)[:-1].to(images.device, non_blocking=True),
+        pad_sequence([*boxes, one[0]], batch_first=True)[:-1].to(images.device, non_blocking=True),
+        pad_sequence([*labels, one[1]], batch_first=True, padding_value=-1)[:-1].to(images.device, non_blocking=True),
     )
 
 
@@ -96,7 +94,8 @@ def _target(what: str, target: Mapping[str, Tensor], num_classes: int) -> tuple[
         raise TypeError(f"{what}: `labels` must be integers, got {labels.dtype}")
     if boxes.dtype not in INTEGER and not boxes.is_floating_point():
         raise TypeError(f"{what}: `boxes` must hold numbers, got {boxes.dtype}")
-    if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= num_classes)).any()):
+    if labels.device.type == "cpu":
         wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
-        raise ValueError(f"{what}: `labels` must be in [0, {num_classes}), got {wrong}")
+        if wrong:
+            raise ValueError(f"{what}: `labels` must be in [0, {num_classes}), got {wrong}")
     return boxes.float(), labels.long()

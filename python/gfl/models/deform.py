@@ -16,15 +16,10 @@ class DeformConv2d(nn.Module):
 
     .. math:: y(p) = \sum_{k=1}^{9} w_k \, x(p + p_k + \Delta p_k) \, \Delta m_k, \qquad \Delta m_k = 1 \text{ in v1}
 
-    x being interpolated bilinearly, 0 outside of the map. A plain convolution beside it, `conv_offset`, gives the
-    offsets, 18 channels (y, x) tap by tap, and in version 2 nine more, whose sigmoids are the weights.
+    where x is interpolated bilinearly, 0 outside of the map. A plain convolution, `conv_offset`, predicts the offsets,
+    18 channels (y, x) tap by tap, and in version 2 nine more, whose sigmoids are the weights.
 
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        stride: of both convolutions.
-        groups: of the convolution; all of them share the offsets.
-        modulated: version 2.
+    It has the given stride and groups, which share the offsets; `modulated` is version 2.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, modulated: bool = False) -> None:
@@ -37,7 +32,7 @@ class DeformConv2d(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """He et al.'s weights; no offsets."""
+        """He et al.'s weights; offsets of 0."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
@@ -51,7 +46,7 @@ class DeformConv2d(nn.Module):
         operator = _deform_conv2d()
         learned = self.conv_offset(x)
         offset, mask = learned[:, : 2 * TAPS], None
-        # Positions need the digits: in half precision a tap of a wide map would move in steps of a cell and more.
+        # In half precision a tap of a wide map would move in steps of a cell and more.
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             if self.modulated:

@@ -12,10 +12,10 @@ from .layers import Conv
 
 
 class FPN(nn.Module):
-    """One map a level, all of the same number of channels.
+    """One map per level, all with the same number of channels.
 
-    The maps of the backbone, projected, are summed from the coarsest downwards, the coarser one enlarged to the finer
-    one's size by its nearest cells; each level above is a convolution of the last one's output with stride 2.
+    The backbone's maps, projected, are summed from the coarsest down, the coarser one upsampled to the finer one's
+    size by nearest neighbour; each further level is a convolution of the last one's output with stride 2.
 
     Args:
         inputs: channels of the backbone's maps, the finest first.
@@ -38,9 +38,9 @@ class FPN(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """``[B, C_i, H_i, W_i]``, the finest first, to ``[B, channels, H_i, W_i]`` and further levels of half the size
         each, rounded up."""
-        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
-        for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + functional.interpolate(levels[i], size=levels[i - 1].shape[2:])
+        levels: list[Tensor] = []
+        for lateral, x in zip(list(self.lateral_convs)[::-1], maps[::-1], strict=True):
+            levels.insert(0, lateral(x, functional.interpolate(levels[0], size=x.shape[2:]) if levels else None))
         outputs: list[Tensor] = []
         for i, conv in enumerate(self.fpn_convs):
             outputs.append(conv(levels[i] if i < len(levels) else outputs[-1]))

@@ -13,71 +13,52 @@ from torch.nn import functional
 
 import gfl_ops
 
+from ..config import ModelConfig
 from .layers import Conv, Scale
 
-# Of an object, at every location, before training: keeps the first losses of the many background locations small.
+# Initial probability of an object at a location: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
-# Of a side's bins, the most probable ones that the quality is read from; hidden channels of that network.
+# The quality branch: how many of a side's highest probabilities it reads, and its hidden channels.
 PEAKS, QUALITY_CHANNELS = 4, 64
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is that."""
+def _upcast(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
-    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits; fp32, or fp64 of
-    such.
+    """The logit of ``sigmoid(class_logit) · sigmoid(quality_logit)``, finite for all finite logits; fp32 or fp64.
 
-    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the logit's negative. So quality focal loss on it is the one
-    that the paper takes on the product, and ranking by it the ranking by the product, which saturates.
+    1/p − 1 = e^−x + e^−q (1 + e^−x), whose logarithm is the negative logit. So quality focal loss on it is the paper's
+    loss on the product, and ranking by it is ranking by the product, which saturates.
     """
-    x, q = _wide(class_logit), _wide(quality_logit)
+    x, q = _upcast(class_logit), _upcast(quality_logit)
     return -torch.logaddexp(-x, functional.softplus(-x) - q)
 
 
 class GFLHead(nn.Module):
-    """Two towers of convolutions, shared by all levels.
+    """Two towers of convolutions, shared by all levels; each level has its own factor for the distributions' logits.
 
-    Args:
-        inputs: channels of the maps.
-        num_classes: C, class logits of a location.
-        channels: of the towers' convolutions.
-        convs: convolutions of each tower.
-        groups: of their group norms.
-        reg_max: R, last bin of a side's distribution.
-        levels: how many maps there are; each has a factor of its own for the distributions' logits.
-        quality_branch: the class probabilities are multiplied by a quality, which a small network reads off the four
-            greatest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
-            2011.12885).
-
-    Weights start normal with deviation 0.01, biases at 0, but the class logits' so that a class has probability 0.01.
+    With ``config.quality_branch`` the class probabilities are multiplied by a quality, which a small network predicts
+    from the four highest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
+    2011.12885). Weights start normal with deviation 0.01, biases at 0, except the class logits' for a probability of
+    0.01.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        num_classes: int,
-        channels: int,
-        convs: int,
-        groups: int,
-        reg_max: int,
-        levels: int,
-        quality_branch: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.reg_max = reg_max
-        widths = [inputs] + [channels] * convs
+        self.reg_max, groups = config.reg_max, config.head_groups
+        widths = [config.neck_channels] + [config.head_channels] * config.head_convs
         self.cls_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
         self.reg_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
-        self.gfl_cls = nn.Conv2d(widths[-1], num_classes, 3, padding=1)
-        self.gfl_reg = nn.Conv2d(widths[-1], 4 * (reg_max + 1), 3, padding=1)
-        self.scales = nn.ModuleList([Scale() for _ in range(levels)])
-        # Holds no weights: a part of the published state dicts, and of use to who reads single distributions.
-        self.integral = gfl_ops.Integral(reg_max)
+        self.gfl_cls = nn.Conv2d(widths[-1], config.num_classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(widths[-1], 4 * (self.reg_max + 1), 3, padding=1)
+        self.scales = nn.ModuleList([Scale() for _ in config.strides])
+        # Holds no weights, but is part of the published state dicts.
+        self.integral = gfl_ops.Integral(self.reg_max)
         self.reg_conf: nn.Module | None = None
-        if quality_branch:
+        if config.quality_branch:
             statistics = nn.Conv2d(4 * (PEAKS + 1), QUALITY_CHANNELS, 1)
             self.reg_conf = nn.Sequential(statistics, nn.ReLU(inplace=True), nn.Conv2d(QUALITY_CHANNELS, 1, 1))
         self._initialise()
@@ -91,7 +72,7 @@ class GFLHead(nn.Module):
         nn.init.constant_(self.gfl_cls.bias, -math.log(1 / PRIOR_PROBABILITY - 1))  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """One ``[B, inputs, H, W]`` a level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
+        """``[B, inputs, H, W]`` per level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
         cls_scores, reg_preds = [], []
         for x, scale in zip(maps, self.scales, strict=True):
@@ -106,13 +87,13 @@ class GFLHead(nn.Module):
         return cls_scores, reg_preds
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
-        """A level's class logits with the quality that its distributions' peaks tell, if there is such a branch."""
+        """A level's class logits, multiplied in probability by the quality if there is such a branch."""
         if self.reg_conf is None:
             return cls_score
         return joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
-        """Of each side's distribution the greatest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
-        probability = _wide(reg_pred).unflatten(1, (4, self.reg_max + 1)).softmax(2)
+        """Each side's highest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""
+        probability = _upcast(reg_pred).unflatten(1, (4, self.reg_max + 1)).softmax(2)
         peaks = probability.topk(PEAKS, dim=2).values
         return torch.cat([peaks, peaks.mean(2, keepdim=True)], 2).flatten(1, 2).to(reg_pred.dtype)

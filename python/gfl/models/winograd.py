@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""3x3 convolutions with 3.6 times fewer multiplications, over maps of any sizes in one go, for the CPU.
+r"""3x3 convolutions with 3.6 times fewer multiplications, over maps of any sizes in one call, for the CPU.
 
 Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308): a tile d of 6x6 cells and a filter g give
-4x4 results
+4x4 outputs
 
 .. math:: Y = A^T \bigl[(G g G^T) \odot (B^T d B)\bigr] A
 
-so that, for all tiles at once, the channels are summed by 36 matrix products. Maps are rows of channels,
-``[cells, C]``, one map's after another's: a layer that is shared by all levels of a pyramid is one call.
+so that, for all tiles at once, the sum over channels is 36 matrix products.
 
-In fp32 the results differ from a direct convolution's by about 1e-5 of their standard deviation times sqrt(C) / 4
+In fp32 the outputs differ from a direct convolution's by about 1e-5 of their standard deviation times sqrt(C) / 4
 (measured, 256 channels: 4e-5; the direct one's own error is 6e-6).
 """
 
@@ -21,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-# Results and inputs of a tile's side.
+# Sides of a tile's output and input.
 OUT, IN = 4, 6
 # Interpolation points 0, ±1, ±2, ∞.
 INPUT = (
@@ -41,64 +40,15 @@ FILTER = (
     (0, 0, 1),
 )
 OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+# glibc returns every buffer above 32 MB to the system, and a page fault per 4 KB costs as much as the arithmetic: so a
+# layer is done in blocks of tiles whose buffers stay well below and in the cache.
+BLOCK_BYTES = 8 << 20
 
-
-def tiles_in(batch: int, sizes: Sequence[tuple[int, int]]) -> int:
-    """How many tiles maps of these (height, width) have."""
-    return batch * sum(-(-height // OUT) * -(-width // OUT) for height, width in sizes)
-
-
-class Plan:
-    """Which cells make which tile, and back, for one batch of maps.
-
-    Args:
-        batch: B images.
-        sizes: (height, width) of each map; its rows are ``[B · height · width, C]``, row-major.
-
-    Attributes:
-        tiles: T, of all maps and images.
-        gather: int64 ``[36·T]``, the row of each cell of each tile, position by position; beyond a map it is the row
-            after the last one, which holds zeros.
-        scatter: int64 ``[rows]``, where each row's result stands among ``[16·T]``.
-    """
-
-    def __init__(self, batch: int, sizes: Sequence[tuple[int, int]]) -> None:
-        self.rows = batch * sum(height * width for height, width in sizes)
-        self.tiles = tiles_in(batch, sizes)
-        gathers, scatters = [], []
-        row = tile = 0
-        for height, width in sizes:
-            down, across = -(-height // OUT), -(-width // OUT)
-            cells = torch.full((batch, down * OUT + 2, across * OUT + 2), self.rows)
-            here = torch.arange(batch * height * width).view(batch, height, width)
-            cells[:, 1 : height + 1, 1 : width + 1] = here + row
-            windows = cells.unfold(1, IN, OUT).unfold(2, IN, OUT)
-            gathers.append(windows.permute(3, 4, 0, 1, 2).reshape(IN * IN, -1))
-            image, y, x = here // (height * width), here // width % height, here % width
-            place = (y % OUT) * OUT + x % OUT
-            scatters.append((place * self.tiles + tile + (image * down + y // OUT) * across + x // OUT).reshape(-1))
-            row, tile = row + batch * height * width, tile + batch * down * across
-        self.gather = torch.cat(gathers, 1).reshape(-1)
-        self.scatter = torch.cat(scatters)
-
-
-@lru_cache(maxsize=64)
-def plan(batch: int, sizes: tuple[tuple[int, int], ...]) -> Plan:
-    """The `Plan` of these sizes; the last ones are kept."""
-    return Plan(batch, sizes)
-
-
-def tiles_of(rows: Tensor, plan: Plan) -> Tensor:
-    """Transformed tiles ``[36, T, C]`` of `rows` ``[plan.rows + 1, C]``, the last of which is zero."""
-    side = rows.new_tensor(INPUT)
-    tiles = rows.index_select(0, plan.gather)
-    # Along the tile's columns, then along its rows.
-    tiles = torch.mm(side, tiles.view(IN, -1))
-    return torch.matmul(side, tiles.view(IN, IN, -1)).view(IN * IN, plan.tiles, -1)
+Sizes = tuple[tuple[int, int], ...]
 
 
 class Winograd(nn.Module):
-    """The filters of a 3x3 convolution of stride 1 and padding 1, transformed once.
+    """A 3x3 convolution of stride 1 and padding 1, its filters transformed once.
 
     Args:
         weight: fp32 ``[K, C, 3, 3]``.
@@ -115,22 +65,56 @@ class Winograd(nn.Module):
         self.register_buffer("filters", spread.reshape(IN * IN, *spread.shape[2:]).float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().float().cpu())
 
-    def forward(self, tiles: Tensor, plan: Plan) -> Tensor:
-        """Rows ``[plan.rows, K]`` of `tiles_of` the input's."""
-        side = tiles.new_tensor(OUTPUT)
-        sums = torch.bmm(tiles, self.filters)
-        results = torch.matmul(side, torch.mm(side, sums.view(IN, -1)).view(OUT, IN, -1))
-        rows = results.view(OUT * OUT * plan.tiles, -1).index_select(0, plan.scatter)
-        return rows if self.bias is None else rows.add_(self.bias)
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The convolution of each map, fp32 ``[B, C, H, W]`` to ``[B, K, H, W]`` in channels-last order."""
+        batch, sizes = int(maps[0].shape[0]), sizes_of(maps)
+        _, inputs, outputs = self.filters.shape
+        into, out = maps[0].new_tensor(INPUT), maps[0].new_tensor(OUTPUT)
+        rows = [x.permute(0, 2, 3, 1).reshape(-1, inputs) for x in maps]
+        # The last row is read as the padding, and written where a tile reaches over its map.
+        source = torch.cat([*rows, rows[0].new_zeros(1, inputs)])
+        result = source.new_empty(len(source), outputs)
+        for gather, scatter in _blocks(batch, sizes, max(16, BLOCK_BYTES // (4 * IN * IN * max(inputs, outputs)))):
+            tiles = source.index_select(0, gather)
+            tiles = torch.matmul(into, torch.mm(into, tiles.view(IN, -1)).view(IN, IN, -1))
+            sums = torch.bmm(tiles.view(IN * IN, -1, inputs), self.filters)
+            sums = torch.matmul(out, torch.mm(out, sums.view(IN, -1)).view(OUT, IN, -1))
+            result.index_copy_(0, scatter, sums.view(-1, outputs))
+        cells = result[:-1] if self.bias is None else result[:-1].add_(self.bias)
+        levels = zip(cells.split([batch * h * w for h, w in sizes]), sizes, strict=True)
+        return [level.view(batch, *size, outputs).permute(0, 3, 1, 2) for level, size in levels]
 
 
-def as_rows(maps: Sequence[Tensor]) -> Tensor:
-    """Maps ``[B, C, H, W]`` as rows ``[cells, C]``, one map's after another's, and a row of zeros at the end."""
-    rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in maps]
-    return torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[1])])
+def sizes_of(maps: Sequence[Tensor]) -> Sizes:
+    """(height, width) of each map."""
+    return tuple((int(x.shape[2]), int(x.shape[3])) for x in maps)
 
 
-def as_maps(rows: Tensor, batch: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The inverse of `as_rows`, without the zeros: views in channels-last order."""
-    parts = rows.split([batch * height * width for height, width in sizes])
-    return [part.view(batch, *size, -1).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
+def tiles_in(batch: int, sizes: Sizes) -> int:
+    """How many tiles maps of these sizes have."""
+    return batch * sum(-(-height // OUT) * -(-width // OUT) for height, width in sizes)
+
+
+@lru_cache(maxsize=256)
+def _blocks(batch: int, sizes: Sizes, tiles: int) -> list[tuple[Tensor, Tensor]]:
+    """For each block of tiles the rows that it reads, int64 ``[36·tiles]``, and writes, ``[16·tiles]``.
+
+    A row is a cell, map after map, image after image; one more stands for all cells outside the maps.
+    """
+    gathers, scatters = [], []
+    outside, start = batch * sum(height * width for height, width in sizes), 0
+    for height, width in sizes:
+        down, across = -(-height // OUT) * OUT, -(-width // OUT) * OUT
+        cells = torch.full((batch, down + 2, across + 2), outside)
+        end = start + batch * height * width
+        cells[:, 1 : height + 1, 1 : width + 1] = torch.arange(start, end).view(batch, height, width)
+        gathers.append(_windows(cells, IN))
+        scatters.append(_windows(cells[:, 1:-1, 1:-1], OUT))
+        start = end
+    pairs = zip(torch.cat(gathers, 1).split(tiles, 1), torch.cat(scatters, 1).split(tiles, 1), strict=True)
+    return [(gather.reshape(-1), scatter.reshape(-1)) for gather, scatter in pairs]
+
+
+def _windows(cells: Tensor, side: int) -> Tensor:
+    """``[B, H, W]`` as ``[side·side, T]``, a column per tile."""
+    return cells.unfold(1, side, OUT).unfold(2, side, OUT).permute(3, 4, 0, 1, 2).reshape(side * side, -1)

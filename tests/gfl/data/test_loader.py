@@ -118,12 +118,12 @@ def test_a_batch_is_what_it_says(dataset: Make) -> None:
 
 def test_short_sides_are_uniform_and_half_is_flipped(dataset: Make) -> None:
     data, config = dataset(1), settings(train_short_side=(30, 34), train_long_side=400, batch_size=1)
-    reader = loader.TrainingReader(data, config)
+    reader = loader.BatchReader(data, config, training=True)
     new_sizes = {short: transforms.keep_ratio_size(*data[0].size, short, 400) for short in range(30, 35)}
     plain = {short: transforms.resize(data[0].image, *size) for short, size in new_sizes.items()}
     drawn, flipped = Counter[int](), 0
     for epoch in range(500):
-        batch = reader(epoch, [0])
+        batch = reader.read(epoch, [0])
         height, width = batch.image_sizes[0].int().tolist()
         image, short = batch.images[0, :, :height, :width], min(height, width)
         drawn[short] += 1

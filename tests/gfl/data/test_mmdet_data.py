@@ -56,7 +56,7 @@ def theirs(annotations: Path, flip: float, filter_cfg: dict[str, Any] | None) ->
 def test_training_images_and_boxes(flip: float) -> None:
     data = CocoDataset(real_data.annotations(), real_data.COCO / "images", keep_empty=False)
     config = Config().replace(batch_size=2, workers=0, flip=flip)
-    reader = loader.TrainingReader(data, config)
+    reader = loader.BatchReader(data, config, training=True)
     peer = theirs(real_data.annotations(), flip, {"filter_empty_gt": True, "min_size": 32})
     assert [info["img_id"] for info in map(peer.get_data_info, range(len(peer)))] == sorted(data.image_ids)
     preprocessor = DetDataPreprocessor(
@@ -65,7 +65,7 @@ def test_training_images_and_boxes(flip: float) -> None:
     worst = 0.0
     for start in range(0, 12, 2):
         ids = sorted(data.image_ids)[start : start + 2]
-        batch = reader(0, [data.image_ids.index(i) for i in ids])
+        batch = reader.read(0, [data.image_ids.index(i) for i in ids])
         items = [peer[start], peer[start + 1]]
         packed = preprocessor({k: [item[k] for item in items] for k in items[0]})
         ours = normalise(batch.images, batch.image_sizes)

@@ -9,7 +9,7 @@ from gfl.data.coco import CocoDataset
 from gfl.demo import pictures
 from gfl.demo.scenes import CLASSES, write_dataset
 from gfl.detector import Result
-from gfl.edges import Edges
+from gfl.draw import Edges
 
 
 def spread(at: float, width: int) -> torch.Tensor:

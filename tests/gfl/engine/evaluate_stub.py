@@ -51,7 +51,7 @@ class Finder(nn.Module):
                 scores[row, slot] = torch.rand((), generator=torch.Generator().manual_seed(int(1e4 * box.sum())))
                 scores[row, slot] += 1e-3 * images.shape[3]
                 count[row] += 1
-        return Detections(boxes, scores, labels, count)
+        return Detections(boxes, scores, labels, count, torch.full_like(labels, -1))
 
 
 def main(annotations: str, images: str, output: str) -> None:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfl.config import Config
 from gfl.data.loader import Batch, training_dataset, training_loader
-from gfl.engine.step import Step, on_device, slots, unchanged
+from gfl.engine.graphs import GraphCache
+from gfl.engine.step import Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
 
@@ -93,9 +94,9 @@ def test_a_warm_up_leaves_no_trace(small: Small, seed: int) -> None:
     step.set_rate(0.05)
     other.set_rate(0.05)
     places = [x.data_ptr() for x in step.model.state_dict().values()]
-    # Before the first step, when the optimiser has no state, and after it.
+    # Before the first step, when the optimizer has no state, and after it.
     for number in range(3):
-        with unchanged(step):
+        with preserve_training_state(step):
             step.compute(*inputs[(number + 1) % len(inputs)])
             step.compute(*inputs[number])
         if number:
@@ -104,6 +105,21 @@ def test_a_warm_up_leaves_no_trace(small: Small, seed: int) -> None:
         other.compute(*inputs[number])
     assert all(torch.equal(a, b) for a, b in zip(state(step), state(other), strict=True))
     assert places == [x.data_ptr() for x in step.model.state_dict().values()]
+
+
+def test_batches_with_more_objects_than_slots_go_without_a_graph(
+    small: Small, seed: int, recording: Callable[..., Any]
+) -> None:
+    config = small(graph_slots=2)
+    recorded, plain = new_step(config, seed), new_step(config, seed)
+    recorded.graphs = GraphCache(16, evict=False, record=recording)
+    given = list(batches(config))
+    for batch in given:
+        recorded(batch, 0.01)
+        plain(batch, 0.01)
+    fits = {tuple(batch.images.shape) for batch in given if max(batch.counts) <= 2}
+    assert len(recorded.graphs) == len(fits)
+    assert all(torch.equal(a, b) for a, b in zip(state(recorded), state(plain), strict=True))
 
 
 def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
@@ -155,7 +171,7 @@ def test_a_graph_trains_as_single_kernels_do_cuda(amp: str, small: Small, seed: 
         for step in steps:
             step(batch, 0.01)
     single, graphed = steps
-    assert graphed._graphs
+    assert graphed.graphs
     for a, b in zip(single.model.parameters(), graphed.model.parameters(), strict=True):
         # cuDNN may choose other algorithms for the two; TF32.
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)

@@ -246,7 +246,7 @@ def test_mixed_precision_trains(amp: str, small: Small, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw"])
 @pytest.mark.parametrize("schedule", ["cosine"])
-def test_the_other_optimiser_resumes_too(optimizer: str, schedule: str, small: Small, tmp_path: Path) -> None:
+def test_the_other_optimizer_resumes_too(optimizer: str, schedule: str, small: Small, tmp_path: Path) -> None:
     settings = {"optimizer": optimizer, "schedule": schedule, "lr": 1e-3, "clip_grad_norm": 1.0, "val_annotations": ""}
     train(small(**settings), tmp_path / "whole", device="cpu")
     out = tmp_path / "parts"
@@ -255,6 +255,26 @@ def test_the_other_optimiser_resumes_too(optimizer: str, schedule: str, small: S
     content["training"]["position"].update(epoch=2)
     train(small(**settings), out, resume=True, device="cpu")
     assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(tmp_path / "whole")]
+
+
+def test_a_rate_that_a_graph_reads_is_a_number_in_a_checkpoint(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensor of ``--graph`` would bind the file to its device; a training with and without a graph resumes it."""
+    config = small(epochs=1, val_annotations="")
+
+    def with_tensor(model: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(parameters, lr=torch.tensor(config.train.lr), momentum=0.9, fused=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_optimizer", with_tensor)
+        train(config, tmp_path / "run", device="cpu")
+        (group,) = checkpoint.read(tmp_path / "run" / LAST)["optimizer"]["param_groups"]
+        assert type(group["lr"]) is float and group["lr"] > 0
+        train(config.replace(epochs=2), tmp_path / "run", resume=True, device="cpu")
+    train(config.replace(epochs=3), tmp_path / "run", resume=True, device="cpu")
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(1, 13))
 
 
 def test_it_starts_from_a_checkpoint_of_other_classes(small: Small, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gfl.models import create_model
-from gfl.models.backbone import norm_of_conv
+from gfl.models.layers import conv_norm
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext101_32x4d"])
@@ -48,7 +48,7 @@ def test_a_norm_that_learns_its_statistics_is_not_folded(generator: torch.Genera
     norm.folded = True
     x = torch.randn(2, 3, 8, 8, generator=generator)
     before = norm.running_mean.clone()
-    y = norm_of_conv(norm, conv, x)
+    y = conv_norm(conv, norm, x, relu=False)
     assert not torch.equal(norm.running_mean, before)
     # Statistics of this batch: mean 0, deviation 1, up to the eps of 1e-5 in the variance.
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
@@ -59,4 +59,4 @@ def test_what_can_not_be_folded_is_computed_as_ever(generator: torch.Generator, 
     conv, norm = nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4, track_running_stats=tracks).eval()
     norm.folded = True
     x = torch.randn(2, 3, 8, 8, generator=generator)
-    assert torch.equal(norm_of_conv(norm, conv, x), norm(conv(x)))
+    assert torch.equal(conv_norm(conv, norm, x, relu=False), norm(conv(x)))

@@ -258,7 +258,7 @@ def test_targets_are_checked(model: GFL, images: Tensor, bad: object, error: typ
 
 
 def test_one_target_an_image(model: GFL, images: Tensor) -> None:
-    with pytest.raises(ValueError, match="one dictionary an image, 2, got 1"):
+    with pytest.raises(ValueError, match="one dictionary per image, 2, got 1"):
         model.loss(images, [target()])
-    with pytest.raises(TypeError, match="a list with one dictionary an image, got dict"):
+    with pytest.raises(TypeError, match="a list with one dictionary per image, got dict"):
         model.loss(images, target())

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: photos onto the device, recordings that are kept, detections that are the plain model's."""
+"""The pipeline: images onto the device, detections that are the plain model's."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +19,15 @@ from gfl.config import Config
 from gfl.data import transforms
 from gfl.data.loader import validation_dataset
 from gfl.engine.evaluate import evaluate
-from gfl.engine.infer import Coming, Engine, Found, Recent, resize_and_pad
+from gfl.engine.graphs import GraphCache
+from gfl.engine.pipeline import PendingDetections, Pipeline
 from gfl.engine.train import LAST, train
 from gfl.models.fused import FusedGFL
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs, streams and pinned copies need one")
 
 
-def photos(generator: torch.Generator, *sizes: tuple[int, int]) -> list[Tensor]:
+def random_images(generator: torch.Generator, *sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
@@ -34,11 +35,12 @@ def photos(generator: torch.Generator, *sizes: tuple[int, int]) -> list[Tensor]:
 def test_resizing_on_the_device_is_within_a_level_of_the_cpus(
     divisor: int, generator: torch.Generator, device: torch.device
 ) -> None:
-    given = photos(generator, (50, 70), (33, 20), (64, 48), (1, 5))
+    given = random_images(generator, (50, 70), (33, 20), (64, 48), (1, 5))
     sizes = [(75, 105), (20, 12), (64, 48), (7, 35)]
-    found = resize_and_pad([photo.to(device) for photo in given], sizes, divisor)
-    want, inner = transforms.pad([transforms.resize(p, *s) for p, s in zip(given, sizes)], divisor)
-    assert found.shape == want.shape and found.dtype == torch.uint8
+    on_device = [transforms.resize(image.to(device), *s, fp32=True) for image, s in zip(given, sizes)]
+    found, inner = transforms.pad(on_device, divisor)
+    want, _ = transforms.pad([transforms.resize(p, *s) for p, s in zip(given, sizes)], divisor)
+    assert found.shape == want.shape and found.dtype == torch.uint8 and found.device.type == device.type
     assert found.is_contiguous(memory_format=torch.channels_last) and inner.tolist() == [list(s) for s in sizes]
     # The CPU's takes its weights in fixed point.
     assert (found.cpu().int() - want.int()).abs().max() <= 1
@@ -46,58 +48,32 @@ def test_resizing_on_the_device_is_within_a_level_of_the_cpus(
         assert not row[:, height:].any() and not row[:, :, width:].any()
 
 
-class Recording:
-    """What a CUDA graph does, on the CPU: inputs and outputs have fixed places."""
-
-    made: ClassVar[list[int]] = []
-
-    def __init__(self, function: Callable[..., Found], inputs: Sequence[Tensor]) -> None:
-        self.function, self.inputs = function, [x.clone() for x in inputs]
-        Recording.made.append(inputs[0].shape[0])
-
-    def __call__(self, *inputs: Tensor) -> Found:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        return self.function(*self.inputs)
-
-
-def test_the_last_used_recordings_are_kept() -> None:
-    Recording.made = []
-    recent = Recent(Recording, limit=2)
-
-    def double(x: Tensor) -> Any:
-        return x * 2
-
-    for n in (1, 2, 1, 3, 1, 2):
-        x = torch.full((n,), float(n))
-        assert torch.equal(recent.run(n, double, x), x * 2)
-    # 3 drove out 2, which had not been used for longer than 1, and 2 then drove out 3.
-    assert Recording.made == [1, 2, 3, 2] and len(recent) == 2
-    assert 1 in recent and 2 in recent and 3 not in recent
-
-
-def test_settings_are_part_of_what_is_recorded(small: Callable[..., Config], generator: torch.Generator) -> None:
-    """A threshold that changes between two batches of one size must not meet the other's recording."""
+def test_settings_are_part_of_what_is_recorded(
+    small: Callable[..., Config], generator: torch.Generator, recording: Callable[..., Any]
+) -> None:
+    """A threshold that changes between two batches of one shape must not meet the other's recording."""
     from gfl.models import build
 
     config = small(num_classes=2)
     model = FusedGFL(build(config.model, config.test))
     torch.nn.init.normal_(model.bbox_head.gfl_cls.bias, generator=generator)
-    engine = Engine(model, torch.device("cpu"), graphs=True)
-    assert engine._recent is None
-    engine._recent = Recent(Recording)
-    batch = engine.load(photos(generator, (64, 64)), [(64, 64)])
-    everything = engine.run(batch).detections
+    pipeline = Pipeline(model, torch.device("cpu"), graphs=True)
+    assert pipeline.graphs is None
+    pipeline.graphs = GraphCache(8, record=recording)
+    batch = pipeline.load(random_images(generator, (64, 64)), [(64, 64)])
+    everything = pipeline.run(batch).detections
     model.test.score_threshold = float(everything.scores[0, 0])
-    fewer = engine.run(batch).detections
-    assert int(fewer.count) < int(everything.count) and len(engine._recent) == 2
+    fewer = pipeline.run(batch).detections
+    assert int(fewer.count) < int(everything.count) and len(pipeline.graphs) == 2
     model.test.score_threshold = 0.05
-    assert torch.equal(engine.run(batch).detections.boxes, everything.boxes) and len(engine._recent) == 2
+    assert torch.equal(pipeline.run(batch).detections.boxes, everything.boxes) and len(pipeline.graphs) == 2
 
 
 def test_detections_of_the_cpu_are_there_at_once() -> None:
-    detections = gfl_ops.Detections(torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1))
-    assert all(a is b for a, b in zip(Coming(detections).wait(), detections))
+    detections = gfl_ops.Detections(
+        torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1), torch.zeros(1, 2)
+    )
+    assert all(a is b for a, b in zip(PendingDetections(detections).wait(), detections))
 
 
 @pytest.fixture
@@ -147,8 +123,8 @@ def test_a_graph_finds_what_the_plain_model_finds_cuda(trained: tuple[Path, Conf
             n = min(len(one), len(other))
             # TF32 in both, in other orders.
             torch.testing.assert_close(one.scores[:n], other.scores[:n], rtol=0, atol=2e-2)
-    recent = detector._engine._recent
-    assert recent is not None and len(recent) == 1
+    graphs = detector._pipeline.graphs
+    assert graphs is not None and len(graphs) == 1
 
 
 @GPU
@@ -156,12 +132,12 @@ def test_nothing_waits_for_the_gpu_but_the_detections_cuda(
     trained: tuple[Path, Config], generator: torch.Generator
 ) -> None:
     network = FusedGFL(checkpoint.model_from(trained[0])[0]).cuda()
-    engine = Engine(network, torch.device("cuda"), graphs=True)
-    given, sizes = photos(generator, (50, 60), (60, 50)), [(64, 64)] * 2
-    engine.run(engine.load(given, sizes))
+    pipeline = Pipeline(network, torch.device("cuda"), graphs=True)
+    given, sizes = random_images(generator, (50, 60), (60, 50)), [(64, 64)] * 2
+    pipeline.run(pipeline.load(given, sizes))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        coming = Coming(engine.run(engine.load(given, sizes)).detections)
+        pending = PendingDetections(pipeline.run(pipeline.load(given, sizes)).detections)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert coming.wait().boxes.device.type == "cpu"
+    assert pending.wait().boxes.device.type == "cpu"
