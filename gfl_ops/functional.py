@@ -11,7 +11,9 @@ from .ops.head.atss import Assignment, atss_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.score.focal import sigmoid_focal_loss
+from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
+from .ops.score.soft_bce import soft_target_bce
 from .ops.score.vfl import varifocal_loss
 from .ops.select.multiclass_nms import multiclass_nms
 from .ops.select.nms import batched_nms, nms
@@ -37,6 +39,7 @@ __all__ = [
     "group_norm_relu",
     "head_loss_norms",
     "integral",
+    "matchability_aware_loss",
     "multiclass_nms",
     "nms",
     "postprocess",
@@ -45,5 +48,6 @@ __all__ = [
     "side_uncertainty",
     "sigmoid_focal_loss",
     "soft_nms",
+    "soft_target_bce",
     "varifocal_loss",
 ]

@@ -99,9 +99,7 @@ class QualityFocalLoss(_Loss):
         """Loss of `pred` ``[N, C]`` against ``(label[N], score[N])`` or a dense target of its shape; weight ``[N]``."""
         activated = self.activated or not self.use_sigmoid
         reduction = self._reduction(reduction_override)
-        return self.loss_weight * quality_focal_loss(
-            pred, target, weight, beta=self.beta, reduction=reduction, avg_factor=avg_factor, activated=activated
-        )
+        return self.loss_weight * quality_focal_loss(pred, target, weight, self.beta, reduction, avg_factor, activated)
 
 
 class DistributionFocalLoss(_Loss):
@@ -129,9 +127,7 @@ class DistributionFocalLoss(_Loss):
     ) -> Tensor:
         """Loss of the logits `pred` ``[M, R+1]`` against the positions `target` ``[M]`` in bins; weight ``[M]``."""
         reduction = self._reduction(reduction_override)
-        return self.loss_weight * distribution_focal_loss(
-            pred, target, weight, reduction=reduction, avg_factor=avg_factor
-        )
+        return self.loss_weight * distribution_focal_loss(pred, target, weight, reduction, avg_factor)
 
 
 def _pair_weight(op: str, pred: Tensor, weight: Tensor | None) -> Tensor | None:
@@ -364,17 +360,9 @@ class VarifocalLoss(_Loss):
         reduction_override: str | None = None,
     ) -> Tensor:
         """Loss of `pred` ``[N, C]`` against `target` ``[N, C]``; weight ``[N, C]``, ``[N]`` or ``[N, 1]``."""
-        return self.loss_weight * varifocal_loss(
-            pred,
-            target,
-            weight,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            iou_weighted=self.iou_weighted,
-            reduction=self._reduction(reduction_override),
-            avg_factor=avg_factor,
-            activated=not self.use_sigmoid,
-        )
+        reduction, activated = self._reduction(reduction_override), not self.use_sigmoid
+        options = (self.alpha, self.gamma, self.iou_weighted, reduction, avg_factor, activated)
+        return self.loss_weight * varifocal_loss(pred, target, weight, *options)
 
 
 class FocalLoss(_Loss):
@@ -419,7 +407,8 @@ class FocalLoss(_Loss):
         Args:
             pred: ``[N, C]``, logits; probabilities in [0, 1] if `activated` or not `use_sigmoid`.
             target: integer ``[N]``, a label outside [0, C) is background (mmdet: C only); or ``[N, C]``, one-hot or
-            soft. weight: ``[N]`` or ``[N, 1]``, one a row; ``[N, C]``, or the same flat, one an element.
+                soft.
+            weight: ``[N]`` or ``[N, 1]``, one per row; ``[N, C]``, or the same flat, one per element.
             avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by N·C.
             reduction_override: takes the place of `reduction` in this call.
         """
@@ -437,9 +426,8 @@ class FocalLoss(_Loss):
             weight = weight.reshape(pred.shape)
         reduction = self._reduction(reduction_override)
         weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
-        scalars = (self.alpha, self.gamma, activated)
-        loss = focal_loss(op, ("pred", "target"), pred, target, *scalars, weight, reduction, avg_factor)
-        return self.loss_weight * loss
+        scalars = (self.alpha, self.gamma, activated, weight, reduction, avg_factor)
+        return self.loss_weight * focal_loss(op, ("pred", "target"), pred, target, *scalars)
 
 
 class KnowledgeDistillationKLDivLoss(_Loss):

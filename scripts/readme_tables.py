@@ -27,7 +27,10 @@ def compiled() -> dict[str, set[str]]:
     for source in (ROOT / "csrc" / "binding").glob("*.cpp"):
         for cpu_only, name in re.findall(r"^GFL_OPERATOR(_CPU)?\((\w+), \w+\)", source.read_text(), re.M):
             found[name] = {"CPU"} if cpu_only else {"CPU", "CUDA"}
-    return found
+    # The losses of class scores are registered all at once, by the names of their terms.
+    terms = (ROOT / "csrc" / "terms" / "score.h").read_text()
+    stems = re.findall(r'const char\* name = "(\w+)"', terms)
+    return found | {f"{stem}_fwd": {"CPU", "CUDA"} for stem in stems}
 
 
 def row(spec: OpSpec, kernels: set[str]) -> str:

@@ -12,7 +12,13 @@ from stored_gradients import Operators
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops import quality_focal_loss, sigmoid_focal_loss, varifocal_loss
+from gfl_ops import (
+    matchability_aware_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    soft_target_bce,
+    varifocal_loss,
+)
 from gfl_ops.core import backends
 
 # (backend, device) that can run; Triton on the CPU needs its interpreter.
@@ -53,6 +59,8 @@ def drawn(
         "varifocal": lambda x, **options: varifocal_loss(x, dense, **options),
         "unweighted": lambda x, **options: varifocal_loss(x, dense, iou_weighted=False, **options),
         "focal": focal,
+        "matchability": lambda x, **options: matchability_aware_loss(x, (label, score), **options),
+        "soft bce": lambda x, **options: soft_target_bce(x, (label, score), **options),
     }
     return pred, losses[kind]
 
@@ -76,7 +84,7 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("how", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("kind", ["quality", "dense", "varifocal", "unweighted", "focal"])
+@pytest.mark.parametrize("kind", ["quality", "dense", "varifocal", "unweighted", "focal", "matchability", "soft bce"])
 def test_it_is_the_references(
     kind: str, dtype: torch.dtype, how: str, weighted: bool, device: torch.device, generator: torch.Generator
 ) -> None:
@@ -198,11 +206,11 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     pred, target = (torch.rand(33, 20, generator=generator).to(device) for _ in range(2))
     label = torch.randint(0, 21, (33,), generator=generator).to(device)
     score, norm = torch.rand(33, generator=generator).to(device), torch.tensor(3.0, device=device)
-    for tensors, kind in (
-        ((pred, label, score, score, norm), 0),
-        ((pred.t().contiguous().t(), None, target, None, None), 1),
+    for tensors, stem, params in (
+        ((pred, label, score, score, norm), "qfl", [2.0]),
+        ((pred.t().contiguous().t(), None, target, None, None), "focal", [2.0, 0.25]),
     ):
-        arguments = (*tensors, 0.5, kind, 0.25, 2.0, False)
+        arguments = (*tensors, 0.5, stem, params, False)
         torch.library.opcheck(operators.score_loss_fwd, (*arguments, True))
         torch.library.opcheck(operators.score_loss_bwd, (norm, *arguments))
         gradient = operators.score_loss_fwd(*arguments, True)[1]

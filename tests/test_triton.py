@@ -19,8 +19,9 @@ if not backends.TRITON_INTERPRETS:
 
 import triton.language as tl  # noqa: E402
 
-from gfl_ops.triton import _launch, bins, focal, nms, qfl, vfl  # noqa: E402
-from gfl_ops.triton._focal import log1p_unit, log_complement  # noqa: E402
+from gfl_ops.ops.score.score_loss import SUMMED  # noqa: E402
+from gfl_ops.triton import _launch, bins, nms, score  # noqa: E402
+from gfl_ops.triton.terms import log1p_unit, log_complement  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -50,40 +51,51 @@ def test_rows_and_classes_span_several_tiles(classes: int, generator: torch.Gene
     n = 1100
     pred = normal((n, classes), CPU, torch.float32, generator, 3.0)
     label = torch.randint(-1, classes + 1, (n,), generator=generator)
-    args = (pred, label, uniform((n,), CPU, torch.float32, generator), 2.0, False)
-    torch.testing.assert_close(qfl.forward(*args), SPECS["qfl"].reference(*args), rtol=1e-5, atol=1e-5)
+    args = (pred, label, uniform((n,), CPU, torch.float32, generator), [2.0], False)
+    torch.testing.assert_close(score.qfl_forward(*args), SPECS["qfl"].reference(*args), rtol=1e-5, atol=1e-5)
     grad = uniform((n,), CPU, torch.float32, generator)
     leaves = [pred.clone().requires_grad_(), args[2].clone().requires_grad_()]
-    loss = SPECS["qfl"].reference(leaves[0], label, leaves[1], 2.0, False)
+    loss = SPECS["qfl"].reference(leaves[0], label, leaves[1], [2.0], False)
     want = torch.autograd.grad(loss, leaves, grad)
-    for got, expected in zip(qfl.backward(grad, *args, [True, True]), want, strict=True):
+    for got, expected in zip(score.qfl_backward(grad, *args, [True, True]), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_label_beyond_32_bits_is_background() -> None:
     """Labels are compared in 32 bits: 2^32 must not become class 0."""
-    pred, score = torch.zeros(4, 3), torch.full((4,), 0.75)
+    pred, quality = torch.zeros(4, 3), torch.full((4,), 0.75)
     label = torch.tensor([2**32, -(2**32), 2**32 + 1, 3])
-    background = qfl.forward(pred, torch.full((4,), -1), score, 2.0, False)
-    assert torch.equal(qfl.forward(pred, label, score, 2.0, False), background)
-    grad_pred, grad_score = qfl.backward(torch.ones(4), pred, label, score, 2.0, False, [True, True])
+    background = score.qfl_forward(pred, torch.full((4,), -1), quality, [2.0], False)
+    assert torch.equal(score.qfl_forward(pred, label, quality, [2.0], False), background)
+    grad_pred, grad_score = score.qfl_backward(torch.ones(4), pred, label, quality, [2.0], False, [True, True])
     assert torch.equal(grad_score, torch.zeros(4))
     assert torch.equal(grad_pred, grad_pred[:1, :1].expand(4, 3))
 
 
-@pytest.mark.parametrize("stem", ["qfl", "focal", "vfl"])
+@pytest.mark.parametrize("stem", SUMMED)
 def test_an_infinite_logit_has_no_gradient(stem: str) -> None:
     """Nor does it spoil the gradients beside it: 0 · ∞ never appears."""
     pred = torch.tensor([[float("inf"), -float("inf"), 0.5], [-float("inf"), float("inf"), -0.5]])
     target = torch.tensor([[0.0, 0.5, 1.0], [0.0, 1.0, 0.25]])
-    if stem == "qfl":
-        grad_pred, _ = qfl.backward(torch.ones(2), pred, None, target, 2.0, False, [True, True])
-    elif stem == "focal":
-        grad_pred, _ = focal.backward(torch.ones(2, 3), pred, target, 0.25, 2.0, False, [True, True])
-    else:
-        grad_pred, _ = vfl.backward(torch.ones(2, 3), pred, target, 0.75, 2.0, True, False, [True, True])
+    params = next(SPECS[stem].samples(CPU, torch.float32, torch.Generator())).args[3]
+    grad = torch.ones(2) if SUMMED[stem] else torch.ones(2, 3)
+    grad_pred, _ = getattr(score, f"{stem}_backward")(grad, pred, None, target, params, False, [True, True])
     assert torch.equal(grad_pred[:, :2], torch.zeros(2, 2))
     assert torch.isfinite(grad_pred).all() and (grad_pred[:, 2] != 0).all()
+
+
+def test_labels_of_several_images(generator: torch.Generator) -> None:
+    """Of [B, C, P] with labels [B, P]: each image by its own scores."""
+    pred = normal((3, 5, 7), CPU, torch.float32, generator)
+    label = torch.randint(-1, 6, (3, 7), generator=generator)
+    quality, weight = (uniform((3, 7), CPU, torch.float32, generator) for _ in range(2))
+    rows = pred.transpose(1, 2).reshape(-1, 5)
+    constants = (None, 1.0, "qfl", [2.0], False, True)
+    got, gradient = score.score_loss_forward(pred, label, quality, weight, *constants)
+    flat = (t.flatten() for t in (label, quality, weight))
+    want, want_gradient = score.score_loss_forward(rows, *flat, *constants)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradient.transpose(1, 2).reshape(-1, 5), want_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -233,9 +245,9 @@ def test_an_iou_of_exactly_the_threshold_does_not_suppress() -> None:
 def test_a_recorded_launch_is_not_made() -> None:
     loss = torch.full((5,), 7.0)
     with _launch.record() as launches:
-        qfl.forward(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64), loss, 2.0, False)
-        qfl.forward(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), loss[:0], 2.0, False)
-    assert [launch.kernel for launch in launches] == [qfl.qfl_forward_kernel]
+        score.qfl_forward(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64), loss, [2.0], False)
+        score.qfl_forward(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), loss[:0], [2.0], False)
+    assert [launch.kernel for launch in launches] == [score.score_kernel]
     assert launches[0].constants["SPARSE"] is True
 
 

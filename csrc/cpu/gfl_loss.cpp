@@ -16,9 +16,9 @@
 
 #include "head_tile.h"
 #include "isa.h"
-#include "terms/focal.h"
 #include "terms/gfl_loss.h"
 #include "terms/scalar.h"
+#include "terms/score.h"
 
 namespace gfl {
 GFL_DECLARE_PER_ISA(void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes,

@@ -1,35 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss with β = 2 against background, p²·BCE(x, 0), and its gradient times a scale, in one walk over logits
-// in place. A location's classes go into kLanes partial sums, class c into c % kLanes, which are added up in a tree: its
-// loss has the same bits whether classes or locations lie side by side.
+// Sums of terms over logits in place, with `scale` times their gradient from the same walk. A location's classes go into
+// kLanes partial sums, class c into c % kLanes, which are added up in a tree: its loss has the same bits whether classes or
+// locations are contiguous. The named functions are of quality focal loss with β = 2 against background.
 #pragma once
-#include "focal_terms.h"
 #include "row_sum.h"
+#include "terms/score.h"
 
 namespace gfl::GFL_ISA {
 
-// A class that is not there: it adds nothing.
+// A class that is not there: against a target of 0 it adds nothing.
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 
-// One location whose classes lie side by side. Returns its loss.
-template <bool kLoss, bool kGrad, class T>
-inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
+// One location whose classes are contiguous, and the Term of each register by term_at(its first class, logits). Returns
+// the location's loss.
+template <bool kLoss, bool kGrad, class T, class TermAt>
+inline float walk_row(const T* x, int64_t classes, float scale, T* grad, const TermAt& term_at) {
   RowSum sum;
   int64_t c = 0;
   for (; c + kLanes <= classes; c += kLanes) {
     for (int part = 0; part < kParts; ++part) {
       const int64_t at = c + part * kWidth;
-      const Term term = background_term(load_floats(x + at));
+      const Term<Floats> term = term_at(at, load_floats(x + at));
       if (kLoss) sum.parts[part] += term.value;
       if (kGrad) store_floats(scale * term.grad_pred, grad + at);
     }
   }
   for (int part = 0; c < classes; c += kWidth, ++part) {
-    const Term term = background_term(load_floats(x + c, classes - c, kNoLogit));
+    const Term<Floats> term = term_at(c, load_floats(x + c, classes - c, kNoLogit));
     if (kLoss) sum.parts[part] += term.value;
     if (kGrad) store_floats(scale * term.grad_pred, classes - c, grad + c);
   }
   return kLoss ? sum.total() : 0.0f;
+}
+
+inline Term<Floats> background_term(Floats x) { return Qfl::background(FastParams<Qfl>{}, x); }
+
+// One location whose classes are contiguous. Returns its loss.
+template <bool kLoss, bool kGrad, class T>
+inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
+  return walk_row<kLoss, kGrad>(x, classes, scale, grad, [](int64_t, Floats logits) { return background_term(logits); });
 }
 
 // One location, its classes anywhere, and one of them, `without`, not counted.
@@ -45,14 +54,14 @@ inline float background_row(const T* x, int64_t step, int64_t classes, int64_t w
       lanes[without - c] = kNoLogit;
       logits = load_floats(lanes);
     }
-    const Term term = background_term(logits);
+    const Term<Floats> term = background_term(logits);
     if (kLoss) sum.parts[part] += term.value;
     if (kGrad) store_every(scale * term.grad_pred, grad_step, classes - c, grad + c * grad_step);
   }
   return kLoss ? sum.total() : 0.0f;
 }
 
-// Up to kMost locations that lie side by side; `pitch` is from class to class. Their losses go to `sums`.
+// Up to kMost locations that are contiguous; `pitch` is from class to class. Their losses go to `sums`.
 template <int kMost, bool kLoss, bool kGrad, class T>
 inline void background_columns(const T* x, int64_t pitch, int64_t count, int64_t classes, float scale, float* sums,
                                T* grad, int64_t grad_pitch) {
@@ -62,12 +71,12 @@ inline void background_columns(const T* x, int64_t pitch, int64_t count, int64_t
     float* const part = partial[kLoss ? c % kLanes : 0];
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) {
-      const Term term = background_term(load_floats(x + i));
+      const Term<Floats> term = background_term(load_floats(x + i));
       if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
       if (kGrad) store_floats(scale * term.grad_pred, grad + i);
     }
     if (i == count) continue;
-    const Term term = background_term(load_floats(x + i, count - i, kNoLogit));
+    const Term<Floats> term = background_term(load_floats(x + i, count - i, kNoLogit));
     if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
     if (kGrad) store_floats(scale * term.grad_pred, count - i, grad + i);
   }

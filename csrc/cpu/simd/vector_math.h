@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "terms/log1p.h"
 #include "terms/scalar.h"
 
 #if !defined(GFL_ISA)
@@ -138,16 +139,16 @@ template <class F> inline F exp_of_negative(F x) {
   return x < -87.0f ? splat<F>(0.0f) : e;
 }
 
-// log(1 + e) for e in [0, 1]: e times a minimax polynomial, relative error 4.8e-9.
+// log(1 + e) for e in [0, 1], by the polynomial of terms/log1p.h.
 template <class F> inline F log1p_of_unit(F e) {
   // In pairs, as above.
   const F e2 = e * e, e4 = e2 * e2;
-  const F p01 = multiply_add(e, splat<F>(0.33329964f), -0.49999902f);
-  const F p23 = multiply_add(e, splat<F>(0.19675931f), -0.24954133f);
-  const F p45 = multiply_add(e, splat<F>(0.10603617f), -0.15305570f);
-  const F p67 = multiply_add(e, splat<F>(0.019851264f), -0.056959159f);
+  const F p01 = multiply_add(e, splat<F>(Log1p::c2), Log1p::c1);
+  const F p23 = multiply_add(e, splat<F>(Log1p::c4), Log1p::c3);
+  const F p45 = multiply_add(e, splat<F>(Log1p::c6), Log1p::c5);
+  const F p67 = multiply_add(e, splat<F>(Log1p::c8), Log1p::c7);
   const F low = multiply_add(p23, e2, p01);
-  const F high = multiply_add(multiply_add(e2, splat<F>(-0.0032439810f), p67), e2, p45);
+  const F high = multiply_add(multiply_add(e2, splat<F>(Log1p::c9), p67), e2, p45);
   return multiply_add(multiply_add(high, e4, low), e2, e);
 }
 

@@ -18,7 +18,7 @@ from ..bins.dfl import two_bin_cross_entropy
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
 from ..boxes.distance import box_of, reference_box_to_distance
 from ..boxes.iou import reference as box_loss
-from ..score.qfl import absolute_power, binary_cross_entropy
+from ..score.terms import absolute_power, binary_cross_entropy
 from .atss import Assignment, centres, check_strides, per_level
 from .one_pass import head_loss
 

@@ -9,77 +9,30 @@ import torch
 from torch import Tensor
 
 from ...core import checks
-from ...core.dtypes import accumulator, device_type
-from ...core.random_inputs import normal, uniform
-from ...core.reduction import reduce_loss
-from ...core.registry import OpSpec, Sample, register
-from .qfl import binary_cross_entropy, finite_power
-from .score_loss import FOCAL as FOCAL_KIND
-from .score_loss import score_loss
-
-TARGETS = checks.FLOATING + checks.INTEGER + (torch.bool,)
+from ...core.registry import Sample
+from .score_loss import check_element_target, element_loss, element_samples, score_spec
+from .terms import binary_cross_entropy, finite_power
 
 
-def reference(pred: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
-    """The formula, linear in a soft target, in fp32, or in fp64 for fp64 input."""
-    p, loss = binary_cross_entropy(pred.to(accumulator(pred.dtype)), target, activated)
-    miss = (1 - p) * target + p * (1 - target)
-    loss = loss * finite_power(miss, gamma)
-    if alpha >= 0:
-        loss = loss * (alpha * target + (1 - alpha) * (1 - target))
-    return loss.contiguous()
-
-
-def fake(pred: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
-    return pred.new_empty(pred.shape, dtype=accumulator(pred.dtype))
-
-
-def element_samples(
-    device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
-    """(id, pred, soft target, activated) of a loss that looks at each element by itself."""
-    acc = accumulator(dtype)
-    for shape in ((0, 80), (1, 1), (7, 3), (129, 4), (1025, 20), (2, 5, 3, 7)):
-        name = "x".join(map(str, shape))
-        pred = normal(shape, device, dtype, generator, scale=3.0)
-        positive = uniform(shape, device, acc, generator) < 0.2
-        target = uniform(shape, device, acc, generator, 0.05) * positive
-        yield f"soft-{name}", pred, target, False
-        if shape[0] not in (7, 129):
-            continue
-        yield f"one-hot-{name}", pred, positive.to(acc), False
-        yield f"all-negative-{name}", pred, torch.zeros_like(target), False
-        yield f"all-positive-{name}", pred, torch.ones_like(target), False
-        yield f"strided-{name}", normal(shape[::-1], device, dtype, generator).t(), target, False
-        # Away from 0 and 1, where logarithms and denominators of probabilities have their floors.
-        yield f"activated-{name}", uniform(shape, device, dtype, generator, 0.02, 0.98), target, True
-    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0]], device=device).to(dtype)
-    yield "extreme", extreme, torch.tensor([[1, 0, 1], [1, 0.5, 0]], device=device, dtype=acc), False
+def term(pred: Tensor, target: Tensor, gamma: float, alpha: float, activated: bool) -> Tensor:
+    """Linear in a soft target."""
+    p, loss = binary_cross_entropy(pred, target, activated)
+    loss = loss * finite_power((1 - p) * target + p * (1 - target), gamma)
+    return loss * (alpha * target + (1 - alpha) * (1 - target)) if alpha >= 0 else loss
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     for name, pred, target, activated in element_samples(device, dtype, generator):
-        yield Sample(name, (pred, target, 0.25, 2.0, activated))
+        yield Sample(name, (pred, None, target, [2.0, 0.25], activated))
         if name.endswith("7x3"):
-            yield Sample(f"gamma1.5-{name}", (pred, target, 0.6, 1.5, activated))
+            yield Sample(f"gamma1.5-{name}", (pred, None, target, [1.5, 0.6], activated))
             # The root of 1 - p_t has no bounded derivative at 0, where a last bit of p decides all of the gradient.
             inside = 0.1 + 0.8 * target if name.startswith("soft") else target
-            yield Sample(f"gamma0.5-{name}", (pred, inside, 0.25, 0.5, activated))
-            yield Sample(f"unbalanced-{name}", (pred, target, -1.0, 2.0, activated))
+            yield Sample(f"gamma0.5-{name}", (pred, None, inside, [0.5, 0.25], activated))
+            yield Sample(f"unbalanced-{name}", (pred, None, target, [2.0, -1.0], activated))
 
 
-FOCAL = register(
-    OpSpec(
-        stem="focal",
-        schema="(Tensor pred, Tensor target, float alpha, float gamma, bool activated) -> Tensor",
-        reference=reference,
-        fake=fake,
-        samples=samples,
-        summary="focal loss, element by element",
-        public=("sigmoid_focal_loss",),
-        differentiable=("pred", "target"),
-    )
-)
+FOCAL = score_spec("focal", term, samples, "focal loss, element by element", "sigmoid_focal_loss", summed=False)
 
 
 def focal_loss(
@@ -95,21 +48,12 @@ def focal_loss(
     avg_factor: float | Tensor | None,
 ) -> Tensor:
     """The loss after the checks; `names` are what the caller calls the two, `weight` broadcasts to pred's shape."""
-    checks.tensor(op, names[0], pred)
-    checks.tensor(op, names[1], target, TARGETS)
-    if target.shape != pred.shape:
-        raise ValueError(
-            checks.message(op, names[1], f"must have the shape of `{names[0]}`, {list(pred.shape)}", list(target.shape))
-        )
-    checks.same_device(op, names[1], target, names[0], pred)
+    check_element_target(op, names, pred, target)
     checks.number(op, "gamma", gamma, 0)
     if alpha != -1:
         checks.number(op, "alpha", alpha, 0, 1)
-    target, constants = target.to(accumulator(pred.dtype)), (float(alpha), float(gamma), activated)
-    reduced = score_loss("focal", FOCAL_KIND, pred, None, target, *constants, weight, reduction, avg_factor)
-    if reduced is not None:
-        return reduced
-    return reduce_loss(FOCAL(device_type(pred), pred, target, *constants), weight, reduction, avg_factor)
+    params = [float(gamma), float(alpha)]
+    return element_loss(FOCAL, params, pred, target, weight, reduction, avg_factor, activated)
 
 
 def sigmoid_focal_loss(

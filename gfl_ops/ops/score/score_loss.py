@@ -1,26 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of class scores, reduced to one number, with the gradient from the same pass; see core/grad_in_forward.py."""
+"""What the losses of class scores share: their operators, the reduction in the kernel, and the public call.
+
+A loss is a file beside this one. It gives `score_spec` its term in plain PyTorch, element by element against a dense
+target, and calls `row_loss` or `element_loss` from its public function. The operators `gfl::score_loss_*` compute any
+of them down to one number, with the gradient from the same pass; see core/grad_in_forward.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import backends, extension
+from ...core import backends, checks, extension
 from ...core.dtypes import accumulator, as_dtype, device_type
 from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
-from ...core.reduction import factor_and_norm
-from ...core.registry import define, triton_kernel
+from ...core.random_inputs import normal, uniform
+from ...core.reduction import check_reduction, factor_and_norm, reduce_loss
+from ...core.registry import OpSpec, Sample, define, register, triton_kernel
 
-# The values of the operators' argument `kind`.
-QUALITY, FOCAL, VARIFOCAL, VARIFOCAL_UNWEIGHTED = range(4)
+Target = Tensor | tuple[Tensor, Tensor] | list[Tensor]
+
+# Whether each loss, by its stem, is summed over the classes; else it is one of elements.
+SUMMED: dict[str, bool] = {}
+
+# --- operators -------------------------------------------------------------------------------------------
+
+
+def score_spec(
+    stem: str,
+    term: Callable[..., Tensor],
+    samples: Callable[[torch.device, torch.dtype, torch.Generator], Iterator[Sample]],
+    summary: str,
+    public: str,
+    *,
+    summed: bool,
+) -> OpSpec:
+    """Register a loss.
+
+    Args:
+        stem: its name in every folder.
+        term: (pred, dense target, *params, activated) -> the loss of each element, in plain PyTorch with gradients;
+            pred and target come in the accumulator's dtype.
+        samples, summary: as `OpSpec` has them; `row_samples` and `element_samples` draw tensors for the first.
+        public: name of the public function.
+        summed: the loss is summed over the classes, and may have its targets as labels and scores.
+    """
+
+    def reference(
+        pred: Tensor, label: Tensor | None, target: Tensor, params: Sequence[float], activated: bool
+    ) -> Tensor:
+        if label is not None:
+            classes = torch.arange(pred.shape[1], device=pred.device)
+            target = torch.where(label[:, None] == classes, target[:, None], 0.0)
+        loss = term(pred.to(accumulator(pred.dtype)), target, *params, activated)
+        return loss.sum(1) if summed else loss.contiguous()
+
+    def fake(pred: Tensor, *others: Any) -> Tensor:
+        return pred.new_empty(pred.shape[:1] if summed else pred.shape, dtype=accumulator(pred.dtype))
+
+    SUMMED[stem] = summed
+    return register(
+        OpSpec(
+            stem=stem,
+            schema="(Tensor pred, Tensor? label, Tensor target, float[] params, bool activated) -> Tensor",
+            reference=reference,
+            fake=fake,
+            samples=samples,
+            summary=summary,
+            public=(public,),
+            differentiable=("pred", "target"),
+            triton="score",
+        )
+    )
+
 
 _INPUT = (
-    "Tensor pred, Tensor? label, Tensor target, Tensor? weight, Tensor? norm, float factor, int kind, float alpha,"
-    " float exponent, bool activated"
+    "Tensor pred, Tensor? label, Tensor target, Tensor? weight, Tensor? norm, float factor, str loss, float[] params,"
+    " bool activated"
 )
 
 
@@ -65,42 +124,124 @@ def _define(namespace: str, kernel: Callable[[str], Any] | None) -> Kernels:
 
 
 _DEVICES = tuple(device for device in ("cpu", "cuda") if extension.serves("score_loss_fwd", device))
-_TRITON = _define("gfl_triton", lambda direction: triton_kernel("score_loss", direction))
+_TRITON = _define("gfl_triton", lambda direction: triton_kernel("score", f"score_loss_{direction}"))
 _NATIVE = _define("gfl", None) if _DEVICES else None
 
 
-def score_loss(
-    stem: str,
-    kind: int,
+# --- calls -----------------------------------------------------------------------------------------------
+
+
+def row_loss(
+    op: str,
+    spec: OpSpec,
+    params: Sequence[float],
+    pred: Tensor,
+    target: Target,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+    activated: bool,
+) -> Tensor:
+    """The loss of a public function `op` that is summed over the classes, with all checks but those of its params."""
+    acc = accumulator(pred.dtype)
+    if isinstance(target, (tuple, list)):
+        checks.shape(op, "pred", pred, "[N, C]", (None, None))
+        if len(target) != 2:
+            rule = "must be (label, score) or one tensor"
+            raise ValueError(checks.message(op, "target", rule, f"{len(target)} items"))
+        label, score = target
+        checks.tensor(op, "target[0]", label, checks.INTEGER)
+        checks.tensor(op, "target[1]", score)
+        rows = pred.shape[:1]
+        for name, value in (("target[0]", label), ("target[1]", score)):
+            checks.shape(op, name, value, "[N]", rows)
+            checks.same_device(op, name, value, "pred", pred)
+        check_reduction(op, rows, "[N]", pred, weight, reduction, avg_factor)
+        arguments = (pred, as_dtype(label, torch.int64), as_dtype(score, acc), params, activated)
+        reduced = _reduced(spec, *arguments, weight, reduction, avg_factor)
+        return (
+            reduce_loss(spec(device_type(pred), *arguments), weight, reduction, avg_factor)
+            if reduced is None
+            else reduced
+        )
+
+    if pred.dim() < 2:
+        raise ValueError(checks.message(op, "pred", "must have shape [N, C, …]", list(pred.shape)))
+    checks.tensor(op, "target", target)
+    checks.shape(op, "target", target, "[N, C]" if pred.dim() == 2 else "[N, C, …]", tuple(pred.shape))
+    checks.same_device(op, "target", target, "pred", pred)
+    rows = pred.shape[:1] + pred.shape[2:]
+    check_reduction(op, rows, "[N]" if pred.dim() == 2 else "[N, …]", pred, weight, reduction, avg_factor)
+    if pred.numel() > 0:
+        planes, targets = (pred, target) if pred.dim() == 2 else (pred.flatten(2), target.flatten(2))
+        flat_weight = weight if weight is None or pred.dim() == 2 else weight.flatten(1)
+        reduced = _reduced(spec, planes, None, targets.to(acc), params, activated, flat_weight, reduction, avg_factor)
+        if reduced is not None:
+            return reduced
+    flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
+    flat_target = target.movedim(1, -1).reshape(-1, pred.shape[1]).to(acc)
+    loss = spec(device_type(pred), flat_pred, None, flat_target, params, activated).reshape(rows)
+    return reduce_loss(loss, weight, reduction, avg_factor)
+
+
+def check_element_target(op: str, names: tuple[str, str], pred: Tensor, target: Tensor) -> None:
+    """Score and target of a loss of elements; `names` are what the caller calls them."""
+    checks.tensor(op, names[0], pred)
+    checks.tensor(op, names[1], target, checks.FLOATING + checks.INTEGER + (torch.bool,))
+    if target.shape != pred.shape:
+        rule = f"must have the shape of `{names[0]}`, {list(pred.shape)}"
+        raise ValueError(checks.message(op, names[1], rule, list(target.shape)))
+    checks.same_device(op, names[1], target, names[0], pred)
+
+
+def element_loss(
+    spec: OpSpec,
+    params: Sequence[float],
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+    activated: bool,
+) -> Tensor:
+    """A loss of elements after its checks; `weight` broadcasts to pred's shape."""
+    arguments = (pred, None, target.to(accumulator(pred.dtype)), params, activated)
+    reduced = _reduced(spec, *arguments, weight, reduction, avg_factor)
+    if reduced is not None:
+        return reduced
+    return reduce_loss(spec(device_type(pred), *arguments), weight, reduction, avg_factor)
+
+
+def _reduced(
+    spec: OpSpec,
     pred: Tensor,
     label: Tensor | None,
     target: Tensor,
-    alpha: float,
-    exponent: float,
+    params: Sequence[float],
     activated: bool,
     weight: Tensor | None,
     reduction: str,
     avg_factor: float | Tensor | None,
 ) -> Tensor | None:
-    """The reduced loss, or None where the caller has to compute the single losses and reduce them itself.
+    """The loss reduced by its kernel, or None where the caller has to compute the single losses and reduce them.
 
     Args:
-        stem: of the operator that computes the single losses; its backend runs this too.
-        kind: one of the above.
+        spec: of the operator that computes the single losses; its backend runs this too.
         pred: ``[N, C]`` or ``[B, C, P]``.
-        label: ``[N]`` int64, of the quality focal loss, or None.
+        label: ``[N]`` int64, of a loss summed over the classes, or None.
         target: in the accumulator's dtype; ``[N]`` with labels, else of pred's shape.
+        params: those of the loss in its own order.
         weight: ``[N]``, ``[N, 1]`` or ``[B, P]``, or None.
     """
-    kernels = _kernels(stem, pred, target, weight, reduction, avg_factor)
+    kernels = _kernels(spec.stem, pred, target, weight, reduction, avg_factor)
     if kernels is None:
         return None
     acc = target.dtype
-    count = pred.numel() if kind != QUALITY else pred.shape[:1].numel() * pred.shape[2:].numel()
+    count = pred.shape[:1].numel() * pred.shape[2:].numel() if SUMMED[spec.stem] else pred.numel()
     factor, norm = factor_and_norm(reduction, avg_factor, count, pred, acc)
     if weight is not None:
         weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
-    inputs, constants = (pred, label, target, weight, norm), (factor, kind, alpha, exponent, activated)
+    inputs, constants = (pred, label, target, weight, norm), (factor, spec.stem, params, activated)
     if wants_grad([pred]):
         return GradInForward.apply(kernels, constants, *inputs)[0]
     return kernels.forward(inputs, constants, False)[0][0]
@@ -129,3 +270,50 @@ def _kernels(
     if backend == "native" and device in _DEVICES:
         return _NATIVE
     return _TRITON if backend == "triton" else None
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+def row_samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor, bool]]:
+    """(id, pred, label, target, activated) of a loss that is summed over the classes."""
+    acc = accumulator(dtype)
+    for n, c in ((0, 80), (1, 1), (7, 3), (129, 80), (1025, 20)):
+        pred = normal((n, c), device, dtype, generator, scale=3.0)
+        # Background comes as C, as −1 and as anything else outside [0, C).
+        label = torch.randint(-2, c + 3, (n,), generator=generator).to(device)
+        score = uniform((n,), device, acc, generator)
+        yield f"sparse-n{n}-c{c}", pred, label, score, False
+        if n in (7, 129):
+            yield f"strided-n{n}", normal((c, n), device, dtype, generator).t(), label, score, False
+            yield f"all-background-n{n}", pred, torch.full_like(label, c), score, False
+            yield f"activated-n{n}", pred.sigmoid(), label, score, True
+            yield f"dense-n{n}", pred, None, uniform((n, c), device, acc, generator), False
+    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0]], device=device).to(dtype)
+    label = torch.tensor([0, 2], device=device)
+    yield "extreme", extreme, label, uniform((2,), device, acc, generator), False
+
+
+def element_samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
+    """(id, pred, soft target, activated) of a loss that looks at each element by itself."""
+    acc = accumulator(dtype)
+    for shape in ((0, 80), (1, 1), (7, 3), (129, 4), (1025, 20), (2, 5, 3, 7)):
+        name = "x".join(map(str, shape))
+        pred = normal(shape, device, dtype, generator, scale=3.0)
+        positive = uniform(shape, device, acc, generator) < 0.2
+        target = uniform(shape, device, acc, generator, 0.05) * positive
+        yield f"soft-{name}", pred, target, False
+        if shape[0] not in (7, 129):
+            continue
+        yield f"one-hot-{name}", pred, positive.to(acc), False
+        yield f"all-negative-{name}", pred, torch.zeros_like(target), False
+        yield f"all-positive-{name}", pred, torch.ones_like(target), False
+        yield f"strided-{name}", normal(shape[::-1], device, dtype, generator).t(), target, False
+        # Away from 0 and 1, where logarithms and denominators of probabilities have their floors.
+        yield f"activated-{name}", uniform(shape, device, dtype, generator, 0.02, 0.98), target, True
+    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, -0.0]], device=device).to(dtype)
+    yield "extreme", extreme, torch.tensor([[1, 0, 1], [1, 0.5, 0]], device=device, dtype=acc), False

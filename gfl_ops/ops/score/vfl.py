@@ -9,49 +9,31 @@ import torch
 from torch import Tensor
 
 from ...core import checks
-from ...core.dtypes import accumulator, device_type
-from ...core.reduction import check_element_reduction, reduce_loss
-from ...core.registry import OpSpec, Sample, register
-from .focal import TARGETS, element_samples
-from .qfl import absolute_power, binary_cross_entropy
-from .score_loss import VARIFOCAL, VARIFOCAL_UNWEIGHTED, score_loss
+from ...core.reduction import check_element_reduction
+from ...core.registry import Sample
+from .score_loss import check_element_target, element_loss, element_samples, score_spec
+from .terms import absolute_power, binary_cross_entropy
 
 
-def reference(pred: Tensor, target: Tensor, alpha: float, gamma: float, iou_weighted: bool, activated: bool) -> Tensor:
-    """The formula in fp32, or in fp64 for fp64 input."""
-    p, loss = binary_cross_entropy(pred.to(accumulator(pred.dtype)), target, activated)
+def term(pred: Tensor, target: Tensor, gamma: float, alpha: float, iou_weighted: float, activated: bool) -> Tensor:
+    p, loss = binary_cross_entropy(pred, target, activated)
     positive = target if iou_weighted else torch.ones_like(target)
-    return (torch.where(target > 0, positive, alpha * absolute_power(p - target, gamma)) * loss).contiguous()
-
-
-def fake(pred: Tensor, target: Tensor, alpha: float, gamma: float, iou_weighted: bool, activated: bool) -> Tensor:
-    return pred.new_empty(pred.shape, dtype=accumulator(pred.dtype))
+    return torch.where(target > 0, positive, alpha * absolute_power(p - target, gamma)) * loss
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     for name, pred, target, activated in element_samples(device, dtype, generator):
         # At a target of 0 the loss has a step that numerical differences of gradcheck would cross: a little below it.
-        yield Sample(f"tie-{name}", (pred, target, 0.75, 2.0, True, activated))
+        yield Sample(f"tie-{name}", (pred, None, target, [2.0, 0.75, 1.0], activated))
         if name.endswith("7x3"):
             apart = torch.where(target > 0, target, -0.01)
-            yield Sample(name, (pred, apart, 0.75, 2.0, True, activated))
-            yield Sample(f"gamma1.5-{name}", (pred, apart, 0.4, 1.5, True, activated))
-            yield Sample(f"gamma0.5-{name}", (pred, apart, 0.75, 0.5, True, activated))
-            yield Sample(f"unweighted-{name}", (pred, apart, 0.75, 2.0, False, activated))
+            yield Sample(name, (pred, None, apart, [2.0, 0.75, 1.0], activated))
+            yield Sample(f"gamma1.5-{name}", (pred, None, apart, [1.5, 0.4, 1.0], activated))
+            yield Sample(f"gamma0.5-{name}", (pred, None, apart, [0.5, 0.75, 1.0], activated))
+            yield Sample(f"unweighted-{name}", (pred, None, apart, [2.0, 0.75, 0.0], activated))
 
 
-VFL = register(
-    OpSpec(
-        stem="vfl",
-        schema="(Tensor pred, Tensor target, float alpha, float gamma, bool iou_weighted, bool activated) -> Tensor",
-        reference=reference,
-        fake=fake,
-        samples=samples,
-        summary="varifocal loss, element by element",
-        public=("varifocal_loss",),
-        differentiable=("pred", "target"),
-    )
-)
+VFL = score_spec("vfl", term, samples, "varifocal loss, element by element", "varifocal_loss", summed=False)
 
 
 def varifocal_loss(
@@ -100,21 +82,9 @@ def varifocal_loss(
         mmdet's in that a ``[N]`` weight is one of the rows, where there it is stretched over the classes if N = C.
     """
     op = "varifocal_loss"
-    checks.tensor(op, "pred", pred)
-    checks.tensor(op, "target", target, TARGETS)
-    if target.shape != pred.shape:
-        raise ValueError(
-            checks.message(op, "target", f"must have the shape of `pred`, {list(pred.shape)}", list(target.shape))
-        )
-    checks.same_device(op, "target", target, "pred", pred)
+    check_element_target(op, ("pred", "target"), pred, target)
     checks.number(op, "alpha", alpha, 0)
     checks.number(op, "gamma", gamma, 0)
     weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
-    target = target.to(accumulator(pred.dtype))
-    kind = VARIFOCAL if iou_weighted else VARIFOCAL_UNWEIGHTED
-    constants = (float(alpha), float(gamma), activated)
-    reduced = score_loss("vfl", kind, pred, None, target, *constants, weight, reduction, avg_factor)
-    if reduced is not None:
-        return reduced
-    loss = VFL(device_type(pred), pred, target, float(alpha), float(gamma), bool(iou_weighted), activated)
-    return reduce_loss(loss, weight, reduction, avg_factor)
+    params = [float(gamma), float(alpha), float(bool(iou_weighted))]
+    return element_loss(VFL, params, pred, target, weight, reduction, avg_factor, activated)

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic that terms/score.h is written in, for a register of floats. Everything but general_power is free of
+// branches; that is called for exponents without a form of their own, which the vector code does not see.
+#pragma once
+#include <cmath>
+
+#include "vector_math.h"
+
+namespace gfl::GFL_ISA {
+
+inline Floats absolute(Floats x) { return absolute_of(x); }
+inline Floats zero_where(Ints condition, Floats x) { return (Floats)(~condition & (Ints)x); }
+inline Ints is_infinite(Floats x) { return absolute_of(x) > std::numeric_limits<float>::max(); }
+inline Floats finite_positive_part(Floats x) { return at_most(std::numeric_limits<float>::max(), at_least(0.0f, x)); }
+inline Floats reciprocal_of_unit(Floats e) { return 1.0f / (1.0f + e); }
+inline Floats sign(Floats x) {
+  return x > 0.0f ? splat<Floats>(1.0f) : (x < 0.0f ? splat<Floats>(-1.0f) : splat<Floats>(0.0f));
+}
+inline Floats square_root(Floats x) {
+  float lanes[kWidth];
+  std::memcpy(lanes, &x, sizeof x);
+  _Pragma("omp simd") for (int j = 0; j < kWidth; ++j) lanes[j] = __builtin_sqrtf(lanes[j]);
+  std::memcpy(&x, lanes, sizeof x);
+  return x;
+}
+inline Floats general_power(Floats base, float exponent) {
+  for (int j = 0; j < kWidth; ++j) base[j] = std::pow(base[j], exponent);
+  return base;
+}
+
+}  // namespace gfl::GFL_ISA
