@@ -174,7 +174,7 @@ def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, 
     Per call that a user makes, one launch per kernel and set of flags; with `samples` one for each other set of flags.
     """
     from gfl_ops.core import backends
-    from gfl_ops.triton import _launch
+    from gfl_ops.triton import launch as launcher
 
     def triton(stem: str, device: str) -> str:
         return "triton" if backends.kernels(stem).triton else "reference"
@@ -184,7 +184,7 @@ def launches_of(stem: str, dtype: Any, samples: bool = True) -> list[tuple[str, 
     for name, call, by_user in calls_of(stem, dtype):
         if not (by_user or samples):
             break
-        with _launch.record() as launches, mock.patch.object(backends, "serving", triton):
+        with launcher.record() as launches, mock.patch.object(backends, "serving", triton):
             call()
         for launch in launches:
             flags = tuple((key, value) for key, value in launch.constants.items() if isinstance(value, bool))
@@ -236,9 +236,9 @@ def triton_kernels(options: argparse.Namespace, failures: list[str]) -> Iterator
 
     from gfl_ops.core import backends
     from gfl_ops.core.registry import SPECS
-    from gfl_ops.triton import _launch
+    from gfl_ops.triton import launch as launcher
 
-    if _launch.INTERPRETS:
+    if launcher.INTERPRETS:
         raise MissingCompilerError("TRITON_INTERPRET=1 is set: an interpreting process can't compile; unset it")
     disassembler()
     seen = set()

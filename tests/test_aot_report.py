@@ -166,12 +166,12 @@ def test_one_bin_compiles(report: ModuleType, triton: ModuleType, dtype: str) ->
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gfl_ops.triton import bins, launch
+    from gfl_ops.triton import bins
 
-    if launch.INTERPRETS:
+    if launcher.INTERPRETS:
         pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
     pair = torch.zeros(2, 5, 1, dtype=getattr(torch, dtype)).unbind()
-    with launch.record() as launches:
+    with launcher.record() as launches:
         bins.ld_backward(bins.ld_forward(*pair, 2.0), *pair, 2.0, [True])
     assert len(launches) == 2
     for each in launches:
@@ -190,9 +190,9 @@ def test_decisions_are_made_without_fused_arithmetic(
     from triton.compiler import ASTSource
 
     from gfl_ops.core.registry import SPECS
-    from gfl_ops.triton import _launch
+    from gfl_ops.triton import launch as launcher
 
-    if _launch.INTERPRETS:
+    if launcher.INTERPRETS:
         pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
     if getattr(torch, dtype) not in SPECS[stem].dtypes:
         pytest.skip(f"{stem} does not take {dtype}")

@@ -20,7 +20,7 @@ if not backends.TRITON_INTERPRETS:
 import triton.language as tl  # noqa: E402
 
 from gfl_ops.ops.score.score_loss import SUMMED  # noqa: E402
-from gfl_ops.triton import _launch, bins, nms, score  # noqa: E402
+from gfl_ops.triton import bins, launch, nms, score  # noqa: E402
 from gfl_ops.triton.terms import log1p_unit, log_complement  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -141,23 +141,23 @@ def test_the_ends_of_the_integers_are_bins_too() -> None:
 
 def test_locations_fold_where_their_strides_admit_it() -> None:
     maps = torch.zeros(2, 68, 3, 5)
-    assert _launch.fold(maps) == [(maps.numel(), 1)]
-    assert _launch.locations(maps.permute(0, 2, 3, 1)[..., 0]) == (2, 15, (68 * 15, 1))
-    assert _launch.locations(torch.zeros(7, 3, 68)[..., 0]) == (1, 21, (0, 68))
-    assert _launch.locations(torch.zeros(())) == (1, 1, (0, 0))
-    assert _launch.locations(torch.zeros(4, 6, 8)[::2, ::2, 0]) == (2, 3, (96, 16))
-    assert _launch.locations(torch.zeros(4, 6, 8, 10)[::2, ::2, ::2, 0]) is None
+    assert launch.fold(maps) == [(maps.numel(), 1)]
+    assert launch.locations(maps.permute(0, 2, 3, 1)[..., 0]) == (2, 15, (68 * 15, 1))
+    assert launch.locations(torch.zeros(7, 3, 68)[..., 0]) == (1, 21, (0, 68))
+    assert launch.locations(torch.zeros(())) == (1, 1, (0, 0))
+    assert launch.locations(torch.zeros(4, 6, 8)[::2, ::2, 0]) == (2, 3, (96, 16))
+    assert launch.locations(torch.zeros(4, 6, 8, 10)[::2, ::2, ::2, 0]) is None
     # Two tensors fold together only where both do.
     grid, image = torch.zeros(15, 2)[:, 0], torch.zeros(2, 15, 68)[..., 0]
-    assert _launch.locations(image, grid.expand(2, 15)) == (2, 15, (15 * 68, 68, 0, 2))
+    assert launch.locations(image, grid.expand(2, 15)) == (2, 15, (15 * 68, 68, 0, 2))
 
 
 def test_more_images_than_the_second_axis_of_a_grid_has(generator: torch.Generator) -> None:
     """65 535 programs at most: beyond that the locations are copied and walked as rows."""
     pred = normal((65536, 2, 16), CPU, torch.float32, generator)[:, :, :8].transpose(0, 1).transpose(0, 1)
-    assert _launch.locations(pred[:, ::2, 0]) is not None
+    assert launch.locations(pred[:, ::2, 0]) is not None
     spread = pred.as_strided((65536, 2, 8), (32, 9, 1))
-    assert _launch.locations(spread[..., 0]) is None
+    assert launch.locations(spread[..., 0]) is None
     torch.testing.assert_close(
         bins.integral_forward(spread, 1), SPECS["integral"].reference(spread, 1), rtol=1e-5, atol=1e-5
     )
@@ -222,7 +222,7 @@ def test_a_large_class_is_walked_in_panels(monkeypatch: pytest.MonkeyPatch, gene
     idxs = torch.where(torch.arange(n) % 3 == 0, torch.randint(-9, 9, (n,), generator=generator), 4)
     assert 100 < int((idxs == 4).sum()) < 200
     assert nms.nms_forward(boxes, scores, idxs, 0.6, False).tolist() == by_loop(boxes, scores, idxs, 0.6)
-    with _launch.record() as launches:
+    with launch.record() as launches:
         nms.nms_forward(boxes, scores, idxs, 0.6, False)
         nms.nms_forward(boxes, scores, None, 0.6, False)
     # All classes but the large one, and 3 or 4 panels: each is decided, and all but the last clear what follows.
@@ -244,7 +244,7 @@ def test_an_iou_of_exactly_the_threshold_does_not_suppress() -> None:
 
 def test_a_recorded_launch_is_not_made() -> None:
     loss = torch.full((5,), 7.0)
-    with _launch.record() as launches:
+    with launch.record() as launches:
         score.qfl_forward(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64), loss, [2.0], False)
         score.qfl_forward(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), loss[:0], [2.0], False)
     assert [launch.kernel for launch in launches] == [score.score_kernel]

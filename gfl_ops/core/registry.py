@@ -18,7 +18,6 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,10 +90,7 @@ class OpSpec:
 
     def triton_kernel(self, direction: str) -> Callable[..., Any] | None:
         """The function of the Triton kernel for "forward" or "backward", which imports Triton when it is called."""
-        if self.triton is not None:
-            return triton_kernel(self.triton, f"{self.stem}_{direction}")
-        # A module per operator, of families that have not been merged yet.
-        return triton_kernel(self.stem, direction) if (_TRITON_FOLDER / f"{self.stem}.py").exists() else None
+        return None if self.triton is None else triton_kernel(self.triton, f"{self.stem}_{direction}")
 
     @property
     def grads(self) -> tuple[int, ...]:
@@ -141,7 +137,6 @@ class OpSpec:
 
 SPECS: dict[str, OpSpec] = {}
 
-_TRITON_FOLDER = Path(__file__).parent.with_name("triton")
 _DEVICES = ("CPU", "CUDA")
 _library = functools.cache(lambda namespace: torch.library.Library(namespace, "FRAGMENT"))
 

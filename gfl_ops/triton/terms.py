@@ -162,7 +162,7 @@ def vfl(x, t, GAMMA: tl.constexpr, ALPHA: tl.constexpr, IOU_WEIGHTED: tl.constex
     p, _q, bce, bce_x, bce_t, p_x = bernoulli(x, t, ACTIVATED)
     m, slope = absolute_power(p - t, GAMMA)
     positive = t > 0.0
-    if IOU_WEIGHTED:
+    if IOU_WEIGHTED != 0.0:
         m = tl.where(positive, t, ALPHA * m)
         by_target = tl.where(positive, 1.0, -ALPHA * slope)
     else:
