@@ -167,6 +167,7 @@ def test_one_bin_compiles(report: ModuleType, triton: ModuleType, dtype: str) ->
     from triton.compiler import ASTSource
 
     from gfl_ops.triton import bins
+    from gfl_ops.triton import launch as launcher
 
     if launcher.INTERPRETS:
         pytest.skip("a process with TRITON_INTERPRET=1 can't compile")
