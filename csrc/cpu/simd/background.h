@@ -8,6 +8,9 @@
 
 namespace gfl::GFL_ISA {
 
+// Of a lambda that is called in a loop and after it: too long for GCC to inline unasked, and a call passes terms in memory.
+#define GFL_INLINED __attribute__((always_inline))
+
 // A class that is not there: against a target of 0 it adds nothing.
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 
@@ -38,7 +41,7 @@ inline Term<Floats> background_term(Floats x) { return Qfl::background(FastParam
 // One location whose classes are contiguous. Returns its loss.
 template <bool kLoss, bool kGrad, class T>
 inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
-  return walk_row<kLoss, kGrad>(x, classes, scale, grad, [](int64_t, Floats logits) { return background_term(logits); });
+  return walk_row<kLoss, kGrad>(x, classes, scale, grad, [](int64_t, Floats logits) GFL_INLINED { return background_term(logits); });
 }
 
 // One location, its classes anywhere, and one of them, `without`, not counted.

@@ -46,7 +46,7 @@ template <class Loss, class T> struct Row {
   // Returns the row's loss, 0 if not kLoss; `scale` times the gradients are written, with kGrad that of the scores too.
   template <bool kLoss, bool kGrad> float walk(float scale) const {
     if (dense) {
-      return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred, [&](int64_t c, Floats x) {
+      return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred, [&](int64_t c, Floats x) GFL_INLINED {
         const Term<Floats> term = Loss::term(params, x, load_floats(target + c, classes - c, 0.0f));
         if (grad_target != nullptr) store_floats(scale * term.grad_target, classes - c, grad_target + c);
         return term;
@@ -55,9 +55,9 @@ template <class Loss, class T> struct Row {
     if (grad_target != nullptr) *grad_target = 0.0f;
     if (label < 0) {
       return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred,
-                                    [&](int64_t, Floats x) { return Loss::background(params, x); });
+                                    [&](int64_t, Floats x) GFL_INLINED { return Loss::background(params, x); });
     }
-    return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred, [&](int64_t c, Floats x) {
+    return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred, [&](int64_t c, Floats x) GFL_INLINED {
       if (label < c || label >= c + kWidth) return Loss::background(params, x);
       float lanes[kWidth] = {};
       lanes[label - c] = *target;
