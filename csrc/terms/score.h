@@ -236,11 +236,11 @@ struct Mal : ScoreLoss<Mal> {  // γ. The weight of a negative has no gradient
   static constexpr bool summed = true;
   static constexpr float fast_exponent = 1.5;
   template <class P, class V> static GFL_TERM Term<V> term(const P& p, V pred, V t) {
-    const auto positive = t > 0.0f;
+    const auto negative = t <= 0.0f;  // NaN is none, and stays
     const Power<V> aim = power(t, p.exponent);
-    const Bernoulli<V> b = bernoulli(p, pred, positive ? aim.value : V{});
-    const V w = positive ? splat<V>(1.0f) : power(b.p, p.exponent).value;
-    return {w * b.bce, w * b.bce_pred, positive ? b.bce_target * aim.slope : V{}};
+    const Bernoulli<V> b = bernoulli(p, pred, negative ? V{} : aim.value);
+    const V w = negative ? power(b.p, p.exponent).value : splat<V>(1.0f);
+    return {w * b.bce, w * b.bce_pred, negative ? V{} : b.bce_target * aim.slope};
   }
   template <class P, class V> static GFL_TERM Term<V> background(const P& p, V pred) {
     const Bernoulli<V> b = bernoulli(p, pred, V{});

@@ -173,13 +173,13 @@ def vfl(x, t, GAMMA: tl.constexpr, ALPHA: tl.constexpr, IOU_WEIGHTED: tl.constex
 
 @triton.jit
 def mal(x, t, GAMMA: tl.constexpr, _2: tl.constexpr, _3: tl.constexpr, ACTIVATED: tl.constexpr):
-    """BCE(x, t^γ) where t > 0, else p^γ · BCE(x, 0) with p^γ as a constant"""
-    positive = t > 0.0
-    aim, aim_slope = power(tl.where(positive, t, 1.0), GAMMA)
-    p, _q, bce, bce_x, bce_t, _p_x = bernoulli(x, tl.where(positive, aim, 0.0), ACTIVATED)
+    """BCE(x, t^γ) where t > 0, else p^γ · BCE(x, 0) with p^γ as a constant; NaN stays"""
+    negative = t <= 0.0
+    aim, aim_slope = power(tl.where(negative, 1.0, t), GAMMA)
+    p, _q, bce, bce_x, bce_t, _p_x = bernoulli(x, tl.where(negative, 0.0, aim), ACTIVATED)
     w, _slope = power(p, GAMMA)
-    w = tl.where(positive, 1.0, w)
-    return w * bce, w * bce_x, tl.where(positive, bce_t * aim_slope, 0.0)
+    w = tl.where(negative, w, 1.0)
+    return w * bce, w * bce_x, tl.where(negative, 0.0, bce_t * aim_slope)
 
 
 @triton.jit

@@ -15,10 +15,10 @@ from .terms import binary_cross_entropy, finite_power
 
 
 def term(pred: Tensor, target: Tensor, gamma: float, activated: bool) -> Tensor:
-    positive = target > 0
-    aim = torch.where(positive, finite_power(torch.where(positive, target, 1.0), gamma), 0.0)
+    negative = target <= 0
+    aim = torch.where(negative, 0.0, finite_power(torch.where(negative, 1.0, target), gamma))
     p, loss = binary_cross_entropy(pred, aim, activated)
-    return torch.where(positive, 1.0, finite_power(p.detach(), gamma)) * loss
+    return torch.where(negative, finite_power(p.detach(), gamma), 1.0) * loss
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
