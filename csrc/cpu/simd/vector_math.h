@@ -225,7 +225,7 @@ inline Floats load_floats(const bfloat16_t* from) {
   return (Floats)(__builtin_convertvector(bits, Bits) << 16);
 }
 inline Floats load_floats(const half_t* from) {
-  Floats v;
+  Floats v{};
   for (int j = 0; j < kWidth; ++j) v[j] = load(from + j);
   return v;
 }
