@@ -47,24 +47,27 @@ class GradInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, constants: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        store = all(x is None or x.dtype != torch.float16 for x in inputs)
+        store = torch.float16 not in [x.dtype for x in inputs if x is not None]
         outputs, buffers = kernels.forward(inputs, constants, store)
         ctx.save_for_backward(*inputs)
         # Not saved tensors: a retained graph would hold on to the buffers after they have been handed out.
         ctx.buffers = buffers if store else None
         ctx.kernels, ctx.constants = kernels, constants
-        # Missing gradients are made below: torch would also make some for outputs that have none.
-        ctx.set_materialize_grads(False)
-        ctx.expected = [(o.shape, o.dtype, o.device) for o in outputs[: kernels.differentiable]]
-        ctx.mark_non_differentiable(*outputs[kernels.differentiable :])
+        if len(outputs) > 1:
+            # Missing gradients are made below: torch would also make some for outputs that have none.
+            ctx.set_materialize_grads(False)
+            ctx.expected = [(o.shape, o.dtype, o.device) for o in outputs[: kernels.differentiable]]
+            ctx.mark_non_differentiable(*outputs[kernels.differentiable :])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = tuple(
-            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
-            for grad, (shape, dtype, device) in zip(arriving, ctx.expected)
-        )
+        grads: Any = arriving
+        if len(arriving) > 1:
+            grads = tuple(
+                torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+                for grad, (shape, dtype, device) in zip(arriving, ctx.expected)
+            )
         inputs, (buffers, ctx.buffers) = ctx.saved_tensors, (ctx.buffers, None)
         if buffers is None or torch.is_grad_enabled():
             found = ctx.kernels.backward(grads, inputs, ctx.constants)
@@ -76,7 +79,12 @@ class GradInForward(torch.autograd.Function):
 
 def wants_grad(tensors: Iterable[Tensor]) -> bool:
     """Whether autograd records what happens to any of the tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # Here and below loops rather than any(…) and all(…): a generator costs a microsecond.
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False
 
 
 def is_plain(differentiable: Iterable[Tensor], others: Iterable[object] = ()) -> bool:
@@ -87,6 +95,10 @@ def is_plain(differentiable: Iterable[Tensor], others: Iterable[object] = ()) ->
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(x) in (Tensor, nn.Parameter) for x in differentiable) and all(
-        type(x) is Tensor and not x.requires_grad for x in others if isinstance(x, Tensor)
-    )
+    for x in differentiable:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False
+    for other in others:
+        if isinstance(other, Tensor) and (type(other) is not Tensor or other.requires_grad):
+            return False
+    return True

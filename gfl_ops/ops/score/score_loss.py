@@ -158,12 +158,7 @@ def row_loss(
             checks.same_device(op, name, value, "pred", pred)
         check_reduction(op, rows, "[N]", pred, weight, reduction, avg_factor)
         arguments = (pred, as_dtype(label, torch.int64), as_dtype(score, acc), params, activated)
-        reduced = _reduced(spec, *arguments, weight, reduction, avg_factor)
-        return (
-            reduce_loss(spec(device_type(pred), *arguments), weight, reduction, avg_factor)
-            if reduced is None
-            else reduced
-        )
+        return _reduce(spec, arguments, weight, reduction, avg_factor)
 
     if pred.dim() < 2:
         raise ValueError(checks.message(op, "pred", "must have shape [N, C, …]", list(pred.shape)))
@@ -175,7 +170,9 @@ def row_loss(
     if pred.numel() > 0:
         planes, targets = (pred, target) if pred.dim() == 2 else (pred.flatten(2), target.flatten(2))
         flat_weight = weight if weight is None or pred.dim() == 2 else weight.flatten(1)
-        reduced = _reduced(spec, planes, None, targets.to(acc), params, activated, flat_weight, reduction, avg_factor)
+        reduced = _reduced(
+            spec, planes, None, as_dtype(targets, acc), params, activated, flat_weight, reduction, avg_factor
+        )
         if reduced is not None:
             return reduced
     flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
@@ -205,11 +202,21 @@ def element_loss(
     activated: bool,
 ) -> Tensor:
     """A loss of elements after its checks; `weight` broadcasts to pred's shape."""
-    arguments = (pred, None, target.to(accumulator(pred.dtype)), params, activated)
+    arguments = (pred, None, as_dtype(target, accumulator(pred.dtype)), params, activated)
+    return _reduce(spec, arguments, weight, reduction, avg_factor)
+
+
+def _reduce(
+    spec: OpSpec,
+    arguments: tuple[Any, ...],
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: float | Tensor | None,
+) -> Tensor:
     reduced = _reduced(spec, *arguments, weight, reduction, avg_factor)
     if reduced is not None:
         return reduced
-    return reduce_loss(spec(device_type(pred), *arguments), weight, reduction, avg_factor)
+    return reduce_loss(spec(device_type(arguments[0]), *arguments), weight, reduction, avg_factor)
 
 
 def _reduced(
@@ -237,7 +244,9 @@ def _reduced(
     if kernels is None:
         return None
     acc = target.dtype
-    count = pred.shape[:1].numel() * pred.shape[2:].numel() if SUMMED[spec.stem] else pred.numel()
+    count = 0  # read for a plain mean alone
+    if avg_factor is None:
+        count = pred.shape[:1].numel() * pred.shape[2:].numel() if SUMMED[spec.stem] else pred.numel()
     factor, norm = factor_and_norm(reduction, avg_factor, count, pred, acc)
     if weight is not None:
         weight = as_dtype(weight, acc).reshape(pred.shape[:1] + pred.shape[2:])
