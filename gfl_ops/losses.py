@@ -2,14 +2,15 @@
 """The losses as modules that take the place of mmdet 3.3.0's: same constructors, calls, attributes and state dicts.
 
 Every loss is called ``loss(pred, target, weight=None, avg_factor=None, reduction_override=None)``, computes in fp32
-(fp64 for fp64 input) and is multiplied by `loss_weight`. What each input may be is said in the function of `gfl_ops`
-that the module calls; what differs from mmdet is said there and in the module's own note.
+(fp64 for fp64 input) and is multiplied by `loss_weight`. Each class states the shapes; what else an input may be is
+stated in the function of `gfl_ops` that it calls, and what differs from mmdet there and in the class's own note.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,11 @@ from .ops.bins.ld import distillation_loss
 from .ops.boxes.iou import box_iou_loss, pairs
 from .ops.score.focal import focal_loss
 from .ops.score.qfl import quality_focal_loss
+from .ops.score.score_loss import Target
 from .ops.score.vfl import varifocal_loss
+
+_Weight = Tensor | None
+_AvgFactor = float | Tensor | None
 
 __all__ = [
     "CIoULoss",
@@ -50,20 +55,35 @@ class _Loss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
 
-    def _reduction(self, override: str | None) -> str:
-        if not override:
-            return self.reduction
-        checks.choice(type(self).__name__, "reduction_override", override, checks.REDUCTIONS)
-        return override
+    def forward(
+        self,
+        pred: Tensor,
+        target: Any,
+        weight: _Weight = None,
+        avg_factor: _AvgFactor = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """`loss_weight` times the loss; `reduction_override` takes the place of `reduction`. The class says shapes."""
+        reduction = self.reduction
+        if reduction_override:
+            checks.choice(type(self).__name__, "reduction_override", reduction_override, checks.REDUCTIONS)
+            reduction = reduction_override
+        return self.loss_weight * self._loss(pred, target, weight, reduction, avg_factor)
+
+    def _loss(self, pred: Tensor, target: Any, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name in self._shown)
-
-    _shown: tuple[str, ...] = ("reduction", "loss_weight")
+        """The attributes that a constructor takes."""
+        constructors = [c.__init__ for c in type(self).__mro__ if issubclass(c, _Loss)]
+        shown = {name for init in constructors for name in inspect.signature(init).parameters if name != "linear"}
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name in shown)
 
 
 class QualityFocalLoss(_Loss):
     """Quality focal loss (arXiv 2006.04388, eq. 2) as a module; see `gfl_ops.quality_focal_loss`.
+
+    `pred` is ``[N, C]``, against ``(label[N], score[N])`` or a dense target of its shape; weight ``[N]``.
 
     Args:
         use_sigmoid: `pred` holds logits. False, which mmdet refuses: it holds probabilities, as in GFLv2 and Paddle.
@@ -72,8 +92,6 @@ class QualityFocalLoss(_Loss):
         loss_weight: factor of the result.
         activated: `pred` holds probabilities; either this or ``use_sigmoid=False`` says so.
     """
-
-    _shown = ("use_sigmoid", "beta", "reduction", "loss_weight", "activated")
 
     def __init__(
         self,
@@ -88,22 +106,15 @@ class QualityFocalLoss(_Loss):
         self.beta = beta
         self.activated = activated
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor | tuple[Tensor, Tensor] | list[Tensor],
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of `pred` ``[N, C]`` against ``(label[N], score[N])`` or a dense target of its shape; weight ``[N]``."""
+    def _loss(self, pred: Tensor, target: Target, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         activated = self.activated or not self.use_sigmoid
-        reduction = self._reduction(reduction_override)
-        return self.loss_weight * quality_focal_loss(pred, target, weight, self.beta, reduction, avg_factor, activated)
+        return quality_focal_loss(pred, target, weight, self.beta, reduction, avg_factor, activated)
 
 
 class DistributionFocalLoss(_Loss):
     """Distribution focal loss (arXiv 2006.04388, eq. 6) as a module; see `gfl_ops.distribution_focal_loss`.
+
+    The logits `pred` are ``[M, R+1]``, the positions `target` ``[M]`` in bins; weight ``[M]``.
 
     Args:
         reduction: "none", "mean" or "sum".
@@ -117,60 +128,36 @@ class DistributionFocalLoss(_Loss):
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0) -> None:
         super().__init__(reduction, loss_weight)
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor | Sequence[Tensor],
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of the logits `pred` ``[M, R+1]`` against the positions `target` ``[M]`` in bins; weight ``[M]``."""
-        reduction = self._reduction(reduction_override)
-        return self.loss_weight * distribution_focal_loss(pred, target, weight, reduction, avg_factor)
-
-
-def _pair_weight(op: str, pred: Tensor, weight: Tensor | None) -> Tensor | None:
-    """mmdet also takes a weight a coordinate ``[N, 4]``, and means it over the four."""
-    checks.tensor(op, "pred", pred)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
-        return weight
-    if weight.shape != pred.shape:
-        rule = f"must have shape [N] = {list(pred.shape[:1])} or pred's, {list(pred.shape)}"
-        raise ValueError(checks.message(op, "weight", rule, list(weight.shape)))
-    return weight.to(accumulator(pred.dtype)).mean(-1)
-
-
-def _pair_reduction(weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> str:
-    """mmdet's box losses give 0 for no pairs if there is a weight; if there is none NaN, torch's mean of nothing."""
-    nothing = isinstance(weight, Tensor) and weight.numel() == 0
-    return "sum" if nothing and reduction == "mean" and avg_factor is None else reduction
+    def _loss(self, pred: Tensor, target: Any, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
+        return distribution_focal_loss(pred, target, weight, reduction, avg_factor)
 
 
 class _BoxLoss(_Loss):
+    """A loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
+
     _kind = ""
     _options: tuple[str, ...] = ()  # attributes that are the kind's own arguments
-    _shown: tuple[str, ...] = ("eps", "reduction", "loss_weight")
 
     def __init__(self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0) -> None:
         super().__init__(reduction, loss_weight)
         self.eps = eps
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
-        weight = _pair_weight(type(self).__name__, pred, weight)
-        reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
+    def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
+        checks.tensor(type(self).__name__, "pred", pred)
+        if isinstance(weight, Tensor) and weight.dim() > 1:
+            # mmdet also takes a weight per coordinate, and takes the mean of the four.
+            if weight.shape != pred.shape:
+                rule = f"must have shape [N] = {list(pred.shape[:1])} or pred's, {list(pred.shape)}"
+                raise ValueError(checks.message(type(self).__name__, "weight", rule, list(weight.shape)))
+            weight = weight.to(accumulator(pred.dtype)).mean(-1)
+        # mmdet gives 0 for no pairs if there is a weight; if there is none NaN, torch's mean of nothing.
+        if isinstance(weight, Tensor) and weight.numel() == 0 and reduction == "mean" and avg_factor is None:
+            reduction = "sum"
+        return self._pairs(pred, target, weight, reduction, avg_factor)
+
+    def _pairs(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         options = {name: getattr(self, name) for name in self._options}
-        return self.loss_weight * box_iou_loss(
-            pred, target, weight, self._kind, self.eps, reduction, avg_factor, **options
-        )
+        return box_iou_loss(pred, target, weight, self._kind, self.eps, reduction, avg_factor, **options)
 
 
 class GIoULoss(_BoxLoss):
@@ -233,7 +220,6 @@ class EIoULoss(_BoxLoss):
     """
 
     _kind, _options = "eiou", ("smooth_point",)
-    _shown = ("eps", "reduction", "loss_weight", "smooth_point")
 
     def __init__(
         self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0, smooth_point: float = 0.1
@@ -257,7 +243,6 @@ class SIoULoss(_BoxLoss):
     """
 
     _kind, _options = "siou", ("neg_gamma",)
-    _shown = ("eps", "reduction", "loss_weight", "neg_gamma")
 
     def __init__(
         self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0, neg_gamma: bool = False
@@ -266,7 +251,7 @@ class SIoULoss(_BoxLoss):
         self.neg_gamma = neg_gamma
 
 
-class IoULoss(_Loss):
+class IoULoss(_BoxLoss):
     """−log IoU, 1 − IoU or 1 − IoU² as a module; the logarithm by default, after UnitBox (arXiv 1608.01471).
 
     Args:
@@ -277,7 +262,6 @@ class IoULoss(_Loss):
         mode: "log", "linear" or "square".
     """
 
-    _shown = ("mode", "eps", "reduction", "loss_weight")
     # The least area of a union. Not `eps`, which bounds the IoU: mmdet leaves this one at its default.
     _AREA_EPS = 1e-6
 
@@ -289,7 +273,7 @@ class IoULoss(_Loss):
         loss_weight: float = 1.0,
         mode: str = "log",
     ) -> None:
-        super().__init__(reduction, loss_weight)
+        _Loss.__init__(self, reduction, loss_weight)
         checks.choice("IoULoss", "mode", mode, ("linear", "square", "log"))
         if linear:
             mode = "linear"
@@ -298,18 +282,8 @@ class IoULoss(_Loss):
         self.linear = linear
         self.eps = eps
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of the boxes `pred` ``[N, 4]`` against `target` ``[N, 4]``, both xyxy; weight ``[N]`` or ``[N, 4]``."""
+    def _pairs(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         iou = pairs("IoULoss", pred, target, "overlap", self._AREA_EPS).clamp(min=self.eps)
-        weight = _pair_weight("IoULoss", pred, weight)
-        reduction = _pair_reduction(weight, self._reduction(reduction_override), avg_factor)
         check_reduction("IoULoss", pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
         if self.mode == "linear":
             loss = 1 - iou
@@ -317,12 +291,14 @@ class IoULoss(_Loss):
             loss = 1 - iou**2
         else:
             loss = -iou.log()
-        return self.loss_weight * reduce_loss(loss, weight, reduction, avg_factor)
+        return reduce_loss(loss, weight, reduction, avg_factor)
 
 
 class VarifocalLoss(_Loss):
     """Varifocal loss (arXiv 2008.13367, eq. 2) as a module, without a sum over the classes; see
     `gfl_ops.varifocal_loss`.
+
+    `pred` is ``[N, C]``, against `target` ``[N, C]``; weight ``[N, C]``, ``[N]`` or ``[N, 1]``.
 
     Args:
         use_sigmoid: `pred` holds logits. False, which mmdet refuses: it already holds probabilities.
@@ -332,8 +308,6 @@ class VarifocalLoss(_Loss):
         reduction: "none", "mean" (over N·C) or "sum".
         loss_weight: factor of the result.
     """
-
-    _shown = ("use_sigmoid", "alpha", "gamma", "iou_weighted", "reduction", "loss_weight")
 
     def __init__(
         self,
@@ -351,22 +325,18 @@ class VarifocalLoss(_Loss):
         self.gamma = gamma
         self.iou_weighted = iou_weighted
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of `pred` ``[N, C]`` against `target` ``[N, C]``; weight ``[N, C]``, ``[N]`` or ``[N, 1]``."""
-        reduction, activated = self._reduction(reduction_override), not self.use_sigmoid
-        options = (self.alpha, self.gamma, self.iou_weighted, reduction, avg_factor, activated)
-        return self.loss_weight * varifocal_loss(pred, target, weight, *options)
+    def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
+        options = (self.alpha, self.gamma, self.iou_weighted, reduction, avg_factor, not self.use_sigmoid)
+        return varifocal_loss(pred, target, weight, *options)
 
 
 class FocalLoss(_Loss):
     """Focal loss (arXiv 1708.02002, eq. 5) of labels or of a dense target, as a module, without a sum over the classes.
+
+    `pred` is ``[N, C]``: logits, or probabilities in [0, 1] if `activated` or not `use_sigmoid`. `target` is an integer
+    ``[N]``, where a label outside [0, C) is background (mmdet: C only), or ``[N, C]``, one-hot or soft. weight: ``[N]``
+    or ``[N, 1]``, one per row; ``[N, C]``, or the same flat, one per element. With "mean" and an `avg_factor`, the sum
+    is divided by ``avg_factor + 1.19e-07`` instead of by N·C.
 
     Args:
         use_sigmoid: `pred` holds logits. False, which mmdet refuses: it already holds probabilities.
@@ -376,8 +346,6 @@ class FocalLoss(_Loss):
         loss_weight: factor of the result.
         activated: `pred` holds probabilities; either this or ``use_sigmoid=False`` says so.
     """
-
-    _shown = ("use_sigmoid", "gamma", "alpha", "reduction", "loss_weight", "activated")
 
     def __init__(
         self,
@@ -394,24 +362,7 @@ class FocalLoss(_Loss):
         self.alpha = alpha
         self.activated = activated
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
-        reduction_override: str | None = None,
-    ) -> Tensor:
-        """Loss of `pred` ``[N, C]`` against integer labels or a dense target.
-
-        Args:
-            pred: ``[N, C]``, logits; probabilities in [0, 1] if `activated` or not `use_sigmoid`.
-            target: integer ``[N]``, a label outside [0, C) is background (mmdet: C only); or ``[N, C]``, one-hot or
-                soft.
-            weight: ``[N]`` or ``[N, 1]``, one per row; ``[N, C]``, or the same flat, one per element.
-            avg_factor: with "mean", the sum is divided by ``avg_factor + 1.19e-07`` instead of by N·C.
-            reduction_override: takes the place of `reduction` in this call.
-        """
+    def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         op = "FocalLoss"
         checks.tensor(op, "pred", pred)
         if isinstance(target, Tensor) and target.dim() != pred.dim():
@@ -424,22 +375,21 @@ class FocalLoss(_Loss):
         flat = isinstance(weight, Tensor) and weight.shape == (pred.numel(),) != pred.shape[:1]
         if weight is not None and flat:
             weight = weight.reshape(pred.shape)
-        reduction = self._reduction(reduction_override)
         weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
         scalars = (self.alpha, self.gamma, activated, weight, reduction, avg_factor)
-        return self.loss_weight * focal_loss(op, ("pred", "target"), pred, target, *scalars)
+        return focal_loss(op, ("pred", "target"), pred, target, *scalars)
 
 
 class KnowledgeDistillationKLDivLoss(_Loss):
     """Distillation with a temperature (of a box's sides: arXiv 2102.12252); see `gfl_ops.distillation_loss`.
+
+    The logits `pred` are ``[M, n]``, the teacher's `soft_label` ``[M, n]``; weight ``[M]``.
 
     Args:
         reduction: "none", "mean" or "sum".
         loss_weight: factor of the result.
         T: temperature, above 0 (mmdet: 1 or more).
     """
-
-    _shown = ("reduction", "loss_weight", "T")
 
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, T: float = 10) -> None:
         super().__init__(reduction, loss_weight)
@@ -450,14 +400,15 @@ class KnowledgeDistillationKLDivLoss(_Loss):
         self,
         pred: Tensor,
         soft_label: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | Tensor | None = None,
+        weight: _Weight = None,
+        avg_factor: _AvgFactor = None,
         reduction_override: str | None = None,
     ) -> Tensor:
-        """Loss of the logits `pred` ``[M, n]`` against the teacher's, `soft_label` ``[M, n]``; weight ``[M]``."""
-        return self.loss_weight * distillation_loss(
-            pred, soft_label, weight, self.T, self._reduction(reduction_override), avg_factor
-        )
+        """`loss_weight` times the loss; `reduction_override` takes the place of `reduction`."""
+        return _Loss.forward(self, pred, soft_label, weight, avg_factor, reduction_override)
+
+    def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
+        return distillation_loss(pred, target, weight, self.T, reduction, avg_factor)
 
 
 class Integral(nn.Module):

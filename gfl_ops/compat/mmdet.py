@@ -252,9 +252,9 @@ def _plan() -> Iterator[Change]:
     from mmdet.models.task_modules.assigners import ATSSAssigner
 
     for name in (*_LOSSES, *_BOX_LOSSES, "IoULoss"):
-        needed = ["forward", "_reduction"]
-        needed += ["_kind", "_options"] if name in _BOX_LOSSES else []
-        needed += ["_AREA_EPS"] if name == "IoULoss" else []
+        needed = ["forward", "_loss"]
+        needed += ["_pairs", "_kind", "_options"] if name in _BOX_LOSSES else []
+        needed += ["_pairs", "_AREA_EPS"] if name == "IoULoss" else []
         yield from graft(getattr(their_losses, name), getattr(losses, name), needed)
     yield from graft(gfl_head.Integral, losses.Integral)
     original = mmcv.ops.batched_nms
