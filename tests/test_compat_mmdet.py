@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import types
@@ -65,7 +66,6 @@ def test_it_says_what_it_replaces_and_puts_it_back() -> None:
     before = [dict(vars(owner)) for owner in owners]
     theirs = base_dense_head.batched_nms
     names = compat.patch()
-    print(names)
     ends = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss", "KnowledgeDistillationKLDivLoss",
             "GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss", "Integral", "batched_nms",
             "ATSSAssigner", "predict_by_feat")  # fmt: skip
@@ -117,16 +117,14 @@ LOSSES = {
     "QualityFocalLoss": [{}, {"beta": 1.5, "loss_weight": 2.0}, {"activated": True}],
     "DistributionFocalLoss": [{"loss_weight": 0.25}],
     "GIoULoss": [{"loss_weight": 2.0}],
-    "DIoULoss": [{}],
-    "CIoULoss": [{}],
-    "EIoULoss": [{}],
-    "SIoULoss": [{}],
+    **{f"{kind}IoULoss": [{}] for kind in "DCES"},
     "IoULoss": [{}, {"mode": "linear"}],
     "FocalLoss": [{}, {"activated": True, "gamma": 1.5}],
     "VarifocalLoss": [{}, {"iou_weighted": False}],
     "KnowledgeDistillationKLDivLoss": [{}, {"T": 3}],
 }
 CASES = ("mixed", "negative", "empty")
+EACH_LOSS = pytest.mark.parametrize(("name", "options"), [(n, o) for n, many in LOSSES.items() for o in many], ids=str)
 
 
 def drawn(name: str, case: str, options: dict[str, Any], g: torch.Generator) -> tuple[list[Tensor], Any]:
@@ -158,36 +156,32 @@ def drawn(name: str, case: str, options: dict[str, Any], g: torch.Generator) -> 
     return [pred, dense, weights], lambda p, t, w: (p, t, w)
 
 
+def loss_call(name: str, options: dict[str, Any], arrange: Any) -> Callable[..., Tensor]:
+    """mmdet's loss as a function of the leaves."""
+    loss = MODELS.build({"type": name, **options})
+    return lambda *leaves: loss(*arrange(*leaves), avg_factor=3.0)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(("name", "options"), [(n, o) for n, many in LOSSES.items() for o in many], ids=str)
+@EACH_LOSS
 def test_a_loss(name: str, options: dict[str, Any], dtype: str, case: str, generator: torch.Generator) -> None:
     kind = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    loss = MODELS.build({"type": name, **options})
     leaves, arrange = drawn(name, case, options, generator)
     leaves = [leaf.to(kind) for leaf in leaves]
-
-    def call(*given: Tensor) -> Tensor:
-        pred, target, weight = arrange(*given)
-        return loss(pred, target, weight, avg_factor=3.0)
-
+    call = loss_call(name, options, arrange)
     truth = evaluate(call, [leaf.double() for leaf in leaves])
     ours, theirs = both(lambda: evaluate(call, leaves))
     # Sums of up to 41 losses, in another order. A divergence is a hundredth of the logarithms that cancel in it.
     assert_as_exact(ours, theirs, truth, share=100.0 if name == "KnowledgeDistillationKLDivLoss" else 20.0)
 
 
-@pytest.mark.parametrize(("name", "options"), [(n, o) for n, many in LOSSES.items() for o in many], ids=str)
+@EACH_LOSS
 def test_a_loss_under_autocast(name: str, options: dict[str, Any], generator: torch.Generator) -> None:
     """bf16 predictions and fp32 targets, as a head gives them there; ours computes in fp32 all the same."""
-    loss = MODELS.build({"type": name, **options})
     leaves, arrange = drawn(name, "mixed", options, generator)
     leaves[0] = leaves[0].bfloat16()
-
-    def call(*given: Tensor) -> Tensor:
-        pred, target, weight = arrange(*given)
-        return loss(pred, target, weight, avg_factor=3.0)
-
+    call = loss_call(name, options, arrange)
     truth = evaluate(call, [leaf.double() for leaf in leaves])
     with compat.patch(), torch.autocast("cpu", dtype=torch.bfloat16):
         ours = evaluate(call, leaves)
@@ -416,10 +410,7 @@ def test_predictions_of_gfl(kind: str, rescale: bool, generator: torch.Generator
     cls = [c * 2 - 3 for c in cls]
     cls = [torch.cat([c[:2], torch.full_like(c[2:], -20.0)]) for c in cls]
     want = plain.predict_by_feat(cls, reg, batch_img_metas=metas, rescale=rescale)
-    if kind == "GFLHead":
-        with compat.patch():
-            got = head.predict_by_feat(cls, reg, batch_img_metas=metas, rescale=rescale)
-    else:
+    with compat.patch() if kind == "GFLHead" else contextlib.nullcontext():
         got = head.predict_by_feat(cls, reg, batch_img_metas=metas, rescale=rescale)
     assert len(got[2]) == len(want[2]) == 0
     for a, b in zip(got, want):
