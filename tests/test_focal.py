@@ -11,7 +11,6 @@ import torch
 from gfl_ops import sigmoid_focal_loss
 
 STEM = "focal"
-INF, NAN = float("inf"), float("nan")
 
 
 def test_it_is_the_formula(backend: str, device: torch.device, generator: torch.Generator) -> None:
@@ -36,36 +35,6 @@ def test_the_loss_of_a_sure_logit_keeps_its_digits(
     got = sigmoid_focal_loss(logits, right, alpha=-1, gamma=0)
     want = torch.log1p(torch.exp(-logits.double().abs())).to(dtype)
     torch.testing.assert_close(got, want, rtol=rtol, atol=0)
-
-
-def test_extreme_logits(backend: str, device: torch.device) -> None:
-    pred = torch.tensor([1e4, -1e4, 1e4, -1e4, INF, -INF, INF, -INF], device=device, requires_grad=True)
-    target = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0.0], device=device)
-    loss = sigmoid_focal_loss(pred, target, alpha=0.5)
-    loss.sum().backward()
-    largest = torch.finfo(torch.float32).max
-    # A probability that is 0 in all but name may leave a last subnormal.
-    assert loss.tolist() == pytest.approx([5e3, 5e3, 0, 0, largest / 2, largest / 2, 0, 0], rel=0, abs=1e-37)
-    assert pred.grad is not None
-    assert pred.grad.tolist() == [0.5, -0.5, 0, 0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0])
-def test_small_gamma_has_finite_gradients(gamma: float, backend: str, device: torch.device) -> None:
-    pred = torch.tensor([-90.0, -103, -1e4, 90, 103, 1e4], device=device, requires_grad=True)
-    for value in (0.0, 1.0):
-        loss = sigmoid_focal_loss(pred, torch.full_like(pred, value), gamma=gamma, reduction="sum")
-        (grad,) = torch.autograd.grad(loss, pred)
-        assert torch.isfinite(loss) and torch.isfinite(grad).all()
-
-
-def test_nan_stays_in_its_element(backend: str, device: torch.device) -> None:
-    pred = torch.tensor([[0.0, NAN], [1.0, 2.0]], device=device, requires_grad=True)
-    loss = sigmoid_focal_loss(pred, torch.tensor([[0.0, 0], [NAN, 1]], device=device))
-    loss.sum().backward()
-    assert pred.grad is not None
-    for value in (loss, pred.grad):
-        assert torch.isnan(value).tolist() == [[False, True], [True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
@@ -96,21 +65,6 @@ def test_more_elements_than_one_pass_of_a_grid(backend: str, device: torch.devic
     want = sigmoid_focal_loss(pred, target)
     got = sigmoid_focal_loss(pred.repeat(16_500), target.repeat(16_500)).reshape(16_500, 1024)
     torch.testing.assert_close(got, want.expand(16_500, 1024), rtol=1e-6, atol=1e-7)
-
-
-def test_empty_input(backend: str, device: torch.device) -> None:
-    pred = torch.zeros(0, 3, device=device, requires_grad=True)
-    assert sigmoid_focal_loss(pred, pred.detach()).shape == (0, 3)
-    assert torch.isnan(sigmoid_focal_loss(pred, pred.detach(), reduction="mean"))
-    loss = sigmoid_focal_loss(pred, pred.detach(), reduction="sum")
-    assert loss == 0 and loss.requires_grad
-
-
-def test_autocast_changes_nothing(backend: str, device: torch.device) -> None:
-    pred, target = torch.tensor([0.5, -2.0], device=device), torch.tensor([1.0, 0], device=device)
-    want = sigmoid_focal_loss(pred, target)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert torch.equal(sigmoid_focal_loss(pred, target), want)
 
 
 PRED = torch.zeros(7, 3)
