@@ -208,7 +208,7 @@ def element_loss(
 
 def _reduce(
     spec: OpSpec,
-    arguments: tuple[Any, ...],
+    arguments: tuple[Tensor, Tensor | None, Tensor, Sequence[float], bool],
     weight: Tensor | None,
     reduction: str,
     avg_factor: float | Tensor | None,
