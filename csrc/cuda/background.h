@@ -8,10 +8,10 @@
 namespace gfl::cuda {
 
 struct FastPath : FastParams<Qfl> {
-  static constexpr bool wide = true;
+  static constexpr bool vectorised = true;
 };
 template <class A> struct General : GeneralParams<A> {
-  static constexpr bool wide = false;
+  static constexpr bool vectorised = false;
 };
 
 // Calls f with the form of the parameters for elements of T.

@@ -164,18 +164,18 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   T* grad = part.gradients ? static_cast<T*>(out.cls) : nullptr;
   if (part.losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
-    constexpr bool wide = Params::wide;
-    MapTile shape = map_tile<T, wide>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    constexpr bool vectorised = Params::vectorised;
+    MapTile shape = map_tile<T, vectorised>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
     MapTile target{};
     if (grad != nullptr) {
-      target = map_tile<T, wide>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+      target = map_tile<T, vectorised>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
       shape.match_layout(target);
     }
     const A factor = part.gradients ? static_cast<A>(incoming<A>(grads.cls) * scales->cls) : A(0);
     A sum = 0;
-    for_runs<T, wide>(
-        shape, [&](Run<T, wide>& run) { load_run(map, shape, run); },
-        [&](Run<T, wide>& run) {
+    for_runs<T, vectorised>(
+        shape, [&](Run<T, vectorised>& run) { load_run(map, shape, run); },
+        [&](Run<T, vectorised>& run) {
           for_elements(shape, run, [&](T& element, int location, int channel) {
             const Term<A> term = background_term(terms, load(&element));
             A value = term.value, slope = factor * term.grad_pred;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block's piece of a map [B, C, H, W] that lies anywhere in memory: up to 128 locations of one level of one image,
-// with all their channels, walked along the dense dimension. A wide walk takes 16 bytes an access where alignment allows,
-// and has several accesses under way: what is done with an element is compiled once for each of those. A narrow one takes
-// an element at a time, and is for what is too long for that.
+// with all their channels, walked along the dense dimension. The vectorised path reads 16 bytes per access where alignment
+// allows and keeps several accesses in flight, so the code for an element is compiled once for each. The scalar path reads
+// one element at a time, for code that is too long for that.
 #pragma once
 #include <cstdint>
 
@@ -14,19 +14,19 @@ namespace gfl::cuda {
 
 constexpr int kMapThreads = 256;
 constexpr int kMapTile = 128;   // locations
-constexpr int kMapAhead = 4;    // runs a thread of a wide walk fetches before it uses the first
+constexpr int kMapAhead = 4;    // runs that a thread of the vectorised path fetches before it uses the first
 
-// Blocks an SM, asked of the compiler: with the registers that it takes unasked, it spills for sm_90.
+// minBlocksPerSM for __launch_bounds__; without it ptxas spills on sm_90.
 template <class T> constexpr int kMapBlocks = sizeof(T) == 8 ? 1 : 2;
 
-// Where the tile's elements lie, in elements from the map's first, and how the walk goes.
+// Where the tile's elements lie, as offsets in elements from the map's first, and in what order they are visited.
 struct MapTile {
   int64_t image, channel, row, column;  // offset of the image, strides of the rest
   unsigned width, begin;                // by row-major index in the level
   int count, channels;
   bool joined;   // rows follow each other as columns do
   bool planar;   // runs go along locations, else along channels
-  int length;    // elements in a run: those of 16 bytes or one; always one in a narrow walk
+  int length;    // elements in a run: those of 16 bytes, or one; always one on the scalar path
   int runs, lines;  // runs in a line, lines
 
   __device__ __forceinline__ int64_t location(int i) const {
@@ -42,13 +42,13 @@ struct MapTile {
     runs = (planar ? count : channels) / run;
     lines = planar ? channels : count;
   }
-  // Has elements walked one at a time, unless the runs of another map of the same shape lie there as they do in this one.
+  // Falls back to one element at a time unless another map of the same shape has its runs in the same places.
   __device__ __forceinline__ void match_layout(const MapTile& other) {
     if (!other.vectors() || planar != other.planar) divide(1);
   }
 };
 
-// `run`: how many elements are 16 bytes; 1 for a narrow walk.
+// `run`: how many elements are 16 bytes; 1 on the scalar path.
 __device__ __forceinline__ MapTile map_tile(const void* data, int run, const int64_t (&stride)[4], int64_t image,
                                             int64_t height, int64_t width, int64_t begin, int64_t channels) {
   MapTile t;
@@ -70,31 +70,31 @@ __device__ __forceinline__ MapTile map_tile(const void* data, int run, const int
   t.divide(aligned && (dense || !t.planar) ? run : 1);
   return t;
 }
-template <class T, bool wide = true>
+template <class T, bool vectorised = true>
 __device__ __forceinline__ MapTile map_tile(const void* data, const int64_t (&stride)[4], int64_t image, int64_t height,
                                             int64_t width, int64_t begin, int64_t channels) {
-  return map_tile(data, wide ? kRun<T> : 1, stride, image, height, width, begin, channels);
+  return map_tile(data, vectorised ? kRun<T> : 1, stride, image, height, width, begin, channels);
 }
 
 // A run's elements, and where they belong: `location` and `channel` are those of the first, the others follow along the
 // locations of a planar tile or along the channels of another.
-template <class T, bool wide = true> struct alignas(16) Run {
-  static constexpr int length = wide ? kRun<T> : 1;
+template <class T, bool vectorised = true> struct alignas(16) Run {
+  static constexpr int length = vectorised ? kRun<T> : 1;
   T element[length];
   int64_t offset;  // from the map's first element
   int location, channel;
 };
 
-// Calls fetch(run), to fill the elements, and then use(run) for the runs of this thread, several fetches ahead.
-template <class T, bool wide = true, class Fetch, class Use>
+// For each run of this thread calls fetch(run) to load its elements and then use(run), with several fetches in flight.
+template <class T, bool vectorised = true, class Fetch, class Use>
 __device__ __forceinline__ void for_runs(const MapTile& tile, const Fetch& fetch, const Use& use) {
-  constexpr int most = wide ? kMapAhead : 1;
+  constexpr int most = vectorised ? kMapAhead : 1;
   const int thread = static_cast<int>(threadIdx.x);
   if (tile.runs == 0) return;
   const int line_step = kMapThreads / tile.runs, run_step = kMapThreads % tile.runs;
   int line = thread / tile.runs, run = thread % tile.runs;
   while (line < tile.lines) {
-    Run<T, wide> ahead[most];
+    Run<T, vectorised> ahead[most];
     bool there[most];
 #pragma unroll
     for (int a = 0; a < most; ++a) {
@@ -118,10 +118,10 @@ __device__ __forceinline__ void for_runs(const MapTile& tile, const Fetch& fetch
   }
 }
 
-// The elements of a run from memory; and to where they belong in a map that `tile` walks beside.
-template <class T, bool wide>
-__device__ __forceinline__ void load_run(const T* map, const MapTile& tile, Run<T, wide>& run) {
-  if constexpr (wide) {
+// Loads a run's elements; stores them where they belong in a map with the layout of `tile`.
+template <class T, bool vectorised>
+__device__ __forceinline__ void load_run(const T* map, const MapTile& tile, Run<T, vectorised>& run) {
+  if constexpr (vectorised) {
     if (tile.vectors()) {
       load_vec(map + run.offset, run.element);
       return;
@@ -129,11 +129,11 @@ __device__ __forceinline__ void load_run(const T* map, const MapTile& tile, Run<
   }
   run.element[0] = map[run.offset];
 }
-template <class T, bool wide>
+template <class T, bool vectorised>
 __device__ __forceinline__ void store_run(T* map, const MapTile& tile, const MapTile& target,
-                                          const Run<T, wide>& run) {
+                                          const Run<T, vectorised>& run) {
   T* const to = map + target.element(run.location, run.channel);
-  if constexpr (wide) {
+  if constexpr (vectorised) {
     if (tile.vectors()) {
       store_vec(to, run.element);
       return;
@@ -143,10 +143,10 @@ __device__ __forceinline__ void store_run(T* map, const MapTile& tile, const Map
 }
 
 // visit(element, location, channel) for each of a run's elements.
-template <class T, bool wide, class Visit>
-__device__ __forceinline__ void for_elements(const MapTile& tile, Run<T, wide>& run, const Visit& visit) {
+template <class T, bool vectorised, class Visit>
+__device__ __forceinline__ void for_elements(const MapTile& tile, Run<T, vectorised>& run, const Visit& visit) {
 #pragma unroll
-  for (int v = 0; v < Run<T, wide>::length; ++v) {
+  for (int v = 0; v < Run<T, vectorised>::length; ++v) {
     if (v > 0 && !tile.vectors()) break;
     visit(run.element[v], tile.planar ? run.location + v : run.location, tile.planar ? run.channel : run.channel + v);
   }
