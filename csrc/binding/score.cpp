@@ -35,9 +35,7 @@ void copy_strides(const at::Tensor& t, Strides& out) {
 }
 
 // Rows of classes: [B, C, P] as [B·P, C].
-at::Tensor as_rows(const at::Tensor& t) {
-  return t.dim() == 3 ? t.transpose(1, 2).reshape({-1, t.size(1)}) : t;
-}
+at::Tensor as_rows(const at::Tensor& t) { return t.dim() == 3 ? t.transpose(1, 2).reshape({-1, t.size(1)}) : t; }
 
 Prepared prepare(const char* loss, const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
                  const OptionalTensor& weight, Params params, bool activated) {
@@ -47,8 +45,8 @@ Prepared prepare(const char* loss, const at::Tensor& pred, const OptionalTensor&
   TORCH_CHECK_VALUE(wanted >= 0, "gfl: `loss` must be the stem of a loss of scores, got ", loss);
   TORCH_CHECK_VALUE(static_cast<int64_t>(params.size()) == wanted, "gfl: `params` of ", loss, " must hold ", wanted,
                     " numbers, got ", params.size());
-  const std::vector<int64_t> rows = pred.dim() == 3 ? std::vector<int64_t>{pred.size(0), pred.size(2)}
-                                                    : std::vector<int64_t>{pred.size(0)};
+  const std::vector<int64_t> rows =
+      pred.dim() == 3 ? std::vector<int64_t>{pred.size(0), pred.size(2)} : std::vector<int64_t>{pred.size(0)};
   const at::ScalarType acc = accumulator_of(pred);
   check_dtype(target, acc, "target");
   check_device(target, pred, "target");
@@ -120,14 +118,12 @@ at::Tensor forward(const at::Tensor& pred, const OptionalTensor& label, const at
   void* out = loss.mutable_data_ptr();
   if constexpr (Loss::summed) {
     run(pred, p.in.locations, rows_per_chunk(p.in.classes),
-        GFL_CUDA_LAUNCH(score_rows, p.in, nullptr, out, nullptr, nullptr), [&](int64_t begin, int64_t end) {
-          cpu::score_rows(p.in, nullptr, out, nullptr, nullptr, begin, end);
-        });
+        GFL_CUDA_LAUNCH(score_rows, p.in, nullptr, out, nullptr, nullptr),
+        [&](int64_t begin, int64_t end) { cpu::score_rows(p.in, nullptr, out, nullptr, nullptr, begin, end); });
   } else {
     run(pred, p.in.locations, kElementsPerChunk,
-        GFL_CUDA_LAUNCH(score_elements, p.in, nullptr, 0, out, nullptr, nullptr), [&](int64_t begin, int64_t end) {
-          cpu::score_elements(p.in, nullptr, 0, out, nullptr, nullptr, begin, end);
-        });
+        GFL_CUDA_LAUNCH(score_elements, p.in, nullptr, 0, out, nullptr, nullptr),
+        [&](int64_t begin, int64_t end) { cpu::score_elements(p.in, nullptr, 0, out, nullptr, nullptr, begin, end); });
   }
   return loss;
 }
@@ -141,8 +137,8 @@ bool is_broadcast(const at::Tensor& t) {
 }
 
 template <class Loss>
-Pair backward(const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
-              Params params, bool activated, Needs2 needs) {
+Pair backward(const at::Tensor& grad_loss, const at::Tensor& pred, const OptionalTensor& label,
+              const at::Tensor& target, Params params, bool activated, Needs2 needs) {
   const Prepared p = prepare_single<Loss>(pred, label, target, params, activated);
   check_shape(grad_loss, Loss::summed ? pred.sizes().slice(0, 1) : pred.sizes(), "grad_loss");
   check_dtype(grad_loss, accumulator_of(pred), "grad_loss");
@@ -150,19 +146,20 @@ Pair backward(const at::Tensor& grad_loss, const at::Tensor& pred, const Optiona
   const bool broadcast = !Loss::summed && is_broadcast(grad_loss);
   const at::Tensor grad = broadcast ? grad_loss : grad_loss.contiguous();
   const at::Tensor grad_pred = needs[0] ? at::empty(pred.sizes(), pred.options()) : at::empty({0}, pred.options());
-  const at::Tensor grad_target = needs[1] ? at::empty(target.sizes(), target.options()) : at::empty({0}, target.options());
+  const at::Tensor grad_target =
+      needs[1] ? at::empty(target.sizes(), target.options()) : at::empty({0}, target.options());
   const void* given = grad.const_data_ptr();
   void* out = needs[0] ? grad_pred.mutable_data_ptr() : nullptr;
   void* out_target = needs[1] ? grad_target.mutable_data_ptr() : nullptr;
   if constexpr (Loss::summed) {
     run(pred, p.in.locations, rows_per_chunk(p.in.classes),
-        GFL_CUDA_LAUNCH(score_rows, p.in, given, nullptr, out, out_target), [&](int64_t begin, int64_t end) {
-          cpu::score_rows(p.in, given, nullptr, out, out_target, begin, end);
-        });
+        GFL_CUDA_LAUNCH(score_rows, p.in, given, nullptr, out, out_target),
+        [&](int64_t begin, int64_t end) { cpu::score_rows(p.in, given, nullptr, out, out_target, begin, end); });
   } else {
     const int64_t stride = broadcast ? 0 : 1;
     run(pred, p.in.locations, kElementsPerChunk,
-        GFL_CUDA_LAUNCH(score_elements, p.in, given, stride, nullptr, out, out_target), [&](int64_t begin, int64_t end) {
+        GFL_CUDA_LAUNCH(score_elements, p.in, given, stride, nullptr, out, out_target),
+        [&](int64_t begin, int64_t end) {
           cpu::score_elements(p.in, given, stride, nullptr, out, out_target, begin, end);
         });
   }
@@ -265,8 +262,8 @@ void differentiate(const at::Tensor& grad, const at::Tensor& grad_loss, const at
 }  // namespace
 
 Pair score_loss_forward(const at::Tensor& pred, const OptionalTensor& label, const at::Tensor& target,
-                        const OptionalTensor& weight, const OptionalTensor& norm, double factor, c10::string_view loss_name,
-                        Params params, bool activated, bool store) {
+                        const OptionalTensor& weight, const OptionalTensor& norm, double factor,
+                        c10::string_view loss_name, Params params, bool activated, bool store) {
   const Prepared p = prepare_reduced(pred, label, target, weight, norm, factor, loss_name, params, activated);
   const at::Tensor grad = store ? at::empty_like(pred) : at::empty({0}, pred.options());
   const at::Tensor loss = at::empty({}, pred.options().dtype(accumulator_of(pred)));

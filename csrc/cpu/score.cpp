@@ -33,7 +33,6 @@ bool vectorised(const ScoreInput& in) {
   return fast && in.stride[1] == 1;
 }
 
-
 double number_of(const ScoreInput& in, const void* number) {
   return in.dtype == DType::f64 ? *static_cast<const double*>(number) : double{*static_cast<const float*>(number)};
 }
@@ -91,7 +90,9 @@ template <class F> void general(const ScoreInput& in, void* grad_pred, void* gra
 
 void score_rows(const ScoreInput& in, const void* grad_loss, void* loss, void* grad_pred, void* grad_target,
                 int64_t begin, int64_t end) {
-  if (vectorised(in)) { GFL_BY_ISA(score_rows, in, grad_loss, loss, grad_pred, grad_target, begin, end); }
+  if (vectorised(in)) {
+    GFL_BY_ISA(score_rows, in, grad_loss, loss, grad_pred, grad_target, begin, end);
+  }
   score_elements(in, grad_loss, 1, loss, grad_pred, grad_target, begin, end);
 }
 
@@ -113,7 +114,9 @@ void score_elements(const ScoreInput& in, const void* grad_loss, int64_t grad_st
 double score_reduced(const ScoreInput& in, const ScoreScale& given, const void* grad_loss, void* grad, int64_t begin,
                      int64_t end) {
   const double scale = scale_of(in, given) * (grad_loss != nullptr ? number_of(in, grad_loss) : 1.0);
-  if (vectorised(in)) { GFL_BY_ISA(score_reduced, in, static_cast<float>(scale), grad, begin, end); }
+  if (vectorised(in)) {
+    GFL_BY_ISA(score_reduced, in, static_cast<float>(scale), grad, begin, end);
+  }
   double sum = 0;
   general(in, grad, nullptr, [&](const auto& walk, auto zero) {
     using A = decltype(zero);

@@ -37,7 +37,7 @@ constexpr int kBackground = -1, kNotCounted = kHeadNotCounted;  // codes of loca
 struct Head {
   HeadLevel level[kGflLossMaxLevels];
   HeadGradients grad[kGflLossMaxLevels];
-  int64_t start[kGflLossMaxLevels];  // first location
+  int64_t start[kGflLossMaxLevels];   // first location
   int first_tile[kGflLossMaxLevels];  // counted from the last level
   int levels, tiles;
 };
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   if (part.losses || grad != nullptr) {
     const T* map = static_cast<const T*>(level.cls);
     constexpr bool vectorised = Params::vectorised;
-    MapTile shape = map_tile<T, vectorised>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
+    MapTile shape =
+        map_tile<T, vectorised>(map, level.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
     MapTile target{};
     if (grad != nullptr) {
       target = map_tile<T, vectorised>(grad, out.cls_stride, at.image, level.height, level.width, at.begin, in.classes);
@@ -356,7 +357,7 @@ void launch_tiles(const GflLossInput& in, const Head& head, Part part, const Hea
     launch(part, General<acc_t<T>>{});  // computes no term
   } else {
     dispatch_terms<T>(in.beta, false, [&](auto terms) {
-      if constexpr (terms.wide) launch(part, terms);
+      if constexpr (terms.vectorised) launch(part, terms);
       else launch(AnyPart{part.losses, part.gradients}, terms);
     });
   }

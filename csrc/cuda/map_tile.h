@@ -13,8 +13,8 @@
 namespace gfl::cuda {
 
 constexpr int kMapThreads = 256;
-constexpr int kMapTile = 128;   // locations
-constexpr int kMapAhead = 4;    // runs that a thread of the vectorised path fetches before it uses the first
+constexpr int kMapTile = 128;  // locations
+constexpr int kMapAhead = 4;   // runs that a thread of the vectorised path fetches before it uses the first
 
 // minBlocksPerSM for __launch_bounds__; without it ptxas spills on sm_90.
 template <class T> constexpr int kMapBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -24,9 +24,9 @@ struct MapTile {
   int64_t image, channel, row, column;  // offset of the image, strides of the rest
   unsigned width, begin;                // by row-major index in the level
   int count, channels;
-  bool joined;   // rows follow each other as columns do
-  bool planar;   // runs go along locations, else along channels
-  int length;    // elements in a run: those of 16 bytes, or one; always one on the scalar path
+  bool joined;      // rows follow each other as columns do
+  bool planar;      // runs go along locations, else along channels
+  int length;       // elements in a run: those of 16 bytes, or one; always one on the scalar path
   int runs, lines;  // runs in a line, lines
 
   __device__ __forceinline__ int64_t location(int i) const {

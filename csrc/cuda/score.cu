@@ -48,7 +48,8 @@ dim3 grid_for(int64_t count, int64_t of_block) {
 
 // visit(elements, first class) for the runs of a lane.
 template <class T, int ahead, bool vectors, class Visit>
-__device__ __forceinline__ void for_classes(const ScoreInput& in, int64_t row, int lane, int lanes, const Visit& visit) {
+__device__ __forceinline__ void for_classes(const ScoreInput& in, int64_t row, int lane, int lanes,
+                                            const Visit& visit) {
   constexpr int run = vectors ? kRun<T> : 1;
   const T* pred = static_cast<const T*>(in.pred) + row * in.stride[2];
   const int64_t runs = in.classes / run;
@@ -187,13 +188,15 @@ cudaError_t score_rows(const ScoreInput& in, const void* grad_loss, void* loss, 
       if constexpr (has_rows<typename Params::Loss>) {
         constexpr int run = kRun<T>;
         const bool vectors = Params::fast && in.stride[1] == 1 && in.stride[2] % run == 0 && in.classes % run == 0 &&
-                             is_aligned(in.pred) && is_aligned(grad_pred) && (in.label != nullptr || is_aligned(in.target));
+                             is_aligned(in.pred) && is_aligned(grad_pred) &&
+                             (in.label != nullptr || is_aligned(in.target));
         const int lanes = lanes_for(in, in.classes / (vectors ? run : 1));
         const auto launch = [&](auto forward, auto backward) {
           const dim3 grid = grid_for(in.locations, kThreads / lanes), block(kThreads);
           if (loss != nullptr) GFL_LAUNCH(forward, grid, block, 0, stream, in, params, lanes, static_cast<A*>(loss));
-          else GFL_LAUNCH(backward, grid, block, 0, stream, in, params, lanes, static_cast<const A*>(grad_loss),
-                          static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
+          else
+            GFL_LAUNCH(backward, grid, block, 0, stream, in, params, lanes, static_cast<const A*>(grad_loss),
+                       static_cast<T*>(grad_pred), static_cast<A*>(grad_target));
         };
         if constexpr (Params::fast) {
           if (vectors) {
@@ -207,8 +210,8 @@ cudaError_t score_rows(const ScoreInput& in, const void* grad_loss, void* loss, 
   return cudaGetLastError();
 }
 
-cudaError_t score_elements(const ScoreInput& in, const void* grad_loss, int64_t grad_stride, void* loss, void* grad_pred,
-                           void* grad_target, cudaStream_t stream) {
+cudaError_t score_elements(const ScoreInput& in, const void* grad_loss, int64_t grad_stride, void* loss,
+                           void* grad_pred, void* grad_target, cudaStream_t stream) {
   if (in.locations == 0) return cudaSuccess;
   dispatch(in.dtype, [&](auto t) {
     using T = decltype(t);

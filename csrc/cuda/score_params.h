@@ -7,9 +7,7 @@
 namespace gfl::cuda {
 
 // The loss of the fast path, and any loss, its number beside the general parameters.
-template <class Loss_> struct Fast : FastParams<Loss_> {
-  using Loss = Loss_;
-};
+template <class Loss_> struct Fast : FastParams<Loss_> { using Loss = Loss_; };
 struct AnyLoss;
 template <class A> struct AnyScore : GeneralParams<A> {
   using Loss = AnyLoss;

@@ -34,7 +34,9 @@ constexpr int64_t kFinishBlocks = 1024;
 template <class Loss> constexpr int kBlocksOfLoss = 3;
 template <> constexpr int kBlocksOfLoss<Focal> = 2;
 template <class T, class Params>
-constexpr int kReducedBlocks = sizeof(T) == 8 ? 1 : sizeof(T) == 4 ? kBlocksOfLoss<typename Params::Loss> : 2;
+constexpr int kReducedBlocks = sizeof(T) == 8   ? 1
+                               : sizeof(T) == 4 ? kBlocksOfLoss<typename Params::Loss>
+                                                : 2;
 
 struct Layout { int64_t stride[3]; };
 
@@ -163,9 +165,7 @@ __global__ void __launch_bounds__(kSumThreads)
                          (norm != nullptr ? static_cast<double>(*norm + static_cast<A>(kScoreNormEps)) : 1.0));
 }
 
-int64_t tiles_of(const ScoreInput& in) {
-  return in.classes == 0 ? 0 : (in.locations + kMapTile - 1) / kMapTile;
-}
+int64_t tiles_of(const ScoreInput& in) { return in.classes == 0 ? 0 : (in.locations + kMapTile - 1) / kMapTile; }
 
 // One walk: the loss where there are partials, the gradient where it is wanted.
 template <class T>
@@ -213,9 +213,8 @@ cudaError_t score_reduced_forward(const ScoreInput& in, const ScoreScale& scale,
 cudaError_t score_reduced_backward(const ScoreInput& in, const ScoreScale& scale, const void* grad_loss,
                                    bool grad_stored, void* grad, const int64_t (&grad_stride)[3], cudaStream_t stream) {
   if (!score_reduced_fits(in)) return cudaErrorInvalidValue;
-  dispatch(in.dtype, [&](auto t) {
-    reduce<decltype(t)>(in, scale, grad_loss, grad_stored, nullptr, grad, grad_stride, stream);
-  });
+  dispatch(in.dtype,
+           [&](auto t) { reduce<decltype(t)>(in, scale, grad_loss, grad_stored, nullptr, grad, grad_stride, stream); });
   return cudaGetLastError();
 }
 

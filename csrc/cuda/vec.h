@@ -16,7 +16,8 @@ template <int bytes> struct Words { using type = uint4; };
 template <> struct Words<8> { using type = uint2; };
 
 // What an access to `count` elements of T has to be aligned to.
-template <class T, int count> constexpr int kVecBytes = sizeof(T) * count >= 16 ? 16 : static_cast<int>(sizeof(T)) * count;
+template <class T, int count> constexpr int kVecBytes =
+    sizeof(T) * count >= 16 ? 16 : static_cast<int>(sizeof(T)) * count;
 
 template <int bytes = 16> __host__ __device__ __forceinline__ bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;

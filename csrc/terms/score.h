@@ -118,11 +118,11 @@ template <class V> struct Term { V value, grad_pred, grad_target; };
 
 // Probability, its complement and the binary cross entropy of a score against a target, from one exponential.
 template <class V> struct Bernoulli {
-  V p, q;              // σ(x) and 1 − σ(x), each to full relative precision
-  V bce;               // −t·log p − (1−t)·log q
-  V bce_pred;          // d bce / d pred
-  V bce_target;        // d bce / d target
-  V p_pred;            // d p / d pred
+  V p, q;        // σ(x) and 1 − σ(x), each to full relative precision
+  V bce;         // −t·log p − (1−t)·log q
+  V bce_pred;    // d bce / d pred
+  V bce_target;  // d bce / d target
+  V p_pred;      // d p / d pred
 };
 
 // An infinite logit counts as the largest finite one, so that 0 · ∞ never appears: a class masked with −∞ costs nothing.

@@ -36,32 +36,38 @@ struct Oracle {
 };
 
 const Oracle kOracles[] = {
-    {"qfl", {{2}, {1.5}, {3}},
+    {"qfl",
+     {{2}, {1.5}, {3}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score&) {
        return std::pow(std::fabs(t - s.p), (long double)params[0]) * s.bce(t);
      },
      0},
-    {"focal", {{2, 0.25}, {1.5, 0.6}, {3, -1}},
+    {"focal",
+     {{2, 0.25}, {1.5, 0.6}, {3, -1}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score&) {
        const long double alpha = params[1], hit = s.p * t + (1 - s.p) * (1 - t);
        const long double balance = alpha < 0 ? 1 : alpha * t + (1 - alpha) * (1 - t);
        return balance * std::pow(1 - hit, (long double)params[0]) * s.bce(t);
      },
      0.001},
-    {"vfl", {{2, 0.75, 1}, {1.5, 0.4, 1}, {2, 0.75, 0}},
+    {"vfl",
+     {{2, 0.75, 1}, {1.5, 0.4, 1}, {2, 0.75, 0}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score&) {
        if (t > 0) return (params[2] != 0 ? t : 1) * s.bce(t);
        return params[1] * std::pow(std::fabs(s.p - t), (long double)params[0]) * s.bce(t);
      },
      -0.001},
-    {"mal", {{1.5}, {2.5}},
+    {"mal",
+     {{1.5}, {2.5}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score& constant) {
        if (t > 0) return s.bce(std::pow(t, (long double)params[0]));
        return std::pow(constant.p, (long double)params[0]) * s.bce(0);
      },
      0},
-    {"soft_bce", {{}},
-     [](const std::vector<double>&, const Score& s, long double t, const Score&) { return s.bce(t); }, 0},
+    {"soft_bce",
+     {{}},
+     [](const std::vector<double>&, const Score& s, long double t, const Score&) { return s.bce(t); },
+     0},
 };
 
 template <class F> double difference(const F& f, double at) {
@@ -126,7 +132,8 @@ void check(const Oracle& o, const std::vector<double>& params, const Case& c, bo
            Generator& draw) {
   using A = acc_t<T>;
   const int64_t count = c.rows * c.classes;
-  std::vector<double> pred_values(count), target_values(c.dense ? count : c.rows), grad_values(c.broadcast ? 1 : c.rows);
+  std::vector<double> pred_values(count), target_values(c.dense ? count : c.rows),
+      grad_values(c.broadcast ? 1 : c.rows);
   std::vector<int64_t> labels(c.rows);
   for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
   for (double& v : target_values) v = rows || draw.integer(0, 3) == 0 ? draw.uniform(0.05, 0.99) : o.negative;
@@ -166,8 +173,8 @@ void check(const Oracle& o, const std::vector<double>& params, const Case& c, bo
       const double score = c.dense ? t[i] : labels[row] == k ? t[row] : 0.0;
       const Wanted want = wanted(o, params, x[row * in.stride[2] + k * in.stride[1]], score, c.activated);
       sum += want.value;
-      CHECK(close_gradient<T>(got_pred[i], scale * want.by_pred, epsilon), "%s: grad_pred[%zu] %g, not %g", name.c_str(), i,
-            got_pred[i], scale * want.by_pred);
+      CHECK(close_gradient<T>(got_pred[i], scale * want.by_pred, epsilon), "%s: grad_pred[%zu] %g, not %g",
+            name.c_str(), i, got_pred[i], scale * want.by_pred);
       if (c.dense) {
         CHECK(close(got_target[i], scale * want.by_target, kChain<T>, kChain<T>), "%s: grad_target[%zu] %g, not %g",
               name.c_str(), i, got_target[i], scale * want.by_target);
@@ -189,27 +196,46 @@ void check(const Oracle& o, const std::vector<double>& params, const Case& c, bo
 }
 
 const Case kRowCases[] = {
-    {"empty", 0, 80}, {"one", 1, 1}, {"odd", 7, 3}, {"over a warp", 3, 33}, {"over a block", 9, 80},
-    {"activated", 9, 5, true}, {"dense", 9, 37, false, true}, {"transposed", 9, 37, false, false, true},
-    {"no classes", 5, 0}, {"runs of 16 bytes", 70, 16}, {"many runs", 5, 400}, {"dense runs", 33, 24, false, true},
+    {"empty", 0, 80},
+    {"one", 1, 1},
+    {"odd", 7, 3},
+    {"over a warp", 3, 33},
+    {"over a block", 9, 80},
+    {"activated", 9, 5, true},
+    {"dense", 9, 37, false, true},
+    {"transposed", 9, 37, false, false, true},
+    {"no classes", 5, 0},
+    {"runs of 16 bytes", 70, 16},
+    {"many runs", 5, 400},
+    {"dense runs", 33, 24, false, true},
     {"over a block, transposed", 300, 8, false, false, true},
 };
 const Case kElementCases[] = {
-    {"empty", 0, 1, false, true}, {"one", 1, 1, false, true}, {"odd", 37, 1, false, true},
-    {"over a block", 257, 1, false, true}, {"activated", 37, 1, true, true},
-    {"one gradient", 37, 1, false, true, false, true}, {"two blocks", 600, 1, false, true, false, true},
+    {"empty", 0, 1, false, true},
+    {"one", 1, 1, false, true},
+    {"odd", 37, 1, false, true},
+    {"over a block", 257, 1, false, true},
+    {"activated", 37, 1, true, true},
+    {"one gradient", 37, 1, false, true, false, true},
+    {"two blocks", 600, 1, false, true, false, true},
 };
 
 // --- down to one number ----------------------------------------------------------------------------------------------
 
-enum class Layout { rows, padded, planar, sliced };  // class innermost, with a gap per row, location innermost, every second
+enum class Layout {
+  rows,
+  padded,
+  planar,
+  sliced
+};  // class innermost, with a gap per row, location innermost, every second
 
 struct ReducedCase {
   std::string name;
   int64_t images, locations, classes;
   bool sparse = true, weighted = false, normed = true, activated = false;
   Layout layout = Layout::rows;
-  bool turned = false;  // gradient and dense targets lie location innermost where the scores do not, and the other way round
+  bool turned =
+      false;  // gradient and dense targets lie location innermost where the scores do not, and the other way round
 };
 
 void strides_of(const ReducedCase& c, bool turned, int64_t (&stride)[3], int64_t& size) {
@@ -222,8 +248,8 @@ void strides_of(const ReducedCase& c, bool turned, int64_t (&stride)[3], int64_t
 }
 
 template <class T>
-void check_reduced(const Oracle& o, const std::vector<double>& params, const ReducedCase& c, DType dtype, double epsilon,
-                   Generator& draw) {
+void check_reduced(const Oracle& o, const std::vector<double>& params, const ReducedCase& c, DType dtype,
+                   double epsilon, Generator& draw) {
   using A = acc_t<T>;
 #if !defined(GFL_TEST_CUDA)
   // The CPU's launcher takes one image with classes innermost in target and gradient.

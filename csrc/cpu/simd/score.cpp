@@ -16,11 +16,11 @@ template <class Loss, class T> struct Row {
   FastParams<Loss> params;
   const T* pred;
   int64_t classes;
-  int64_t label;         // −1 for background
-  const float* target;   // the score at `label`, or the dense targets if `dense`
+  int64_t label;        // −1 for background
+  const float* target;  // the score at `label`, or the dense targets if `dense`
   bool dense;
   T* grad_pred;
-  float* grad_target;    // with labels one number
+  float* grad_target;  // with labels one number
 
   Row(const ScoreInput& in, int64_t row, void* grad, void* of_target)
       : params(fast_params<Loss>(in)),
@@ -87,7 +87,8 @@ void score_rows(const ScoreInput& in, const void* grad_loss, void* loss, void* g
     };
     if constexpr (decltype(kind)::summed) {
       if (out != nullptr) each([&](int64_t row, const auto& r) { out[row] = r.template walk<true, false>(0.0f); });
-      else if (grad_pred != nullptr) each([&](int64_t row, const auto& r) { r.template walk<false, true>(scales[row]); });
+      else if (grad_pred != nullptr)
+        each([&](int64_t row, const auto& r) { r.template walk<false, true>(scales[row]); });
       else each([&](int64_t row, const auto& r) { r.template walk<false, false>(scales[row]); });
     }
   });
@@ -116,7 +117,8 @@ void score_elements(const ScoreInput& in, const void* grad_loss, int64_t grad_st
       each([&](int64_t i, const Term<Floats>& term) {
         const Floats scale = grad_stride == 0 ? splat<Floats>(*scales) : load_floats(scales + i, end - i, 0.0f);
         if (grad_pred != nullptr) store_floats(scale * term.grad_pred, end - i, static_cast<T*>(grad_pred) + i);
-        if (grad_target != nullptr) store_floats(scale * term.grad_target, end - i, static_cast<float*>(grad_target) + i);
+        if (grad_target != nullptr)
+          store_floats(scale * term.grad_target, end - i, static_cast<float*>(grad_target) + i);
       });
     }
   });
@@ -128,8 +130,8 @@ double score_reduced(const ScoreInput& in, float scale, void* grad, int64_t begi
   dispatch_score(in, [&](auto kind, auto t) {
     using R = Row<decltype(kind), decltype(t)>;
     const auto walk = [&](const R& row, float weight) {
-      const float loss = grad != nullptr ? row.template walk<true, true>(scale * weight)
-                                         : row.template walk<true, false>(0.0f);
+      const float loss =
+          grad != nullptr ? row.template walk<true, true>(scale * weight) : row.template walk<true, false>(0.0f);
       sum += static_cast<double>(weight * loss);
     };
     if (in.label == nullptr && weights == nullptr && in.stride[2] == in.classes) {

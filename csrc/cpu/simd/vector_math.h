@@ -153,9 +153,7 @@ template <class F> inline F log1p_of_unit(F e) {
 }
 
 // x >= 2^-126 as 2^n · m with m in [1, 2).
-struct Parts {
-  float n, m;
-};
+struct Parts { float n, m; };
 inline Parts parts_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
