@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of class scores: for each loss of terms/score.h an operator gfl::<stem>_fwd with its _bwd, a number per row or
-// per element; and for all of them gfl::score_loss_fwd, _bwd and _finish, down to one number with the gradient beside it.
+// The losses of class scores: for each loss of terms/score.h the operators gfl::<stem>_fwd and _bwd, one number per row
+// or per element; and for all of them gfl::score_loss_fwd, _bwd and _finish, reduced to one number, the gradient
+// computed in forward.
 #include "gfl/score.h"
 
 #include <ATen/ops/empty_like.h>
@@ -92,7 +93,7 @@ Prepared prepare(const char* loss, const at::Tensor& pred, const OptionalTensor&
   return p;
 }
 
-// --- a number per row or per element ---------------------------------------------------------------------------------
+// --- one number per row or per element ------------------------------------------------------------------------------
 
 // The loss of rows [N, C]; or, element by element, of one class per row in dense memory.
 template <class Loss>
@@ -128,7 +129,7 @@ at::Tensor forward(const at::Tensor& pred, const OptionalTensor& label, const at
   return loss;
 }
 
-// Whether every element is the same one in memory, as of a sum's or a mean's gradient.
+// Whether all elements are one in memory, as in the gradient of a sum or a mean.
 bool is_broadcast(const at::Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.stride(d) != 0 && t.size(d) != 1) return false;
@@ -187,7 +188,7 @@ const EntryPoint entry_points([](pybind11::module_& module) {
   });
 });
 
-// --- down to one number ----------------------------------------------------------------------------------------------
+// --- reduced to one number ------------------------------------------------------------------------------------------
 
 // One number in the accumulator's dtype on the device of `pred`.
 void check_number(const at::Tensor& number, const at::Tensor& pred, const char* argument) {

@@ -3,8 +3,9 @@
 //
 //   pred [rows, classes] dtype read   label [rows] int64 read   target [rows] or [rows, classes] A read
 //   loss [rows] A write   grad_pred [rows, classes] dtype write   grad_target as target A write
-// What detectors train with is vector code in simd/score.cpp; this file has the general form, any exponent, probabilities,
-// fp64 and any stride. A row's sum runs over the classes in order in the accumulator type, whatever chunk it is in.
+// The fast path, with the parameters that detectors train with, is in simd/score.cpp; this file has the general one:
+// any exponent, probabilities, fp64 and any stride. A row's sum runs over the classes in order in the accumulator type,
+// whatever chunk it is in.
 #include "gfl/score.h"
 
 #include "isa.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block's piece of a map [B, C, H, W] that lies anywhere in memory: up to 128 locations of one level of one image,
-// with all their channels, walked along the dense dimension. The vectorised path reads 16 bytes per access where alignment
-// allows and keeps several accesses in flight, so the code for an element is compiled once for each. The scalar path reads
-// one element at a time, for code that is too long for that.
+// with all their channels, walked along the dense dimension. The vectorised path reads 16 bytes per access where
+// alignment allows and keeps several accesses in flight, so the code for an element is compiled once for each. The
+// scalar path reads one element at a time, for code that is too long for that.
 #pragma once
 #include <cstdint>
 

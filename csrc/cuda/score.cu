@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Losses of class scores on the GPU (terms/score.h has the formulas), a number per row or per element; score_reduced.cu has
-// the form that detectors train with, down to one number.
+// Losses of class scores on the GPU (terms/score.h has the formulas), one number per row or per element;
+// score_reduced.cu has the form that detectors train with, one number for all.
 //
 //   pred      [rows, classes]  dtype  read                 label       [rows] int64                read
 //   target    [rows] or [rows, classes]  A  read           grad_loss   as loss  A                  read
 //   loss      [rows], or [elements]  A  write              grad_pred   as pred  dtype              write
 //                                                          grad_target as target  A                write
 //
-// rows      A power of two of lanes takes a row, each lane some runs of its classes. A run is 16 bytes where classes are
-//           contiguous and aligned, else one class. Bytes per element: forward sizeof(dtype), backward 2·sizeof(dtype), the
-//           terms being computed again; a dense target adds sizeof(A).
-// elements  One thread per element, blocks stride over the rest. Bytes per element: forward sizeof(dtype) + 2·sizeof(A),
-//           backward 2·sizeof(dtype) + 2·sizeof(A), less where the gradient is one number.
+// rows      A power of two of lanes takes a row, each lane some runs of its classes. A run is 16 bytes where classes
+//           are contiguous and aligned, else one class. Bytes per element: forward sizeof(dtype), backward
+//           2·sizeof(dtype), since terms are computed again; a dense target adds sizeof(A).
+// elements  One thread per element, blocks stride over the rest. Bytes per element: forward
+//           sizeof(dtype) + 2·sizeof(A), backward 2·sizeof(dtype) + 2·sizeof(A), less where the gradient is one number.
 //
-// Other exponents than the fast path's, probabilities and fp64 are walked an element at a time by one kernel for all losses.
-// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its classes in order, the lanes in a fixed tree.
+// Other exponents than the fast path's, probabilities and fp64 take one kernel for all losses, one element at a time.
+// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its classes in order, the lanes in a
+// fixed tree.
 #include "gfl/score.h"
 
 #include "launch.h"
@@ -26,14 +27,14 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;  // runs that a lane fetches before it uses the first, where terms are short
+constexpr int kAhead = 4;  // runs that a lane fetches before it uses the first, on the fast path
 constexpr int64_t kMaxBlocks = 1 << 16;
 
 // minBlocksPerSM for __launch_bounds__; without it ptxas spills on sm_90.
 template <class T> constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 3;
 
-// The most lanes of which at most an eighth has nothing to do. Where rows are contiguous instead of classes, one: then the
-// lanes of a warp read neighbouring rows.
+// The largest number of lanes per row of which at most an eighth idles. One where rows are contiguous instead of
+// classes: then the lanes of a warp read neighbouring rows.
 int lanes_for(const ScoreInput& in, int64_t runs) {
   if (in.stride[2] == 1 && in.stride[1] != 1) return 1;
   int lanes = kWarp;
@@ -41,12 +42,12 @@ int lanes_for(const ScoreInput& in, int64_t runs) {
   return lanes;
 }
 
-dim3 grid_for(int64_t count, int64_t of_block) {
-  const int64_t blocks = (count + of_block - 1) / of_block;
+dim3 grid_for(int64_t count, int64_t per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
   return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
 }
 
-// visit(elements, first class) for the runs of a lane.
+// Calls visit(elements, first class) for the runs of a lane.
 template <class T, int ahead, bool vectors, class Visit>
 __device__ __forceinline__ void for_classes(const ScoreInput& in, int64_t row, int lane, int lanes,
                                             const Visit& visit) {
@@ -69,7 +70,7 @@ __device__ __forceinline__ void for_classes(const ScoreInput& in, int64_t row, i
   }
 }
 
-// What the elements of a row are held against.
+// The target of a row.
 template <class T, class Params> struct RowTarget {
   using A = acc_t<T>;
   using Loss = typename Params::Loss;
@@ -100,8 +101,8 @@ template <class T, class Params, bool vectors>
 __global__ void __launch_bounds__(kThreads, kRowBlocks<T>)
     score_rows_forward_kernel(ScoreInput in, Params params, int lanes, acc_t<T>* loss) {
   using A = acc_t<T>;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
-  for (int64_t first = int64_t(blockIdx.x) * of_block; first < in.locations; first += int64_t(gridDim.x) * of_block) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, per_block = kThreads / lanes;
+  for (int64_t first = int64_t(blockIdx.x) * per_block; first < in.locations; first += int64_t(gridDim.x) * per_block) {
     const int64_t row = first + thread / lanes;
     A sum = 0;
     if (row < in.locations) {
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<T>)
     score_rows_backward_kernel(ScoreInput in, Params params, int lanes, const acc_t<T>* grad_loss, T* grad_pred,
                                acc_t<T>* grad_target) {
   using A = acc_t<T>;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, of_block = kThreads / lanes;
-  for (int64_t row = int64_t(blockIdx.x) * of_block + thread / lanes; row < in.locations;
-       row += int64_t(gridDim.x) * of_block) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, per_block = kThreads / lanes;
+  for (int64_t row = int64_t(blockIdx.x) * per_block + thread / lanes; row < in.locations;
+       row += int64_t(gridDim.x) * per_block) {
     const RowTarget<T, Params> target(in, params, row);
     const A scale = grad_loss[row];
     if (grad_target != nullptr && target.dense == nullptr && target.label < 0 && lane == 0) grad_target[row] = 0;

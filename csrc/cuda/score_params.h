@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which loss of terms/score.h a kernel is compiled for: one by its fast path, or any by the general one.
+// What a kernel is compiled for: the fast path of one loss of terms/score.h, or the general path of all.
 #pragma once
 #include "terms/scalar.h"
 #include "terms/score.h"
 
 namespace gfl::cuda {
 
-// The loss of the fast path, and any loss, its number beside the general parameters.
-template <class Loss_> struct Fast : FastParams<Loss_> { using Loss = Loss_; };
-struct AnyLoss;
-template <class A> struct AnyScore : GeneralParams<A> {
-  using Loss = AnyLoss;
+// The fast path knows its loss when it is compiled; the general one holds the loss's index.
+template <class Loss_> struct FastPath : FastParams<Loss_> { using Loss = Loss_; };
+struct GeneralLoss;
+template <class A> struct General : GeneralParams<A> {
+  using Loss = GeneralLoss;
   int loss;
 };
-struct AnyLoss {
-  template <class A> static __device__ __forceinline__ Term<A> term(const AnyScore<A>& params, A x, A t) {
+struct GeneralLoss {
+  template <class A> static __device__ __forceinline__ Term<A> term(const General<A>& params, A x, A t) {
     return ScoreLosses::term(params.loss, params, x, t);
   }
-  template <class A> static __device__ __forceinline__ Term<A> background(const AnyScore<A>& params, A x) {
+  template <class A> static __device__ __forceinline__ Term<A> background(const General<A>& params, A x) {
     return term(params, x, A(0));
   }
 };
 
-// Which forms a loss has beside the reduced one: losses of rows, which may have labels, or losses of elements.
+// Which form a loss has besides the reduced one: one number per row, perhaps with labels, or one per element.
 template <class Loss> constexpr bool has_rows = Loss::summed;
 template <class Loss> constexpr bool has_elements = !Loss::summed;
-template <> constexpr bool has_rows<AnyLoss> = true;
-template <> constexpr bool has_elements<AnyLoss> = true;
+template <> constexpr bool has_rows<GeneralLoss> = true;
+template <> constexpr bool has_elements<GeneralLoss> = true;
 
 // Calls f(parameters) for the loss of `in` over elements of T.
 template <class T, class F> void dispatch_loss(const ScoreInput& in, const F& f) {
@@ -34,9 +34,9 @@ template <class T, class F> void dispatch_loss(const ScoreInput& in, const F& f)
   ScoreLosses::find(in.loss, [&](auto kind, int index) {
     using Loss = decltype(kind);
     if constexpr (sizeof(T) < 8) {
-      if (is_fast<Loss>(in)) return f(Fast<Loss>{fast_params<Loss>(in)});
+      if (is_fast<Loss>(in)) return f(FastPath<Loss>{fast_params<Loss>(in)});
     }
-    f(AnyScore<A>{general_params<A>(in), index});
+    f(General<A>{general_params<A>(in), index});
   });
 }
 

@@ -7,12 +7,12 @@
 //   grad      as pred  dtype  write                          loss, norm, grad_loss: one number of A each
 //   partials  [tiles] double, written and read
 //
-// A block takes a tile of 128 locations with all their classes and walks it along memory, 16 bytes per access, in any layout
-// (map_tile.h); labels, scores and weights of the tile lie in shared memory. A second launch adds up the tiles. Other
-// exponents than the fast path's, probabilities and fp64 take the same walk an element at a time.
+// A block takes a tile of 128 locations with all their classes and walks it along memory, 16 bytes per access, in any
+// layout (map_tile.h); labels, scores and weights of the tile lie in shared memory. A second launch adds up the tiles.
+// Other exponents than the fast path's, probabilities and fp64 take the same walk, one element at a time.
 // Bytes per element: loss and gradient 2·sizeof(dtype), the loss alone sizeof(dtype), the gradient computed again
-// 2·sizeof(dtype); a dense target adds sizeof(A) each time. Accumulator: A within a thread, double beyond. Repeatable bit
-// for bit: every sum has a fixed order.
+// 2·sizeof(dtype); a dense target adds sizeof(A) each time. Accumulator: A within a thread, double beyond. Repeatable
+// bit for bit: every sum has a fixed order.
 #include "gfl/score.h"
 
 #include "launch.h"
@@ -27,7 +27,7 @@ namespace {
 constexpr int kWarps = kMapThreads / kWarp;
 constexpr int kSumThreads = 512;
 constexpr int kNoLabel = -1;
-// Blocks of a backward pass that most likely has nothing to do: enough to fill any GPU, few enough to be gone at once.
+// Blocks of a backward pass that most likely returns at once: enough to fill any GPU, few enough to cost little.
 constexpr int64_t kFinishBlocks = 1024;
 
 // minBlocksPerSM for __launch_bounds__: the most for which ptxas spills nothing.
@@ -40,14 +40,14 @@ constexpr int kReducedBlocks = sizeof(T) == 8   ? 1
 
 struct Layout { int64_t stride[3]; };
 
-// What a block shares.
+// Shared memory of a block.
 template <class A> struct Tile {
   double sums[kWarps];
   A score[kMapTile], weight[kMapTile];
   int label[kMapTile];
 };
 
-// Reads what the tile's locations have. Returns whether one has a class.
+// Reads labels, scores and weights of the tile's locations. Returns whether any is labelled.
 template <class A>
 __device__ __forceinline__ bool read_rows(const ScoreInput& in, int64_t first, int count, Tile<A>& tile) {
   const int i = static_cast<int>(threadIdx.x);
@@ -118,14 +118,14 @@ __global__ void __launch_bounds__(kMapThreads, (kReducedBlocks<T, Params>))
             if constexpr (sparse) term = Loss::background(params, x);
             else term = Loss::term(params, x, target[v++]);
             A value = weight * term.value;
-            if (sparse && labelled && tile.label[location] == channel) value = 0;  // its own class comes below
+            if (sparse && labelled && tile.label[location] == channel) value = 0;  // the labelled class is added below
             sum += value;
             store(&element, scale * weight * term.grad_pred);
           });
           if (grad != nullptr) store_run(grad, shape, out, run);
         });
     if (sparse && labelled) {
-      __syncthreads();  // what follows is written over what the block has written before
+      __syncthreads();  // the gradients of labelled classes overwrite those that other threads wrote above
       const int i = static_cast<int>(threadIdx.x), label = i < shape.count ? tile.label[i] : kNoLabel;
       if (label != kNoLabel) {
         const A weight = tile.weight[i];
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMapThreads, (kReducedBlocks<T, Params>))
       }
     }
     total += static_cast<double>(sum);
-    __syncthreads();  // the next tile's labels take the place of these
+    __syncthreads();  // the next tile reuses the shared memory
   }
   if (partials == nullptr) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;

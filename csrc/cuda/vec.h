@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one way to move elements that lie side by side: 16 bytes per access, or 8 where there are no more. Whether rows are
-// aligned for it is the caller's to know; `is_aligned` says it of an address.
+// Loads and stores of contiguous elements, 16 bytes per access, or 8 where there are no more. The caller makes sure
+// that rows are aligned; `is_aligned` tests an address.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,7 @@ template <class T> constexpr int kRun = 16 / static_cast<int>(sizeof(T));
 template <int bytes> struct Words { using type = uint4; };
 template <> struct Words<8> { using type = uint2; };
 
-// What an access to `count` elements of T has to be aligned to.
+// The alignment in bytes that an access to `count` elements of T needs.
 template <class T, int count> constexpr int kVecBytes =
     sizeof(T) * count >= 16 ? 16 : static_cast<int>(sizeof(T)) * count;
 

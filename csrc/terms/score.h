@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The losses of class scores, element by element: value and derivatives, in forms that stay finite for logits of ±1e4.
-// Every term is written once, over a value `V` that is a double, a float or, in csrc/cpu/simd, a register of floats. A new
-// loss is a struct here and its name in ScoreLosses at the end; every walk, launcher and binding follows.
+// Every term is written once, over a value `V` that is a double, a float or, in csrc/cpu/simd, a register of floats. A
+// new loss is a struct here and its name in ScoreLosses at the end; every walk, launcher and binding follows.
 //
 //   Qfl    |t − σ(x)|^β · BCE(x, t)                                       Li et al., arXiv 2006.04388, eq. 2
 //   Focal  α_t (1 − p_t)^γ · BCE(x, t)                                    Lin et al., arXiv 1708.02002, eq. 5
@@ -20,7 +20,7 @@
 #include "cpu/simd/score_math.h"
 #endif
 
-// A term that is called twice, for whole registers and for the rest of a row, is too long for GCC to inline unasked.
+// A term is called twice, for whole registers and for the remainder of a row, and GCC does not inline it by itself.
 #if defined(__CUDACC__)
 #define GFL_TERM GFL_HOST_DEVICE
 #else
@@ -51,8 +51,8 @@ template <class A> GFL_TERM A finite_positive_part(A x) {
   if (x > largest) x = largest;
   return x < A(0) ? A(0) : x;
 }
-// log(1 + e) and 1/(1 + e) for e in [0, 1]. On the GPU, in fp32, a polynomial and a division good to 2 ulp: the library's
-// general forms cost more than all else in a term.
+// log(1 + e) and 1/(1 + e) for e in [0, 1]. On the GPU, in fp32, a polynomial and a division good to 2 ulp: the
+// library's general forms cost more than all else in a term.
 template <class A> GFL_TERM A log1p_of_unit(A e) {
 #if defined(GFL_CUDA_TYPES)
   if constexpr (sizeof(A) == 4) return log1p_polynomial(e);
@@ -67,8 +67,8 @@ template <class A> GFL_TERM A reciprocal_of_unit(A e) {
 }
 #endif
 
-// base^exponent for base ≥ 0 with its derivative. An exponent below 1 has no finite derivative at 0; 0 is taken there, and
-// for subnormal bases, where the power would overflow. The exponents that detectors use do not go through pow.
+// base^exponent for base ≥ 0 with its derivative. An exponent below 1 has no finite derivative at 0; 0 is taken there,
+// and for subnormal bases, where the power would overflow. The exponents that detectors use do not go through pow.
 template <class V> struct Power { V value, slope; };
 
 template <class V, class E> GFL_TERM Power<V> power(V base, E exponent) {
@@ -89,8 +89,9 @@ template <class V, class E> GFL_TERM Power<V> absolute_power(V x, E exponent) {
   return {p.value, sign(x) * p.slope};
 }
 
-// --- what a walk gives a term ----------------------------------------------------------------------------------------
-// Logits and the exponent that detectors train with, known to the compiler: short terms, many of which can be under way.
+// --- parameters and results of a term -------------------------------------------------------------------------------
+// Logits and the exponent that detectors train with, known to the compiler: terms are short, and many can be in
+// flight.
 template <class Loss> struct FastParams {
   static constexpr bool fast = true, activated = false;
   static constexpr float exponent = Loss::fast_exponent;
@@ -125,7 +126,8 @@ template <class V> struct Bernoulli {
   V p_pred;      // d p / d pred
 };
 
-// An infinite logit counts as the largest finite one, so that 0 · ∞ never appears: a class masked with −∞ costs nothing.
+// An infinite logit counts as the largest finite one, so that 0 · ∞ never appears: a class masked with −∞ costs
+// nothing.
 template <class V> GFL_TERM Bernoulli<V> bernoulli_from_logit(V logit, V t) {
   const auto infinite = is_infinite(logit);
   const V x = clamp_infinite(logit);
@@ -172,8 +174,9 @@ template <class V> GFL_TERM Term<V> modulated(const Bernoulli<V>& b, V m, V slop
 }
 
 // --- the losses ------------------------------------------------------------------------------------------------------
-// Each has its stem as `name`; how many `params` it takes, the exponent first; `summed`, whether its losses are those of
-// rows; the exponent of its fast path; and its term. `background` is the term against 0, where grad_target is not read.
+// Each has its stem as `name`; how many `params` it takes, the exponent first; `summed`, whether its losses are those
+// of rows; the exponent of its fast path; and its term. `background` is the term against 0, where grad_target is not
+// read.
 template <class Loss> struct ScoreLoss {
   static constexpr float fast_exponent = 2;
   template <class P, class V> static GFL_TERM Term<V> background(const P& params, V pred) {

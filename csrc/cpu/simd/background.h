@@ -8,10 +8,11 @@
 
 namespace gfl::GFL_ISA {
 
-// Of a lambda that is called in a loop and after it: too long for GCC to inline unasked, and a call passes terms in memory.
+// For lambdas that are called in a loop and in its remainder: GCC does not inline them by itself, and a call would
+// return its term through memory.
 #define GFL_INLINED __attribute__((always_inline))
 
-// A class that is not there: against a target of 0 it adds nothing.
+// Stands in for classes beyond the last: against a target of 0 it adds nothing.
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 
 // One location whose classes are contiguous, and the Term of each register by term_at(its first class, logits). Returns

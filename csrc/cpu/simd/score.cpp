@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Losses of class scores with the parameters that detectors train with, on logits whose classes are contiguous: a register
-// of classes at a time. Rows without a label, and in the others the registers that do not hold it, take the background term.
+// Losses of class scores with the parameters that detectors train with, on logits whose classes are contiguous: one
+// register of classes at a time. Rows without a label, and registers that do not hold the label, take the background
+// term.
 #include <algorithm>
 
 #include "background.h"
@@ -9,9 +10,9 @@
 namespace gfl::GFL_ISA {
 namespace {
 
-constexpr int64_t kPiece = 512;  // few enough for a sum in fp32
+constexpr int64_t kPiece = 512;  // elements; few enough for a sum in fp32
 
-// One row of the input, and where its results go; what is not wanted is null.
+// One row of the input and of the results; a result that is not wanted is null.
 template <class Loss, class T> struct Row {
   FastParams<Loss> params;
   const T* pred;
@@ -20,7 +21,7 @@ template <class Loss, class T> struct Row {
   const float* target;  // the score at `label`, or the dense targets if `dense`
   bool dense;
   T* grad_pred;
-  float* grad_target;  // with labels one number
+  float* grad_target;  // one number with labels
 
   Row(const ScoreInput& in, int64_t row, void* grad, void* of_target)
       : params(fast_params<Loss>(in)),
@@ -32,7 +33,7 @@ template <class Loss, class T> struct Row {
         grad_pred(grad == nullptr ? nullptr : static_cast<T*>(grad) + row * classes),
         grad_target(of_target == nullptr ? nullptr : static_cast<float*>(of_target) + (dense ? row * classes : row)) {}
 
-  // `count` elements of a dense map whose rows follow each other.
+  // `count` elements of a dense map without gaps between rows.
   Row(const ScoreInput& in, int64_t first, int64_t count, void* grad)
       : params(fast_params<Loss>(in)),
         pred(static_cast<const T*>(in.pred) + first),
@@ -43,7 +44,8 @@ template <class Loss, class T> struct Row {
         grad_pred(grad == nullptr ? nullptr : static_cast<T*>(grad) + first),
         grad_target(nullptr) {}
 
-  // Returns the row's loss, 0 if not kLoss; `scale` times the gradients are written, with kGrad that of the scores too.
+  // Returns the row's loss, 0 without kLoss. With kGrad also writes `scale` times the gradient of the scores; that of
+  // the target is written whenever it is wanted.
   template <bool kLoss, bool kGrad> float walk(float scale) const {
     if (dense) {
       return walk_row<kLoss, kGrad>(pred, classes, scale, grad_pred, [&](int64_t c, Floats x) GFL_INLINED {
@@ -135,7 +137,7 @@ double score_reduced(const ScoreInput& in, float scale, void* grad, int64_t begi
       sum += static_cast<double>(weight * loss);
     };
     if (in.label == nullptr && weights == nullptr && in.stride[2] == in.classes) {
-      // A dense map without weights has no rows: pieces that fill registers, however few its classes.
+      // Rows don't matter to a dense map without weights: take pieces that fill registers, however few its classes.
       for (int64_t i = begin * in.classes; i < end * in.classes; i += kPiece) {
         walk(R(in, i, std::min(kPiece, end * in.classes - i), grad), 1.0f);
       }

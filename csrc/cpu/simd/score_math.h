@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic that terms/score.h is written in, for a register of floats. Everything but general_power is free of
-// branches; that is called for exponents without a form of their own, which the vector code does not see.
+// The arithmetic of terms/score.h for a register of floats. All of it is free of branches but general_power, which the
+// vectorised path never calls, since its exponents have forms of their own.
 #pragma once
 #include <cmath>
 
