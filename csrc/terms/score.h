@@ -177,7 +177,7 @@ template <class V> GFL_TERM Term<V> modulated(const Bernoulli<V>& b, V m, V slop
 // Each has its stem as `name`; how many `params` it takes, the exponent first; `summed`, whether its losses are those
 // of rows; the exponent of its fast path; and its term. `background` is the term against 0, where grad_target is not
 // read.
-template <class Loss> struct ScoreLoss {
+template <class Loss> struct ScoreLoss {  // NOLINT(bugprone-crtp-constructor-accessibility): an aggregate
   static constexpr float fast_exponent = 2;
   template <class P, class V> static GFL_TERM Term<V> background(const P& params, V pred) {
     return Loss::term(params, pred, V{});
