@@ -46,9 +46,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     except Exception as error:
         raise UnreadableImage(f"{path} can't be decoded: {error}") from error
     if size is not None and tuple(image.shape[1:]) != size:
-        raise ValueError(
-            f"{path} is {image.shape[2]}×{image.shape[1]} pixels, its annotation file says {size[1]}×{size[0]}"
-        )
+        shape = f"{image.shape[2]}×{image.shape[1]}"
+        raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
     return image
 
 
@@ -109,11 +108,6 @@ def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, 
     height, width = new_size
     scale = boxes.new_tensor([width / old_size[1], height / old_size[0]]).repeat(2)
     return torch.minimum((boxes * scale).clamp(min=0), boxes.new_tensor([width, height, width, height]))
-
-
-def flip(image: Tensor) -> Tensor:
-    """The image ``[3, H, W]`` mirrored left to right."""
-    return image.flip(2)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

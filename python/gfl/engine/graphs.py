@@ -23,12 +23,10 @@ Record = Callable[[Function, Sequence[Tensor]], Function]
 class Graph:
     """A CUDA graph of a function, captured on a stream of its own.
 
-    Args:
-        function: neither waits for the device nor allocates outside of torch. It is run a few times before the capture.
-        inputs: of one device and of the shapes that it will be called with; they are copied.
-        device: where there are no inputs to tell it; by default the current one.
-        pool: memory that graphs which never run at once may share.
-        warm_up: makes a context around the runs before the capture, such as one that undoes what they change.
+    The function neither waits for the device nor allocates outside of torch. It is run a few times before the capture,
+    within a context that `warm_up` makes, such as one that undoes what they change. `inputs` are of the shapes that it
+    will be called with, and are copied; without any, `device` tells the device, by default the current one. Graphs that
+    never run at once may share a memory `pool`.
     """
 
     def __init__(
@@ -68,13 +66,10 @@ class Graph:
 
 
 class GraphCache:
-    """A recording per shapes of inputs and key; all share one pool of memory.
+    """A recording per shapes of inputs and key, at most `limit`; all share one pool of memory.
 
-    Args:
-        limit: how many recordings are kept.
-        evict: the one used longest ago makes room for another; otherwise calls of further shapes run the function.
-        warm_up: as for `Graph`.
-        record: by default captures a `Graph`.
+    With `evict` the one used longest ago makes room for another; otherwise calls of further shapes run the function.
+    `record` by default captures a `Graph`, whose `warm_up` is given.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..config import TrainConfig
 from ..data.loader import Batch
@@ -30,21 +31,12 @@ GRAPHS = 16
 class Step:
     """Takes batches on the device and updates the weights of `model`.
 
-    `network` is the model, or what wraps it for several processes.
-
-    Attributes:
-        sums: fp32 ``[3]`` on the device, of the `LOSSES` since it was last zeroed.
-        scaler: of the loss, for fp16.
-        graphs: recorded steps; None: every step is queued kernel by kernel.
+    `network` is the model, or what wraps it for several processes; `sums` are those of the `LOSSES` since it was last
+    zeroed, fp32 ``[3]`` on the device. Without `graphs` every step is queued kernel by kernel.
     """
 
     def __init__(
-        self,
-        model: GFL,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        settings: TrainConfig,
-        device: torch.device,
+        self, model: GFL, network: nn.Module, optimizer: Optimizer, settings: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.network, self.optimizer, self.settings = model, network, optimizer, settings
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
@@ -123,33 +115,28 @@ def preserve_training_state(step: Step) -> Iterator[None]:
 
 
 def check_graph(settings: TrainConfig, device: torch.device, wrapped: bool) -> None:
-    """
-    Raises:
-        ValueError: a step that can't be a graph.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"gfl: `graph` needs a GPU, the training is on {device}")
-    if wrapped:
-        raise ValueError("gfl: `graph` is for one process")
-    if settings.amp == "fp16":
-        raise ValueError("gfl: `graph` goes with `amp` none or bf16: fp16's scale is decided by the host")
-    if settings.graph_slots < 1:
-        raise ValueError(f"gfl: `graph_slots` must be positive, got {settings.graph_slots}")
+    """Raises ValueError for a step that can't be a graph."""
+    for wrong, text in (
+        (device.type != "cuda", f"`graph` needs a GPU, the training is on {device}"),
+        (wrapped, "`graph` is for one process"),
+        (settings.amp == "fp16", "`graph` goes with `amp` none or bf16: fp16's scale is decided by the host"),
+        (settings.graph_slots < 1, f"`graph_slots` must be positive, got {settings.graph_slots}"),
+    ):
+        if wrong:
+            raise ValueError(f"gfl: {text}")
 
 
 def slots(batch: Batch, number: int) -> tuple[Tensor, Tensor]:
     """The objects of a batch in `number` slots per image: boxes fp32 ``[B, G, 4]``, labels int64 ``[B, G]``, −1 unused.
 
-    Raises:
-        ValueError: an image has more objects.
+    Raises ValueError if an image has more objects.
     """
     images, most = len(batch.counts), max(batch.counts, default=0)
     if most > number:
         raise ValueError(f"`graph_slots` is {number}, an image has {most} objects")
     # Where each object goes follows from the counts, which the host has: nothing is read back.
-    place = torch.tensor(
-        [row * number + slot for row, count in enumerate(batch.counts) for slot in range(count)], dtype=torch.int64
-    )
+    places = [row * number + slot for row, count in enumerate(batch.counts) for slot in range(count)]
+    place = torch.tensor(places, dtype=torch.int64)
     if batch.boxes.is_cuda:
         place = place.pin_memory()
     place = place.to(batch.boxes.device, non_blocking=True)
