@@ -48,12 +48,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class Winograd(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1, its filters transformed once.
-
-    Args:
-        weight: fp32 ``[K, C, 3, 3]``.
-        bias: ``[K]``, or None.
-    """
+    """A 3x3 convolution of stride 1 and padding 1 with a weight ``[K, C, 3, 3]``, its filters transformed once."""
 
     filters: Tensor
     bias: Tensor | None
