@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 
 from ..config import Config, preset
 from ..data.loader import validation_dataset
@@ -80,20 +81,21 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
     drawn = time.perf_counter()
     config = configuration(out / "data", seed, amp)
-    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {_machine(device, amp)}")
+    threads = torch.get_num_threads()
+    machine = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
+    machine += f", {'fp32' if amp == 'none' else amp}"
+    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {machine}")
     metrics = train(config, out / "training", device=device)
     trained = time.perf_counter()
 
     detector = Detector(out / "training" / BEST, device)
     scenes = validation_dataset(config)
-    made: list[tuple[str, Any]] = [
-        ("detections.jpg", pictures.detections(detector, scenes)),
-        ("distributions.jpg", pictures.distributions(detector, scenes)),
-    ]
+    made: dict[str, Image.Image | None] = {"detections.jpg": pictures.detections(detector, scenes)}
+    made["distributions.jpg"] = pictures.distributions(detector, scenes)
     _say()
     _say(f"  {held_out} held-out scenes  " + "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items()))
     _say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
-    for name, picture in made:
+    for name, picture in made.items():
         if picture is None:
             _say(f"  {name:<20}none: no detection is confident enough; train for longer")
         else:
@@ -106,23 +108,13 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     return metrics
 
 
+# Flushed, to keep its place among the training's own lines on standard error.
+_say = partial(print, flush=True)
 # Below 32 pixels square is small in COCO's terms.
 _SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "small", "APm": "medium"}
 
 
-def _say(line: str = "") -> None:
-    # Flushed, to keep its place among the training's own lines on standard error.
-    print(line, flush=True)
-
-
 def computes_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX); where bf16 is emulated, fp32 is faster."""
-    return any(
-        bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-
-
-def _machine(device: str, amp: str) -> str:
-    threads = torch.get_num_threads()
-    where = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
-    return f"{where}, {'fp32' if amp == 'none' else amp}"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
