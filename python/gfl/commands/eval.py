@@ -40,8 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for file in (options.output, options.save_detections):
-        require_folder(file)
+    require_folder(options.output, options.save_detections)
     found = _of_checkpoint(options) if options.detections is None else _of_file(options)
     if found is None:  # another process reports
         return 0

@@ -29,11 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "gfl train --config NAME|FILE --out DIR [option …]"
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--config",
-        metavar="NAME|FILE",
-        help=f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file; --resume takes that of --out",
-    )
+    known = ", ".join(config.PRESETS)
+    text = f"{known}, or a TOML, YAML or JSON file; --resume takes that of --out"
+    parser.add_argument("--config", metavar="NAME|FILE", help=text)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and logs")
     parser.add_argument("--resume", action="store_true", help="resume the training in --out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
