@@ -20,6 +20,7 @@ INK, PAPER, FAINT = (38, 42, 51), (255, 255, 255), (206, 210, 217)
 SHARP, VAGUE = (18, 148, 132), (228, 90, 32)
 # Standard deviations, in bins, at which an edge is wholly `SHARP` and wholly `VAGUE`.
 SHARP_AT, VAGUE_AT = 0.25, 1.25
+_font = ImageFont.load_default
 
 
 def class_color(label: int) -> Color:
@@ -51,9 +52,8 @@ class Edges(NamedTuple):
         Such an edge is spread over the two bins around it, with variance f·(1−f) at the fraction f between them, and
         no distribution of that mean has less.
         """
-        mean = (self.probabilities * torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)).sum(
-            -1
-        )
+        bins = torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)
+        mean = (self.probabilities * bins).sum(-1)
         variance = gfl_ops.side_uncertainty(self.probabilities)[..., 0]
         return (variance - mean.frac() * (1 - mean.frac())).clamp(min=0).sqrt()
 
@@ -255,7 +255,3 @@ def _tag(pen, text: str, box: Sequence[float], color: Color, font, line: int, si
             dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
             pen.text((x + margin - left, y + margin - top), text, fill=INK if dark else PAPER, font=font)
             return
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
