@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gfl_ops
 
-Color = tuple[int, int, int]
+Color = tuple[int, ...]
 
 INK, PAPER, FAINT = (38, 42, 51), (255, 255, 255), (206, 210, 217)
 SHARP, VAGUE = (18, 148, 132), (228, 90, 32)
@@ -28,8 +28,7 @@ def class_color(label: int) -> Color:
     hue = (0.02 + label * 0.6180339887) % 1.0
     saturation = 0.55 if label % 4 == 3 else 0.85
     value = 0.78 if label % 3 == 2 else 0.98
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
-    return red, green, blue
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 class Edges(NamedTuple):
@@ -72,16 +71,8 @@ def draw_detections(
     Better detections lie over worse ones and choose the place of their label first: above the box, inside it, below it
     or at its right end, wherever it covers no other label. A label that finds no place is left out.
 
-    Args:
-        image: any mode, size (w, h).
-        boxes: xyxy in the image's pixels, n of them.
-        labels: class index of each, which decides its colour.
-        names: text of each label.
-        scores: in [0, 1]; None for ground truth.
-        scale: the picture is this many times as large as the image.
-
-    Returns:
-        RGB, size (round(w·scale), round(h·scale)).
+    Boxes are xyxy in the pixels of the image, which may have any mode; labels are class indices, which decide colours;
+    without `scores` it is ground truth. The RGB picture is `scale` times as large as the image.
     """
     width, height = round(image.width * scale), round(image.height * scale)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
@@ -120,17 +111,14 @@ def draw_edges(
 
     Args:
         image: any mode.
-        box: xyxy in the image's pixels.
+        box: xyxy in the image's pixels, as all that follows.
         distributions: ``[4][R+1]`` probabilities, sides in the order left, top, right, bottom.
-        location: (x, y) that the distances are measured from, in the image's pixels.
-        stride: width and height of a bin in the image's pixels.
+        location: (x, y) that the distances are measured from.
+        stride: width and height of a bin.
         title: written above, such as class and score.
         color: of the box.
-        truth: xyxy of the true box, dashed in white; None if it is not known.
-        size: side of the image's part of the picture, pixels.
-
-    Returns:
-        RGB, a little larger than `size` each way.
+        truth: xyxy of the true box, dashed in white, if it is known.
+        size: side of the image's part of the RGB picture, pixels.
     """
     window = _window(image, box, truth)
     zoom = size / (window[2] - window[0])
@@ -183,18 +171,13 @@ def draw_edges(
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 10, title: str = "") -> Image.Image:
-    """Pictures in rows, each in a cell of the largest one's size, under a title if there is one.
-
-    Raises:
-        ValueError: no pictures, or `columns` below one.
-    """
+    """Pictures in rows, each in a cell of the largest one's size, under a title if there is one."""
     if not pictures or columns < 1:
         raise ValueError(f"gfl.draw.contact_sheet: {len(pictures)} pictures in {columns} columns")
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    whole = columns * (width + gap) - gap
-    head = 36 if title else 0
+    whole, head = columns * (width + gap) - gap, 36 if title else 0
     sheet = Image.new("RGB", (whole, head + rows * (height + gap) - gap), PAPER)
     if title:
         ImageDraw.Draw(sheet).text((whole / 2, head / 2), title, fill=INK, font=_font(17), anchor="mm")
@@ -205,8 +188,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
 
 def _doubt_color(doubt: float) -> Color:
     share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
-    red, green, blue = (round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
-    return red, green, blue
+    return tuple(round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
 
 
 def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | None) -> tuple[int, int, int, int]:

@@ -178,7 +178,7 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
 
     def read(self, epoch: int, indices: Sequence[int]) -> Batch:
         unreadable: dict[Path, str] = {}
-        samples = []
+        samples: list[tuple[Sample, Sample]] = []  # as in the file, as the network takes it
         attempts = min(ATTEMPTS, len(self.dataset)) if self.training else 1
         for index in indices:
             for candidate in (i % len(self.dataset) for i in range(index, index + attempts)):
@@ -193,7 +193,19 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
                 if self.training:
                     first = next(iter(unreadable.values()))
                     raise ValueError(f"none of {attempts} images can be decoded; {first}")
-        return _batch(samples, self.config.test.size_divisor, unreadable)
+        images, image_sizes = pad([new.image for _, new in samples], self.config.test.size_divisor)
+        factors = [(new.size[1] / old.size[1], new.size[0] / old.size[0]) for old, new in samples]
+        return Batch(
+            images,
+            image_sizes,
+            torch.tensor(factors, dtype=torch.float32).reshape(-1, 2),
+            torch.cat([new.boxes for _, new in samples] or [torch.zeros(0, 4)]),
+            torch.cat([new.labels for _, new in samples] or [torch.zeros(0, dtype=torch.int64)]),
+            [len(new.labels) for _, new in samples],
+            [old.image_id for old, _ in samples],
+            [old.size for old, _ in samples],
+            unreadable,
+        )
 
     def _prepared(self, sample: Sample, epoch: int, index: int) -> Sample:
         train, test = self.config.train, self.config.test
@@ -212,23 +224,6 @@ def _resized(sample: Sample, short_side: int, long_side: int) -> Sample:
     size = keep_ratio_size(*sample.size, short_side, long_side)
     boxes = resize_boxes(sample.boxes, sample.size, size)
     return sample._replace(image=resize(sample.image, *size), boxes=boxes, size=size)
-
-
-def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: dict[Path, str]) -> Batch:
-    """Of pairs (as in the file, as the network takes it)."""
-    images, image_sizes = pad([new.image for _, new in samples], divisor)
-    factors = [(new.size[1] / old.size[1], new.size[0] / old.size[0]) for old, new in samples]
-    return Batch(
-        images,
-        image_sizes,
-        torch.tensor(factors, dtype=torch.float32).reshape(-1, 2),
-        torch.cat([new.boxes for _, new in samples] or [torch.zeros(0, 4)]),
-        torch.cat([new.labels for _, new in samples] or [torch.zeros(0, dtype=torch.int64)]),
-        [len(new.labels) for _, new in samples],
-        [old.image_id for old, _ in samples],
-        [old.size for old, _ in samples],
-        unreadable,
-    )
 
 
 class Loader:

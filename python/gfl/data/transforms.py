@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     try:
         with Image.open(io.BytesIO(content)) as stored:
             stored.load()
-            upright = _upright(stored)
+            upright = stored
+            with suppress(Exception):  # broken EXIF data says nothing about the pixels
+                upright = ImageOps.exif_transpose(stored)
             if size is not None and (upright.height, upright.width) != size and (stored.height, stored.width) == size:
                 upright = stored
             image = to_tensor(upright)
@@ -49,13 +52,6 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
         shape = f"{image.shape[2]}×{image.shape[1]}"
         raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
     return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data says nothing about the pixels
-        return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -31,10 +31,8 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
         val_annotations="annotations/val.json",
         val_images="val",
         workers=1,
-        short_side=SIZE,
-        long_side=SIZE,
+        **dict.fromkeys(("short_side", "long_side", "train_long_side"), SIZE),
         train_short_side=(SIZE, SIZE),
-        train_long_side=SIZE,
         # In the same time, more steps of a small network learn more than fewer of a larger one.
         width=16,
         head_convs=1,
@@ -62,11 +60,8 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
     many scenes as iterations, steps of 8 images, so each is seen eight times.
 
-    Returns:
-        The metrics of `gfl.engine.evaluate` on the held-out scenes.
-
-    Raises:
-        ValueError: `iterations` below one, or `out` holds a demo.
+    Returns the metrics of `gfl.engine.evaluate` on the held-out scenes. It is a ValueError if `iterations` is below one,
+    or `out` holds a demo.
     """
     if iterations < 1:
         raise ValueError(f"gfl demo: `iterations` must be at least 1, got {iterations}")

@@ -38,11 +38,7 @@ class Scene:
 
 
 def draw_scene(size: int, rng: np.random.Generator) -> Scene:
-    """One scene of `size` × `size` pixels (at least 64), determined by the generator's state.
-
-    Raises:
-        ValueError: `size` is below 64.
-    """
+    """One scene of `size` × `size` pixels, at least 64 or it is a ValueError, determined by the generator's state."""
     if size < 64:
         raise ValueError(f"gfl.demo.draw_scene: `size` must be at least 64 pixels, got {size}")
     pile = _Pile(size, rng)

@@ -53,7 +53,8 @@ def evaluate(
     classes = getattr(getattr(model, "config", None), "num_classes", None)
     if classes not in (None, len(dataset.classes)):
         raise ValueError(f"the model has {classes} classes, {dataset.annotations.path} lists {len(dataset.classes)}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    together = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
     own: list[dict[str, Any]] = []
     with testing(model, config.test), torch.no_grad():
@@ -65,16 +66,26 @@ def evaluate(
                 found = model(images, batch.image_sizes, batch.scale_factors)
                 own += to_results(found, batch.image_ids, dataset.category_ids)
 
-    everything: list[Any] = [(own, dataset.unreadable)]
-    if _distributed():
-        everything = [None] * world
+    everything: list[Any] = [(own, dataset.unreadable)] * world
+    if together:
         dist.all_gather_object(everything, (own, dataset.unreadable))
     for _, unreadable in everything:
         for path in sorted(unreadable):
             dataset.pass_over(path)
     place = {image: row for row, image in enumerate(dataset.image_ids)}
     results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
-    return _once(lambda: coco_metrics(dataset.annotations, results, dataset.image_ids), rank), results
+    # What the first process computes, or its error, in all of them, so that none waits for one that failed.
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [coco_metrics(dataset.annotations, results, dataset.image_ids)]
+        except Exception as error:
+            outcome = [error]
+    if together:
+        dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0], results
 
 
 def coco_metrics(
@@ -129,10 +140,9 @@ def coco_evaluation(
         raise ValueError(f"`detections` have the image {min(unknown)}, which {annotations.path} does not list")
     truth, found = COCO(), COCO()
     truth.dataset = annotations.to_coco()
-    extra = [
-        {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0} for number, d in enumerate(detections, 1)
-    ]
-    found.dataset = {**truth.dataset, "annotations": [{**d, **more} for d, more in zip(detections, extra)]}
+    found.dataset = {**truth.dataset, "annotations": [dict(d) for d in detections]}
+    for number, d in enumerate(found.dataset["annotations"], 1):
+        d |= {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
@@ -181,22 +191,3 @@ def shown(value: float) -> str:
 def _figure(value: Any) -> float:
     # pycocotools gives −1 where there is nothing to find, which averages and plots would take for a value.
     return float(value) if value >= 0 else math.nan
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _once(compute: Any, rank: int) -> Any:
-    """What the first process computes, or its error, in all processes, so that none waits for one that failed."""
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome = [compute()]
-        except Exception as error:
-            outcome = [error]
-    if _distributed():
-        dist.broadcast_object_list(outcome, 0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]

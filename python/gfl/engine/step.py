@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -151,19 +152,13 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield from (batch.to(device) for batch in batches)
         return
     copies = torch.cuda.Stream(device)
-
-    def receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
-        now = torch.cuda.current_stream(device)
-        now.wait_event(copied)
-        for tensor in batch.tensors().values():
-            tensor.record_stream(now)
-        return batch
-
     pending: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
+    for batch in chain(batches, [None]):
         with torch.cuda.stream(copies):
-            ready, pending = pending, (batch.to(device), copies.record_event())
+            ready, pending = pending, None if batch is None else (batch.to(device), copies.record_event())
         if ready is not None:
-            yield receive(*ready)
-    if pending is not None:
-        yield receive(*pending)
+            now = torch.cuda.current_stream(device)
+            now.wait_event(ready[1])
+            for tensor in ready[0].tensors().values():
+                tensor.record_stream(now)
+            yield ready[0]

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .. import backbone_weights, checkpoint, models
-from ..config import Config, TrainConfig
+from ..config import SECTION_OF, Config, TrainConfig
 from ..data.coco import CocoDataset
 from ..data.loader import training_dataset, training_loader, validation_dataset
 from .distributed import Process, processes
@@ -34,7 +34,7 @@ CONFIG = "config.json"
 # Which of its kernels an optimizer uses, not what it computes.
 OPTIMIZER_IMPL_KEYS = ("fused", "foreach", "capturable")
 # What decides which images are in which step: a resumed training can't change it.
-RESUME_LOCKED = {"batch_size": "train", "seed": "train", "keep_empty": "data"}
+RESUME_LOCKED = ("batch_size", "seed", "keep_empty")
 # The paper's learning rate is for 16 images per step (arXiv 2006.04388, section 4).
 BASE_BATCH = 16
 WARMUP_START, DROP = 1e-3, 0.1
@@ -274,14 +274,13 @@ class Training:
 
     def _restore(self, saved: dict[str, Any], before: Config) -> list[str]:
         path, state = self.out / LAST, saved["training"]
-        for name, section in RESUME_LOCKED.items():
-            now, then = getattr(getattr(self.config, section), name), getattr(getattr(before, section), name)
+        for name in RESUME_LOCKED:
+            now, then = (getattr(getattr(config, SECTION_OF[name]), name) for config in (self.config, before))
             if now != then:
                 raise ValueError(f"`{name}` was {then} when {path} was written; a training can't go on with {now}")
         if state["images"] != len(self.data):
-            raise ValueError(
-                f"{path} was trained on {state['images']} images, the data has {len(self.data)}: it can't go on there"
-            )
+            was = f"{path} was trained on {state['images']} images"
+            raise ValueError(f"{was}, the data has {len(self.data)}: it can't go on there")
         checkpoint.load_weights(self.model, saved["state_dict"])
         # The choice of kernels, and a rate that a graph reads, stay this optimizer's own.
         keys = ("lr", *OPTIMIZER_IMPL_KEYS)
@@ -296,9 +295,8 @@ class Training:
         self.position = Position(**state["position"])
         notes = [f"resuming after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
         if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
-            notes.append(
-                f"{state['threads']} threads, as before, for the same results: torch had {torch.get_num_threads()}"
-            )
+            now = f"{state['threads']} threads, as before, for the same results"
+            notes.append(f"{now}: torch had {torch.get_num_threads()}")
             torch.set_num_threads(state["threads"])
         return notes
 

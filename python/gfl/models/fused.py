@@ -211,11 +211,8 @@ class FusedGFL(GFL):
     """A `GFL` for detection alone, with the results of `model` in evaluation.
 
     In fp32 its maps differ from the model's by about 1e-4 of their standard deviation. It holds copies: weights that
-    change later are not seen, settings in `test` are.
-
-    Args:
-        model: any `GFL`. A backbone of timm stays as it is.
-        dtype: of weights and maps; softmax, ranking and boxes are fp32 in any case.
+    change later are not seen, settings in `test` are. A backbone of timm stays as it is. `dtype` is that of weights and
+    maps; softmax, ranking and boxes are fp32 in any case.
     """
 
     @torch.no_grad()

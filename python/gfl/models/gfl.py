@@ -29,13 +29,8 @@ class GFL(nn.Module):
 
     Args:
         backbone: gives maps of strides 8, 16 and 32.
-        config: of the network; defines neck and head.
-        test: how boxes are read from the maps.
-
-    Attributes:
-        config: the network's, with the backbone's current frozen stages and norms.
-        test: may be changed at any time.
-        backbone, neck, bbox_head: the three modules.
+        config: of the network; defines neck and head. The attribute has the backbone's current frozen stages and norms.
+        test: how boxes are read from the maps; the attribute may be changed at any time.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
@@ -179,12 +174,11 @@ class GFL(nn.Module):
 
 
 def locations(
-    config: ModelConfig, cells: Sequence[tuple[int, int]], device: torch.device | None = None
+    config: ModelConfig, cells: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Of all levels, of (height, width) `cells` each: centres ``[A, 2]`` (x, y) in pixels, and strides ``[A, 1]``."""
-    place = torch.device("cpu") if device is None else device
-    levels = zip(cells, config.strides, strict=True)
-    points = [centres(*size, stride, config.center_offset, config.legacy, place) for size, stride in levels]
+    shift = config.center_offset, config.legacy, torch.device(device)
+    points = [centres(*size, stride, *shift) for size, stride in zip(cells, config.strides, strict=True)]
     strides = [p.new_full((len(p), 1), stride) for p, stride in zip(points, config.strides)]
     return torch.cat(points), torch.cat(strides)
 
