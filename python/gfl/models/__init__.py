@@ -40,9 +40,7 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
 def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
     """A detector with random weights; by default boxes are read from its maps as in the paper.
 
-    Raises:
-        ValueError: a field has a value that makes no network; it is named.
-        RuntimeError: a timm backbone where timm is not installed.
+    The errors are those of `create_model`.
     """
     _check(config)
     if config.backbone.startswith(TIMM):

@@ -34,11 +34,7 @@ class DeformConv2d(nn.Module):
         nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, inputs, H, W]`` to ``[B, outputs, ceil(H/stride), ceil(W/stride)]``.
-
-        Raises:
-            RuntimeError: torchvision is not installed.
-        """
+        """``[B, inputs, H, W]`` to ``[B, outputs, ceil(H/stride), ceil(W/stride)]``; needs torchvision."""
         try:
             from torchvision.ops import deform_conv2d
         except ImportError as error:

@@ -54,16 +54,13 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple
 class FusedConv(nn.Module):
     """A convolution with bias, a summand and ReLU in one call where there is one."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(
         self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0, groups: int = 1, relu: bool = False
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.groups, self.relu = (stride, stride), (padding, padding), groups, relu
-        self.register_buffer("weight", weight.detach().float().contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", bias.detach().float().contiguous())
+        self.weight = nn.Buffer(weight.detach().float().contiguous(memory_format=torch.channels_last))
+        self.bias = nn.Buffer(bias.detach().float().contiguous())
         self._onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         self._cudnn = True
         self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
@@ -147,14 +144,12 @@ class FusedConv(nn.Module):
 class FusedDeform(nn.Module):
     """A deformable convolution with the norm after it folded in, and ReLU."""
 
-    bias: Tensor
-
     def __init__(self, conv: DeformConv2d, norm: nn.Module) -> None:
         super().__init__()
         weight, bias = folded(conv.weight, None, norm)
         self.conv = copy.deepcopy(conv)
         self.conv.weight = nn.Parameter(weight.float())
-        self.register_buffer("bias", bias[:, None, None].float())
+        self.bias = nn.Buffer(bias[:, None, None].float())
 
     def forward(self, x: Tensor, summand: None = None) -> Tensor:
         return self.conv(x).add_(self.bias).relu_()

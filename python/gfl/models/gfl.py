@@ -177,8 +177,9 @@ def locations(
     config: ModelConfig, cells: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Of all levels, of (height, width) `cells` each: centres ``[A, 2]`` (x, y) in pixels, and strides ``[A, 1]``."""
-    shift = config.center_offset, config.legacy, torch.device(device)
-    points = [centres(*size, stride, *shift) for size, stride in zip(cells, config.strides, strict=True)]
+    where, offset, legacy = torch.device(device), config.center_offset, config.legacy
+    levels = zip(cells, config.strides, strict=True)
+    points = [centres(*size, stride, offset, legacy, where) for size, stride in levels]
     strides = [p.new_full((len(p), 1), stride) for p, stride in zip(points, config.strides)]
     return torch.cat(points), torch.cat(strides)
 

@@ -14,11 +14,8 @@ from .backbone import STRIDES, Backbone
 class TimmBackbone(Backbone):
     """The maps of strides 8, 16 and 32 of a timm model, with random weights; `name` as in ``timm.list_models()``.
 
-    Everything up to the map of stride ``2^(frozen_stages + 1)`` is frozen: 0 the stem, 1 the first stage too.
-
-    Raises:
-        RuntimeError: timm is not installed.
-        ValueError: timm has no such model, or it has no maps of strides 8, 16 and 32.
+    Everything up to the map of stride ``2^(frozen_stages + 1)`` is frozen: 0 the stem, 1 the first stage too. It is a
+    RuntimeError without timm, and a ValueError if timm has no such model or that has no such maps.
     """
 
     def __init__(self, name: str, frozen_stages: int = 1, norm_eval: bool = True) -> None:
