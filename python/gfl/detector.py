@@ -325,11 +325,7 @@ def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> d
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:
-    """The image files of a folder (by suffix, without subfolders), or the files of a glob, sorted by name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The image files of a folder (by suffix, without subfolders), or those of a glob, sorted by name; at least one."""
     folder = Path(source)
     if folder.is_dir():
         paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]

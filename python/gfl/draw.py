@@ -151,7 +151,8 @@ def draw_edges(
         axis, start = side % 2, location[side % 2]
         step = stride[axis] * (-1 if side < 2 else 1)
         half = abs(place(step, axis) - place(0, axis)) * 0.43
-        sure = _doubt_color(doubt)
+        share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
+        sure = tuple(round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
         for k, probability in enumerate(bins):
             if (length := room * probability / tallest) >= 0.5:
                 bar(axis, place(start + k * step, axis), half, length, (*sure, 215))
@@ -184,11 +185,6 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), head + i // columns * (height + gap)))
     return sheet
-
-
-def _doubt_color(doubt: float) -> Color:
-    share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
-    return tuple(round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
 
 
 def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | None) -> tuple[int, int, int, int]:

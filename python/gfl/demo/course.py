@@ -58,10 +58,8 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
 
     `out`, a new folder, gets ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and
     ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
-    many scenes as iterations, steps of 8 images, so each is seen eight times.
-
-    Returns the metrics of `gfl.engine.evaluate` on the held-out scenes. It is a ValueError if `iterations` is below one,
-    or `out` holds a demo.
+    many scenes as iterations, steps of 8 images, so each is seen eight times. Returns the metrics on the held-out
+    scenes. It is a ValueError if `iterations` is below 1, or `out` holds a demo.
     """
     if iterations < 1:
         raise ValueError(f"gfl demo: `iterations` must be at least 1, got {iterations}")
@@ -83,12 +81,13 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     metrics = train(config, out / "training", device=device)
     trained = time.perf_counter()
 
-    detector = Detector(out / "training" / BEST, device)
+    best = out / "training" / BEST
+    detector = Detector(best, device)
     scenes = validation_dataset(config)
     made: dict[str, Image.Image | None] = {"detections.jpg": pictures.detections(detector, scenes)}
     made["distributions.jpg"] = pictures.distributions(detector, scenes)
-    _say()
-    _say(f"  {held_out} held-out scenes  " + "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items()))
+    figures = "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items())
+    _say(f"\n  {held_out} held-out scenes  {figures}")
     _say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
     for name, picture in made.items():
         if picture is None:
@@ -96,10 +95,8 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
         else:
             picture.save(out / name, quality=80)
             _say(f"  {name:<20}{out / name}")
-    _say(f"  {'detector':<20}{out / 'training' / BEST}")
-    _say()
-    _say("Try it:")
-    _say(f"  gfl detect {out / 'training' / BEST} {out / 'data' / 'val'} --out {out / 'found'}")
+    _say(f"  {'detector':<20}{best}\n\nTry it:")
+    _say(f"  gfl detect {best} {out / 'data' / 'val'} --out {out / 'found'}")
     return metrics
 
 

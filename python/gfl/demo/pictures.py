@@ -76,6 +76,5 @@ def _candidates(scene: int, result: Result, boxes: Tensor, labels: Tensor) -> li
 def _one_per_scene(candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
     best: dict[int, _Candidate] = {}
     for candidate in candidates:
-        if len(best) < count:
-            best.setdefault(candidate.scene, candidate)
-    return list(best.values())
+        best.setdefault(candidate.scene, candidate)
+    return list(best.values())[:count]
