@@ -132,8 +132,7 @@ def _translate(result: Weights) -> None:
 def infer_model(weights: Weights) -> ModelConfig:
     """The network that another system's weights belong to, read off their keys and shapes.
 
-    Raises:
-        ValueError: not a GFL detector on a backbone of this package; says what is missing.
+    It is a ValueError if they are not of a GFL detector on a backbone of this package; the text says what is missing.
     """
     shapes = {key: list(value.shape) for key, value in weights.state_dict.items()}
     needed = ("backbone.conv1", "neck.lateral_convs.0.conv", "bbox_head.gfl_cls", "bbox_head.gfl_reg")

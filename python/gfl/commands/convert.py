@@ -39,18 +39,14 @@ def run(options: argparse.Namespace) -> int:
     print("\n  ".join([f"{options.source}: {weights.source}", *notes]))
     meta: dict[str, Any] = checkpoint.meta(config, names, ids)
     if options.to == "mmdet":
-        _check_mmdet(config.model)
+        for name in ("legacy", "quality_branch"):
+            if getattr(config.model, name):
+                raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
+        if config.model.backbone.startswith("timm:"):
+            raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")
         meta = {"dataset_meta": {"classes": tuple(names)}}
     state_dict = model.state_dict()
     checkpoint.write(target, {"meta": meta, "state_dict": state_dict})
     millions = sum(value.numel() for value in state_dict.values()) / 1e6
     print(f"{target}: {len(state_dict)} tensors, {millions:.1f} million numbers")
     return 0
-
-
-def _check_mmdet(config: ModelConfig) -> None:
-    for name in ("legacy", "quality_branch"):
-        if getattr(config, name):
-            raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
-    if config.backbone.startswith("timm:"):
-        raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")

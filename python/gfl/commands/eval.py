@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{number} {problem}")
     print(evaluate.table(metrics))
     if options.per_class:
-        print(evaluate.class_table(evaluate.class_metrics(getattr(data, "annotations", data), detections)))
+        whole: Any = getattr(data, "annotations", data)
+        print(evaluate.class_table(evaluate.class_metrics(whole, detections)))
     if options.output is not None:
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
         Path(options.output).write_text(json.dumps(values, indent=2) + "\n")

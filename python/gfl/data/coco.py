@@ -178,10 +178,8 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     (which an evaluation still uses), boxes marked ``ignore``, without width or height, outside their image, or less
     than a pixel wide or high. The rest is clipped to the image.
 
-    Args:
-        annotations: the file, or what was read from it.
-        images: the folder that the file names are relative to.
-        keep_empty: keep images without a target; they are all background.
+    The file names of `annotations` are relative to the folder `images`. With `keep_empty` images without a target are
+    kept; they are all background.
 
     Raises:
         OSError: the annotation file or the folder can't be read, or images are missing in it.
@@ -229,11 +227,10 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
 
     def pass_over(self, path: Path) -> bool:
         """Counts an image that can't be decoded; returns whether it is a new one."""
-        if path in self.unreadable:
-            return False
+        new = path not in self.unreadable
         self.unreadable.add(path)
-        self.problems["images that can't be decoded, passed over"] += 1
-        return True
+        self.problems["images that can't be decoded, passed over"] += new
+        return new
 
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""

@@ -153,9 +153,6 @@ def test_loader(dataset: CocoDataset, config: Config, rank: int = 0, world: int 
 
     An image's batch is the same for any number of processes, and so is what is found in it. An image that can't be
     decoded is counted in ``dataset.problems``, warned of, and left out of its batch.
-
-    Raises:
-        ValueError: `test_batch_size` is not positive. While iterating: what `CocoDataset` raises for an image.
     """
     batches = test_batches(dataset, config.test.test_batch_size)[rank::world]
     return Loader(BatchReader(dataset, config, training=False), lambda epoch: batches, config.data.workers)

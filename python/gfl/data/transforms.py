@@ -58,10 +58,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     """A pillow image of any mode as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
     Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
-    their upper 8 (as in OpenCV, except CMYK).
-
-    Raises:
-        ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
+    their upper 8 (as in OpenCV, except CMYK). A mode without a defined range (32-bit floats) and integers of more than
+    16 bits are a ValueError.
     """
     if image.mode.startswith("I"):  # I;16, I;16B, and I for what some formats give
         levels = np.asarray(image).astype(np.int64)

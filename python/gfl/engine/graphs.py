@@ -16,6 +16,7 @@ from torch import Tensor
 WARM_UP = 3
 
 Function = Callable[..., Any]
+Context = Callable[[], AbstractContextManager[object]]
 # Makes of a function and example inputs something that is called with inputs of the same shapes.
 Record = Callable[[Function, Sequence[Tensor]], Function]
 
@@ -36,7 +37,7 @@ class Graph:
         *,
         device: torch.device | None = None,
         pool: Any = None,
-        warm_up: Callable[[], AbstractContextManager[object]] = nullcontext,
+        warm_up: Context = nullcontext,
     ) -> None:
         self._inputs = [x.clone() for x in inputs]
         self._device = inputs[0].device if inputs else device
@@ -73,12 +74,7 @@ class GraphCache:
     """
 
     def __init__(
-        self,
-        limit: int,
-        *,
-        evict: bool = True,
-        warm_up: Callable[[], AbstractContextManager[object]] = nullcontext,
-        record: Record | None = None,
+        self, limit: int, *, evict: bool = True, warm_up: Context = nullcontext, record: Record | None = None
     ) -> None:
         self._limit, self._evict = limit, evict
         self._record = record or partial(Graph, pool=torch.cuda.graph_pool_handle(), warm_up=warm_up)

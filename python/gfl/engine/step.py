@@ -128,10 +128,7 @@ def check_graph(settings: TrainConfig, device: torch.device, wrapped: bool) -> N
 
 
 def slots(batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-    """The objects of a batch in `number` slots per image: boxes fp32 ``[B, G, 4]``, labels int64 ``[B, G]``, −1 unused.
-
-    Raises ValueError if an image has more objects.
-    """
+    """The objects in `number` slots per image, or a ValueError: boxes ``[B, G, 4]``, labels ``[B, G]``, −1 unused."""
     images, most = len(batch.counts), max(batch.counts, default=0)
     if most > number:
         raise ValueError(f"`graph_slots` is {number}, an image has {most} objects")
