@@ -109,7 +109,7 @@ def test_a_missing_compiler_is_reported(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "find_nvcc", lambda: None)
-    assert report.main(["--only", "cuda", "--arch", "90", "--kernels", "qfl"]) == 2
+    assert report.main(["--only", "cuda", "--arch", "90", "--kernels", "score"]) == 2
     assert "no nvcc" in capsys.readouterr().err
 
 

@@ -64,7 +64,8 @@ at::Tensor integral_forward(const at::Tensor& pred, int64_t reg_max) {
 at::Tensor integral_backward(const at::Tensor& grad_distance, const at::Tensor& pred, int64_t reg_max,
                              std::array<bool, 1> needs) {
   const Sides sides(pred, reg_max);
-  const at::Tensor grads = checked(grad_distance, shape_with_last(pred, 4), accumulator_of(pred), pred, "grad_distance");
+  const at::Tensor grads =
+      checked(grad_distance, shape_with_last(pred, 4), accumulator_of(pred), pred, "grad_distance");
   const at::Tensor grad_pred = wanted(needs[0], pred);
   if (!needs[0]) return grad_pred;
   const void* const grad = grads.const_data_ptr();
@@ -143,8 +144,8 @@ struct Dfl {
   explicit Dfl(const at::Tensor& pred) : pred(pred) {
     check_dim(pred, 2, "pred");
     check_bins(pred.size(1));
-    in.pred = BinRows{pred.const_data_ptr(), dtype_of(pred, "pred"), 1, pred.size(0), 1, pred.size(1),
-                      {0, pred.stride(0)}, 0, pred.stride(1)};
+    in.pred = BinRows{pred.const_data_ptr(), dtype_of(pred, "pred"), 1, pred.size(0),  1,
+                      pred.size(1),          {0, pred.stride(0)},    0, pred.stride(1)};
   }
   Dfl(const at::Tensor& pred, const at::Tensor& target, bool ignore_out_of_range) : Dfl(pred) {
     in.target = rows_of(target, "target");
@@ -215,8 +216,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dfl_two_bin_backward(const at::Te
   Dfl dfl(pred, left, weight_left, weight_right);
   const at::Tensor grad_pred = wanted(needs[0], pred), grad_left = wanted(needs[1], weight_left),
                    grad_right = wanted(needs[2], weight_right);
-  dfl.backward(grad_loss, nullptr, {pointer(grad_pred, needs[0]), nullptr, pointer(grad_left, needs[1]),
-                                    pointer(grad_right, needs[2])});
+  dfl.backward(grad_loss, nullptr,
+               {pointer(grad_pred, needs[0]), nullptr, pointer(grad_left, needs[1]), pointer(grad_right, needs[2])});
   return {grad_pred, grad_left, grad_right};
 }
 
@@ -305,7 +306,8 @@ void dfl_finish(at::Tensor kept, const at::Tensor& sums, const at::Tensor& grad_
                                       : dfl.rows_of(grad_loss, "grad_loss");
   const void* const of_distance = grad_distance.has_value() ? dfl.rows_of(*grad_distance, "grad_distance") : nullptr;
   // The sums are only read.
-  const DflKept in_place{kept.mutable_data_ptr<float>(), const_cast<float*>(sums.const_data_ptr<float>()), pred.size(0)};
+  const DflKept in_place{kept.mutable_data_ptr<float>(), const_cast<float*>(sums.const_data_ptr<float>()),
+                         pred.size(0)};
   for_chunks(pred.size(0), dfl.chunk(), [&](int64_t begin, int64_t end) {
     cpu::dfl_finish(dfl.in, reduced ? &reduction : nullptr, static_cast<const float*>(of_loss),
                     static_cast<const float*>(of_distance), in_place, begin, end);
@@ -323,8 +325,8 @@ LdInput ld_input(const at::Tensor& pred, const at::Tensor& teacher, double tempe
   check_dtype(teacher, pred.scalar_type(), "teacher");
   check_device(teacher, pred, "teacher");
   TORCH_CHECK_VALUE(temperature > 0, "gfl: `temperature` must be > 0, got ", temperature);
-  return {pred.const_data_ptr(), teacher.const_data_ptr(), dtype_of(pred, "pred"), pred.size(0), pred.size(1),
-          pred.stride(0), pred.stride(1), teacher.stride(0), teacher.stride(1), temperature};
+  return {pred.const_data_ptr(), teacher.const_data_ptr(), dtype_of(pred, "pred"), pred.size(0),      pred.size(1),
+          pred.stride(0),        pred.stride(1),           teacher.stride(0),      teacher.stride(1), temperature};
 }
 
 }  // namespace

@@ -44,9 +44,15 @@ ToBox prepare_to_box(const at::Tensor& points, const at::Tensor& distance, const
   check_coordinates(p.distance, distance.sizes(), distance.scalar_type(), distance, "distance");
   check_coordinates(p.limit, pairs, distance.scalar_type(), distance, "max_shape");
   const Locations locations = locations_of({{&p.distance, 1}, {&p.points, 1}, {&p.limit, 1}});
-  p.in = DistanceToBoxInput{dtype_of(distance, "distance"), locations.outer, locations.inner, p.points.const_data_ptr(),
-                            p.distance.const_data_ptr(), max_shape.has_value() ? p.limit.const_data_ptr() : nullptr,
-                            locations.strides[1], locations.strides[0], locations.strides[2]};
+  p.in = DistanceToBoxInput{dtype_of(distance, "distance"),
+                            locations.outer,
+                            locations.inner,
+                            p.points.const_data_ptr(),
+                            p.distance.const_data_ptr(),
+                            max_shape.has_value() ? p.limit.const_data_ptr() : nullptr,
+                            locations.strides[1],
+                            locations.strides[0],
+                            locations.strides[2]};
   return p;
 }
 
@@ -89,9 +95,9 @@ ToDistance prepare_to_distance(const at::Tensor& points, const at::Tensor& boxes
   check_coordinates(p.points, with_last(boxes, 2), boxes.scalar_type(), boxes, "points");
   check_coordinates(p.boxes, boxes.sizes(), boxes.scalar_type(), boxes, "boxes");
   const Locations locations = locations_of({{&p.boxes, 1}, {&p.points, 1}});
-  p.in = BoxToDistanceInput{dtype_of(boxes, "boxes"), locations.outer, locations.inner, p.points.const_data_ptr(),
-                            p.boxes.const_data_ptr(), locations.strides[1], locations.strides[0],
-                            max_distance.has_value(), max_distance.value_or(0) - eps};
+  p.in = BoxToDistanceInput{dtype_of(boxes, "boxes"),  locations.outer,          locations.inner,
+                            p.points.const_data_ptr(), p.boxes.const_data_ptr(), locations.strides[1],
+                            locations.strides[0],      max_distance.has_value(), max_distance.value_or(0) - eps};
   return p;
 }
 
@@ -114,10 +120,8 @@ std::tuple<at::Tensor, at::Tensor> box_to_distance_backward(const at::Tensor& gr
   const void* from = grad.const_data_ptr();
   void* to_points = pointer(grad_points, needs[0]);
   void* to_boxes = pointer(grad_boxes, needs[1]);
-  run(boxes, p.count(), kLocationsPerChunk,
-      GFL_CUDA_LAUNCH(box_to_distance_backward, p.in, from, to_points, to_boxes), [&](int64_t begin, int64_t end) {
-        cpu::box_to_distance_backward(p.in, from, to_points, to_boxes, begin, end);
-      });
+  run(boxes, p.count(), kLocationsPerChunk, GFL_CUDA_LAUNCH(box_to_distance_backward, p.in, from, to_points, to_boxes),
+      [&](int64_t begin, int64_t end) { cpu::box_to_distance_backward(p.in, from, to_points, to_boxes, begin, end); });
   return {grad_points, grad_boxes};
 }
 
@@ -135,8 +139,15 @@ Pairs prepare_pairs(const at::Tensor& pred, const at::Tensor& target, const std:
   check_device(target, pred, "target");
   check_shape(target, pred.sizes(), "target");
   Pairs p{target.contiguous(), {}};
-  p.in = IouInput{pred.const_data_ptr(), dtype_of(pred, "pred"), pred.stride(0), pred.stride(1),
-                  p.target.const_data_ptr(), pred.size(0), kind.c_str(), eps, parameter};
+  p.in = IouInput{pred.const_data_ptr(),
+                  dtype_of(pred, "pred"),
+                  pred.stride(0),
+                  pred.stride(1),
+                  p.target.const_data_ptr(),
+                  pred.size(0),
+                  kind.c_str(),
+                  eps,
+                  parameter};
   return p;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every binding needs: checks with the argument's name, dtypes, chunks of work on the CPU, device and stream on the
-// GPU, and registration with the dispatcher and the Python module.
+// What every binding needs: checks with the argument's name, dtypes, chunks of work on the CPU, device and stream on
+// the GPU, and registration with the dispatcher and the Python module.
 //
 // The Python functions check what a user passes and explain what is wrong; the checks here keep a direct call of an
 // operator memory-safe.
@@ -66,8 +66,8 @@ inline void check_device(const at::Tensor& t, const at::Tensor& other, const cha
                     t.device());
 }
 
-// Runs body(begin, end) over fixed chunks of [0, count) in torch's own thread pool. The bounds depend on the sizes alone,
-// so a kernel that sums within its chunk gives the same bits with any number of threads.
+// Runs body(begin, end) over fixed chunks of [0, count) in torch's own thread pool. The bounds depend on the sizes
+// alone, so a kernel that sums within its chunk gives the same bits with any number of threads.
 template <class Body> void for_chunks(int64_t count, int64_t chunk, const Body& body) {
   const int64_t chunks = (count + chunk - 1) / chunk;
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
@@ -135,7 +135,7 @@ struct EntryPoint {
 #define GFL_OPERATOR(name, function) \
   GFL_OPERATOR_CPU(name, function)   \
   GFL_REGISTER_CUDA(name, function)
-#define GFL_OPERATOR_CPU(name, function)                                   \
-  TORCH_LIBRARY_IMPL(gfl, CPU, m) { m.impl(#name, TORCH_FN(function)); }   \
-  static const ::gfl::binding::EntryPoint entry_point_of_##function(       \
+#define GFL_OPERATOR_CPU(name, function)                                 \
+  TORCH_LIBRARY_IMPL(gfl, CPU, m) { m.impl(#name, TORCH_FN(function)); } \
+  static const ::gfl::binding::EntryPoint entry_point_of_##function(     \
       [](pybind11::module_& module) { ::gfl::binding::expose(module, #function, &function); });

@@ -61,7 +61,7 @@ inline Locations locations_of(std::initializer_list<Leading> tensors) {
 inline BinRows bin_rows(const at::Tensor& pred, int64_t sides, int64_t bins, const Locations& locations) {
   const int64_t stride = pred.stride(-1);
   return BinRows{pred.const_data_ptr(), dtype_of(pred, "pred"), locations.outer, locations.inner, sides, bins,
-                 locations.strides[0], bins * stride, stride};
+                 locations.strides[0],  bins * stride,          stride};
 }
 
 inline void check_bins(int64_t bins) {

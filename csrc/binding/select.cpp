@@ -38,8 +38,8 @@ struct Groups {
 
 Groups group(const at::Tensor& order, const OptionalTensor& classes) {
   const int64_t count = order.size(0);
-  Groups g{classes.has_value() ? at::empty({count}, order.options()) : order,
-           at::empty({count + 1}, order.options()), 0};
+  Groups g{classes.has_value() ? at::empty({count}, order.options()) : order, at::empty({count + 1}, order.options()),
+           0};
   g.count = cpu::group_by_class(classes.has_value() ? classes->const_data_ptr<int64_t>() : nullptr,
                                 order.const_data_ptr<int64_t>(), count, g.grouped.mutable_data_ptr<int64_t>(),
                                 g.bounds.mutable_data_ptr<int64_t>());
@@ -89,8 +89,7 @@ at::Tensor nms_on_cuda(const NmsInput& in, const at::Tensor& boxes, const at::Te
   }
   on_stream_of(boxes, [&](cudaStream_t stream) {
     return cuda::nms(in, classes.has_value() ? classes->const_data_ptr<int64_t>() : nullptr,
-                     order.const_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                     flags, stream);
+                     order.const_data_ptr<int64_t>(), workspace.mutable_data_ptr(), flags, stream);
   });
   // The number of kept boxes is the result's size: the host waits for it.
   return at::masked_select(order, keep);
@@ -100,8 +99,13 @@ at::Tensor nms_on_cuda(const NmsInput& in, const at::Tensor& boxes, const at::Te
 at::Tensor nms_forward(const at::Tensor& boxes, const at::Tensor& scores, const OptionalTensor& idxs,
                        double iou_threshold, bool legacy) {
   const OptionalTensor classes = check_boxes(boxes, scores, idxs);
-  const NmsInput in{boxes.const_data_ptr(), dtype_of(boxes, "boxes"), boxes.stride(0), boxes.stride(1),
-                    boxes.size(0),          iou_threshold,            legacy};
+  const NmsInput in{boxes.const_data_ptr(),
+                    dtype_of(boxes, "boxes"),
+                    boxes.stride(0),
+                    boxes.stride(1),
+                    boxes.size(0),
+                    iou_threshold,
+                    legacy};
   dtype_of(scores, "scores");
   TORCH_CHECK_VALUE(!std::isnan(iou_threshold), "gfl: `iou_threshold` must not be NaN");
   if (in.count == 0) return at::empty({0}, boxes.options().dtype(at::kLong));
@@ -162,9 +166,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::
   const bool per_class = boxes.size(1) != 4;
   check_shape(boxes, {scores.size(0), per_class ? 4 * scores.size(1) : 4}, "boxes");
   TORCH_CHECK_VALUE(!std::isnan(score_threshold), "gfl: `score_threshold` must not be NaN");
-  const MulticlassInput in{boxes.const_data_ptr(), dtype_of(boxes, "boxes"),   boxes.stride(0),   boxes.stride(1),
-                           per_class,              scores.const_data_ptr(),    dtype_of(scores, "scores"),
-                           scores.stride(0),       scores.stride(1),           scores.size(0),    scores.size(1),
+  const MulticlassInput in{boxes.const_data_ptr(),
+                           dtype_of(boxes, "boxes"),
+                           boxes.stride(0),
+                           boxes.stride(1),
+                           per_class,
+                           scores.const_data_ptr(),
+                           dtype_of(scores, "scores"),
+                           scores.stride(0),
+                           scores.stride(1),
+                           scores.size(0),
+                           scores.size(1),
                            score_threshold};
   const auto [found, found_scores, labels] = candidates_of(in, boxes, scores);
   at::Tensor keep = nms_forward(found, found_scores, labels, iou_threshold, false);
@@ -228,9 +240,18 @@ std::tuple<at::Tensor, at::Tensor> soft_nms_forward(const at::Tensor& boxes, con
   const OptionalTensor classes = check_boxes(boxes, scores, idxs);
   TORCH_CHECK_VALUE(sigma > 0, "gfl: `sigma` must be > 0, got ", sigma);
   TORCH_CHECK_VALUE(!std::isnan(min_score), "gfl: `min_score` must not be NaN");
-  const SoftNmsInput in{boxes.const_data_ptr(),  dtype_of(boxes, "boxes"),   boxes.stride(0),  boxes.stride(1),
-                        scores.const_data_ptr(), dtype_of(scores, "scores"), scores.stride(0), boxes.size(0),
-                        iou_threshold,           sigma,                      min_score,        gaussian};
+  const SoftNmsInput in{boxes.const_data_ptr(),
+                        dtype_of(boxes, "boxes"),
+                        boxes.stride(0),
+                        boxes.stride(1),
+                        scores.const_data_ptr(),
+                        dtype_of(scores, "scores"),
+                        scores.stride(0),
+                        boxes.size(0),
+                        iou_threshold,
+                        sigma,
+                        min_score,
+                        gaussian};
 #if defined(GFL_WITH_CUDA)
   if (boxes.is_cuda() && in.count > 0) return soft_nms_on_cuda(in, boxes, scores, classes);
 #endif

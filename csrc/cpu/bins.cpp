@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integral, decode and distribution focal loss on the CPU, rows [begin, end) of the caller's chunk. fp64 runs here, a row
-// at a time with the functors of terms/bin_operators.h; every other dtype in the vector code of simd/bins.cpp.
+// Integral, decode and distribution focal loss on the CPU, rows [begin, end) of the caller's chunk. fp64 runs here, a
+// row at a time with the functors of terms/bin_operators.h; every other dtype in the vector code of simd/bins.cpp.
 #include "gfl/score.h"
 #include "simd/bins.h"
 #include "terms/bin_operators.h"

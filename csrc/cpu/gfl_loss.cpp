@@ -36,8 +36,8 @@ constexpr int64_t kPositivesPerChunk = 16;
 // What a positive adds before any weight, and w.
 struct HeadTerms {
   double score;  // the IoU, target of QFL
-  double box;  // 1 − GIoU
-  double dfl;  // a quarter of its four DFLs
+  double box;    // 1 − GIoU
+  double dfl;    // a quarter of its four DFLs
   double weight;
 };
 

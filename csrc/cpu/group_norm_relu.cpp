@@ -21,10 +21,10 @@
 namespace gfl::cpu {
 namespace {
 
-constexpr int64_t kBlockElements = 32768;  // of a block, about
+constexpr int64_t kBlockElements = 32768;                       // of a block, about
 constexpr int64_t kFewestLocations = 16, kMostLocations = 512;  // of a block with all channels
-constexpr int64_t kVector = 16;  // floats of the widest vector
-constexpr int64_t kPairsPerChunk = 16384;  // channels times (level, image) pairs
+constexpr int64_t kVector = 16;                                 // floats of the widest vector
+constexpr int64_t kPairsPerChunk = 16384;                       // channels times (level, image) pairs
 
 // Groups [begin, end) of a level's image, or its locations [begin, end) with all their channels.
 struct NormBlock {

@@ -40,8 +40,8 @@ struct NormChannels { const float *mean, *scale, *bias, *level, *slope; };
 struct NormRows {
   DType dtype;
   const void* x;
-  const void* grad;  // null forward
-  void* out;  // null for sums
+  const void* grad;                           // null forward
+  void* out;                                  // null for sums
   int64_t x_stride, grad_stride, out_stride;  // between rows, in elements
   int64_t rows, length;
   double floor;  // 0 with a ReLU, else −∞

@@ -24,7 +24,9 @@ struct Row {
   Row(const LdInput& in, int64_t row)
       : x(static_cast<const double*>(in.pred) + row * in.pred_stride_row),
         z(static_cast<const double*>(in.teacher) + row * in.teacher_stride_row),
-        step_x(in.pred_stride_bin), step_z(in.teacher_stride_bin), bins(in.bins) {}
+        step_x(in.pred_stride_bin),
+        step_z(in.teacher_stride_bin),
+        bins(in.bins) {}
 
   template <class Visit> void operator()(const Visit& visit) const {
     for (int64_t j = 0; j < bins; ++j) {

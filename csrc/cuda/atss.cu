@@ -53,7 +53,7 @@ __device__ Range around(const AtssLevel& level, int64_t cells, float centre) {
 // A lane's best cell; cells order by distance, then index.
 struct Cell {
   unsigned distance;  // the bits of a float ≥ 0, which rise with it
-  unsigned index;  // row-major in the whole level
+  unsigned index;     // row-major in the whole level
 };
 
 __device__ __forceinline__ bool before(unsigned distance, unsigned index, const Cell& other) {

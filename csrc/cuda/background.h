@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality focal loss as the head's loss takes it, by its exponent alone; the term against background is most of what a class
-// map costs.
+// Quality focal loss as the head's loss takes it, by its exponent alone; the term against background is most of what a
+// class map costs.
 #pragma once
 #include "terms/scalar.h"
 #include "terms/score.h"
 
 namespace gfl::cuda {
 
-struct FastPath : FastParams<Qfl> {
-  static constexpr bool wide = true;
-};
-template <class A> struct General : GeneralParams<A> {
-  static constexpr bool wide = false;
-};
+struct FastPath : FastParams<Qfl> { static constexpr bool wide = true; };
+template <class A> struct General : GeneralParams<A> { static constexpr bool wide = false; };
 
 // Calls f with the form of the parameters for elements of T.
 template <class T, class F> void dispatch_terms(double exponent, bool activated, const F& f) {

@@ -90,9 +90,8 @@ template <class T>
 __device__ __forceinline__ void store_tile(T* out, int64_t first, int count, int bins, const TileShape& shape,
                                            const BinTile<acc_t<T>>& tile) {
   T* to = out + first * bins;
-  for_tile_elements(count, bins, [&](int row, int bin) {
-    store(to + row * bins + bin, tile.values[row * shape.pitch + bin]);
-  });
+  for_tile_elements(count, bins,
+                    [&](int row, int bin) { store(to + row * bins + bin, tile.values[row * shape.pitch + bin]); });
 }
 
 // One thread's row of the tile, read as bounded logits.

@@ -125,7 +125,8 @@ cudaError_t decode_backward(const DecodeInput& in, const void* grad_boxes, void*
   return for_dtype(in.pred, [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    launch_backward<T>(in.pred, DecodeBackward<A>{in, static_cast<const A*>(grad_boxes)}, grad_pred, grad_points, stream);
+    launch_backward<T>(in.pred, DecodeBackward<A>{in, static_cast<const A*>(grad_boxes)}, grad_pred, grad_points,
+                       stream);
   });
 }
 

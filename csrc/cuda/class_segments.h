@@ -11,8 +11,8 @@ namespace gfl::cuda {
 struct ClassSegments {
   const int64_t* label;  // [count] equal ones together; null for one segment
   int64_t count;
-  int64_t* begin;                // [count] scratch
-  unsigned long long* number;    // [1] scratch
+  int64_t* begin;              // [count] scratch
+  unsigned long long* number;  // [1] scratch
 
   __device__ __forceinline__ int64_t size() const {
     return label == nullptr ? (count > 0 ? 1 : 0) : static_cast<int64_t>(*number);

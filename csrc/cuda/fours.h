@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of four coordinates, one thread per row: by one or two vector accesses where the row is dense and aligned, else one
-// by one. Which of the two is decided once per launch.
+// Rows of four coordinates, one thread per row: by one or two vector accesses where the row is dense and aligned, else
+// one by one. Which of the two is decided once per launch.
 #pragma once
 #include <cstdint>
 

@@ -37,7 +37,7 @@ constexpr int kBackground = -1, kNotCounted = kHeadNotCounted;  // codes of loca
 struct Head {
   HeadLevel level[kGflLossMaxLevels];
   HeadGradients grad[kGflLossMaxLevels];
-  int64_t start[kGflLossMaxLevels];  // first location
+  int64_t start[kGflLossMaxLevels];   // first location
   int first_tile[kGflLossMaxLevels];  // counted from the last level
   int levels, tiles;
 };

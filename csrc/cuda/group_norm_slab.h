@@ -12,7 +12,7 @@ namespace gfl::cuda {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / kWarp;
-constexpr int kPieces = kWarp;  // of a level's locations at most: one per lane where they are combined
+constexpr int kPieces = kWarp;            // of a level's locations at most: one per lane where they are combined
 constexpr int64_t kFewestLocations = 64;  // of a piece
 constexpr int64_t kSlabChannels = 64;
 
@@ -20,7 +20,7 @@ constexpr int64_t kSlabChannels = 64;
 struct NormPlan {
   NormLevel level[kGroupNormReluMaxLevels];
   NormMap grad[kGroupNormReluMaxLevels];  // grad_y
-  NormMap out[kGroupNormReluMaxLevels];  // y or grad_x
+  NormMap out[kGroupNormReluMaxLevels];   // y or grad_x
   int64_t first_block[kGroupNormReluMaxLevels];
   int64_t piece[kGroupNormReluMaxLevels];  // locations
   int pieces[kGroupNormReluMaxLevels];
@@ -57,10 +57,10 @@ template <class A> struct Pair { A first, second; };
 // What a block works on: some groups of an image of a level, and one piece of the locations.
 struct Slab {
   int level, piece;
-  int64_t image, pair;  // level · images + image
-  int group, groups;  // first, number
+  int64_t image, pair;    // level · images + image
+  int group, groups;      // first, number
   int channel, channels;  // first, number
-  int64_t begin, count;  // locations
+  int64_t begin, count;   // locations
   bool planar;
 };
 

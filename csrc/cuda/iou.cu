@@ -60,8 +60,8 @@ template <class T> Dense dense_of(const IouInput& in, const void* grad_pred, con
 // Calls body(type, kind) with the element type and the kind's functor.
 template <class Body> cudaError_t for_kind(const IouInput& in, const Body& body) {
   if (in.rows == 0) return cudaSuccess;
-  const bool known = dispatch_iou_kind(
-      in.kind, [&](auto kind) { dispatch(in.dtype, [&](auto type) { body(type, kind); }); });
+  const bool known =
+      dispatch_iou_kind(in.kind, [&](auto kind) { dispatch(in.dtype, [&](auto type) { body(type, kind); }); });
   return known ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 

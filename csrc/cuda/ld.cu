@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distillation with a temperature T on the GPU: T²/n Σ_j q[j]·log(q[j]/p[j]), p = softmax(pred[m]/T), q = softmax(teacher[m]/T)
-// (arXiv 2102.12252, 1503.02531); formulas in terms/bins.h.
+// Distillation with a temperature T on the GPU (arXiv 2102.12252, 1503.02531); formulas in terms/bins.h.
+//   T²/n Σ_j q[j]·log(q[j]/p[j]), p = softmax(pred[m]/T), q = softmax(teacher[m]/T)
 //
 //   pred, teacher [rows, bins] dtype read, any strides     loss, grad_loss [rows] A write, read
 //   grad_pred     [rows, bins] dtype write, contiguous
-// Layout: a tile of rows of student and teacher in shared memory, moved in 16-byte accesses where alignment allows, with a
-// power of two of lanes per row: one lane for up to 32 bins, a warp for 513 and more. Rows too long for a block's shared
-// memory (6000 bins and more) are read from global memory in each pass, one warp per row.
+// Layout: a tile of rows of student and teacher in shared memory, moved in 16-byte accesses where alignment allows,
+// with a power of two of lanes per row: one lane for up to 32 bins, a warp for 513 and more. Rows too long for a
+// block's shared memory (6000 bins and more) are read from global memory in each pass, one warp per row.
 // Bytes per element: forward 2·sizeof(dtype), backward 3·sizeof(dtype) (the softmaxes are recomputed).
-// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its bins in order, the lanes in a fixed tree.
+// Accumulator: float (double for double). Repeatable bit for bit: a lane sums its bins in order, the lanes in a fixed
+// tree.
 #include "bin_tile.h"
 #include "terms/bins.h"
 #include "vec.h"
@@ -84,7 +85,8 @@ __device__ __forceinline__ void for_runs(bool dense, int bins, int count, const 
 
 // Loads `count` rows into `tile`.
 template <class T, int run>
-__device__ __forceinline__ void load_runs(const Plan& plan, const Side& side, const T* data, int count, acc_t<T>* tile) {
+__device__ __forceinline__ void load_runs(const Plan& plan, const Side& side, const T* data, int count,
+                                          acc_t<T>* tile) {
   for_runs<run>(side.dense, plan.bins, count, [&](int row, int bin, int many) {
     const T* from = data + row * side.stride_row + bin;
     T element[run];
@@ -105,8 +107,8 @@ __device__ __forceinline__ void load_runs(const Plan& plan, const Side& side, co
 }
 
 template <class T>
-__device__ __forceinline__ void load_side(const Plan& plan, const Side& side, const void* data, int64_t first, int count,
-                                          acc_t<T>* tile) {
+__device__ __forceinline__ void load_side(const Plan& plan, const Side& side, const void* data, int64_t first,
+                                          int count, acc_t<T>* tile) {
   const T* from = static_cast<const T*>(data) + first * side.stride_row;
   if (side.vectors) return load_runs<T, kRun<T>>(plan, side, from, count, tile);
   if (side.stride_bin == 1) return load_runs<T, 1>(plan, side, from, count, tile);
@@ -188,10 +190,10 @@ __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
   for_tiles(plan.rows, plan.tile_rows, [&](int64_t first, int count) {
     for_tile_rows<T>(in, plan, first, count, pred, pred + plan.tile_rows * plan.pitch,
                      [&](bool has_row, int64_t row, const TileWalk<A>& walk) {
-      const LdSums<A> s =
-          ld_sums<false>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
-      if (has_row && walk.lane == 0) loss[row] = scale.loss * s.divergence();
-    });
+                       const LdSums<A> s =
+                           ld_sums<false>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
+                       if (has_row && walk.lane == 0) loss[row] = scale.loss * s.divergence();
+                     });
   });
 }
 
@@ -203,11 +205,12 @@ __global__ void __launch_bounds__(kTileThreads, kTilesPerSm)
   for_tiles(plan.rows, plan.tile_rows, [&](int64_t first, int count) {
     for_tile_rows<T>(in, plan, first, count, pred, pred + plan.tile_rows * plan.pitch,
                      [&](bool has_row, int64_t row, const TileWalk<A>& walk) {
-      const LdSums<A> s = ld_sums<true>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
-      const A factor = has_row ? scale.gradient * grad_loss[row] : A(0);
-      const A of_pred = factor / s.total_pred, of_teacher = factor / s.total_teacher;
-      walk([&](A& e_a, A& e_b) { e_a = e_a < A(0) ? A(0) : e_a * of_pred - e_b * of_teacher; });
-    });
+                       const LdSums<A> s =
+                           ld_sums<true>(scale, walk, LargestOfLanes<A>{plan.lanes}, SumOfLanes<A>{plan.lanes});
+                       const A factor = has_row ? scale.gradient * grad_loss[row] : A(0);
+                       const A of_pred = factor / s.total_pred, of_teacher = factor / s.total_teacher;
+                       walk([&](A& e_a, A& e_b) { e_a = e_a < A(0) ? A(0) : e_a * of_pred - e_b * of_teacher; });
+                     });
     __syncthreads();
     T* to = grad_pred + first * plan.bins;
     if (plan.grad.vectors) store_runs<T, kRun<T>>(plan, to, count, pred);
@@ -224,7 +227,9 @@ template <class T> struct GlobalWalk {
   __device__ __forceinline__ GlobalWalk(const LdInput& in, int64_t row)
       : pred(static_cast<const T*>(in.pred) + row * in.pred_stride_row),
         teacher(static_cast<const T*>(in.teacher) + row * in.teacher_stride_row),
-        step_pred(in.pred_stride_bin), step_teacher(in.teacher_stride_bin), bins(in.bins) {}
+        step_pred(in.pred_stride_bin),
+        step_teacher(in.teacher_stride_bin),
+        bins(in.bins) {}
 
   template <class Visit> __device__ __forceinline__ void operator()(const Visit& visit) const {
     for (int64_t j = threadIdx.x % kWarp; j < bins; j += kWarp) {

@@ -17,9 +17,9 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 16;                            // pairs per thread, 256 apart
+constexpr int kEach = 16;  // pairs per thread, 256 apart
 constexpr int kTile = kThreads * kEach;
-constexpr int kWords = kTile / kWarp;                // a word is what a warp sees at once
+constexpr int kWords = kTile / kWarp;  // a word is what a warp sees at once
 constexpr int kScanThreads = 1024;
 
 int64_t tiles_of(const MulticlassInput& in) { return (in.rows * in.classes + kTile - 1) / kTile; }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kScanThreads) multiclass_scan_kernel(int64_t* 
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
     multiclass_gather_kernel(MulticlassInput in, const int64_t* first, T* boxes, S* scores, int64_t* labels) {
-  uint32_t* words = shared<uint32_t>();  // [kWords]
+  uint32_t* words = shared<uint32_t>();                  // [kWords]
   int* before = reinterpret_cast<int*>(words + kWords);  // [kWords]: candidates of the words before each
   find_candidates<S>(in, words);
   if (threadIdx.x < kWarp) {

@@ -27,12 +27,12 @@
 namespace gfl::cuda {
 namespace {
 
-constexpr int kPanel = 1024;             // boxes decided by one block, one per thread
-constexpr int kWords = kPanel / 32;      // words of bits in a row of the panel, one per warp
-constexpr int kTile = 64;                // side of the tile that a block of `overlap_kernel` tests
+constexpr int kPanel = 1024;         // boxes decided by one block, one per thread
+constexpr int kWords = kPanel / 32;  // words of bits in a row of the panel, one per warp
+constexpr int kTile = 64;            // side of the tile that a block of `overlap_kernel` tests
 constexpr int kTiles = kPanel / kTile;
 constexpr int kTriangle = kTiles * (kTiles + 1) / 2;
-constexpr int kColumns = 128;            // later boxes that a block clears, one per thread
+constexpr int kColumns = 128;  // later boxes that a block clears, one per thread
 constexpr int kThreads = 128;
 
 template <class A> struct Scratch {
@@ -164,9 +164,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Walks a panel: 32 boxes at a time, whose own warp decides them while the others prefetch, and every warp then drops
 // from its 32 boxes what the newly kept ones suppress.
-__global__ void __launch_bounds__(kPanel)
-    decide_kernel(const uint32_t* bits, int64_t panel, int64_t count, int32_t* kept, int32_t* kept_count,
-                  uint8_t* keep) {
+__global__ void __launch_bounds__(kPanel) decide_kernel(const uint32_t* bits, int64_t panel, int64_t count,
+                                                        int32_t* kept, int32_t* kept_count, uint8_t* keep) {
   uint32_t* decided = shared<uint32_t>();  // [kWords]: the kept boxes of each word
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t position = panel + threadIdx.x;
@@ -228,7 +227,7 @@ __device__ __forceinline__ unsigned long long choose(unsigned long long left, co
 template <class T>
 __global__ void __launch_bounds__(kClassThreads)
     nms_class_kernel(NmsInput in, const int64_t* order, const int64_t* grouped, ClassSegments segments,
-                 Box<acc_t<T>>* kept, int32_t* too_large, uint8_t* keep) {
+                     Box<acc_t<T>>* kept, int32_t* too_large, uint8_t* keep) {
   using A = acc_t<T>;
   ClassScratch<A>& tile = *shared<ClassScratch<A>>();
   const A offset = box_offset<A>(in.legacy), threshold = static_cast<A>(in.iou_threshold);

@@ -26,9 +26,9 @@
 namespace gfl::cuda {
 namespace {
 
-constexpr int kScanKeys = 512;   // of a tile, before they go to the segment
-constexpr int kChunk = 2048;     // candidates sorted at a time, fewer where a digit's border is near
-constexpr int kRound = 128;      // candidates decoded and compared at a time, four threads per candidate
+constexpr int kScanKeys = 512;  // of a tile, before they go to the segment
+constexpr int kChunk = 2048;    // candidates sorted at a time, fewer where a digit's border is near
+constexpr int kRound = 128;     // candidates decoded and compared at a time, four threads per candidate
 constexpr int kWords = kRound / 32;
 static_assert(kRound * 4 == kSelectThreads, "one thread per side");
 
@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
       };
       cut = select_greatest(each, wanted, wanted, scratch.select);
     } else {
-      cut = select_greatest([&](const auto& visit) { for_candidates(segment, visit); }, wanted, wanted,
-                            scratch.select);
+      cut = select_greatest([&](const auto& visit) { for_candidates(segment, visit); }, wanted, wanted, scratch.select);
     }
   }
   // Too many for the segment's memory, but what is left of them is not: no other kernel need walk the map.
@@ -137,7 +136,11 @@ __device__ __forceinline__ float centre_of(const PostprocessInput& in, const Pos
 }
 
 // A candidate's place.
-struct Candidate { int level; int64_t location; int label; };
+struct Candidate {
+  int level;
+  int64_t location;
+  int label;
+};
 
 __device__ __forceinline__ Candidate candidate_of(const PostprocessInput& in, const PostprocessPlan& plan,
                                                   int64_t index) {

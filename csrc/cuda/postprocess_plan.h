@@ -25,9 +25,9 @@ struct alignas(16) KeptBox {
 
 struct PostprocessPlan {
   float threshold;
-  int64_t locations;                           // per image
-  int64_t start[kPostprocessMaxLevels];        // first location of a level
-  int64_t first[kPostprocessMaxLevels];        // first (location, class) pair of a level: start · classes
+  int64_t locations;                     // per image
+  int64_t start[kPostprocessMaxLevels];  // first location of a level
+  int64_t first[kPostprocessMaxLevels];  // first (location, class) pair of a level: start · classes
   int64_t room[kPostprocessMaxLevels], keys_at[kPostprocessMaxLevels];  // of a level's keys within an image's
   int64_t keys_per_image;
   int first_tile[kPostprocessMaxLevels], tiles;
@@ -49,9 +49,7 @@ struct Segment {
   __device__ __forceinline__ int64_t index() const { return image * in.levels + level; }
   __device__ __forceinline__ int64_t locations() const { return map().height * map().width; }
   __device__ __forceinline__ Key* keys() const { return plan.keys + image * plan.keys_per_image + plan.keys_at[level]; }
-  __device__ __forceinline__ unsigned* best() const {
-    return plan.best + image * plan.locations + plan.start[level];
-  }
+  __device__ __forceinline__ unsigned* best() const { return plan.best + image * plan.locations + plan.start[level]; }
   __device__ __forceinline__ Key key(float x, int64_t location, int64_t label) const {
     return ranking_key(rank_of(x), static_cast<uint64_t>(plan.first[level] + location * in.classes + label));
   }
@@ -79,9 +77,9 @@ template <class Visit> __device__ __forceinline__ void for_map(const Segment& s,
     const int64_t location = classes_inside ? i / s.in.classes : i % locations;
     const int64_t label = classes_inside ? i % s.in.classes : i / locations;
     const int64_t y = location / map.width, x = location % map.width;
-    const float value = as_float(map.cls, s.in.cls_dtype,
-                                 s.image * map.cls_stride[0] + label * map.cls_stride[1] + y * map.cls_stride[2] +
-                                     x * map.cls_stride[3]);
+    const float value = as_float(
+        map.cls, s.in.cls_dtype,
+        s.image * map.cls_stride[0] + label * map.cls_stride[1] + y * map.cls_stride[2] + x * map.cls_stride[3]);
     if (value > s.plan.threshold) visit(s.key(value, location, label));
   }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What each operator on bins makes of the softmax of a row: integral, decode and dfl, one functor per direction. The walks
-// over rows, cpu/bins.cpp for fp64 and cuda/bins.cu, compute the softmax and call
+// What each operator on bins makes of the softmax of a row: integral, decode and dfl, one functor per direction. The
+// walks over rows, cpu/bins.cpp for fp64 and cuda/bins.cu, compute the softmax and call
 //
 //   forward(row, softmax, logit)                 stores the row's results
-//   backward(row, softmax, logit) -> gradient    stores the row's small gradients; gradient(softmax, j, p) is that of logit j
+//   backward(row, softmax, logit) -> gradient    stores the row's small gradients
+//   gradient(softmax, j, p)                      the gradient of logit j
 //
 // `logit(j)` is a bounded logit, p the probability of bin j. csrc/cpu/simd/bins.cpp has the same for registers of rows.
 #pragma once

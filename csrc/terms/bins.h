@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax over one row of bins, its expectation, the cross entropy of two of its bins, and the divergence of a teacher's
-// distribution from a student's, with derivatives.
+// Softmax over one row of bins, its expectation, the cross entropy of two of its bins, and the divergence of a
+// teacher's distribution from a student's, with derivatives.
 //
 //   p[j] = exp(x[j] − max) / Σ exp(x − max)     y = Σ_j p[j]·j     −log p[j] = log Σ exp(x − max) − (x[j] − max)
 //   ∂y/∂x[j] = p[j]·(j − y)     ∂(−wₗ log p[l] − wᵣ log p[r])/∂x[j] = (wₗ + wᵣ)·p[j] − wₗ·[j=l] − wᵣ·[j=r]
@@ -89,11 +89,9 @@ template <class A, class Logit> GFL_HOST_DEVICE BinSoftmax<A> bin_softmax(int bi
   return bin_softmax<A>(bins, logit, [](int, A) {});
 }
 
-// How spread out a distribution over bins is: its variance in bins², its entropy −Σ p log p in nats, and the probability
-// of its likeliest bin. No sum has terms of two signs, and none is lost to cancellation.
-template <class A> struct BinSpread {
-  A variance, entropy, peak;
-};
+// How spread out a distribution over bins is: its variance in bins², its entropy −Σ p log p in nats, and the
+// probability of its likeliest bin. No sum has terms of two signs, and none is lost to cancellation.
+template <class A> struct BinSpread { A variance, entropy, peak; };
 template <class A, class Logit> GFL_HOST_DEVICE BinSpread<A> bin_spread(int bins, const Logit& logit) {
   const BinSoftmax<A> s = bin_softmax<A>(bins, logit);
   const A centre = s.moment / s.total;
@@ -146,7 +144,7 @@ template <class A> struct TwoBins {
 
 template <class A> GFL_HOST_DEVICE TwoBins<A> bins_at_position(A y, int bins, bool ignore_out_of_range) {
   const int last = bins - 1;
-  const bool below = y < A(0), above = y > A(last), nan = y != y;
+  const bool below = y<A(0), above = y> A(last), nan = y != y;
   TwoBins<A> b;
   b.counted = !nan && !(ignore_out_of_range && (below || above));
   b.clamped = below || above;
@@ -183,9 +181,7 @@ template <class A> GFL_HOST_DEVICE TwoBins<A> bins_of_row(const DflInput& in, in
 }
 
 // −log p of both bins.
-template <class A> struct TwoBinEntropy {
-  A left, right;
-};
+template <class A> struct TwoBinEntropy { A left, right; };
 template <class A, class Logit>
 GFL_HOST_DEVICE TwoBinEntropy<A> two_bin_entropy(const BinSoftmax<A>& s, const TwoBins<A>& b, const Logit& logit) {
   const A log_total = std::log(s.total);
@@ -206,9 +202,10 @@ template <class A> GFL_HOST_DEVICE A two_bin_gradient(const TwoBins<A>& b, int j
 // ---- distillation with a temperature ----
 //
 //   a[j] = (pred[j] − max pred) / T   b[j] = (teacher[j] − max teacher) / T   P = Σ e^a   Q = Σ e^b
-//   Σ q (log q − log p) = Σ e^b·(b − a) / Q + log(P / Q)     p = e^a / P     q = e^b / Q     ∂loss/∂pred[j] = T/n (p − q)
+//   Σ q (log q − log p) = Σ e^b·(b − a) / Q + log(P / Q)   p = e^a / P   q = e^b / Q   ∂loss/∂pred[j] = T/n (p − q)
 //
-// Logits are subtracted before they are divided, so that those near the largest lose nothing; equal rows give exactly 0.
+// Logits are subtracted before they are divided, so that those near the largest lose nothing; equal rows give
+// exactly 0.
 
 template <class A> struct LdScale {
   A inverse;   // 1/T
@@ -237,8 +234,8 @@ template <class A> struct LdSums {
 };
 
 // walk(visit) calls visit(x, z) for the logits of a row in a fixed order. Where several threads share a row, each walks
-// over its own part, and `largest` and `sum` reduce over all of them. With kKeep, x and z are overwritten: x by e^a, or −1
-// where the student's logit is beyond what counts, z by e^b.
+// over its own part, and `largest` and `sum` reduce over all of them. With kKeep, x and z are overwritten: x by e^a, or
+// −1 where the student's logit is beyond what counts, z by e^b.
 template <bool kKeep, class A, class Walk, class Largest, class Sum>
 GFL_HOST_DEVICE LdSums<A> ld_sums(const LdScale<A>& scale, const Walk& walk, const Largest& largest, const Sum& sum) {
   const A lowest = -std::numeric_limits<A>::infinity();

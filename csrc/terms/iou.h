@@ -14,7 +14,8 @@
 
 #include "host_device.h"
 
-// For the functions that would otherwise remain calls within the loop over the pairs, which is vector code without them.
+// For the functions that would otherwise remain calls within the loop over the pairs, which is vector code without
+// them.
 #define GFL_INLINED __attribute__((always_inline)) GFL_HOST_DEVICE
 
 namespace gfl {
@@ -34,8 +35,8 @@ template <class A> struct BoxPair {
 };
 
 // The larger or smaller of two numbers, with the share of the derivative that goes to either. In a form that compiles
-// without branches, which random boxes would mispredict. Of two numbers of which one is NaN it is `a`: where that hides a
-// NaN of `b`, the area of its box has it.
+// without branches, which random boxes would mispredict. Of two numbers of which one is NaN it is `a`: where that hides
+// a NaN of `b`, the area of its box has it.
 template <class A> struct Extreme { A value, to_a, to_b; };
 
 // 1 for a > b, 1/2 in a tie, else 0.
@@ -307,15 +308,8 @@ struct mpdiou {  // arXiv 2307.07662: the corners' squared distances over the im
 }  // namespace iou_kind
 
 template <class... Kind> struct IouKindList {};
-using IouKinds = IouKindList<
-    iou_kind::iou,
-    iou_kind::giou,
-    iou_kind::diou,
-    iou_kind::ciou,
-    iou_kind::eiou,
-    iou_kind::siou,
-    iou_kind::mpdiou,
-    iou_kind::overlap>;
+using IouKinds = IouKindList<iou_kind::iou, iou_kind::giou, iou_kind::diou, iou_kind::ciou, iou_kind::eiou,
+                             iou_kind::siou, iou_kind::mpdiou, iou_kind::overlap>;
 
 // Calls f(kind) with the functor of that name; false if there is none.
 template <class F, class... Kind> bool dispatch_iou_kind(IouKindList<Kind...>, const char* name, const F& f) {

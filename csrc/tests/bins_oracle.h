@@ -52,13 +52,14 @@ inline Layout padded_layout(int64_t locations, int64_t sides, int64_t bins) {
 }
 // [outer, sides · bins, inner]
 inline Layout planar_layout(int64_t outer, int64_t inner, int64_t sides, int64_t bins) {
-  return {"planar", outer, inner, sides, bins, {sides * bins * inner, 1}, bins * inner, inner,
-          outer * inner * sides * bins};
+  return {"planar",     outer, inner,
+          sides,        bins,  {sides * bins * inner, 1},
+          bins * inner, inner, outer * inner * sides * bins};
 }
 
 inline BinRows rows_in(const Layout& layout, FloatBuffer& memory, DType dtype) {
-  return {memory.data(), dtype, layout.outer, layout.inner, layout.sides, layout.bins, layout.location, layout.side,
-          layout.bin};
+  return {memory.data(), dtype,           layout.outer, layout.inner, layout.sides,
+          layout.bins,   layout.location, layout.side,  layout.bin};
 }
 
 inline Row row_of(const Layout& layout, const std::vector<double>& values, int64_t row) {

@@ -25,8 +25,9 @@ void boxes(Generator& generator, DType dtype, int64_t outer, int64_t inner, bool
   FloatBuffer limit(dtype, uniforms(generator, static_cast<size_t>(2 * outer), 60, 110));
   FloatBuffer grad(dtype, uniforms(generator, 4 * count, -1, 1));
   FloatBuffer result(dtype, 4 * count), grad_points(dtype, 2 * count), grad_distance(dtype, 4 * count);
-  const DistanceToBoxInput in{dtype, outer, inner, points.data(), distance.data(), clipped ? limit.data() : nullptr,
-                              {0, 2}, {4 * inner, 4}, {2, 0}};
+  const DistanceToBoxInput in{dtype,         outer,           inner,
+                              points.data(), distance.data(), clipped ? limit.data() : nullptr,
+                              {0, 2},        {4 * inner, 4},  {2, 0}};
   GFL_RUN(n, distance_to_box_forward, in, result.data());
   GFL_RUN(n, distance_to_box_backward, in, grad.data(), grad_points.data(), grad_distance.data());
   const std::vector<double> p = points.read(), d = distance.read(), l = limit.read(), g = grad.read();

@@ -49,8 +49,8 @@ void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sh
     const size_t item = static_cast<size_t>(shared ? location / layout.inner : location);
     const double sign = side < 2 ? -1 : 1;
     const Row x = row_of(layout, logits, row);
-    const double at = point[2 * place + static_cast<size_t>(axis)] +
-                      sign * static_cast<double>(expectation(x)) * pixels[place];
+    const double at =
+        point[2 * place + static_cast<size_t>(axis)] + sign * static_cast<double>(expectation(x)) * pixels[place];
     const double upper = clipped ? bound[2 * item + static_cast<size_t>(1 - axis)] : HUGE_VAL;
     const double lower = clipped ? 0 : -HUGE_VAL;
     want.push_back(std::fmin(std::fmax(at, lower), upper));

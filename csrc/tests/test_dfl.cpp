@@ -157,7 +157,8 @@ void kept_softmax(Generator& generator, const Layout& layout, bool with_distance
   std::vector<double> of_chunks;
   for (int64_t begin = 0; begin < rows; begin += kChunk) {
     const int64_t end = begin + kChunk < rows ? begin + kChunk : rows;
-    cpu::dfl_forward_keeping(in, floats(kept_loss), with_distance ? floats(kept_distance) : nullptr, by_rows, begin, end);
+    cpu::dfl_forward_keeping(in, floats(kept_loss), with_distance ? floats(kept_distance) : nullptr, by_rows, begin,
+                             end);
     of_chunks.push_back(
         cpu::dfl_sum_keeping(in, reduction, with_distance ? floats(sum_distance) : nullptr, reduced, begin, end));
   }

@@ -16,8 +16,8 @@ using gfl::testing::Generator;
 struct Shape {
   std::vector<int64_t> locations;  // per level
   int64_t images, channels, groups;
-  std::vector<bool> planar;        // per level
-  int64_t gap;                     // unused elements after each row of the contiguous dimension
+  std::vector<bool> planar;  // per level
+  int64_t gap;               // unused elements after each row of the contiguous dimension
   bool relu;
   double mean, scale;
 };

@@ -41,8 +41,8 @@ void compare(Generator& generator, const Layout& layout, DType dtype) {
 // alone.
 void special_values() {
   const double infinity = HUGE_VAL, nan = std::nan("");
-  const std::vector<double> logits = {infinity, 0,        infinity,  -infinity, -infinity, -infinity,
-                                      3e38,     -3e38,    1,         nan,       0,         1};
+  const std::vector<double> logits = {infinity, 0,     infinity, -infinity, -infinity, -infinity,
+                                      3e38,     -3e38, 1,        nan,       0,         1};
   const std::vector<double> want = {1, 1, 0, nan};
   FloatBuffer pred(DType::f32, logits), distance(DType::f32, size_t{4}), ones(DType::f32, std::vector<double>(4, 1.0));
   FloatBuffer grad(DType::f32, logits.size());

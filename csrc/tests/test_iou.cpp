@@ -12,9 +12,12 @@ using namespace gfl::testing;
 
 namespace {
 
-struct Kind { std::string name; double parameter; };
-const Kind kKinds[] = {{"overlap", 0}, {"iou", 0},    {"giou", 0}, {"diou", 0},     {"ciou", 0},
-                       {"eiou", 0.1}, {"eiou", 0.5}, {"siou", 1}, {"siou", -1}, {"mpdiou", 5000}};
+struct Kind {
+  std::string name;
+  double parameter;
+};
+const Kind kKinds[] = {{"overlap", 0}, {"iou", 0},    {"giou", 0}, {"diou", 0},  {"ciou", 0},
+                       {"eiou", 0.1},  {"eiou", 0.5}, {"siou", 1}, {"siou", -1}, {"mpdiou", 5000}};
 using Real = long double;
 
 // The intersection signed by inclusion and exclusion, in the terms of mmdet's eiou_loss.
@@ -138,8 +141,8 @@ template <class T> void check(const Kind& kind, int64_t rows, DType dtype, doubl
     }
     const Real eps = static_cast<A>(1e-6);
     const double want = static_cast<double>(formula(sides, sides + 4, kind, eps, -1, &alpha));
-    CHECK(close(got[row], want, chain, chain), "%s loss[%lld] %g, not %g", name, static_cast<long long>(row),
-          got[row], want);
+    CHECK(close(got[row], want, chain, chain), "%s loss[%lld] %g, not %g", name, static_cast<long long>(row), got[row],
+          want);
     for (int i = 0; i < 8; ++i) {
       const Real at = sides[i], h = 1e-6L;
       sides[i] = at + h;

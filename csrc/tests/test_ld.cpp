@@ -30,7 +30,7 @@ LdInput input_of(const Layout& pred, FloatBuffer& x, const Layout& teacher, Floa
   const auto at = [&](FloatBuffer& buffer) {
     return static_cast<unsigned char*>(buffer.data()) + shift * dispatch(dtype, [](auto e) { return sizeof(e); });
   };
-  return {at(x), at(z), dtype, pred.inner, pred.bins, pred.location.inner, pred.bin, teacher.location.inner,
+  return {at(x),       at(z), dtype, pred.inner, pred.bins, pred.location.inner, pred.bin, teacher.location.inner,
           teacher.bin, t};
 }
 
@@ -45,11 +45,13 @@ void compare(Generator& generator, const Layout& pred, const Layout& teacher, DT
   GFL_RUN(pred.inner, ld_backward, in, grad_loss.data(), grad.data());
 
   char what[160];
-  std::snprintf(what, sizeof what, "%s/%s %s rows %zu bins %zu T %g", pred.name, teacher.name, name_of(dtype), n, bins, t);
+  std::snprintf(what, sizeof what, "%s/%s %s rows %zu bins %zu T %g", pred.name, teacher.name, name_of(dtype), n, bins,
+                t);
   const auto from_shift = [&](std::vector<double> values) {
     return std::vector<double>(values.begin() + static_cast<std::ptrdiff_t>(shift), values.end());
   };
-  const std::vector<double> xs = from_shift(x.read()), zs = from_shift(z.read()), scale = grad_loss.read(), got_grad = grad.read();
+  const std::vector<double> xs = from_shift(x.read()), zs = from_shift(z.read()), scale = grad_loss.read(),
+                            got_grad = grad.read();
   // Terms of both signs cancel: logarithms up to log n + the range of the logits over T, times T²/n.
   const double count = static_cast<double>(bins);
   const double size = std::fmax(1, t * t / count * (std::log(count) + 30 / t));
@@ -97,7 +99,8 @@ void special_values(double t, int64_t filler) {
                              {1, 3, infinity, -infinity},                 // the teacher is certain
                              {infinity, 0, 0, -infinity},                 // so is the student, of the same
                              {-infinity, 0, -infinity, 0},                // equal
-                             {nan, 0, 1, 2}, {1, 2, 0, nan}};
+                             {nan, 0, 1, 2},
+                             {1, 2, 0, nan}};
   const size_t rows = sizeof pairs / sizeof pairs[0], bins = 2 + static_cast<size_t>(filler);
   std::vector<double> xs, zs;
   for (const auto& pair : pairs) {
@@ -115,22 +118,23 @@ void special_values(double t, int64_t filler) {
   const double second = 1 / (1 + std::exp(-2 / t));  // p of the logits 1 and 3
   const std::vector<double> got = loss.read(), slopes = grad.read();
   // The first is more than fp32 holds where T is far above n: an infinite loss then, but no NaN.
-  const double apart = t * t / n * (2 * limit / t), infinite = apart > std::numeric_limits<float>::max() ? HUGE_VAL : apart;
+  const double apart = t * t / n * (2 * limit / t),
+               infinite = apart > std::numeric_limits<float>::max() ? HUGE_VAL : apart;
   const double want[] = {infinite, t * t / n * -std::log(1 - second), 0, 0};
   for (size_t i = 0; i < 4; ++i) {
     CHECK(close(got[i], want[i], 1e-5, 1e-5), "T %g, %zu bins, row %zu: %g, expected %g", t, bins, i, got[i], want[i]);
     for (size_t j = 0; j < bins; ++j) {
       const double expected = i == 1 && j < 2 ? t / n * (j == 0 ? -second : second) : 0;
-      CHECK(close(slopes[i * bins + j], expected, 1e-5, 1e-6), "T %g, %zu bins, gradient %zu of row %zu: %g, expected %g",
-            t, bins, j, i, slopes[i * bins + j], expected);
+      CHECK(close(slopes[i * bins + j], expected, 1e-5, 1e-6),
+            "T %g, %zu bins, gradient %zu of row %zu: %g, expected %g", t, bins, j, i, slopes[i * bins + j], expected);
     }
   }
   for (size_t i = 4; i < rows; ++i) {
     CHECK(std::isnan(got[i]), "T %g, %zu bins: a NaN is lost, the loss is %g", t, bins, got[i]);
     for (size_t j = 0; j < bins; ++j) {
       const bool beyond = std::isinf(xs[i * bins + j]);
-      CHECK(beyond ? slopes[i * bins + j] == 0 : std::isnan(slopes[i * bins + j]), "T %g, %zu bins, row %zu: gradient %g",
-            t, bins, i, slopes[i * bins + j]);
+      CHECK(beyond ? slopes[i * bins + j] == 0 : std::isnan(slopes[i * bins + j]),
+            "T %g, %zu bins, row %zu: gradient %g", t, bins, i, slopes[i * bins + j]);
     }
   }
 }

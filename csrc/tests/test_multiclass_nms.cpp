@@ -62,7 +62,8 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
   Buffer<T> got_boxes(static_cast<size_t>(4 * count)), got_scores(static_cast<size_t>(count));
   Buffer<int64_t> labels(static_cast<size_t>(count));
 #if defined(GFL_TEST_CUDA)
-  CHECK_CUDA(cuda::multiclass_gather(in, workspace.data(), got_boxes.data(), got_scores.data(), labels.data(), nullptr));
+  CHECK_CUDA(
+      cuda::multiclass_gather(in, workspace.data(), got_boxes.data(), got_scores.data(), labels.data(), nullptr));
 #else
   cpu::multiclass_gather(in, got_boxes.data(), got_scores.data(), labels.data());
 #endif

@@ -166,14 +166,22 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
 
 int main() {
   const Case cases[] = {
-      {"empty", 0, 0, 0.5, false},          {"one", 1, 3, 0.5, false},
-      {"two", 2, 0, 0.5, false},            {"under a word", 31, 0, 0.3, false},
-      {"over a word", 33, 0, 0.3, false},   {"over a tile", 65, 2, 0.3, false},
-      {"classes", 300, 5, 0.4, false},      {"legacy", 300, 5, 0.4, true},
-      {"threshold 0", 200, 3, 0.0, false},  {"threshold -1", 200, 3, -1.0, false},
-      {"threshold 2", 200, 0, 2.0, false},  {"a panel", 1024, 0, 0.3, false},
-      {"over a panel", 1025, 4, 0.6, false}, {"over two panels", 2100, 0, 0.5, false},
-      {"small classes", 390, 200, 0.3, false}, {"a class of several tiles", 400, 1, 0.9, true},
+      {"empty", 0, 0, 0.5, false},
+      {"one", 1, 3, 0.5, false},
+      {"two", 2, 0, 0.5, false},
+      {"under a word", 31, 0, 0.3, false},
+      {"over a word", 33, 0, 0.3, false},
+      {"over a tile", 65, 2, 0.3, false},
+      {"classes", 300, 5, 0.4, false},
+      {"legacy", 300, 5, 0.4, true},
+      {"threshold 0", 200, 3, 0.0, false},
+      {"threshold -1", 200, 3, -1.0, false},
+      {"threshold 2", 200, 0, 2.0, false},
+      {"a panel", 1024, 0, 0.3, false},
+      {"over a panel", 1025, 4, 0.6, false},
+      {"over two panels", 2100, 0, 0.5, false},
+      {"small classes", 390, 200, 0.3, false},
+      {"a class of several tiles", 400, 1, 0.9, true},
       {"a class too large for a block", 4097, 1, 0.05, false},
   };
   Generator g(20);

@@ -133,8 +133,8 @@ template <class T> struct Case {
     }
     std::vector<Detection> result;
     for (const Found& f : kept) {
-      Detection d{{}, in.activated ? f.value : static_cast<float>(1 / (1 + std::exp(-double(f.value)))), f.label,
-                  f.location};
+      Detection d{
+          {}, in.activated ? f.value : static_cast<float>(1 / (1 + std::exp(-double(f.value)))), f.label, f.location};
       for (int64_t l = 0; l < f.level; ++l) d.location += in.level[l].height * in.level[l].width;
       for (int side = 0; side < 4; ++side) {
         d.box[side] = f.box[side] / (factors.empty() ? 1.0f : factors[image * 2 + side % 2]);
@@ -164,8 +164,7 @@ template <class T> struct Case {
     Buffer<float> boxes(slots * 4), scores(slots);
     Buffer<int64_t> labels(slots), locations(slots);
     Buffer<int32_t> count(static_cast<size_t>(in.batch));
-    const gfl::PostprocessOutput out{boxes.data(), scores.data(), labels.data(), count.data(),
-                                     locations.data()};
+    const gfl::PostprocessOutput out{boxes.data(), scores.data(), labels.data(), count.data(), locations.data()};
 #if defined(GFL_TEST_CUDA)
     Buffer<unsigned char> workspace(gfl::cuda::postprocess_workspace_bytes(in));
     CHECK_CUDA(gfl::cuda::postprocess(in, out, workspace.data(), nullptr));
@@ -194,7 +193,8 @@ template <class T> struct Case {
               name, int(b), int(k), got_scores[slot], w.score);
         for (int side = 0; side < 4; ++side) {
           CHECK(gfl::testing::close(got_boxes[slot * 4 + side], w.box[side], 0, box_tolerance),
-                "%s image %d slot %d side %d: %.9g, not %.9g", name, int(b), int(k), side, got_boxes[slot * 4 + side], w.box[side]);
+                "%s image %d slot %d side %d: %.9g, not %.9g", name, int(b), int(k), side, got_boxes[slot * 4 + side],
+                w.box[side]);
         }
       }
     }

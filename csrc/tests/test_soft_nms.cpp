@@ -80,8 +80,8 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
     classes.push_back(g.integer(0, std::max<int64_t>(c.classes, 1)));
   }
   const Buffer<T> boxes(rounded<T>(drawn)), scores(rounded<T>(drawn_scores));
-  const SoftNmsInput in{boxes.data(), dtype, 4, 1, scores.data(), dtype, 1, c.count, c.threshold, c.sigma, c.min_score,
-                        c.gaussian};
+  const SoftNmsInput in{boxes.data(), dtype,       4,       1,           scores.data(), dtype, 1,
+                        c.count,      c.threshold, c.sigma, c.min_score, c.gaussian};
   std::vector<int64_t> order(n), grouped(n), bounds(n + 1), indices(n + 1);
   for (size_t i = 0; i < n; ++i) order[i] = static_cast<int64_t>(i);
   const int64_t met = cpu::group_by_class(classes.data(), order.data(), c.count, grouped.data(), bounds.data());
@@ -136,10 +136,10 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
 
 int main() {
   const Case cases[] = {
-      {"empty", 0, 1, 0.3, 0.5, 0.001, false},     {"one", 1, 1, 0.3, 0.5, 0.001, true},
-      {"linear", 40, 1, 0.3, 0.5, 0.001, false},   {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
-      {"classes", 120, 4, 0.3, 0.5, 0.05, false},  {"classes, gaussian", 120, 4, 0.3, 0.2, 0.05, true},
-      {"threshold 0", 60, 2, 0.0, 0.5, 0.1, false}, {"a high minimum", 60, 2, 0.3, 0.5, 1.0, true},
+      {"empty", 0, 1, 0.3, 0.5, 0.001, false},        {"one", 1, 1, 0.3, 0.5, 0.001, true},
+      {"linear", 40, 1, 0.3, 0.5, 0.001, false},      {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
+      {"classes", 120, 4, 0.3, 0.5, 0.05, false},     {"classes, gaussian", 120, 4, 0.3, 0.2, 0.05, true},
+      {"threshold 0", 60, 2, 0.0, 0.5, 0.1, false},   {"a high minimum", 60, 2, 0.3, 0.5, 1.0, true},
       {"over a block", 515, 1, 0.2, 0.5, 1.1, false}, {"many classes", 200, 150, 0.3, 0.5, 0.3, true},
   };
   Generator g(21);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The elementary functions of csrc/cpu/simd/vector_math.h against double precision, over the whole of their range, with the
-// fused multiply-add of the wider instruction sets and without. Prints the worst error in units in the last place.
+// The elementary functions of csrc/cpu/simd/vector_math.h against double precision, over the whole of their range, with
+// the fused multiply-add of the wider instruction sets and without. Prints the worst error in units in the last place.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -51,10 +51,12 @@ int main() {
   const double log_error = worst(1.0f, 1e38f, 1.0f, log_of_sum, [](double x) { return std::log(x); });
   const auto less_nothing = [](float x) { return log_less(x, 0.0f); };
   const double less_error = worst(2.0f, 1e38f, 1.0f, less_nothing, [](double x) { return std::log(x); });
-  std::printf("worst ulp: exp_of_negative %.2f on [-87, 0], exp_of_moderate %.2f on [0, 87], log1p_of_unit %.2f on [0, 1], "
-              "log_of_sum %.2f on [1, 1e38], log_less %.2f of log on [2, 1e38]\n",
-              exp_error, up_error, unit_error, log_error, less_error);
-  int failures = !(exp_error <= 1.1) + !(up_error <= 1.1) + !(less_error <= 2.1) + !(unit_error <= 2.1) + !(log_error <= 2.1);
+  std::printf(
+      "worst ulp: exp_of_negative %.2f on [-87, 0], exp_of_moderate %.2f on [0, 87], log1p_of_unit %.2f on [0, 1], "
+      "log_of_sum %.2f on [1, 1e38], log_less %.2f of log on [2, 1e38]\n",
+      exp_error, up_error, unit_error, log_error, less_error);
+  int failures =
+      !(exp_error <= 1.1) + !(up_error <= 1.1) + !(less_error <= 2.1) + !(unit_error <= 2.1) + !(log_error <= 2.1);
   failures += exp_of_negative(0.0f) != 1.0f || log1p_of_unit(0.0f) != 0.0f || log_of_sum(1.0f) != 0.0f;
   failures += !(exp_of_negative(-1e30f) < 1.7e-38f) || !std::isnan(exp_of_negative(NAN));
   failures += !std::isnan(log1p_of_unit(NAN)) || !std::isnan(log_of_sum(NAN)) || !std::isnan(log_of_sum(-NAN));

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ..core.dtypes import accumulator
 from ..ops.boxes.box_ops import rounded
-from . import _launch
+from . import launch
 
 TILE = 64
 # Beyond CHAIN boxes one program is slower than two launches per panel.
 CHAIN, PANEL = 4096, 1024
 # Enough to fill a large GPU twice; further segments queue behind.
-MAX_PROGRAMS = 8 if _launch.INTERPRETS else 264
+MAX_PROGRAMS = 8 if launch.INTERPRETS else 264
 
 
 @triton.jit
@@ -167,13 +167,13 @@ def nms_forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshol
     if idxs is not None or not large:
         grid = min(1 if idxs is None else MAX_PROGRAMS, n)
         arguments = (sides, kept, starts, segments, rank, keep, counts, n, CHAIN)
-        _launch.launch(nms_kernel, grid, boxes, *arguments, **constants)
+        launch.launch(nms_kernel, grid, boxes, *arguments, **constants)
     for begin, end in large:
         panels = torch.arange(begin, end + PANEL, PANEL, device=boxes.device).clamp_(max=end)
         one = torch.ones_like(panels[:1])
         for i in range(len(panels) - 1):
             at = panels[i:]
-            _launch.launch(nms_kernel, 1, boxes, sides, kept, at, one, rank, keep, counts, n, PANEL, **constants)
-            tiles = _launch.programs(max(end - begin - (i + 1) * PANEL, 0), TILE)
-            _launch.launch(nms_clear_kernel, tiles, boxes, sides, kept, at, rank, keep, counts, n, end, **constants)
+            launch.launch(nms_kernel, 1, boxes, sides, kept, at, one, rank, keep, counts, n, PANEL, **constants)
+            tiles = launch.programs(max(end - begin - (i + 1) * PANEL, 0), TILE)
+            launch.launch(nms_clear_kernel, tiles, boxes, sides, kept, at, rank, keep, counts, n, end, **constants)
     return order[keep.view(torch.bool)]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..core.dtypes import accumulator
 from ..core.reduction import AVG_FACTOR_EPS
-from . import _launch, terms
+from . import launch, terms
 
 _EPS = tl.constexpr(AVG_FACTOR_EPS)
 SUM_BLOCK = 1024
@@ -220,9 +220,9 @@ class _Rows:
         self.factor = high, factor - high if abs(high) < float("inf") else 0.0
         self.classes = pred.shape[1]
         self.rows = pred.shape[0] * (pred.shape[2] if pred.dim() == 3 else 1)
-        tiles = _launch.column_tiles(self.classes)
-        block = _launch.rows_per_program(self.rows, tiles["BLOCK_C"])
-        self.programs = _launch.programs(self.rows, block) if self.classes or not reduced else 0
+        tiles = launch.column_tiles(self.classes)
+        block = launch.rows_per_program(self.rows, tiles["BLOCK_C"])
+        self.programs = launch.programs(self.rows, block) if self.classes or not reduced else 0
         self.constants = _term(stem, params, activated) | {
             "SPARSE": label is not None, "WEIGHTED": weight is not None, "IMAGES": pred.dim() == 3, "REDUCED": reduced,
             "NORMED": norm is not None, "BLOCK_N": block, **tiles,
@@ -240,7 +240,7 @@ class _Rows:
         outputs = [self.target if t is None else t for t in (grad_loss, loss, grad_pred, grad_target)]
         strides = (0, 0, 0) if self.constants["SPARSE"] else _strides(self.target)
         of_grad_loss = grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0
-        _launch.launch(
+        launch.launch(
             score_kernel, self.programs, self.pred, *self.tensors, *self.factor, *outputs,
             self.rows, self.classes, self.pred.shape[2] if self.pred.dim() == 3 else self.rows, of_grad_loss,
             *_strides(self.pred), *strides, *_strides(self.pred if grad_pred is None else grad_pred),
@@ -267,21 +267,21 @@ def rows_backward(
     activated: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    grad_pred, grad_target = _launch.empty_gradient(pred, needs[0]), _launch.empty_gradient(target, needs[1])
+    grad_pred, grad_target = launch.empty_gradient(pred, needs[0]), launch.empty_gradient(target, needs[1])
     wanted = (grad_pred if needs[0] else None, grad_target if needs[1] else None)
     _Rows(stem, pred, label, target, params, activated).run(grad_loss, None, *wanted)
-    return _launch.finished(grad_pred, pred), grad_target
+    return launch.finished(grad_pred, pred), grad_target
 
 
 def _elements(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], dict[str, Any]]:
     """Two tensors of one shape, made contiguous where the walk needs it, and its sizes and constants."""
-    folded = _launch.fold(pred, target)
+    folded = launch.fold(pred, target)
     if len(folded) > 2:
         pred, target = pred.contiguous(), target.contiguous()
-        folded = _launch.fold(pred, target)
+        folded = launch.fold(pred, target)
     (_, pred_row, target_row), (columns, pred_stride, target_stride) = [(1, 0, 0)] * (2 - len(folded)) + folded
     sizes = (pred.numel(), columns, pred_row, pred_stride, target_row, target_stride)
-    return pred, target, sizes, {"FLAT": len(folded) < 2, "BLOCK": _launch.rows_per_program(pred.numel(), 1)}
+    return pred, target, sizes, {"FLAT": len(folded) < 2, "BLOCK": launch.rows_per_program(pred.numel(), 1)}
 
 
 def elements_forward(
@@ -289,8 +289,8 @@ def elements_forward(
 ) -> Tensor:
     loss = torch.empty(pred.shape, dtype=accumulator(pred.dtype), device=pred.device)
     pred, target, sizes, constants = _elements(pred, target)
-    _launch.launch(
-        score_elements_kernel, _launch.programs(sizes[0], constants["BLOCK"]), pred,
+    launch.launch(
+        score_elements_kernel, launch.programs(sizes[0], constants["BLOCK"]), pred,
         pred, target, target, loss, pred, target, *sizes,
         LOSS=True, GRAD_PRED=False, GRAD_TARGET=False, **_term(stem, params, activated), **constants,
     )  # fmt: skip
@@ -307,14 +307,14 @@ def elements_backward(
     activated: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    grad_pred, grad_target = _launch.empty_gradient(pred, needs[0]), _launch.empty_gradient(target, needs[1])
+    grad_pred, grad_target = launch.empty_gradient(pred, needs[0]), launch.empty_gradient(target, needs[1])
     dense_pred, dense_target, sizes, constants = _elements(pred, target)
-    _launch.launch(
-        score_elements_kernel, _launch.programs(sizes[0], constants["BLOCK"]), pred,
+    launch.launch(
+        score_elements_kernel, launch.programs(sizes[0], constants["BLOCK"]), pred,
         dense_pred, dense_target, grad_loss.contiguous(), dense_target, grad_pred, grad_target, *sizes,
         LOSS=False, GRAD_PRED=needs[0], GRAD_TARGET=needs[1], **_term(stem, params, activated), **constants,
     )  # fmt: skip
-    return _launch.finished(grad_pred, pred), grad_target
+    return launch.finished(grad_pred, pred), grad_target
 
 
 def _reduced(
@@ -333,7 +333,7 @@ def _reduced(
 
 def _written(pred: Tensor) -> Tensor:
     """Where a kernel writes the gradient; in fp32 where the interpreter would truncate."""
-    wide = _launch.INTERPRETS and pred.dtype == torch.bfloat16
+    wide = launch.INTERPRETS and pred.dtype == torch.bfloat16
     return torch.empty_like(pred, dtype=torch.float32 if wide else pred.dtype)
 
 
@@ -343,17 +343,17 @@ def score_loss_forward(pred: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     loss, partial = (torch.empty(s, dtype=accumulator(pred.dtype), device=pred.device) for s in ((), call.programs))
     grad = _written(pred) if store else None
     call.run(None, partial, grad)
-    _launch.launch(
+    launch.launch(
         score_sum_kernel, 1, pred, partial, call.tensors[-1], *call.factor, loss, call.programs,
         NORMED=call.constants["NORMED"], BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    return loss, pred.new_empty((0,)) if grad is None else _launch.finished(grad, pred)
+    return loss, pred.new_empty((0,)) if grad is None else launch.finished(grad, pred)
 
 
 def score_loss_backward(grad_loss: Tensor, pred: Tensor, *arguments: Any) -> Tensor:
     grad = _written(pred)
     _reduced(pred, *arguments).run(grad_loss, None, grad)
-    return _launch.finished(grad, pred)
+    return launch.finished(grad, pred)
 
 
 def score_loss_finish(grad: Tensor, grad_loss: Tensor, pred: Tensor, *arguments: Any) -> None:

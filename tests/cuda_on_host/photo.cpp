@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding, NMS and post-process of the CUDA sources as plain C functions, for tests/support/cuda_sources.py: compiled there with
-// csrc/tests/cuda_on_host, where a host pointer serves as a device's.
+// Decoding, NMS and post-process of the CUDA sources as plain C functions, for tests/support/cuda_sources.py: compiled
+// there with csrc/tests/cuda_on_host, where a host pointer serves as a device's.
 #include <vector>
 
 #include "gfl/bins.h"
@@ -20,8 +20,8 @@ class Workspace {
 
 }  // namespace
 
-extern "C" int decode_rows(const float* pred, const float* points, const float* scale, const float* limit, int64_t count,
-                           int64_t bins, float* boxes) {
+extern "C" int decode_rows(const float* pred, const float* points, const float* scale, const float* limit,
+                           int64_t count, int64_t bins, float* boxes) {
   gfl::DecodeInput in{};
   in.pred = gfl::BinRows{pred, gfl::DType::f32, 1, count, 4, bins, {0, 4 * bins}, bins, 1};
   in.points = points;
@@ -33,8 +33,8 @@ extern "C" int decode_rows(const float* pred, const float* points, const float* 
   return gfl::cuda::decode_forward(in, boxes, nullptr);
 }
 
-extern "C" int nms_rows(const float* boxes, const int64_t* classes, const int64_t* order, int64_t count, double threshold,
-                        uint8_t* keep) {
+extern "C" int nms_rows(const float* boxes, const int64_t* classes, const int64_t* order, int64_t count,
+                        double threshold, uint8_t* keep) {
   const gfl::NmsInput in{boxes, gfl::DType::f32, 4, 1, count, threshold, false};
   Workspace workspace(gfl::cuda::nms_workspace_bytes(count, gfl::DType::f32));
   return gfl::cuda::nms(in, classes, order, workspace.aligned(), keep, nullptr);

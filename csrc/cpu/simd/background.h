@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of terms over logits in place, with `scale` times their gradient from the same walk. A location's classes go into
-// kLanes partial sums, class c into c % kLanes, which are added up in a tree: its loss has the same bits whether classes or
-// locations are contiguous. The named functions are of quality focal loss with β = 2 against background.
+// Sums of terms over logits in place, with `scale` times their gradient from the same walk. A location's classes go
+// into kLanes partial sums, class c into c % kLanes, which are added up in a tree: its loss has the same bits whether
+// classes or locations are contiguous. The named functions are of quality focal loss with β = 2 against background.
 #pragma once
 #include "row_sum.h"
 #include "terms/score.h"
@@ -38,7 +38,8 @@ inline Term<Floats> background_term(Floats x) { return Qfl::background(FastParam
 // One location whose classes are contiguous. Returns its loss.
 template <bool kLoss, bool kGrad, class T>
 inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
-  return walk_row<kLoss, kGrad>(x, classes, scale, grad, [](int64_t, Floats logits) { return background_term(logits); });
+  return walk_row<kLoss, kGrad>(x, classes, scale, grad,
+                                [](int64_t, Floats logits) { return background_term(logits); });
 }
 
 // One location, its classes anywhere, and one of them, `without`, not counted.

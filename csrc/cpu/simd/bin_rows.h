@@ -14,8 +14,9 @@ template <class F> inline F bounded(F x) { return at_least(-kLargestLogit, at_mo
 
 // ---- softmax ----
 
-// The softmax of kLanes rows: `total` is Σ exp(x − origin), `moment` Σ j·exp(x − origin). The origin of a row is 0 where
-// its logits are so moderate that no exponential can overflow or vanish, as nearly always, and its highest logit elsewhere.
+// The softmax of kLanes rows: `total` is Σ exp(x − origin), `moment` Σ j·exp(x − origin). The origin of a row is 0
+// where its logits are so moderate that no exponential can overflow or vanish, as nearly always, and its highest logit
+// elsewhere.
 struct BinSums {
   Lanes origin, total, moment;
   bool beyond;  // a logit of the tile is beyond what counts
@@ -62,9 +63,8 @@ template <bool kKeep>
   Floats highest = bounded(lanes_at(tile[0], k));
   for (int j = 1; j < bins; ++j) highest = larger_of(bounded(lanes_at(tile[j], k)), highest);
   const Floats origin = extent > kModerateLogit ? highest : Floats{};
-  bin_sums<kKeep>(k, bins, origin, s, e, [&](int j) GFL_INLINED {
-    return exp_of_negative(bounded(lanes_at(tile[j], k)) - origin);
-  });
+  bin_sums<kKeep>(k, bins, origin, s, e,
+                  [&](int j) GFL_INLINED { return exp_of_negative(bounded(lanes_at(tile[j], k)) - origin); });
 }
 
 // The softmax of a tile of logits.
@@ -78,11 +78,11 @@ template <bool kKeep, class Bins> GFL_INLINE void softmax_of_tile(const Lanes* t
   }
 }
 
-// The gradient of the logits: gradient(k) is a function of a bin and its exponentials in `e` [bins, kLanes], for the kWidth
-// rows from k on; 0 where a logit is beyond what counts. `out` may be `e`.
+// The gradient of the logits: gradient(k) is a function of a bin and its exponentials in `e` [bins, kLanes], for the
+// kWidth rows from k on; 0 where a logit is beyond what counts. `out` may be `e`.
 template <class Gradient, class Bins>
 GFL_INLINE void bin_gradients(const Lanes* tile, const float* e, Bins bins, const BinSums& s, const Gradient& gradient,
-                          Lanes* out) {
+                              Lanes* out) {
   for (int k = 0; k < kLanes; k += kWidth) {
     const auto of_bin = gradient(k);
     for (int j = 0; j < bins; ++j) {
@@ -107,7 +107,9 @@ struct KeepNothing {
     softmax_of_tile<false>(tile, bins, s, nullptr);
   }
   // The exponentials [bins, kLanes] of a group, perhaps in `e`, with its sums; or null.
-  template <class T, class Bins> const float* recall(const RowGroup<T>&, Bins, BinSums&, Lanes*) const { return nullptr; }
+  template <class T, class Bins> const float* recall(const RowGroup<T>&, Bins, BinSums&, Lanes*) const {
+    return nullptr;
+  }
 };
 
 // forward(group, tile, sums) stores the results of a group of rows.

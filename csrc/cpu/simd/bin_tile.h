@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between rows of bins in memory and a tile [bin][lane]: rows whose bins lie side by side are transposed in registers, in
-// blocks of 4×4; planes of bins are copied as they lie.
+// Between rows of bins in memory and a tile [bin][lane]: rows whose bins lie side by side are transposed in registers,
+// in blocks of 4×4; planes of bins are copied as they lie.
 #pragma once
 #include <type_traits>
 
@@ -8,8 +8,8 @@
 
 namespace gfl::GFL_ISA {
 
-// Calls body(bins) with a constant for the 17 bins of nearly every detector, so that loops over them unroll, else with an
-// int. `Bins` below is either.
+// Calls body(bins) with a constant for the 17 bins of nearly every detector, so that loops over them unroll, else with
+// an int. `Bins` below is either.
 template <class Body> inline void with_bins(int64_t bins, const Body& body) {
   if (bins == 17) return body(std::integral_constant<int, 17>{});
   body(static_cast<int>(bins));
@@ -97,9 +97,8 @@ template <class Rows, class Bins> GFL_INLINE void gather_rows(const Rows& rows, 
   }
   for_four_columns(bins, [&](int j) GFL_INLINED {
     for (int k = 0; k < kLanes; k += kBlockRows) {
-      const auto block = [&](int i) GFL_INLINED {
-        return load_block(rows[k + i] + j, rows[k + i + kBlockRows - 4] + j);
-      };
+      const auto block = [&](int i)
+                             GFL_INLINED { return load_block(rows[k + i] + j, rows[k + i + kBlockRows - 4] + j); };
       Block a = block(0), b = block(1), c = block(2), d = block(3);
       transpose(a, b, c, d);
       std::memcpy(tile[j].at + k, &a, sizeof a);
@@ -156,9 +155,7 @@ template <class T> inline void narrow_row(const float* from, int count, T* to) {
 }
 
 // 16-bit rows as floats, one after the other.
-struct Staging {
-  float values[kLanes * kMaxBins];
-};
+struct Staging { float values[kLanes * kMaxBins]; };
 
 // Whether row k lies k · pitch after the first.
 template <class T> inline bool evenly_spaced(const RowGroup<T>& group, int64_t pitch) {
@@ -180,7 +177,8 @@ GFL_INLINE void load_tile(const RowGroup<T>& group, int64_t stride_bin, Bins bin
     } else {
       Staging staged;
       if (evenly_spaced(group, bins)) widen_row(group.from[0], kLanes * bins, staged.values);
-      else for (int k = 0; k < kLanes; ++k) widen_row(group.from_at(k), bins, staged.values + k * bins);
+      else
+        for (int k = 0; k < kLanes; ++k) widen_row(group.from_at(k), bins, staged.values + k * bins);
       gather_rows(SpacedRows<const float*>{staged.values, bins}, bins, tile);
     }
   } else if (evenly_spaced(group, 1)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integral, decode and distribution focal loss of fp32 and 16-bit logits: one functor per operator and direction for the
-// walks of bin_rows.h, kLanes rows at a time.
+// Integral, decode and distribution focal loss of fp32 and 16-bit logits: one functor per operator and direction for
+// the walks of bin_rows.h, kLanes rows at a time.
 #include <type_traits>
 
 #include "bin_rows.h"
@@ -34,7 +34,8 @@ struct IntegralForward {
 
 struct IntegralBackward {
   const float* grad_distance;
-  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
+  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*,
+                                                        const BinSums& s) const {
     MeanGradient gradient{s, {}};
     load_rows(grad_distance, group, gradient.slope);
     return gradient;
@@ -45,7 +46,8 @@ struct DecodeBackward {
   const DecodeInput& in;
   const float* grad_boxes;
   float* grad_points;
-  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
+  template <class T> GFL_INLINE MeanGradient operator()(const RowGroup<T>& group, const Lanes*,
+                                                        const BinSums& s) const {
     Lanes mean;
     s.mean(mean);
     MeanGradient gradient{s, {}};
@@ -63,9 +65,7 @@ struct DecodeBackward {
 // ---- distribution focal loss ----
 
 // TwoBins of terms/bins.h for kLanes rows; bins and truth values as floats.
-struct BinPairs {
-  Lanes left, right, weight_left, weight_right, counted, clamped;
-};
+struct BinPairs { Lanes left, right, weight_left, weight_right, counted, clamped; };
 
 inline void bins_at_positions(const Lanes& y, int bins, bool ignore_out_of_range, BinPairs& pairs) {
   const Floats zero{}, one = splat<Floats>(1.0f), last = splat<Floats>(static_cast<float>(bins - 1));
@@ -173,7 +173,8 @@ struct DflForward {
   }
 
  protected:
-  template <class T> GFL_INLINE void losses(const RowGroup<T>& group, const Lanes* tile, const BinSums& s, Lanes& value) const {
+  template <class T> GFL_INLINE void losses(const RowGroup<T>& group, const Lanes* tile, const BinSums& s,
+                                            Lanes& value) const {
     BinPairs pairs;
     pairs_of(in, group, pairs);
     Lanes right;
@@ -274,9 +275,10 @@ void dfl_backward_rows(const DflInput& in, const float* grad_distance, const Dfl
   }
 }
 
-// What forward keeps for backward. The exponentials of a whole group lie as its tile does, [bins, kLanes], in the place of
-// its rows: backward reads them without a transpose, and its gradient takes their place. Those of any other group lie row
-// by row. A negative total says that a logit of the group is beyond what counts: backward then looks at the logits.
+// What forward keeps for backward. The exponentials of a whole group lie as its tile does, [bins, kLanes], in the place
+// of its rows: backward reads them without a transpose, and its gradient takes their place. Those of any other group
+// lie row by row. A negative total says that a logit of the group is beyond what counts: backward then looks at the
+// logits.
 class KeepSoftmax {
  public:
   explicit KeepSoftmax(const DflKept& kept) : kept_(kept) {}
@@ -323,8 +325,7 @@ class KeepSoftmax {
 }  // namespace
 
 void integral_forward(const BinRows& pred, float* distance, int64_t begin, int64_t end) {
-  dispatch_float(pred.dtype,
-                 [&](auto t) { forward_rows<decltype(t)>(pred, begin, end, IntegralForward{distance}); });
+  dispatch_float(pred.dtype, [&](auto t) { forward_rows<decltype(t)>(pred, begin, end, IntegralForward{distance}); });
 }
 
 void integral_backward(const BinRows& pred, const float* grad_distance, void* grad_pred, int64_t begin, int64_t end) {

@@ -23,6 +23,7 @@ GFL_DECLARE_PER_ISA(void dfl_finish(const DflInput& in, const float* grad_loss, 
                                     const DflKept& kept, int64_t begin, int64_t end))
 // The gradient of each row's loss is scale · weight[row].
 GFL_DECLARE_PER_ISA(void dfl_finish_reduced(const DflInput& in, const float* weight, float scale,
-                                            const float* grad_distance, const DflKept& kept, int64_t begin, int64_t end))
+                                            const float* grad_distance, const DflKept& kept, int64_t begin,
+                                            int64_t end))
 
 }  // namespace gfl

@@ -19,7 +19,7 @@ using cpu::NormMoments;
 using cpu::NormRows;
 using cpu::NormSums;
 
-constexpr int kRunBlock = 512;  // elements of a run whose sums stay in fp32
+constexpr int kRunBlock = 512;       // elements of a run whose sums stay in fp32
 constexpr int kParts = 32 / kWidth;  // registers that a run's sums are kept in: 32 partial sums on every processor
 
 struct Coefficients { Floats mean, scale, bias, level, slope; };

@@ -118,7 +118,8 @@ template <class T> void backward_tiles(const LdInput& in, const float* grad_loss
     load_rows(grad_loss, pair.of_pred, arriving);
     for (int k = 0; k < kLanes; k += kWidth) {
       const Floats factor = lanes_at(arriving, k) * scale.gradient;
-      const Floats of_pred = factor / lanes_at(pair.total_pred, k), of_teacher = factor / lanes_at(pair.total_teacher, k);
+      const Floats of_pred = factor / lanes_at(pair.total_pred, k),
+                   of_teacher = factor / lanes_at(pair.total_teacher, k);
       for (int j = 0; j < bins; ++j) {
         const Floats slope = lanes_at(pair.pred[j], k) * of_pred - lanes_at(pair.teacher[j], k) * of_teacher;
         store_floats(slope, pair.pred[j].at + k);
@@ -160,7 +161,9 @@ template <class T> struct LongRow {
       : scale(scale),
         pred(static_cast<const T*>(in.pred) + row * in.pred_stride_row),
         teacher(static_cast<const T*>(in.teacher) + row * in.teacher_stride_row),
-        step_pred(in.pred_stride_bin), step_teacher(in.teacher_stride_bin), bins(in.bins) {
+        step_pred(in.pred_stride_bin),
+        step_teacher(in.teacher_stride_bin),
+        bins(in.bins) {
     find_largest();
   }
 
@@ -248,7 +251,8 @@ template <class T> void backward_rows(const LdInput& in, const float* grad_loss,
     if (j >= in.bins) continue;
     row.walk([&](int64_t, int64_t at, Floats x, Floats z) {
       if (at < kKept) return;
-      put(at, exp_of_negative(row.below_largest(x, row.max_pred)), exp_of_negative(row.below_largest(z, row.max_teacher)));
+      put(at, exp_of_negative(row.below_largest(x, row.max_pred)),
+          exp_of_negative(row.below_largest(z, row.max_teacher)));
     });
   }
 }

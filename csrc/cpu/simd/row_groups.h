@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // kLanes rows of bins at a time, one per lane: which rows they are, and where in memory each begins.
 //
-// Conv outputs are read in place: where locations lie side by side in memory, the lanes are neighbouring locations of one
-// side; where bins do, they are neighbouring rows.
+// Conv outputs are read in place: where locations lie side by side in memory, the lanes are neighbouring locations of
+// one side; where bins do, they are neighbouring rows.
 #pragma once
 #include "gfl/rows.h"
 #include "vector_math.h"
@@ -23,8 +23,9 @@ struct alignas(64) Lanes {
 // The kWidth lanes from k on.
 inline Floats lanes_at(const Lanes& lanes, int k) { return load_floats(lanes.at + k); }
 
-// Up to kLanes rows: where each is, and its index. Lanes beyond `count` repeat the last row. kLanes consecutive rows that
-// lie evenly spaced are given by the first and their pitch: such a group costs next to nothing to make and to read.
+// Up to kLanes rows: where each is, and its index. Lanes beyond `count` repeat the last row. kLanes consecutive rows
+// that lie evenly spaced are given by the first and their pitch: such a group costs next to nothing to make and to
+// read.
 template <class T> struct RowGroup {
   const T* from[kLanes];
   int64_t row[kLanes];
@@ -92,8 +93,7 @@ constexpr int kNeighbours = 8 * kLanes;
 template <class T, class Body> void for_row_groups(const BinRows& v, int64_t begin, int64_t end, const Body& body) {
   const T* data = static_cast<const T*>(v.data);
   RowGroup<T> group;
-  const bool evenly_spaced =
-      v.count_outer == 1 && (v.sides == 1 || v.stride_location.inner == v.sides * v.stride_side);
+  const bool evenly_spaced = v.count_outer == 1 && (v.sides == 1 || v.stride_location.inner == v.sides * v.stride_side);
   const int64_t pitch = v.sides == 1 ? v.stride_location.inner : v.stride_side;
   const auto in_order = [&](int64_t row, int64_t last) {
     if (evenly_spaced) {

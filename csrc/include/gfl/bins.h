@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operators on distributions over bins. p = softmax(pred[row]) throughout; `A` is double where the logits' dtype is f64,
-// else float.
+// Operators on distributions over bins. p = softmax(pred[row]) throughout; `A` is double where the logits' dtype is
+// f64, else float.
 //
 //   integral   distance[row] = Σ_j p[j]·j                                                   arXiv 2006.04388, eq. 5
 //   decode     box = (x − s·d₀, y − s·d₁, x + s·d₂, y + s·d₃), d[side] = Σ_j p[side, j]·j, clipped to the image
@@ -8,8 +8,8 @@
 //   ld         loss[row] = T²/n Σ_j q[j]·(log q[j] − log p[j]), p and q the softmax of pred / T and teacher / T, of the
 //              sides of a box (arXiv 2102.12252) or of classes (1503.02531)
 //
-// A logit counts at most as a quarter of A's range (ld: times min(T, 1)): no difference of two overflows, so an infinite
-// logit makes no NaN. Beyond that its gradient is 0. A NaN spreads over its row.
+// A logit counts at most as a quarter of A's range (ld: times min(T, 1)): no difference of two overflows, so an
+// infinite logit makes no NaN. Beyond that its gradient is 0. A NaN spreads over its row.
 #pragma once
 #include "gfl/rows.h"
 
@@ -28,12 +28,12 @@ struct DecodeInput {
 // and a NaN (with `ignore_out_of_range`, anything outside [0, R]) has no loss and no gradient. Or `left` and the two
 // weights are given: r = left+1, and a bin that does not exist is replaced by the nearest.
 struct DflInput {
-  BinRows pred;               // sides = 1
-  const void* target;         // [rows] of A, or null
-  bool ignore_out_of_range;   // with `target`
-  const int64_t* left;        // [rows], without `target`
-  const void* weight_left;    // [rows] of A, without `target`
-  const void* weight_right;   // [rows] of A, without `target`
+  BinRows pred;              // sides = 1
+  const void* target;        // [rows] of A, or null
+  bool ignore_out_of_range;  // with `target`
+  const int64_t* left;       // [rows], without `target`
+  const void* weight_left;   // [rows] of A, without `target`
+  const void* weight_right;  // [rows] of A, without `target`
 };
 
 // What a backward launcher of dfl writes; null where not wanted.
@@ -63,9 +63,9 @@ struct LdInput {
   const void* pred;     // [rows, bins] dtype: the student's logits
   const void* teacher;  // [rows, bins] dtype: the teacher's
   DType dtype;
-  int64_t rows, bins;   // bins ≥ 1
+  int64_t rows, bins;                                                                // bins ≥ 1
   int64_t pred_stride_row, pred_stride_bin, teacher_stride_row, teacher_stride_bin;  // in elements
-  double temperature;   // > 0
+  double temperature;                                                                // > 0
 };
 
 // Rows [begin, end); of decode, locations.
@@ -86,8 +86,8 @@ void dfl_backward(const DflInput& in, const void* grad_loss, const void* grad_di
                   int64_t begin, int64_t end);
 
 // The same of fp32 logits, keeping what dfl_finish needs; the two have to go through the same chunks. Without
-// `reduction` loss is [rows]; with it, dfl_sum_keeping returns Σ weight·loss of the chunk, and dfl_reduce turns the sums
-// of all chunks into the one loss.
+// `reduction` loss is [rows]; with it, dfl_sum_keeping returns Σ weight·loss of the chunk, and dfl_reduce turns the
+// sums of all chunks into the one loss.
 void dfl_forward_keeping(const DflInput& in, float* loss, float* distance, const DflKept& kept, int64_t begin,
                          int64_t end);
 double dfl_sum_keeping(const DflInput& in, const DflReduction& reduction, float* distance, const DflKept& kept,

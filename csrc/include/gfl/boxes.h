@@ -27,19 +27,19 @@ struct BoxToDistanceInput {
   const void* boxes;   // [locations, 4]: x₁, y₁, x₂, y₂
   LocationStride stride_points, stride_boxes;
   bool clamped;
-  double upper;        // with `clamped`
+  double upper;  // with `clamped`
 };
 
 // `A` below is double where `dtype` is f64, else float.
 struct IouInput {
-  const void* pred;    // [rows, 4] dtype
+  const void* pred;  // [rows, 4] dtype
   DType dtype;
   int64_t stride_row, stride_side;
   const void* target;  // [rows, 4] of A, contiguous
   int64_t rows;
-  const char* kind;    // a name that `is_iou_kind` knows
+  const char* kind;  // a name that `is_iou_kind` knows
   double eps;
-  double parameter;    // the kind's own number, where it has one
+  double parameter;  // the kind's own number, where it has one
 };
 
 bool is_iou_kind(const char* name);

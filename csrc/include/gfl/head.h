@@ -14,8 +14,8 @@ struct AtssLevel {
   int64_t height, width;
   float stride;
   float offset;  // in cells
-  float shift;  // in pixels: 0, or (stride − 1)/2 for the legacy geometry
-  float half;  // from the centre to a side of the prior: size/2, or (size − 1)/2 for the legacy geometry
+  float shift;   // in pixels: 0, or (stride − 1)/2 for the legacy geometry
+  float half;    // from the centre to a side of the prior: size/2, or (size − 1)/2 for the legacy geometry
 };
 
 // A level of priors whose side is `anchor_scale` strides. `legacy` is GFocal v1's geometry.
@@ -24,8 +24,8 @@ AtssLevel atss_level(int64_t height, int64_t width, double stride, double offset
 struct AtssInput {
   const AtssLevel* levels;
   int64_t level_count;
-  int64_t locations;  // of all levels
-  const float* gt_boxes;  // [images, gts, 4] xyxy
+  int64_t locations;         // of all levels
+  const float* gt_boxes;     // [images, gts, 4] xyxy
   const int64_t* gt_labels;  // [images, gts]; negative: no box
   const float* valid_sizes;  // [images, 2] (h, w) in pixels, or null: every cell is valid
   int64_t images, gts;
@@ -71,10 +71,10 @@ struct GflLossInput {
   int64_t level_count;
   DType cls_dtype, reg_dtype;
   int64_t images, classes, reg_max;
-  int64_t locations;  // of all levels
-  const int64_t* labels;  // [images, locations]: a class, −2 for "not counted", else background
+  int64_t locations;       // of all levels
+  const int64_t* labels;   // [images, locations]: a class, −2 for "not counted", else background
   const int64_t* matched;  // [images, locations]: slot of the ground-truth box
-  const void* gt_boxes;  // [images, gts, 4] of A: xyxy in pixels
+  const void* gt_boxes;    // [images, gts, 4] of A: xyxy in pixels
   int64_t gts;
   double beta;
   bool legacy;  // centres (stride − 1)/2 pixels further, +1 on widths and heights
@@ -161,8 +161,8 @@ struct GroupNormInput {
   int64_t level_count;
   DType dtype;  // of every map
   int64_t images, channels, groups;
-  const void* weight;  // [channels] γ
-  const void* bias;  // [channels] β
+  const void* weight;     // [channels] γ
+  const void* bias;       // [channels] β
   DType parameter_dtype;  // f64 only if the maps are
   double eps;
   bool relu;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which boxes remain: suppression of one class or many, soft suppression, and the whole way from a head's maps.
 //
-//   nms              from the best score down (ties by lower index, NaN first), a box is kept unless its IoU with a kept
-//                    box of its class is above the threshold; classes are compared as such, coordinates are not
+//   nms              from the best score down (ties by lower index, NaN first), a box is kept unless its IoU with a
+//                    kept box of its class is above the threshold; classes are compared as such, coordinates are not
 //                    shifted; IoU and comparison are those of csrc/terms/box.h
 //   multiclass       every pair of a box and a class whose score is above the threshold, in the order of
 //                    box · classes + class: what `nms` is then given
@@ -57,12 +57,12 @@ constexpr int kPostprocessMaxReg = 128;
 
 // One level's maps, by strides in elements for (image, channel, row, column).
 struct PostprocessLevel {
-  const void* cls;          // [B, classes, height, width] cls_dtype
-  const void* reg;          // [B, 4(reg_max+1), height, width] reg_dtype, bins of a side together, sides l, t, r, b
+  const void* cls;  // [B, classes, height, width] cls_dtype
+  const void* reg;  // [B, 4(reg_max+1), height, width] reg_dtype, bins of a side together, sides l, t, r, b
   int64_t cls_stride[4], reg_stride[4];
-  int64_t height, width;    // classes · height · width ≤ 2^32
-  double stride;            // pixels between neighbouring locations
-  double center_offset;     // where in its cell a centre is, in cells
+  int64_t height, width;  // classes · height · width ≤ 2^32
+  double stride;          // pixels between neighbouring locations
+  double center_offset;   // where in its cell a centre is, in cells
 };
 
 struct PostprocessInput {
@@ -70,16 +70,16 @@ struct PostprocessInput {
   int levels;
   DType cls_dtype, reg_dtype;
   int64_t batch, classes;
-  int reg_max;                  // 1 … kPostprocessMaxReg
-  const float* image_sizes;     // [B, 2]: height, width
-  const float* scale_factors;   // [B, 2]: horizontal, vertical; or null
+  int reg_max;                 // 1 … kPostprocessMaxReg
+  const float* image_sizes;    // [B, 2]: height, width
+  const float* scale_factors;  // [B, 2]: horizontal, vertical; or null
   double score_threshold;
-  int64_t nms_pre;              // candidates kept per level; ≤ 0: all
+  int64_t nms_pre;  // candidates kept per level; ≤ 0: all
   double iou_threshold;
-  int64_t max_detections;       // K
-  bool anchor_topk;             // nms_pre counts locations, by their best class, instead of (location, class) pairs
-  bool activated;               // cls holds probabilities
-  bool legacy;                  // GFocal v1: centres x·s + (s−1)/2, clip at size − 1, widths one greater in the IoU
+  int64_t max_detections;  // K
+  bool anchor_topk;        // nms_pre counts locations, by their best class, instead of (location, class) pairs
+  bool activated;          // cls holds probabilities
+  bool legacy;             // GFocal v1: centres x·s + (s−1)/2, clip at size − 1, widths one greater in the IoU
 };
 
 struct PostprocessOutput {
@@ -139,7 +139,8 @@ size_t nms_workspace_bytes(int64_t count, DType dtype);
 cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order, void* workspace, uint8_t* keep,
                 cudaStream_t stream);
 
-// The same for many boxes of many classes. grouped: [count] positions in `order`, class by class and rising within each.
+// The same for many boxes of many classes. grouped: [count] positions in `order`, class by class and rising within
+// each.
 // labels: [count] the classes in that order. too_large: [1], 1 if a class has more than 4096 boxes: then `keep` is not
 // decided, and `nms` has to be called.
 cudaError_t nms_by_class(const NmsInput& in, const int64_t* order, const int64_t* grouped, const int64_t* labels,
@@ -168,8 +169,7 @@ bool postprocess_fits(const PostprocessInput& in);
 // Memory that is needed for the time of the call; bounded by the shapes, whatever is above the threshold.
 size_t postprocess_workspace_bytes(const PostprocessInput& in);
 // Four graph nodes. cudaErrorInvalidValue where `postprocess_fits` says no.
-cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out, void* workspace,
-                        cudaStream_t stream);
+cudaError_t postprocess(const PostprocessInput& in, const PostprocessOutput& out, void* workspace, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

@@ -59,8 +59,8 @@ struct Fiber {
 };
 
 struct Warp {
-  unsigned lanes;  // that exist
-  unsigned ready;  // may go on
+  unsigned lanes;    // that exist
+  unsigned ready;    // may go on
   unsigned waiting;  // at a warp operation
   unsigned exited;
   unsigned rank;  // place in this block's order of warps

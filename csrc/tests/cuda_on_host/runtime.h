@@ -17,9 +17,9 @@
 
 namespace gfl_host {
 
-constexpr int kMaxThreads = 1024;                      // of a block
-constexpr size_t kDefaultSharedLimit = 48 * 1024;      // without cudaFuncSetAttribute
-constexpr size_t kMaxSharedLimit = 227 * 1024;         // with it, on sm_90
+constexpr int kMaxThreads = 1024;                  // of a block
+constexpr size_t kDefaultSharedLimit = 48 * 1024;  // without cudaFuncSetAttribute
+constexpr size_t kMaxSharedLimit = 227 * 1024;     // with it, on sm_90
 
 // A byte for memory that has not been written.
 unsigned char garbage();
