@@ -32,17 +32,11 @@ PUBLISHED = {
 
 
 def load(backbone: Backbone, choice: str) -> list[str]:
-    """Initialise a backbone.
+    """Initialise a detector's backbone; returns notes for the log, in lines.
 
-    Args:
-        backbone: of a detector.
-        choice: "torchvision" or "timm", the published weights of that network, downloaded unless they are in the cache;
-            "none": the random ones stay, and all stages and batch norms are trained, since frozen random layers would
-            learn nothing; else a file with weights of that network, as torchvision, timm or mmdet write them, or a
-            whole detector's.
-
-    Returns:
-        Notes for the log, in lines.
+    `choice` is "torchvision" or "timm", the published weights of that network, downloaded unless they are in the cache;
+    "none": the random ones stay, and all stages and batch norms are trained, since frozen random layers would learn
+    nothing; else a file with weights of that network, as torchvision, timm or mmdet write them, or a whole detector's.
 
     Raises:
         ValueError: there are no such weights for this backbone, or a file that doesn't fit it or is damaged, named.

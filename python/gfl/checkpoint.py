@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import models
 from .config import Config
-from .foreign import FORMAT, infer_model, normalise
+from .foreign import CLASS_KEYS, FORMAT, infer_model, normalise
 from .foreign import Weights as Weights
 
 # Objects that training frameworks store beside the weights, such as log histories: they become inert and are never
@@ -26,24 +26,15 @@ INERT_PACKAGES = {"mmengine", "mmcv", "mmdet", "numpy", "_codecs"}
 INERT_BUILTINS = {"builtins.getattr"}  # how mmengine's log histories name their methods
 # Buffers that a file need not have, since they hold no weights.
 CONSTANT = ("num_batches_tracked", "bbox_head.integral.project")
-# The only weights whose shape depends on the number of classes.
-CLASS_KEYS = ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias")
 
 
 class Loaded(NamedTuple):
-    """A detector read from a file.
+    """A detector read from a file."""
 
-    Attributes:
-        model: in evaluation mode, on the CPU.
-        config: the whole configuration, with defaults where the file doesn't say.
-        classes: names in the order of the labels, if the file has them.
-        category_ids: of the annotation file that it was trained on, in that order, if the file has them.
-    """
-
-    model: models.GFL
-    config: Config
-    classes: list[str] | None
-    category_ids: list[int] | None
+    model: models.GFL  # in evaluation mode, on the CPU
+    config: Config  # the whole configuration, with defaults where the file doesn't say
+    classes: list[str] | None  # names in the order of the labels, if the file has them
+    category_ids: list[int] | None  # of the annotation file that it was trained on, if the file has them
 
 
 def meta(config: Config, classes: Sequence[str], category_ids: Sequence[int] | None = None) -> dict[str, Any]:
@@ -66,8 +57,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    with path.open("rb"):
-        pass  # raises the OSError of a file that is not there or not readable
+    path.open("rb").close()  # raises the OSError of a file that is not there or not readable
     with torch.serialization.safe_globals(_inert(path)):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -159,14 +149,8 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_new_head: bool = False) -> list[str]:
     """Copy weights into a model, all of them or none.
 
-    Args:
-        model: any module, usually a `gfl.models.GFL`.
-        state_dict: weights by key, of any floating dtype. Counters of batch norms and the head's constant bins may be
-            missing.
-        allow_new_head: keep the model's class layer where the number of classes differs.
-
-    Returns:
-        Notes for the log, in lines.
+    Counters of batch norms and the head's constant bins may be missing. With `allow_new_head` the model keeps its class
+    layer where the number of classes differs. Returns notes for the log, in lines.
 
     Raises:
         ValueError: keys that are missing, unexpected, or of another shape, every one named; the model is unchanged.
@@ -177,11 +161,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
     skipped = CLASS_KEYS if allow_new_head and other_classes else ()
     problems = [f"missing: {k}" for k in own if k not in state_dict and not k.endswith(CONSTANT)]
     problems += [f"unexpected: {k}" for k in state_dict if k not in own]
-    problems += [
-        f"shape: {k} is {_shape(state_dict[k])} in the file, {list(own[k].shape)} in the model"
-        for k in differing
-        if k not in skipped
-    ]
+    for k in (k for k in differing if k not in skipped):
+        problems.append(f"shape: {k} is {_shape(state_dict[k])} in the file, {list(own[k].shape)} in the model")
     if problems:
         if other_classes and not skipped:
             problems.append("the numbers of classes differ; a training can start from it with a new last layer (init)")
@@ -200,9 +181,8 @@ def _shape(value: object) -> list[int] | str:
 def model_from(source: str | os.PathLike[str] | Mapping[str, Any]) -> Loaded:
     """The detector that a checkpoint holds.
 
-    Args:
-        source: a file, or its contents. This package's files name their model; in another system's (`normalise` lists
-            them) it is read off keys and shapes.
+    `source` is a file, or its contents. This package's files name their model; in another system's (`normalise` lists
+    them) it is read off keys and shapes.
 
     Raises:
         OSError: the file can't be read.

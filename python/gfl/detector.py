@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ import gfl_ops
 from . import checkpoint, draw
 from .config import ModelConfig
 from .data import transforms
+from .data.coco import coco_detection
 from .engine.distributed import choose_device
-from .engine.pipeline import PendingDetections, Pipeline
+from .engine.pipeline import Pipeline, fetch, testing
 from .models.fused import FusedGFL
-from .models.gfl import GFL
+from .models.gfl import GFL, locations
 
 # One image, unless it is the path of a folder or a glob pattern.
 Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
@@ -99,10 +100,8 @@ class Result:
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """COCO's list of results: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score`` each."""
-        return [
-            {"image_id": image_id, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-            for (x1, y1, x2, y2), score, category in zip(self.boxes.tolist(), self.scores.tolist(), self.category_ids)
-        ]
+        parts = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist())
+        return [coco_detection(image_id, *part) for part in parts]
 
 
 class Detector:
@@ -158,9 +157,8 @@ class Detector:
         count = self.model.config.num_classes
         self.classes = [f"class {i}" for i in range(count)] if classes is None else list(classes)
         if len(self.classes) != count:
-            raise ValueError(
-                f"gfl.Detector: `classes` must be {count} names, as many as the model's, got {len(self.classes)}"
-            )
+            wanted = f"{count} names, as many as the model's"
+            raise ValueError(f"gfl.Detector: `classes` must be {wanted}, got {len(self.classes)}")
         self.category_ids = list(range(1, count + 1)) if ids is None else list(ids)
         self.score_threshold = score_threshold
         self.batch_size = (8 if self.device.type == "cuda" else 1) if batch_size is None else batch_size
@@ -240,7 +238,10 @@ class Detector:
 
     def _load(self, source: Source) -> _Loaded:
         path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        pixels = _pixels(source) if path is None else _read(path)
+        try:
+            pixels = _pixels(source) if path is None else transforms.read_image(path)
+        except OSError as error:
+            raise ValueError(f"gfl: {path} can't be read: {error.strerror or error}") from error
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
         new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
@@ -261,14 +262,14 @@ class Detector:
                 found = self._pipeline.run(batch)
             # The maps are overwritten by the next batch.
             read = _edges(found.reg_preds, found.detections.locations, config) if edges else None
-            started.append(_Started(images, places, PendingDetections(found.detections), read))
+            started.append(_Started(images, places, fetch(found.detections), read))
         return started
 
     def _finish(self, started: Sequence[_Started]) -> list[Result]:
         """Their results, in the order in which the images were given."""
         results: dict[int, Result] = {}
         for part in started:
-            detections = part.pending.wait()
+            detections = part.wait()
             for i, (one, count) in enumerate(zip(part.images, detections[3].tolist())):
                 boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
                 (height, width), (h, w) = one.size, one.input_size
@@ -289,22 +290,15 @@ class Detector:
     @contextmanager
     def _configured(self) -> Iterator[None]:
         """The network in evaluation mode, with the model's settings and this detector's threshold and precision."""
-        network, test = self._network, self.model.test
-        training, before = network.training, network.test
-        network.eval()
-        threshold = test.score_threshold if self.score_threshold is None else self.score_threshold
-        network.test = dataclasses.replace(test, score_threshold=threshold)
+        test = self.model.test
+        if self.score_threshold is not None:
+            test = dataclasses.replace(test, score_threshold=self.score_threshold)
         mixed = self.dtype != torch.float32 and not self.optimize
-        try:
-            with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-                yield
-        finally:
-            network.test = before
-            network.train(training)
+        with testing(self._network, test), torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            yield
 
 
-@dataclass(frozen=True)
-class _Loaded:
+class _Loaded(NamedTuple):
     """An image, and the (height, width) that it is resized to."""
 
     path: Path | None
@@ -313,52 +307,35 @@ class _Loaded:
     pixels: Tensor
 
 
-@dataclass(frozen=True)
-class _Started:
+class _Started(NamedTuple):
     """A batch in flight: its images, their places among those started together, their edges if requested."""
 
     images: Sequence[_Loaded]
     places: list[int]
-    pending: PendingDetections
+    wait: Callable[[], gfl_ops.Detections]
     edges: draw.Edges | None
 
 
-def _edges(reg_preds: Sequence[Tensor], locations: Tensor, config: ModelConfig) -> draw.Edges:
-    """The distributions at the locations ``[B, K]`` of detections; what stands in unused slots means nothing."""
-    points, strides = [], []
-    for level, stride in zip(reg_preds, config.strides, strict=True):
-        cell = torch.arange(level.shape[2] * level.shape[3], device=level.device)
-        shift = (stride - 1) / 2 if config.legacy else config.center_offset * stride
-        points.append(torch.stack([cell % level.shape[3], cell // level.shape[3]], 1).float() * stride + shift)
-        strides.append(torch.full_like(points[-1], stride))
-    probabilities = gfl_ops.side_distributions(reg_preds, locations, config.reg_max)
-    place = locations.clamp(min=0)
-    return draw.Edges(probabilities, torch.cat(points)[place], torch.cat(strides)[place])
+def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> draw.Edges:
+    """The distributions at the locations `found`, ``[B, K]``; what stands in unused slots means nothing."""
+    points, strides = locations(config, [(x.shape[2], x.shape[3]) for x in reg_preds], found.device)
+    place = found.clamp(min=0)
+    probabilities = gfl_ops.side_distributions(reg_preds, found, config.reg_max)
+    return draw.Edges(probabilities, points[place], strides.expand(-1, 2)[place])
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:
-    """The image files of a folder (by suffix, without subfolders), or the files of a glob, sorted by name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The image files of a folder (by suffix, without subfolders), or those of a glob, sorted by name; at least one."""
     folder = Path(source)
     if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not paths:
-            raise ValueError(f"gfl: no image files ({', '.join(SUFFIXES)}) in the folder {folder}")
-        return paths
-    paths = sorted(path for path in map(Path, glob.glob(str(source), recursive=True)) if path.is_file())
-    if not paths:
-        raise ValueError(f"gfl: no file, no folder and no file by the pattern {source}")
-    return paths
-
-
-def _read(path: Path) -> Tensor:
-    try:
-        return transforms.read_image(path)
-    except OSError as error:
-        raise ValueError(f"gfl: {path} can't be read: {error.strerror or error}") from error
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+        problem = f"no image files ({', '.join(SUFFIXES)}) in the folder {folder}"
+    else:
+        paths = [Path(name) for name in glob.glob(str(source), recursive=True)]
+        problem = f"no file, no folder and no file by the pattern {source}"
+    if not (found := sorted(path for path in paths if path.is_file())):
+        raise ValueError(f"gfl: {problem}")
+    return found
 
 
 def _pixels(source: Any) -> Tensor:
@@ -366,10 +343,8 @@ def _pixels(source: Any) -> Tensor:
     if isinstance(source, Image.Image):
         return transforms.to_tensor(ImageOps.exif_transpose(source))
     if not isinstance(source, (np.ndarray, Tensor)):
-        raise TypeError(
-            "gfl.Detector: `source` must be a path, a pillow image, an array, a tensor or a sequence of these, "
-            f"got {type(source).__name__}"
-        )
+        kinds = "a path, a pillow image, an array, a tensor or a sequence of these"
+        raise TypeError(f"gfl.Detector: `source` must be {kinds}, got {type(source).__name__}")
     array = isinstance(source, np.ndarray)
     if str(source.dtype).removeprefix("torch.") != "uint8":
         kind = "array" if array else "tensor"

@@ -14,12 +14,13 @@ from torch import Tensor
 
 import gfl_ops
 
-Color = tuple[int, int, int]
+Color = tuple[int, ...]
 
 INK, PAPER, FAINT = (38, 42, 51), (255, 255, 255), (206, 210, 217)
 SHARP, VAGUE = (18, 148, 132), (228, 90, 32)
 # Standard deviations, in bins, at which an edge is wholly `SHARP` and wholly `VAGUE`.
 SHARP_AT, VAGUE_AT = 0.25, 1.25
+_font = ImageFont.load_default
 
 
 def class_color(label: int) -> Color:
@@ -27,8 +28,7 @@ def class_color(label: int) -> Color:
     hue = (0.02 + label * 0.6180339887) % 1.0
     saturation = 0.55 if label % 4 == 3 else 0.85
     value = 0.78 if label % 3 == 2 else 0.98
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
-    return red, green, blue
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 class Edges(NamedTuple):
@@ -51,9 +51,8 @@ class Edges(NamedTuple):
         Such an edge is spread over the two bins around it, with variance f·(1−f) at the fraction f between them, and
         no distribution of that mean has less.
         """
-        mean = (self.probabilities * torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)).sum(
-            -1
-        )
+        bins = torch.arange(self.probabilities.shape[-1], device=self.probabilities.device)
+        mean = (self.probabilities * bins).sum(-1)
         variance = gfl_ops.side_uncertainty(self.probabilities)[..., 0]
         return (variance - mean.frac() * (1 - mean.frac())).clamp(min=0).sqrt()
 
@@ -72,16 +71,8 @@ def draw_detections(
     Better detections lie over worse ones and choose the place of their label first: above the box, inside it, below it
     or at its right end, wherever it covers no other label. A label that finds no place is left out.
 
-    Args:
-        image: any mode, size (w, h).
-        boxes: xyxy in the image's pixels, n of them.
-        labels: class index of each, which decides its colour.
-        names: text of each label.
-        scores: in [0, 1]; None for ground truth.
-        scale: the picture is this many times as large as the image.
-
-    Returns:
-        RGB, size (round(w·scale), round(h·scale)).
+    Boxes are xyxy in the pixels of the image, which may have any mode; labels are class indices, which decide colours;
+    without `scores` it is ground truth. The RGB picture is `scale` times as large as the image.
     """
     width, height = round(image.width * scale), round(image.height * scale)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
@@ -120,17 +111,14 @@ def draw_edges(
 
     Args:
         image: any mode.
-        box: xyxy in the image's pixels.
+        box: xyxy in the image's pixels, as all that follows.
         distributions: ``[4][R+1]`` probabilities, sides in the order left, top, right, bottom.
-        location: (x, y) that the distances are measured from, in the image's pixels.
-        stride: width and height of a bin in the image's pixels.
+        location: (x, y) that the distances are measured from.
+        stride: width and height of a bin.
         title: written above, such as class and score.
         color: of the box.
-        truth: xyxy of the true box, dashed in white; None if it is not known.
-        size: side of the image's part of the picture, pixels.
-
-    Returns:
-        RGB, a little larger than `size` each way.
+        truth: xyxy of the true box, dashed in white, if it is known.
+        size: side of the image's part of the RGB picture, pixels.
     """
     window = _window(image, box, truth)
     zoom = size / (window[2] - window[0])
@@ -163,7 +151,8 @@ def draw_edges(
         axis, start = side % 2, location[side % 2]
         step = stride[axis] * (-1 if side < 2 else 1)
         half = abs(place(step, axis) - place(0, axis)) * 0.43
-        sure = _doubt_color(doubt)
+        share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
+        sure = tuple(round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
         for k, probability in enumerate(bins):
             if (length := room * probability / tallest) >= 0.5:
                 bar(axis, place(start + k * step, axis), half, length, (*sure, 215))
@@ -183,30 +172,19 @@ def draw_edges(
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 10, title: str = "") -> Image.Image:
-    """Pictures in rows, each in a cell of the largest one's size, under a title if there is one.
-
-    Raises:
-        ValueError: no pictures, or `columns` below one.
-    """
+    """Pictures in rows, each in a cell of the largest one's size, under a title if there is one."""
     if not pictures or columns < 1:
         raise ValueError(f"gfl.draw.contact_sheet: {len(pictures)} pictures in {columns} columns")
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    whole = columns * (width + gap) - gap
-    head = 36 if title else 0
+    whole, head = columns * (width + gap) - gap, 36 if title else 0
     sheet = Image.new("RGB", (whole, head + rows * (height + gap) - gap), PAPER)
     if title:
         ImageDraw.Draw(sheet).text((whole / 2, head / 2), title, fill=INK, font=_font(17), anchor="mm")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), head + i // columns * (height + gap)))
     return sheet
-
-
-def _doubt_color(doubt: float) -> Color:
-    share = min(1.0, max(0.0, (doubt - SHARP_AT) / (VAGUE_AT - SHARP_AT)))
-    red, green, blue = (round(a + share * (b - a)) for a, b in zip(SHARP, VAGUE))
-    return red, green, blue
 
 
 def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | None) -> tuple[int, int, int, int]:
@@ -255,7 +233,3 @@ def _tag(pen, text: str, box: Sequence[float], color: Color, font, line: int, si
             dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
             pen.text((x + margin - left, y + margin - top), text, fill=INK if dark else PAPER, font=font)
             return
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)

@@ -21,25 +21,19 @@ WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model", "params")
 
 @dataclass
 class Weights:
-    """A checkpoint's weights.
+    """A checkpoint's weights, and what the file says beside them."""
 
-    Attributes:
-        state_dict: by this package's keys.
-        source: who wrote it.
-        config: the whole configuration, from this package's files only.
-        classes: names in the order of the labels, if the file has them.
-        category_ids: of the annotation file, in that order, if the file has them.
-        legacy: it needs GFocal v1's geometry.
-        notes: what was renamed or left out, in lines.
-    """
+    state_dict: dict[str, Tensor]  # by this package's keys
+    source: str  # who wrote it
+    config: Config | None = None  # the whole configuration, from this package's files only
+    classes: list[str] | None = None  # names in the order of the labels
+    category_ids: list[int] | None = None  # of the annotation file, in that order
+    notes: list[str] = field(default_factory=list)  # what was renamed or left out, in lines
 
-    state_dict: dict[str, Tensor]
-    source: str
-    config: Config | None = None
-    classes: list[str] | None = None
-    category_ids: list[int] | None = None
-    legacy: bool = False
-    notes: list[str] = field(default_factory=list)
+    @property
+    def legacy(self) -> bool:
+        """Whether it needs GFocal v1's geometry."""
+        return self.source == V1
 
 
 class Dialect(NamedTuple):
@@ -51,6 +45,8 @@ class Dialect(NamedTuple):
     source: str = ""
 
 
+# The only weights whose shape depends on the number of classes.
+CLASS_KEYS = ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias")
 QUALITY = r"^bbox_head\.reg_conf\."
 V1, V2 = "GFocal v1", "GFocal V2"
 DIALECTS = (
@@ -85,7 +81,7 @@ def normalise(content: Mapping[str, Any]) -> Weights:
         raise ValueError(f"no weights in it; its keys are {keys}")
     ids = meta.get("category_ids")
     ids = [int(i) for i in ids] if isinstance(ids, Sequence) else None
-    result = Weights(weights, "a dictionary of weights", classes=_classes(meta), category_ids=ids)
+    result = Weights(weights, "a dictionary of weights", None, _classes(meta), ids)
     if left_out := [str(key) for key in found if str(key) not in weights]:
         result.notes.append(f"left out, not being weights: {', '.join(left_out)}")
     stated = meta.get("format")
@@ -125,11 +121,10 @@ def _translate(result: Weights) -> None:
             for key, value in result.state_dict.items()
             if replacement is not None or key not in keys
         }
-    result.legacy = result.source == V1
     channels = len(result.state_dict.get("bbox_head.gfl_cls.bias", ()))
     # Its class layer has one channel that the head never reads.
     if result.source == V2 and channels > 1 and (result.classes is None or len(result.classes) != channels):
-        for key in ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias"):
+        for key in CLASS_KEYS:
             result.state_dict[key] = result.state_dict[key][:-1].clone()
         result.notes.append(f"the last of the {channels} class channels, which {V2} doesn't use, is left out")
 
@@ -137,8 +132,7 @@ def _translate(result: Weights) -> None:
 def infer_model(weights: Weights) -> ModelConfig:
     """The network that another system's weights belong to, read off their keys and shapes.
 
-    Raises:
-        ValueError: not a GFL detector on a backbone of this package; says what is missing.
+    It is a ValueError if they are not of a GFL detector on a backbone of this package; the text says what is missing.
     """
     shapes = {key: list(value.shape) for key, value in weights.state_dict.items()}
     needed = ("backbone.conv1", "neck.lateral_convs.0.conv", "bbox_head.gfl_cls", "bbox_head.gfl_reg")

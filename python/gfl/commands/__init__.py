@@ -10,22 +10,15 @@ from pathlib import Path
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def require_folder(file: str | Path | None) -> None:
-    """Fail before the work, not after it, where a file can't be written.
-
-    Raises:
-        FileNotFoundError: the folder of `file` does not exist.
-    """
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{Path(file).parent}, the folder of {file}, is not there")
+def require_folder(*files: str | Path | None) -> None:
+    """Fail before the work, not after it, where a file can't be written: FileNotFoundError without its folder."""
+    for file in files:
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{Path(file).parent}, the folder of {file}, is not there")
 
 
 def parse_size(text: str, option: str) -> tuple[int, int]:
-    """(height, width) of "HxW", multiples of 32.
-
-    Raises:
-        ValueError: anything else; it names the option.
-    """
+    """(height, width) of "HxW", multiples of 32; ValueError for anything else, which names the option."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 and int(part) % 32 == 0 for part in parts):
         raise ValueError(f"`{option}` must be HEIGHTxWIDTH in multiples of 32, as 320x320, got {text!r}")

@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
     from ..engine.distributed import choose_device
 
-    for file in (options.json, options.plot):
-        require_folder(file)
+    require_folder(options.json, options.plot)
     if options.seconds <= 0:
         raise ValueError(f"`--seconds` must be positive, got {options.seconds}")
     if options.threads is not None:
@@ -64,34 +63,32 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"`--threads` must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if options.device == ALL else [options.device]
-    devices = [choose_device(name) for name in names]
-    cases = [case for device in devices for case in _cases(options, device)]
-    if options.clock == "cpu" and any(device.type != "cpu" for device in devices):
+    cases = [case for name in names for case in _cases(options, choose_device(name))]
+    if options.clock == "cpu" and any(case["device"].type != "cpu" for case in cases):
         raise ValueError("`--clock cpu` does not see a GPU's work: add --device cpu")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'images/s':>8}{'ms':>9}{'p20–p80':>15}")
-    records: list[dict[str, Any]] = []
-    for device, dtype, name, size, batch in cases:
-        label = f"{name} {size[0]}x{size[1]} {device.type} {dtype} batch {batch}"
+    setting = {"threads": torch.get_num_threads(), "clock": options.clock, "torch": torch.__version__}
+    print(f"torch {torch.__version__}, {setting['threads']} threads\n{'images/s':>8}{'ms':>9}{'p20–p80':>15}")
+    records: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        label = "{model} {size[0]}x{size[1]} {device.type} {dtype} batch {batch}".format(**case)
         try:
-            seconds = _times(options, device, getattr(torch, DTYPES[dtype]), name, size, batch)
+            seconds = _times(options, **case)
         except (RuntimeError, NotImplementedError) as error:
             print(f"{label}: {str(error).splitlines()[0]}")
             continue
         p20, p50, p80 = (statistics.quantiles(seconds, n=10)[i] for i in (1, 4, 7))
-        rate = batch / p50
+        rate = case["batch"] / p50
         print(f"{rate:>8.4g}{1e3 * p50:>9.4g}{f'{1e3 * p20:.4g}–{1e3 * p80:.4g}':>15}  {label}", flush=True)
-        case = {"model": name, "size": size, "device": str(device), "dtype": dtype, "batch": batch}
         figures = {"runs": len(seconds), "p20": p20, "p50": p50, "p80": p80, "images_per_second": rate}
-        records.append(case | figures)
+        records[label] = case | {"device": str(case["device"])} | figures
     if options.json is not None:
-        setting = {"threads": torch.get_num_threads(), "clock": options.clock, "torch": torch.__version__}
-        options.json.write_text(json.dumps(setting | {"timings": records}, indent=1) + "\n")
+        options.json.write_text(json.dumps(setting | {"timings": list(records.values())}, indent=1) + "\n")
     if options.plot is not None and records:
-        _plot(records, options.plot)
+        _plot({label: record["images_per_second"] for label, record in records.items()}, options.plot)
     return 0 if len(records) == len(cases) else 1
 
 
-def _cases(options: argparse.Namespace, device: Any) -> list[tuple[Any, str, str, tuple[int, int], int]]:
+def _cases(options: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
     models, size, batches = DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
     models = models if options.models is None else list(PRESETS) if ALL in options.models else options.models
     for name in models:
@@ -104,11 +101,12 @@ def _cases(options: argparse.Namespace, device: Any) -> list[tuple[Any, str, str
     size = size if options.size is None else parse_size(options.size, "--size")
     dtypes = options.dtype or ["bf16" if device.type == "cuda" else "fp32"]
     dtypes = list(DTYPES) if ALL in dtypes else dtypes
-    return [(device, dtype, name, size, batch) for name, dtype, batch in itertools.product(models, dtypes, batches)]
+    names = ("model", "size", "device", "dtype", "batch")
+    return [dict(zip(names, (m, size, device, d, b))) for m, d, b in itertools.product(models, dtypes, batches)]
 
 
 def _times(
-    options: argparse.Namespace, device: Any, dtype: Any, name: str, size: tuple[int, int], batch: int
+    options: argparse.Namespace, model: str, size: tuple[int, int], device: Any, dtype: str, batch: int
 ) -> list[float]:
     """Seconds of each run after one that does not count, three at least."""
     import torch
@@ -118,18 +116,17 @@ def _times(
     from ..models import create_model
 
     torch.manual_seed(options.seed)
-    model = create_model(name).eval().to(device)
-    model.test = dataclasses.replace(model.test, short_side=min(size), long_side=max(size))
-    torch.nn.init.normal_(model.bbox_head.gfl_cls.weight, std=0.05)
+    network = create_model(model).eval().to(device)
+    network.test = dataclasses.replace(network.test, short_side=min(size), long_side=max(size))
+    torch.nn.init.normal_(network.bbox_head.gfl_cls.weight, std=0.05)
     images = torch.randint(256, (batch, 3, *size), dtype=torch.uint8)
     with torch.no_grad():
         sizes = torch.tensor([size], dtype=torch.float32, device=device)
-        cls_scores, _ = model.predict_maps(transforms.normalise(images[:1].to(device), sizes))
+        cls_scores, _ = network.predict_maps(transforms.normalise(images[:1].to(device), sizes))
     scores = torch.cat([x.flatten() for x in cls_scores]).sigmoid()
     threshold = float(scores.topk(max(1, min(CANDIDATES, int(SHARE * scores.numel())))).values[-1])
-    detector = Detector(
-        model, device, dtype, score_threshold=threshold, batch_size=batch, optimize=True, compile=options.compile
-    )
+    settings = {"score_threshold": threshold, "batch_size": batch, "optimize": True, "compile": options.compile}
+    detector = Detector(network, device, getattr(torch, DTYPES[dtype]), **settings)
     now = time.process_time if options.clock == "cpu" else time.perf_counter
     detector(list(images))
     times: list[float] = []
@@ -141,15 +138,14 @@ def _times(
     return times
 
 
-def _plot(records: list[dict[str, Any]], file: Path) -> None:
+def _plot(rates: dict[str, float], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError(f"`--plot` needs matplotlib: pip install 'gfl-ops[bench]' ({error})") from None
-    figure = Figure(figsize=(8, 1 + 0.35 * len(records)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.35 * len(rates)), layout="constrained")
     axes = figure.subplots()
-    names = [" ".join(str(r[key]) for key in ("model", "size", "device", "dtype", "batch")) for r in records]
-    axes.barh(names, [r["images_per_second"] for r in records])
+    axes.barh(list(rates), list(rates.values()))
     axes.invert_yaxis()
     axes.set_xlabel("images per second, from uint8 images to boxes")
     figure.savefig(file, dpi=150)

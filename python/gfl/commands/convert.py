@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..config import ModelConfig
+from ..config import ModelConfig
 
 HELP = "convert checkpoints of mmdet and GFocal, or write mmdet's format"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's")
-    parser.add_argument("target", metavar="OUT", help="file to write; must not exist")
-    parser.add_argument(
-        "--to", choices=("own", "mmdet"), default="own", help="this package's format, or mmdet 3's [%(default)s]"
-    )
+    add = parser.add_argument
+    add("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's")
+    add("target", metavar="OUT", help="file to write; must not exist")
+    add("--to", choices=("own", "mmdet"), default="own", help="this package's format, or mmdet 3's [%(default)s]")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,29 +33,20 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.source}: {error}") from None
     names = classes if classes is not None else [f"class {i}" for i in range(config.model.num_classes)]
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if classes is not None else "not named in it"
-    notes = [*weights.notes, f"model: {described(config.model)}", f"classes: {shown}"]
+    default = vars(ModelConfig())
+    changed = [f"{k} {v}" for k, v in vars(config.model).items() if k != "backbone" and v != default[k]]
+    notes = [*weights.notes, f"model: {', '.join([config.model.backbone, *changed])}", f"classes: {shown}"]
     print("\n  ".join([f"{options.source}: {weights.source}", *notes]))
     meta: dict[str, Any] = checkpoint.meta(config, names, ids)
     if options.to == "mmdet":
-        _check_mmdet(config.model)
+        for name in ("legacy", "quality_branch"):
+            if getattr(config.model, name):
+                raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
+        if config.model.backbone.startswith("timm:"):
+            raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")
         meta = {"dataset_meta": {"classes": tuple(names)}}
     state_dict = model.state_dict()
     checkpoint.write(target, {"meta": meta, "state_dict": state_dict})
     millions = sum(value.numel() for value in state_dict.values()) / 1e6
     print(f"{target}: {len(state_dict)} tensors, {millions:.1f} million numbers")
     return 0
-
-
-def described(config: ModelConfig) -> str:
-    """The backbone and the fields that differ from their defaults."""
-    default = vars(type(config)())
-    changed = [f"{k} {v}" for k, v in vars(config).items() if k != "backbone" and v != default[k]]
-    return ", ".join([config.backbone, *changed])
-
-
-def _check_mmdet(config: ModelConfig) -> None:
-    for name in ("legacy", "quality_branch"):
-        if getattr(config, name):
-            raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
-    if config.backbone.startswith("timm:"):
-        raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")

@@ -11,14 +11,11 @@ HELP = "draw a data set, train a detector on it, show what it detects"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="gfl-demo", metavar="DIR", help="folder to write to [%(default)s]")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed (scenes, weights, shuffling) [%(default)s]"
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=ITERATIONS, metavar="N", help="training steps of 8 images [%(default)s]"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … [%(default)s]")
+    add = parser.add_argument
+    add("--out", default="gfl-demo", metavar="DIR", help="folder to write to [%(default)s]")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (scenes, weights, shuffling) [%(default)s]")
+    add("--iterations", type=int, default=ITERATIONS, metavar="N", help="training steps of 8 images [%(default)s]")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, … [%(default)s]")
 
 
 def run(options: argparse.Namespace) -> int:

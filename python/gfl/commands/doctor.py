@@ -13,9 +13,8 @@ HELP = "show what is installed and which backend runs each operator"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--check", action="store_true", help="run every kernel of this machine's devices and compare with the reference"
-    )
+    text = "run every kernel of this machine's devices and compare with the reference"
+    parser.add_argument("--check", action="store_true", help=text)
     parser.add_argument("--json", metavar="FILE", help="with --check, write the verdicts to this file too")
 
 

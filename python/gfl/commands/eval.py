@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ from . import require_folder
 if TYPE_CHECKING:
     from ..data.coco import Annotations, CocoDataset
 
-    # Number of images, problems of the data, annotations, detections, metrics.
-    Found = tuple[int, Mapping[str, int], Annotations, list[dict[str, Any]], dict[str, float]]
+    # Data, detections, metrics.
+    Found = tuple[Annotations | CocoDataset, list[dict[str, Any]], dict[str, float]]
 
 HELP = "evaluate a checkpoint or detections by COCO's AP"
 
@@ -40,20 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for file in (options.output, options.save_detections):
-        require_folder(file)
+    require_folder(options.output, options.save_detections)
     found = _of_checkpoint(options) if options.detections is None else _of_file(options)
     if found is None:  # another process reports
         return 0
     from ..engine import evaluate
 
-    images, problems, annotations, detections, metrics = found
-    print(f"{len(detections)} detections, {images} images")
-    for problem, number in problems.items():
+    data, detections, metrics = found
+    print(f"{len(detections)} detections, {len(data.image_ids)} images")
+    for problem, number in data.problems.items():
         print(f"{number} {problem}")
     print(evaluate.table(metrics))
     if options.per_class:
-        print(evaluate.class_table(evaluate.class_metrics(annotations, detections)))
+        whole: Any = getattr(data, "annotations", data)
+        print(evaluate.class_table(evaluate.class_metrics(whole, detections)))
     if options.output is not None:
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
         Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
@@ -72,8 +71,7 @@ def _of_file(options: argparse.Namespace) -> Found:
 
     annotations = read_annotations(options.annotations)
     detections = read_detections(options.detections, annotations)
-    metrics = evaluate.coco_metrics(annotations, detections)
-    return len(annotations.image_ids), annotations.problems, annotations, detections, metrics
+    return annotations, detections, evaluate.coco_metrics(annotations, detections)
 
 
 def _of_checkpoint(options: argparse.Namespace) -> Found | None:
@@ -94,7 +92,7 @@ def _of_checkpoint(options: argparse.Namespace) -> Found | None:
     with processes(options.device) as process:
         network = (FusedGFL(model) if options.optimize else model).to(process.device)
         metrics, detections = evaluate.evaluate(network, data, config, process.device)
-        return (len(data), data.problems, data.annotations, detections, metrics) if process.main else None
+        return (data, detections, metrics) if process.main else None
 
 
 def _check_classes(checkpoint: str, classes: list[str] | None, data: CocoDataset) -> None:

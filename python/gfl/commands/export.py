@@ -42,11 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=formats, default="onnx", help="file format [%(default)s]")
     parser.add_argument("--size", metavar="HxW", help="input size, multiples of 32 [the model's test size]")
     parser.add_argument("--batch", default="1", metavar="N|any", help="images per call [%(default)s]")
-    parser.add_argument(
-        "--outputs",
-        choices=("maps", "decoded", "detections"),
-        help="see below [detections; decoded for larger batches]",
-    )
+    outputs = ("maps", "decoded", "detections")
+    parser.add_argument("--outputs", choices=outputs, help="see below [detections; decoded for larger batches]")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="network precision [%(default)s]")
     parser.add_argument("--device", default="cpu", help="device of a torch program: cpu, cuda, … [%(default)s]")
 
@@ -67,13 +64,12 @@ def run(options: argparse.Namespace) -> int:
     size = parse_size(options.size, "--size") if options.size else (height, width)
     outputs = options.outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
     dtype = getattr(torch, DTYPES[options.dtype])
+    settings = {"batch": batch, "outputs": outputs, "dtype": dtype}
     if options.format == "onnx":
-        export.to_onnx(model, options.out, size, batch=batch, outputs=outputs, dtype=dtype, classes=classes)
+        export.to_onnx(model, options.out, size, classes=classes, **settings)
     else:
         compiled, device = options.format == "aotinductor", choose_device(options.device)
-        export.to_torch(
-            model, options.out, size, batch=batch, outputs=outputs, dtype=dtype, compiled=compiled, device=device
-        )
+        export.to_torch(model, options.out, size, compiled=compiled, device=device, **settings)
     shape = f"[{'B' if batch is None else batch}, 3, {size[0]}, {size[1]}]"
     print(f"images {shape} -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
     return 0

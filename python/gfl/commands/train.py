@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import config
 
+CONFIGS = f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file"
 HELP = "train a detector on data in COCO format, or resume a training"
 EPILOG = """\
 An option that is not given keeps the value of --config; in brackets is that of
@@ -29,11 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "gfl train --config NAME|FILE --out DIR [option …]"
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--config",
-        metavar="NAME|FILE",
-        help=f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file; --resume takes that of --out",
-    )
+    parser.add_argument("--config", metavar="NAME|FILE", help=f"{CONFIGS}; --resume takes that of --out")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and logs")
     parser.add_argument("--resume", action="store_true", help="resume the training in --out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
@@ -45,8 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from ..engine.train import CONFIG, train
 
     if options.config is None and not options.resume:
-        known = ", ".join(config.PRESETS)
-        raise ValueError(f"--config must be given: one of {known}, or a TOML, YAML or JSON file")
+        raise ValueError(f"--config must be given: one of {CONFIGS}")
     source = options.config
     if source is None:
         source = str(options.out / CONFIG)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +59,8 @@ class Annotations:
         return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def read_annotations(path: str | Path) -> Annotations:
-    """Reads and checks a COCO annotation file.
+def read_annotations(path: str | Path | Annotations) -> Annotations:
+    """Reads and checks a COCO annotation file; what was read already is returned as it is.
 
     Optional in an annotation: ``id``, ``area`` (width · height), ``iscrowd`` and ``ignore`` (no). Left out and counted:
     boxes of a category or an image that the file does not list, boxes that are not four finite numbers.
@@ -70,6 +70,8 @@ def read_annotations(path: str | Path) -> Annotations:
         ValueError: it is not JSON or not an annotation file, a key is missing or of a wrong type, or an id of an image
             or category comes twice. The text names the file and the place.
     """
+    if isinstance(path, Annotations):
+        return path
     path = Path(path)
     content = _json(path)
     if not isinstance(content, dict):
@@ -153,6 +155,12 @@ def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str
     return detections
 
 
+def coco_detection(image_id: int, category_id: int, box: Sequence[float], score: float) -> dict[str, Any]:
+    """An entry of COCO's result format, whose boxes are (x, y, width, height), of an xyxy box."""
+    x1, y1, x2, y2 = box
+    return {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+
+
 class Sample(NamedTuple):
     """An image with its objects."""
 
@@ -170,34 +178,24 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     (which an evaluation still uses), boxes marked ``ignore``, without width or height, outside their image, or less
     than a pixel wide or high. The rest is clipped to the image.
 
-    Args:
-        annotations: the file, or what was read from it.
-        images: the folder that the file names are relative to.
-        keep_empty: keep images without a target; they are all background.
-
-    Attributes:
-        annotations: the whole file's `Annotations`, including images without objects.
-        classes: names of the labels, by ascending category id.
-        category_ids: the id of each label.
-        image_ids: of the images in this data set.
-        sizes: int64 ``[n, 2]``, their (height, width).
-        problems: what was left out or changed, in words, and how often.
-        unreadable: files that can't be decoded, as reported to `pass_over`.
+    The file names of `annotations` are relative to the folder `images`. With `keep_empty` images without a target are
+    kept; they are all background.
 
     Raises:
         OSError: the annotation file or the folder can't be read, or images are missing in it.
         ValueError: the annotation file is broken, or no image is left.
     """
 
+    image_ids: list[int]  # of the images in this data set
+    sizes: Tensor  # int64 [n, 2], their (height, width)
+
     def __init__(self, annotations: str | Path | Annotations, images: str | Path, keep_empty: bool = True):
-        if not isinstance(annotations, Annotations):
-            annotations = read_annotations(annotations)
-        self.annotations = annotations
+        # The whole file's, including images without objects.
+        self.annotations = annotations = read_annotations(annotations)
         self.images = Path(images)
-        self.classes = annotations.classes
-        self.category_ids = annotations.category_ids
-        self.problems = Counter(annotations.problems)
-        self.unreadable: set[Path] = set()
+        self.classes, self.category_ids = annotations.classes, annotations.category_ids
+        self.problems = Counter(annotations.problems)  # what was left out or changed, in words, and how often
+        self.unreadable: set[Path] = set()  # files that can't be decoded, as reported to `pass_over`
         if not annotations.image_ids:
             raise ValueError(f"{annotations.path} lists no image")
 
@@ -229,20 +227,17 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
 
     def pass_over(self, path: Path) -> bool:
         """Counts an image that can't be decoded; returns whether it is a new one."""
-        if path in self.unreadable:
-            return False
+        new = path not in self.unreadable
         self.unreadable.add(path)
-        self.problems["images that can't be decoded, passed over"] += 1
-        return True
+        self.problems["images that can't be decoded, passed over"] += new
+        return new
 
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
         image = read_image(self.path(index), (height, width))
-        part = slice(self._first[index], self._last[index])
-        return Sample(
-            image, self._boxes[part].clone(), self._labels[part].clone(), self.image_ids[index], (height, width)
-        )
+        boxes, labels = (part[self._first[index] : self._last[index]].clone() for part in (self._boxes, self._labels))
+        return Sample(image, boxes, labels, self.image_ids[index], (height, width))
 
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
         """xyxy boxes to train on, their images' rows in the file and their labels; the rest is counted."""
@@ -259,14 +254,12 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         }
         left = torch.ones_like(a.crowd)
         for what, there in reasons.items():
-            number = int((left & there).sum())
-            if number:
-                self.problems[what] = number
+            self.problems[what] = int((left & there).sum())
             left &= ~there
         # COCO's own boxes end fractions of a pixel outside, which is not worth reporting.
-        over = int((left & ((corners - clipped).abs() > 1).any(1)).sum())
-        if over:
-            self.problems["boxes more than a pixel over their image's edge, clipped"] = over
+        over = (left & ((corners - clipped).abs() > 1).any(1)).sum()
+        self.problems["boxes more than a pixel over their image's edge, clipped"] = int(over)
+        self.problems = +self.problems  # without what there is none of
         return clipped[left].float(), a.rows[left], a.labels[left]
 
     def _require_images(self) -> None:
@@ -275,10 +268,8 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         there = {folder: set(os.listdir(self.images / folder)) for folder in folders if (self.images / folder).is_dir()}
         missing = [n for n in self._names if os.path.basename(n) not in there.get(os.path.dirname(n), ())]
         if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(self)} images of {self.annotations.path} are not in {self.images}, "
-                f"{missing[0]} for one"
-            )
+            found = f"{len(missing)} of {len(self)} images of {self.annotations.path}"
+            raise FileNotFoundError(f"{found} are not in {self.images}, {missing[0]} for one")
 
 
 def _json(path: Path) -> Any:

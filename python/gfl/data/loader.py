@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from .coco import CocoDataset, Sample
-from .transforms import UnreadableImage, flip, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
+from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
 
 # Following images tried in place of one that can't be decoded, before giving up.
 ATTEMPTS = 100
@@ -96,14 +96,14 @@ def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: in
     random.Random(f"order {seed} {epoch}").shuffle(order)
     portrait = (dataset.sizes[:, 0] > dataset.sizes[:, 1]).tolist()
     batches: list[list[int]] = []
-    open_: tuple[list[int], list[int]] = ([], [])
+    groups: list[list[int]] = [[], []]
     for index in order:
-        group = open_[portrait[index]]
+        group = groups[portrait[index]]
         group.append(index)
         if len(group) == batch_size:
-            batches.append(group.copy())
-            group.clear()
-    rest = open_[0] + open_[1]
+            batches.append(group)
+            groups[portrait[index]] = []
+    rest = groups[0] + groups[1]
     missing = -len(rest) % batch_size
     rest += (order * -(-missing // len(order)))[:missing]
     return batches + [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
@@ -121,10 +121,9 @@ def test_batches(dataset: CocoDataset, batch_size: int) -> list[list[int]]:
 def training_loader(
     dataset: CocoDataset, config: Config, epoch: int = 0, start_batch: int = 0, rank: int = 0, world: int = 1
 ) -> Loader:
-    """Augmented batches of one process: its share of each of `training_batches`.
+    """Augmented batches of one process: its share of each of `training_batches`, from `start_batch` of the epoch on.
 
-    Iterating gives the epoch's batches from `start_batch` on; `Loader.at` moves to another epoch and keeps the worker
-    processes. An image that can't be decoded is counted in ``dataset.problems``, warned of once, and replaced by the
+    An image that can't be decoded is counted in ``dataset.problems``, warned of once, and replaced by the
     next image of the data set that can be.
 
     Raises:
@@ -136,10 +135,8 @@ def training_loader(
         raise ValueError(f"`batch_size` must be a multiple of the {world} processes, got {train.batch_size}")
     low, high = train.train_short_side
     if not 0 < low <= high <= train.train_long_side:
-        raise ValueError(
-            f"`train_short_side` must rise and stay within `train_long_side`, got {low},{high} and "
-            f"{train.train_long_side}"
-        )
+        rule = "`train_short_side` must rise and stay within `train_long_side`"
+        raise ValueError(f"{rule}, got {low},{high} and {train.train_long_side}")
     if not 0 <= train.flip <= 1:
         raise ValueError(f"`flip` must be in 0 to 1, got {train.flip}")
     share = train.batch_size // world
@@ -156,9 +153,6 @@ def test_loader(dataset: CocoDataset, config: Config, rank: int = 0, world: int 
 
     An image's batch is the same for any number of processes, and so is what is found in it. An image that can't be
     decoded is counted in ``dataset.problems``, warned of, and left out of its batch.
-
-    Raises:
-        ValueError: `test_batch_size` is not positive. While iterating: what `CocoDataset` raises for an image.
     """
     batches = test_batches(dataset, config.test.test_batch_size)[rank::world]
     return Loader(BatchReader(dataset, config, training=False), lambda epoch: batches, config.data.workers)
@@ -181,35 +175,45 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
 
     def read(self, epoch: int, indices: Sequence[int]) -> Batch:
         unreadable: dict[Path, str] = {}
-        test = self.config.test
-        samples = []
+        samples: list[tuple[Sample, Sample]] = []  # as in the file, as the network takes it
+        attempts = min(ATTEMPTS, len(self.dataset)) if self.training else 1
         for index in indices:
-            candidates = range(index, index + min(ATTEMPTS, len(self.dataset))) if self.training else (index,)
-            for candidate in (i % len(self.dataset) for i in candidates):
+            for candidate in (i % len(self.dataset) for i in range(index, index + attempts)):
                 try:
                     sample = self.dataset[candidate]
                 except UnreadableImage as error:
                     unreadable[self.dataset.path(candidate)] = str(error)
-                    continue
-                if self.training:
-                    samples.append((sample, self._augmented(sample, epoch, candidate)))
                 else:
-                    samples.append((sample, _resized(sample, test.short_side, test.long_side)))
-                break
+                    samples.append((sample, self._prepared(sample, epoch, candidate)))
+                    break
             else:
                 if self.training:
                     first = next(iter(unreadable.values()))
-                    raise ValueError(f"none of {len(candidates)} images can be decoded; {first}")
-        return _batch(samples, test.size_divisor, unreadable)
+                    raise ValueError(f"none of {attempts} images can be decoded; {first}")
+        images, image_sizes = pad([new.image for _, new in samples], self.config.test.size_divisor)
+        factors = [(new.size[1] / old.size[1], new.size[0] / old.size[0]) for old, new in samples]
+        return Batch(
+            images,
+            image_sizes,
+            torch.tensor(factors, dtype=torch.float32).reshape(-1, 2),
+            torch.cat([new.boxes for _, new in samples] or [torch.zeros(0, 4)]),
+            torch.cat([new.labels for _, new in samples] or [torch.zeros(0, dtype=torch.int64)]),
+            [len(new.labels) for _, new in samples],
+            [old.image_id for old, _ in samples],
+            [old.size for old, _ in samples],
+            unreadable,
+        )
 
-    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
-        train = self.config.train
+    def _prepared(self, sample: Sample, epoch: int, index: int) -> Sample:
+        train, test = self.config.train, self.config.test
+        if not self.training:
+            return _resized(sample, test.short_side, test.long_side)
         # Of a seeded generator only `random()` is the same in every Python.
         draw = random.Random(f"image {train.seed} {epoch} {index}").random
         low, high = train.train_short_side
         sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side)
         if draw() < train.flip:
-            sample = sample._replace(image=flip(sample.image), boxes=flip_boxes(sample.boxes, sample.size[1]))
+            sample = sample._replace(image=sample.image.flip(2), boxes=flip_boxes(sample.boxes, sample.size[1]))
         return sample
 
 
@@ -217,23 +221,6 @@ def _resized(sample: Sample, short_side: int, long_side: int) -> Sample:
     size = keep_ratio_size(*sample.size, short_side, long_side)
     boxes = resize_boxes(sample.boxes, sample.size, size)
     return sample._replace(image=resize(sample.image, *size), boxes=boxes, size=size)
-
-
-def _batch(samples: Sequence[tuple[Sample, Sample]], divisor: int, unreadable: dict[Path, str]) -> Batch:
-    """Of pairs (as in the file, as the network takes it)."""
-    images, image_sizes = pad([new.image for _, new in samples], divisor)
-    factors = [(new.size[1] / old.size[1], new.size[0] / old.size[0]) for old, new in samples]
-    return Batch(
-        images,
-        image_sizes,
-        torch.tensor(factors, dtype=torch.float32).reshape(-1, 2),
-        torch.cat([new.boxes for _, new in samples] or [torch.zeros(0, 4)]),
-        torch.cat([new.labels for _, new in samples] or [torch.zeros(0, dtype=torch.int64)]),
-        [len(new.labels) for _, new in samples],
-        [old.image_id for old, _ in samples],
-        [old.size for old, _ in samples],
-        unreadable,
-    )
 
 
 class Loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     try:
         with Image.open(io.BytesIO(content)) as stored:
             stored.load()
-            upright = _upright(stored)
+            upright = stored
+            with suppress(Exception):  # broken EXIF data says nothing about the pixels
+                upright = ImageOps.exif_transpose(stored)
             if size is not None and (upright.height, upright.width) != size and (stored.height, stored.width) == size:
                 upright = stored
             image = to_tensor(upright)
@@ -46,27 +49,17 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     except Exception as error:
         raise UnreadableImage(f"{path} can't be decoded: {error}") from error
     if size is not None and tuple(image.shape[1:]) != size:
-        raise ValueError(
-            f"{path} is {image.shape[2]}×{image.shape[1]} pixels, its annotation file says {size[1]}×{size[0]}"
-        )
+        shape = f"{image.shape[2]}×{image.shape[1]}"
+        raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
     return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data says nothing about the pixels
-        return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A pillow image of any mode as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
     Grey is repeated, a palette is looked up, transparency is dropped, CMYK and YCbCr are converted, 16 bits are cut to
-    their upper 8 (as in OpenCV, except CMYK).
-
-    Raises:
-        ValueError: a mode without a defined range (32-bit floats), or an integer image of more than 16 bits.
+    their upper 8 (as in OpenCV, except CMYK). A mode without a defined range (32-bit floats) and integers of more than
+    16 bits are a ValueError.
     """
     if image.mode.startswith("I"):  # I;16, I;16B, and I for what some formats give
         levels = np.asarray(image).astype(np.int64)
@@ -109,11 +102,6 @@ def resize_boxes(boxes: Tensor, old_size: tuple[int, int], new_size: tuple[int, 
     height, width = new_size
     scale = boxes.new_tensor([width / old_size[1], height / old_size[0]]).repeat(2)
     return torch.minimum((boxes * scale).clamp(min=0), boxes.new_tensor([width, height, width, height]))
-
-
-def flip(image: Tensor) -> Tensor:
-    """The image ``[3, H, W]`` mirrored left to right."""
-    return image.flip(2)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

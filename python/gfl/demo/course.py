@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 
 from ..config import Config, preset
 from ..data.loader import validation_dataset
@@ -30,10 +31,8 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
         val_annotations="annotations/val.json",
         val_images="val",
         workers=1,
-        short_side=SIZE,
-        long_side=SIZE,
+        **dict.fromkeys(("short_side", "long_side", "train_long_side"), SIZE),
         train_short_side=(SIZE, SIZE),
-        train_long_side=SIZE,
         # In the same time, more steps of a small network learn more than fewer of a larger one.
         width=16,
         head_convs=1,
@@ -59,13 +58,8 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
 
     `out`, a new folder, gets ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and
     ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
-    many scenes as iterations, steps of 8 images, so each is seen eight times.
-
-    Returns:
-        The metrics of `gfl.engine.evaluate` on the held-out scenes.
-
-    Raises:
-        ValueError: `iterations` below one, or `out` holds a demo.
+    many scenes as iterations, steps of 8 images, so each is seen eight times. Returns the metrics on the held-out
+    scenes. It is a ValueError if `iterations` is below 1, or `out` holds a demo.
     """
     if iterations < 1:
         raise ValueError(f"gfl demo: `iterations` must be at least 1, got {iterations}")
@@ -80,49 +74,39 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
     drawn = time.perf_counter()
     config = configuration(out / "data", seed, amp)
-    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {_machine(device, amp)}")
+    threads = torch.get_num_threads()
+    machine = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
+    machine += f", {'fp32' if amp == 'none' else amp}"
+    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {machine}")
     metrics = train(config, out / "training", device=device)
     trained = time.perf_counter()
 
-    detector = Detector(out / "training" / BEST, device)
+    best = out / "training" / BEST
+    detector = Detector(best, device)
     scenes = validation_dataset(config)
-    made: list[tuple[str, Any]] = [
-        ("detections.jpg", pictures.detections(detector, scenes)),
-        ("distributions.jpg", pictures.distributions(detector, scenes)),
-    ]
-    _say()
-    _say(f"  {held_out} held-out scenes  " + "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items()))
+    made: dict[str, Image.Image | None] = {"detections.jpg": pictures.detections(detector, scenes)}
+    made["distributions.jpg"] = pictures.distributions(detector, scenes)
+    figures = "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items())
+    _say(f"\n  {held_out} held-out scenes  {figures}")
     _say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
-    for name, picture in made:
+    for name, picture in made.items():
         if picture is None:
             _say(f"  {name:<20}none: no detection is confident enough; train for longer")
         else:
             picture.save(out / name, quality=80)
             _say(f"  {name:<20}{out / name}")
-    _say(f"  {'detector':<20}{out / 'training' / BEST}")
-    _say()
-    _say("Try it:")
-    _say(f"  gfl detect {out / 'training' / BEST} {out / 'data' / 'val'} --out {out / 'found'}")
+    _say(f"  {'detector':<20}{best}\n\nTry it:")
+    _say(f"  gfl detect {best} {out / 'data' / 'val'} --out {out / 'found'}")
     return metrics
 
 
+# Flushed, to keep its place among the training's own lines on standard error.
+_say = partial(print, flush=True)
 # Below 32 pixels square is small in COCO's terms.
 _SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "small", "APm": "medium"}
 
 
-def _say(line: str = "") -> None:
-    # Flushed, to keep its place among the training's own lines on standard error.
-    print(line, flush=True)
-
-
 def computes_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX); where bf16 is emulated, fp32 is faster."""
-    return any(
-        bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-
-
-def _machine(device: str, amp: str) -> str:
-    threads = torch.get_num_threads()
-    where = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
-    return f"{where}, {'fp32' if amp == 'none' else amp}"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)

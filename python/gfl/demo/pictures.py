@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -47,18 +47,17 @@ def distributions(
     chosen = sharp + _one_per_scene(doubtful, count - len(sharp))
     if not chosen:
         return None
-    return contact_sheet([c.result.draw_edges(c.index, truth=c.truth) for c in chosen], columns, title=_EDGES)
+    return contact_sheet([c.result.draw_edges(c.at, truth=c.truth) for c in chosen], columns, title=_EDGES)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A detection that may be shown: its scene, its index in the result, its edges' doubts ascending, its true box."""
+class _Candidate(NamedTuple):
+    """A detection that may be shown."""
 
     scene: int
     result: Result
-    index: int
-    doubt: list[float]
-    truth: list[float]
+    at: int  # its index in the result
+    doubt: list[float]  # of its edges, ascending
+    truth: list[float]  # its true box
 
 
 def _candidates(scene: int, result: Result, boxes: Tensor, labels: Tensor) -> list[_Candidate]:
@@ -77,6 +76,5 @@ def _candidates(scene: int, result: Result, boxes: Tensor, labels: Tensor) -> li
 def _one_per_scene(candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
     best: dict[int, _Candidate] = {}
     for candidate in candidates:
-        if len(best) < count:
-            best.setdefault(candidate.scene, candidate)
-    return list(best.values())
+        best.setdefault(candidate.scene, candidate)
+    return list(best.values())[:count]

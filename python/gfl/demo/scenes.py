@@ -9,6 +9,7 @@ its place can only be guessed, which is what a learned distribution is for.
 
 from __future__ import annotations
 
+import colorsys
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
-from .patterns import color, ground, pattern
 
 CLASSES = ("ring", "star", "cross", "moon", "heart")
 # Longest side of an object's box: from this many pixels to this share of the image.
@@ -39,11 +38,7 @@ class Scene:
 
 
 def draw_scene(size: int, rng: np.random.Generator) -> Scene:
-    """One scene of `size` × `size` pixels (at least 64), determined by the generator's state.
-
-    Raises:
-        ValueError: `size` is below 64.
-    """
+    """One scene of `size` × `size` pixels, at least 64 or it is a ValueError, determined by the generator's state."""
     if size < 64:
         raise ValueError(f"gfl.demo.draw_scene: `size` must be at least 64 pixels, got {size}")
     pile = _Pile(size, rng)
@@ -71,16 +66,9 @@ def write_dataset(folder: str | Path, *, train: int, val: int, size: int = 192, 
             Image.fromarray(scene.image).save(folder / name / file_name, quality=92)
             images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
             for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index + 1,
-                        "category_id": label + 1,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": int(mask.sum()),
-                        "iscrowd": 0,
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
+                box = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append(ids | {"bbox": box, "area": int(mask.sum()), "iscrowd": 0})
         categories = [{"id": label + 1, "name": title} for label, title in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
@@ -91,7 +79,9 @@ class _Pile:
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.size, self.rng = size, rng
-        self.image = ground(size, rng)
+        # Two dull colours, cloudy or in a pattern, lit from one side.
+        first, second = color(rng, (0.05, 0.4)), color(rng, (0.05, 0.4))
+        self.image = pattern((size, size), first, second, rng, contrast=(0.3, 1.0), clouds=0.5)
         # The object visible at a pixel: its index plus one, 0 for background and distractors.
         self.top = np.zeros((size, size), dtype=np.int64)
         self.masks: list[np.ndarray] = []
@@ -122,11 +112,10 @@ class _Pile:
         low, high = outlines[0].min(0), outlines[0].max(0)
         scale = longest / (high - low).max()
         extent = np.ceil((high - low) * scale).astype(int)
-        canvas = Image.new("L", (int(extent[0]) * _SUPERSAMPLING, int(extent[1]) * _SUPERSAMPLING))
+        canvas = Image.new("L", tuple((extent * _SUPERSAMPLING).tolist()))
         pen = ImageDraw.Draw(canvas)
         for fill, points in zip((255, 0), outlines, strict=False):
-            corners = (points - low) * scale * _SUPERSAMPLING
-            pen.polygon([(float(x), float(y)) for x, y in corners], fill=fill)
+            pen.polygon(((points - low) * scale * _SUPERSAMPLING).flatten().tolist(), fill=fill)
         alpha = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
         return alpha, int((alpha >= 0.5).sum())
 
@@ -180,16 +169,11 @@ class _Pile:
         masks = np.array(self.masks, dtype=bool).reshape(count, size, size)
         return Scene(
             image=np.clip(self.image + grain, 0, 255).astype(np.uint8),
-            boxes=np.array([_extent(mask) for mask in masks], dtype=np.float32).reshape(count, 4),
+            boxes=np.array([Image.fromarray(mask).getbbox() for mask in masks], dtype=np.float32).reshape(count, 4),
             labels=np.array(self.labels, dtype=np.int64),
             masks=masks,
             visible=(self.seen / np.array(self.areas)).astype(np.float32),
         )
-
-
-def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
 def _rotation(angle: float) -> np.ndarray:
@@ -232,3 +216,64 @@ _DISTRACTORS = [
     [np.array([(-1, -0.12), (1, -0.12), (1, 0.12), (-1, 0.12)], dtype=float)],
     [_arc(0, 0, 1, 0, 180)],
 ]
+
+
+def color(rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.95)) -> np.ndarray:
+    """An RGB colour of any hue, float32 ``[3]`` in [0, 255]."""
+    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(0.45, 1.0))
+    return np.array(rgb, dtype=np.float32) * 255
+
+
+def pattern(
+    shape: tuple[int, ...],
+    first: np.ndarray,
+    second: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    contrast: tuple[float, float],
+    clouds: float = 0.2,
+) -> np.ndarray:
+    """Two colours in a pattern, float32 ``[h, w, 3]``: clouds with probability `clouds`, else stripes, dots, ….
+
+    `contrast` is the range of the share of their difference that is kept.
+    """
+    second = first + np.float32(rng.uniform(*contrast)) * (second - first)
+    height, width = shape
+    x = np.arange(width, dtype=np.float32)[None, :] - width / 2
+    y = np.arange(height, dtype=np.float32)[:, None] - height / 2
+    turn = np.float32(rng.uniform(0, np.pi))
+    u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    longest = max(height, width)
+    period = np.float32(max(4.0, longest * rng.uniform(0.08, 0.35)))
+    if rng.random() < clouds:
+        mix = _clouds(height, width, int(rng.integers(3, 12)), rng)
+    else:
+        scale = 2 * np.pi / period
+        mix = _MIXES[int(rng.integers(len(_MIXES)))](u * scale, v * scale, longest / period)
+    light = 1 + np.float32(rng.uniform(0.1, 0.25)) * (x + y) / longest
+    return (first + mix[..., None] * (second - first)) * light[..., None]
+
+
+def _clouds(height: int, width: int, cells: int, rng: np.random.Generator) -> np.ndarray:
+    def octave(cells: int) -> np.ndarray:
+        coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
+        return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+    return np.clip(0.65 * octave(cells) + 0.35 * octave(4 * cells), 0, 1)
+
+
+def _soft(wave: np.ndarray) -> np.ndarray:
+    """A square wave with its edges smoothed over about a pixel, in [0, 1]."""
+    return np.clip(0.5 + 2 * wave, 0, 1)
+
+
+# (two coordinates in radians of the period, periods across the shape) -> mix of the two colours in [0, 1]
+_MIXES = (
+    lambda u, v, n: _soft(np.sin(u)),
+    lambda u, v, n: _soft(np.sin(u) * np.sin(v) * 1.5),
+    lambda u, v, n: _soft(np.cos(u) + np.cos(v) - 0.6),
+    lambda u, v, n: 0.5 * _soft(np.sin(u)) + 0.5 * _soft(np.sin(v)),
+    lambda u, v, n: np.clip(0.5 + u / (2 * np.pi * max(n, 1)), 0, 1),
+    lambda u, v, n: _soft(np.sin(np.hypot(u, v))),
+    lambda u, v, n: np.zeros_like(u * v),
+)

@@ -53,8 +53,7 @@ def processes(device: str | None = None) -> Iterator[Process]:
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     """The device of that name; for None the GPU numbered `local_rank`, or the CPU where torch has no GPU.
 
-    Raises:
-        ValueError: a device that torch does not know or this machine does not have.
+    It is a ValueError if torch does not know the device or this machine does not have it.
     """
     if name is None:
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from tqdm import tqdm
 import gfl_ops
 
 from ..config import Config
-from ..data.coco import Annotations, CocoDataset, read_annotations
+from ..data.coco import Annotations, CocoDataset, coco_detection, read_annotations
 from ..data.loader import test_loader
 from ..data.transforms import normalise
+from .pipeline import testing
 
 # In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -52,10 +53,11 @@ def evaluate(
     classes = getattr(getattr(model, "config", None), "num_classes", None)
     if classes not in (None, len(dataset.classes)):
         raise ValueError(f"the model has {classes} classes, {dataset.annotations.path} lists {len(dataset.classes)}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    together = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
     own: list[dict[str, Any]] = []
-    with _testing(model, config), torch.no_grad():
+    with testing(model, config.test), torch.no_grad():
         hidden = None if progress and rank == 0 else True
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
             if batch.image_ids:
@@ -64,16 +66,26 @@ def evaluate(
                 found = model(images, batch.image_sizes, batch.scale_factors)
                 own += to_results(found, batch.image_ids, dataset.category_ids)
 
-    everything: list[Any] = [(own, dataset.unreadable)]
-    if _distributed():
-        everything = [None] * world
+    everything: list[Any] = [(own, dataset.unreadable)] * world
+    if together:
         dist.all_gather_object(everything, (own, dataset.unreadable))
     for _, unreadable in everything:
         for path in sorted(unreadable):
             dataset.pass_over(path)
     place = {image: row for row, image in enumerate(dataset.image_ids)}
     results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
-    return _once(lambda: coco_metrics(dataset.annotations, results, dataset.image_ids), rank), results
+    # What the first process computes, or its error, in all of them, so that none waits for one that failed.
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [coco_metrics(dataset.annotations, results, dataset.image_ids)]
+        except Exception as error:
+            outcome = [error]
+    if together:
+        dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0], results
 
 
 def coco_metrics(
@@ -104,7 +116,7 @@ def class_metrics(
     image_ids: Iterable[int] | None = None,
 ) -> dict[str, float]:
     """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`."""
-    annotations = annotations if isinstance(annotations, Annotations) else read_annotations(annotations)
+    annotations = read_annotations(annotations)
     # [IoU thresholds, recalls, categories, areas, limits of detections]
     precision = torch.from_numpy(coco_evaluation(annotations, detections, image_ids).eval["precision"])
     of_class = precision[:, :, :, 0, -1].permute(2, 0, 1).flatten(1)
@@ -122,19 +134,15 @@ def coco_evaluation(
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise RuntimeError(f"an evaluation needs the package pycocotools: {error}") from None
-    annotations = annotations if isinstance(annotations, Annotations) else read_annotations(annotations)
+    annotations = read_annotations(annotations)
     unknown = {d["image_id"] for d in detections} - set(annotations.image_ids)
     if unknown:
         raise ValueError(f"`detections` have the image {min(unknown)}, which {annotations.path} does not list")
     truth, found = COCO(), COCO()
     truth.dataset = annotations.to_coco()
-    found.dataset = {
-        **truth.dataset,
-        "annotations": [
-            {**d, "id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
-            for number, d in enumerate(detections, 1)
-        ],
-    }
+    found.dataset = {**truth.dataset, "annotations": [dict(d) for d in detections]}
+    for number, d in enumerate(found.dataset["annotations"], 1):
+        d |= {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
@@ -152,31 +160,25 @@ def to_results(
     """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
     boxes, scores, labels, count = (tensor.tolist() for tensor in detections[:4])
     return [
-        {
-            "image_id": image_ids[row],
-            "category_id": category_ids[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
+        coco_detection(image_ids[row], category_ids[label], box, score)
         for row, used in enumerate(count)
-        for (x1, y1, x2, y2), score, label in zip(boxes[row][:used], scores[row], labels[row])
+        for box, score, label in zip(boxes[row][:used], scores[row], labels[row])
     ]
 
 
 def table(metrics: Mapping[str, float]) -> str:
     """Metrics of `coco_metrics` in four lines of less than 80 columns, "–" where there is no object."""
     lines = []
-    for names, keys in (
-        (("AP", "AP50", "AP75", "small", "medium", "large"), METRICS[:6]),
-        (("AR1", "AR10", "AR100", "small", "medium", "large"), METRICS[6:]),
-    ):
+    for keys in (METRICS[:6], METRICS[6:]):
+        names = (*keys[:3], "small", "medium", "large")
         lines += ["".join(f"{name:>9}" for name in names), "".join(f"{shown(metrics[key]):>9}" for key in keys)]
     return "\n".join(lines)
 
 
 def class_table(metrics: Mapping[str, float]) -> str:
     """Metrics of `class_metrics` in two columns, 80 characters wide together."""
-    cells = [f"  {_cut(name, 28):<28} {shown(value):>6}" for name, value in metrics.items()]
+    names = [name if len(name) <= 28 else name[:27] + "…" for name in metrics]
+    cells = [f"  {name:<28} {shown(value):>6}" for name, value in zip(names, metrics.values())]
     half = -(-len(cells) // 2)
     return "\n".join("".join(cells[row::half]).rstrip() for row in range(half))
 
@@ -186,46 +188,6 @@ def shown(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4f}"
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def _figure(value: Any) -> float:
     # pycocotools gives −1 where there is nothing to find, which averages and plots would take for a value.
     return float(value) if value >= 0 else math.nan
-
-
-@contextlib.contextmanager
-def _testing(model: Any, config: Config) -> Iterator[None]:
-    """The model in evaluation by ``config.test``, if it has such settings; afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    settings = getattr(model, "test", None)
-    model.eval()
-    if settings is not None:
-        model.test = config.test
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if settings is not None:
-            model.test = settings
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _once(compute: Any, rank: int) -> Any:
-    """What the first process computes, or its error, in all processes, so that none waits for one that failed."""
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome = [compute()]
-        except Exception as error:
-            outcome = [error]
-    if _distributed():
-        dist.broadcast_object_list(outcome, 0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]

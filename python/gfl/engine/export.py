@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfl_ops.ops.head.atss import centres
-
 from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
-from ..models.gfl import GFL
+from ..models.gfl import GFL, locations
 
 MAPS, DECODED, DETECTIONS = "maps", "decoded", "detections"
-OUTPUTS = (MAPS, DECODED, DETECTIONS)
 OPSET = 18
 MAX_PAIRS = 2**24  # fp32 holds integers exactly up to here
 INTEGRAL_NODES = "integral_nodes"
@@ -78,17 +75,12 @@ class Exportable(nn.Module):
         self.network = network.to(dtype)
         config = self.config = model.config
         self.test, self.outputs = model.test, outputs
-        device, offset = torch.device("cpu"), config.center_offset
         cells = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in config.strides]
-        self.points = nn.Buffer(
-            torch.cat([centres(*c, s, offset, config.legacy, device) for c, s in zip(cells, config.strides)])
-        )
         self.counts = [height * width for height, width in cells]
-        strides = torch.tensor(config.strides, dtype=torch.float32)
-        self.strides = nn.Buffer(strides.repeat_interleave(torch.tensor(self.counts))[:, None])
+        self.points, self.strides = map(nn.Buffer, locations(config, cells))
         self.bins = nn.Buffer(torch.arange(config.reg_max + 1, dtype=torch.float32))
-        limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2) - float(config.legacy)
-        self.limit = nn.Buffer(limit)
+        limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
+        self.limit = nn.Buffer(limit - float(config.legacy))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -149,14 +141,8 @@ def to_onnx(
     with "detections" ONNX's NonMaxSuppression follows, class by class, and the outputs are `boxes` ``[n, 4]``,
     `scores` ``[n]`` and `labels` ``[n]`` of the one image, the best first, n at most the model's `max_detections`.
 
-    Args:
-        model: any GFL.
-        file: to write.
-        size: (height, width) of the input.
-        batch: images at a time; None: any number.
-        outputs: "maps", "decoded" or "detections".
-        dtype: fp32, or fp16 for the convolutions; the integral is fp32 in any case.
-        classes: names for the file's metadata.
+    `size` is the (height, width) of the input, `batch` the images at a time, None for any number. `dtype` is fp32, or
+    fp16 for the convolutions; the integral is fp32 in any case. `classes` are names for the file's metadata.
 
     Raises:
         RuntimeError: the packages onnx and onnxscript are not installed.
@@ -172,16 +158,8 @@ def to_onnx(
     images, shapes = _example(batch, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            whole,
-            (images,),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=whole.names(),
-            dynamic_shapes=shapes,
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": whole.names(), "dynamic_shapes": shapes}
+        program = torch.onnx.export(whole, (images,), dynamo=True, verbose=False, opset_version=OPSET, **names)
     assert program is not None
     proto = program.model_proto
     integral = _name_integral(proto)
@@ -227,15 +205,9 @@ def _append_nms(proto: Any, model: GFL) -> None:
     from onnx import parser
 
     classes, test = model.config.num_classes, model.test
-    nms = parser.parse_graph(
-        NMS.format(
-            classes=classes,
-            every_class=", ".join(map(str, range(classes))),
-            most=test.max_detections,
-            iou=test.iou_threshold,
-            score=test.score_threshold,
-        )
-    )
+    every = ", ".join(map(str, range(classes)))
+    limits = {"most": test.max_detections, "iou": test.iou_threshold, "score": test.score_threshold}
+    nms = parser.parse_graph(NMS.format(classes=classes, every_class=every, **limits))
     for node in nms.node:
         node.name = f"nms_{node.output[0]}"
     proto.graph.node.extend(nms.node)
@@ -278,11 +250,8 @@ def to_torch(
 
     ``torch.export.load(file).module()`` runs the first, ``torch._inductor.aoti_load_package(file)`` the second, which
     C++ loads too; neither needs this package. Arguments, inputs and outputs as for `to_onnx`, but "detections" are the
-    candidates before NMS.
-
-    Args:
-        compiled: by AOTInductor, for this machine's kind of CPU or GPU; needs a C++ compiler.
-        device: that the program runs on.
+    candidates before NMS. The program runs on `device`; AOTInductor compiles for this machine's kind of CPU or GPU, and
+    needs a C++ compiler.
     """
     whole = Exportable(model, size, outputs, dtype).to(device)
     images, shapes = _example(batch, size)

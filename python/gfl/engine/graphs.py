@@ -16,6 +16,7 @@ from torch import Tensor
 WARM_UP = 3
 
 Function = Callable[..., Any]
+Context = Callable[[], AbstractContextManager[object]]
 # Makes of a function and example inputs something that is called with inputs of the same shapes.
 Record = Callable[[Function, Sequence[Tensor]], Function]
 
@@ -23,12 +24,10 @@ Record = Callable[[Function, Sequence[Tensor]], Function]
 class Graph:
     """A CUDA graph of a function, captured on a stream of its own.
 
-    Args:
-        function: neither waits for the device nor allocates outside of torch. It is run a few times before the capture.
-        inputs: of one device and of the shapes that it will be called with; they are copied.
-        device: where there are no inputs to tell it; by default the current one.
-        pool: memory that graphs which never run at once may share.
-        warm_up: makes a context around the runs before the capture, such as one that undoes what they change.
+    The function neither waits for the device nor allocates outside of torch. It is run a few times before the capture,
+    within a context that `warm_up` makes, such as one that undoes what they change. `inputs` are of the shapes that it
+    will be called with, and are copied; without any, `device` tells the device, by default the current one. Graphs that
+    never run at once may share a memory `pool`.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Graph:
         *,
         device: torch.device | None = None,
         pool: Any = None,
-        warm_up: Callable[[], AbstractContextManager[object]] = nullcontext,
+        warm_up: Context = nullcontext,
     ) -> None:
         self._inputs = [x.clone() for x in inputs]
         self._device = inputs[0].device if inputs else device
@@ -68,22 +67,14 @@ class Graph:
 
 
 class GraphCache:
-    """A recording per shapes of inputs and key; all share one pool of memory.
+    """A recording per shapes of inputs and key, at most `limit`; all share one pool of memory.
 
-    Args:
-        limit: how many recordings are kept.
-        evict: the one used longest ago makes room for another; otherwise calls of further shapes run the function.
-        warm_up: as for `Graph`.
-        record: by default captures a `Graph`.
+    With `evict` the one used longest ago makes room for another; otherwise calls of further shapes run the function.
+    `record` by default captures a `Graph`, whose `warm_up` is given.
     """
 
     def __init__(
-        self,
-        limit: int,
-        *,
-        evict: bool = True,
-        warm_up: Callable[[], AbstractContextManager[object]] = nullcontext,
-        record: Record | None = None,
+        self, limit: int, *, evict: bool = True, warm_up: Context = nullcontext, record: Record | None = None
     ) -> None:
         self._limit, self._evict = limit, evict
         self._record = record or partial(Graph, pool=torch.cuda.graph_pool_handle(), warm_up=warm_up)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 TEXT = "train.log"
 STEPS = "steps.csv"
 EVALUATIONS = "evaluations.csv"
+GROUPS = {STEPS: "train", EVALUATIONS: "val"}  # in TensorBoard
 
 
 class RunLog:
@@ -48,31 +49,24 @@ class RunLog:
         with (self.folder / TEXT).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of the steps up to and including `step`."""
-        self._write(STEPS, "train", step, values)
-
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of an evaluation after `step`."""
-        self._write(EVALUATIONS, "val", step, values)
-
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _write(self, name: str, group: str, step: int, values: Mapping[str, float]) -> None:
+    def row(self, table: str, step: int, values: Mapping[str, float]) -> None:
+        """A row of `STEPS`, figures of the steps up to and including `step`, or of `EVALUATIONS`, one after `step`."""
         if not self.active:
             return
-        path = self.folder / name
+        path = self.folder / table
         fresh = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
+            rows = csv.writer(file)
             if fresh:
-                table.writerow(["step", *values])
-            table.writerow([step, *(f"{value:.6g}" for value in values.values())])
+                rows.writerow(["step", *values])
+            rows.writerow([step, *(f"{value:.6g}" for value in values.values())])
         if self._tensorboard is not None:
             for key, value in values.items():
-                self._tensorboard.add_scalar(f"{group}/{key}", value, step)
+                self._tensorboard.add_scalar(f"{GROUPS[table]}/{key}", value, step)
 
 
 def cut_after(path: Path, step: int) -> None:

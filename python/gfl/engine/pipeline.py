@@ -9,14 +9,16 @@ the host waits for nothing but the detections.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gfl_ops
 
+from ..config import InferenceConfig
 from ..data import transforms
 from ..models.gfl import GFL
 from .graphs import GraphCache
@@ -44,18 +46,14 @@ class Predictions(NamedTuple):
 
 
 class Pipeline:
-    """Runs a detector on batches of images.
+    """Runs a detector, any `GFL` on `device` and in evaluation, on batches of images.
 
-    Args:
-        network: any `GFL` on `device`, in evaluation while it runs. Its settings in `test` may change between batches.
-        device: to compute on.
-        graphs: on a GPU, one CUDA graph per batch shape.
-        compile: let `torch.compile` make the network's kernels: the first batch of each shape takes minutes.
+    Its settings in `test` may change between batches. With `graphs` a GPU has one CUDA graph per batch shape; with
+    `compile` the network's kernels are `torch.compile`'s, and the first batch of each shape takes minutes.
     """
 
     def __init__(self, network: GFL, device: torch.device, *, graphs: bool = False, compile: bool = False) -> None:
-        self.network = network
-        self.device = device
+        self.network, self.device = network, device
         self.maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
         if compile:
             self.maps = torch.compile(network.predict_maps, dynamic=False)
@@ -71,8 +69,7 @@ class Pipeline:
         if self._copies is None:
             # Also on a GPU without graphs: results are to be the CPU's.
             resized = [transforms.resize(image, *size) for image, size in zip(images, sizes, strict=True)]
-            batch, inner = transforms.pad(resized, divisor)
-            return InputBatch(batch.to(self.device), inner.to(self.device))
+            return InputBatch(*(part.to(self.device) for part in transforms.pad(resized, divisor)))
         with torch.cuda.stream(self._copies):
             sent = [self._send(image) for image in images]
             resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
@@ -102,21 +99,34 @@ class Pipeline:
         return Predictions(self.network.read_maps(*maps, sizes), *maps)
 
 
-class PendingDetections:
-    """Detections on their way to the CPU."""
+@contextmanager
+def testing(model: Any, test: InferenceConfig) -> Iterator[None]:
+    """The model in evaluation by the settings `test`, if it has such; afterwards it is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    before = getattr(model, "test", None)
+    model.eval()
+    if before is not None:
+        model.test = test
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if before is not None:
+            model.test = before
 
-    def __init__(self, detections: gfl_ops.Detections) -> None:
-        self._copied: torch.cuda.Event | None = None
-        self._detections = detections
-        if detections.boxes.is_cuda:
-            pinned = gfl_ops.Detections(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in detections))
-            for mine, given in zip(pinned, detections):
-                mine.copy_(given, non_blocking=True)
-            self._detections = pinned
-            self._copied = torch.cuda.current_stream(detections.boxes.device).record_event()
 
-    def wait(self) -> gfl_ops.Detections:
-        """The batch's detections, on the CPU."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._detections
+def fetch(detections: gfl_ops.Detections) -> Callable[[], gfl_ops.Detections]:
+    """Starts to copy detections to the CPU; what it returns waits for them and gives them."""
+    if not detections.boxes.is_cuda:
+        return lambda: detections
+    pinned = gfl_ops.Detections(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in detections))
+    for mine, given in zip(pinned, detections):
+        mine.copy_(given, non_blocking=True)
+    copied = torch.cuda.current_stream(detections.boxes.device).record_event()
+
+    def wait() -> gfl_ops.Detections:
+        copied.synchronize()
+        return pinned
+
+    return wait

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..config import TrainConfig
 from ..data.loader import Batch
@@ -30,21 +32,12 @@ GRAPHS = 16
 class Step:
     """Takes batches on the device and updates the weights of `model`.
 
-    `network` is the model, or what wraps it for several processes.
-
-    Attributes:
-        sums: fp32 ``[3]`` on the device, of the `LOSSES` since it was last zeroed.
-        scaler: of the loss, for fp16.
-        graphs: recorded steps; None: every step is queued kernel by kernel.
+    `network` is the model, or what wraps it for several processes; `sums` are those of the `LOSSES` since it was last
+    zeroed, fp32 ``[3]`` on the device. Without `graphs` every step is queued kernel by kernel.
     """
 
     def __init__(
-        self,
-        model: GFL,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        settings: TrainConfig,
-        device: torch.device,
+        self, model: GFL, network: nn.Module, optimizer: Optimizer, settings: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.network, self.optimizer, self.settings = model, network, optimizer, settings
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
@@ -123,33 +116,25 @@ def preserve_training_state(step: Step) -> Iterator[None]:
 
 
 def check_graph(settings: TrainConfig, device: torch.device, wrapped: bool) -> None:
-    """
-    Raises:
-        ValueError: a step that can't be a graph.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"gfl: `graph` needs a GPU, the training is on {device}")
-    if wrapped:
-        raise ValueError("gfl: `graph` is for one process")
-    if settings.amp == "fp16":
-        raise ValueError("gfl: `graph` goes with `amp` none or bf16: fp16's scale is decided by the host")
-    if settings.graph_slots < 1:
-        raise ValueError(f"gfl: `graph_slots` must be positive, got {settings.graph_slots}")
+    """Raises ValueError for a step that can't be a graph."""
+    for wrong, text in (
+        (device.type != "cuda", f"`graph` needs a GPU, the training is on {device}"),
+        (wrapped, "`graph` is for one process"),
+        (settings.amp == "fp16", "`graph` goes with `amp` none or bf16: fp16's scale is decided by the host"),
+        (settings.graph_slots < 1, f"`graph_slots` must be positive, got {settings.graph_slots}"),
+    ):
+        if wrong:
+            raise ValueError(f"gfl: {text}")
 
 
 def slots(batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-    """The objects of a batch in `number` slots per image: boxes fp32 ``[B, G, 4]``, labels int64 ``[B, G]``, −1 unused.
-
-    Raises:
-        ValueError: an image has more objects.
-    """
+    """The objects in `number` slots per image, or a ValueError: boxes ``[B, G, 4]``, labels ``[B, G]``, −1 unused."""
     images, most = len(batch.counts), max(batch.counts, default=0)
     if most > number:
         raise ValueError(f"`graph_slots` is {number}, an image has {most} objects")
     # Where each object goes follows from the counts, which the host has: nothing is read back.
-    place = torch.tensor(
-        [row * number + slot for row, count in enumerate(batch.counts) for slot in range(count)], dtype=torch.int64
-    )
+    places = [row * number + slot for row, count in enumerate(batch.counts) for slot in range(count)]
+    place = torch.tensor(places, dtype=torch.int64)
     if batch.boxes.is_cuda:
         place = place.pin_memory()
     place = place.to(batch.boxes.device, non_blocking=True)
@@ -164,19 +149,13 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield from (batch.to(device) for batch in batches)
         return
     copies = torch.cuda.Stream(device)
-
-    def receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
-        now = torch.cuda.current_stream(device)
-        now.wait_event(copied)
-        for tensor in batch.tensors().values():
-            tensor.record_stream(now)
-        return batch
-
     pending: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
+    for batch in chain(batches, [None]):
         with torch.cuda.stream(copies):
-            ready, pending = pending, (batch.to(device), copies.record_event())
+            ready, pending = pending, None if batch is None else (batch.to(device), copies.record_event())
         if ready is not None:
-            yield receive(*ready)
-    if pending is not None:
-        yield receive(*pending)
+            now = torch.cuda.current_stream(device)
+            now.wait_event(ready[1])
+            for tensor in ready[0].tensors().values():
+                tensor.record_stream(now)
+            yield ready[0]

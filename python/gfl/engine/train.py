@@ -20,13 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .. import backbone_weights, checkpoint, models
-from ..config import Config, TrainConfig
+from ..config import SECTION_OF, Config, TrainConfig
 from ..data.coco import CocoDataset
-from ..data.loader import Batch, training_dataset, training_loader, validation_dataset
+from ..data.loader import training_dataset, training_loader, validation_dataset
 from .distributed import Process, processes
 from .evaluate import evaluate
-from .log import RunLog
-from .schedule import learning_rate
+from .log import EVALUATIONS, STEPS, RunLog
 from .step import LOSSES, Step, on_device
 
 LAST = "last.pt"
@@ -35,7 +34,10 @@ CONFIG = "config.json"
 # Which of its kernels an optimizer uses, not what it computes.
 OPTIMIZER_IMPL_KEYS = ("fused", "foreach", "capturable")
 # What decides which images are in which step: a resumed training can't change it.
-RESUME_LOCKED = {"batch_size": "train", "seed": "train", "keep_empty": "data"}
+RESUME_LOCKED = ("batch_size", "seed", "keep_empty")
+# The paper's learning rate is for 16 images per step (arXiv 2006.04388, section 4).
+BASE_BATCH = 16
+WARMUP_START, DROP = 1e-3, 0.1
 
 
 def train(
@@ -93,9 +95,7 @@ class Training:
     """One training in one process; `train` says what it does."""
 
     def __init__(self, config: Config, out: Path, process: Process, resume: bool, progress: bool | None) -> None:
-        self.out = out
-        self.process = process
-        self.progress = progress
+        self.out, self.process, self.progress = out, process, progress
         saved = self._saved(resume)
         settings = config.train
         _check(settings)
@@ -113,7 +113,7 @@ class Training:
         torch.manual_seed(settings.seed)
         if saved is None:
             model = models.build(config.model, config.test)
-            notes += _initial_weights(model, config)
+            notes += _initial_weights(model, config.train)
         else:
             before = Config.from_dict(saved["meta"]["config"])
             if saved["meta"]["classes"] != classes:
@@ -149,12 +149,11 @@ class Training:
     def run(self) -> dict[str, float]:
         """The rest of the training."""
         at = self.position
-        epochs = self.config.train.epochs
         with _stop_signals(self.process) as stopped:
             while True:
                 if self.validation is not None and self._evaluation_due():
                     self._evaluate(self.validation)
-                if at.epoch >= epochs:
+                if at.epoch >= self.config.train.epochs:
                     return at.metrics
                 self._epoch(stopped)
 
@@ -167,7 +166,11 @@ class Training:
         title, total = f"epoch {at.epoch + 1}/{settings.epochs}", self.steps_per_epoch
         bar = tqdm(batches, title, total, initial=at.batch, unit="step", leave=False, disable=hidden)
         for batch in bar:
-            self._step(batch)
+            self.step(batch, learning_rate(at.step, self.steps_per_epoch, settings))
+            self.summed += 1
+            self._images += settings.batch_size
+            at.batch += 1
+            at.step += 1
             if at.step % settings.log_steps == 0:
                 bar.set_postfix_str(self._write_row())
             last = at.batch == self.steps_per_epoch
@@ -179,14 +182,6 @@ class Training:
                 self.log.say(f"stopped after step {at.step}, saved in {self.out / LAST}")
                 raise KeyboardInterrupt
 
-    def _step(self, batch: Batch) -> None:
-        at, settings = self.position, self.config.train
-        self.step(batch, learning_rate(at.step, self.steps_per_epoch, settings))
-        self.summed += 1
-        self._images += settings.batch_size
-        at.batch += 1
-        at.step += 1
-
     def _write_row(self) -> str:
         """Logs the mean losses since the last row and returns them for the progress bar."""
         at = self.position
@@ -197,15 +192,10 @@ class Training:
         self._check_finite(sum(means))
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
-        row = {
-            "epoch": (at.step - 1) // self.steps_per_epoch + 1,
-            "lr": rate,
-            "loss": sum(means),
-            **dict(zip(LOSSES, means)),
-            "images_per_second": self._images / seconds,
-            "unreadable_images": len(self.data.unreadable),
-        }
-        self.log.row(at.step, row)
+        row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
+        row |= dict(zip(LOSSES, means))
+        row |= {"images_per_second": self._images / seconds, "unreadable_images": len(self.data.unreadable)}
+        self.log.row(STEPS, at.step, row)
         self.step.sums.zero_()
         self.summed = self._images = 0
         return f"loss {sum(means):.4f}, lr {rate:.2g}"
@@ -228,7 +218,8 @@ class Training:
         shown = self.progress is not False
         metrics, _ = evaluate(self.model, validation, self.config, self.process.device, progress=shown)
         at.metrics, at.evaluated = metrics, at.epoch
-        self.log.evaluation(at.step, {"epoch": at.epoch, **metrics, "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        self.log.row(EVALUATIONS, at.step, {"epoch": at.epoch, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
         self.log.say(f"epoch {at.epoch}/{self.config.train.epochs}: {figures}")
         if metrics["AP"] > at.best:
@@ -243,10 +234,13 @@ class Training:
     def _save(self) -> None:
         self._check_finite(self.step.sums.sum().item())
         if self.process.main:
+            optimizer = self.optimizer.state_dict()
+            for group in optimizer["param_groups"]:
+                group["lr"] = float(group["lr"])  # a graph's is a tensor; a checkpoint is the same without one
             content = {
                 "meta": self._meta(),
                 "state_dict": self.model.state_dict(),
-                "optimizer": _optimizer_state(self.optimizer),
+                "optimizer": optimizer,
                 "training": {
                     "position": dict(vars(self.position)),
                     "images": len(self.data),
@@ -280,14 +274,13 @@ class Training:
 
     def _restore(self, saved: dict[str, Any], before: Config) -> list[str]:
         path, state = self.out / LAST, saved["training"]
-        for name, section in RESUME_LOCKED.items():
-            now, then = getattr(getattr(self.config, section), name), getattr(getattr(before, section), name)
+        for name in RESUME_LOCKED:
+            now, then = (getattr(getattr(config, SECTION_OF[name]), name) for config in (self.config, before))
             if now != then:
                 raise ValueError(f"`{name}` was {then} when {path} was written; a training can't go on with {now}")
         if state["images"] != len(self.data):
-            raise ValueError(
-                f"{path} was trained on {state['images']} images, the data has {len(self.data)}: it can't go on there"
-            )
+            was = f"{path} was trained on {state['images']} images"
+            raise ValueError(f"{was}, the data has {len(self.data)}: it can't go on there")
         checkpoint.load_weights(self.model, saved["state_dict"])
         # The choice of kernels, and a rate that a graph reads, stay this optimizer's own.
         keys = ("lr", *OPTIMIZER_IMPL_KEYS)
@@ -302,9 +295,8 @@ class Training:
         self.position = Position(**state["position"])
         notes = [f"resuming after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
         if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
-            notes.append(
-                f"{state['threads']} threads, as before, for the same results: torch had {torch.get_num_threads()}"
-            )
+            now = f"{state['threads']} threads, as before, for the same results"
+            notes.append(f"{now}: torch had {torch.get_num_threads()}")
             torch.set_num_threads(state["threads"])
         return notes
 
@@ -321,17 +313,27 @@ class Training:
         return lines
 
 
+def learning_rate(step: int, steps_per_epoch: int, train: TrainConfig) -> float:
+    """At a step, from 0: a linear warm-up, times drops at epochs or half a cosine over the training."""
+    rate = train.lr * train.batch_size / BASE_BATCH
+    if step < train.warmup_steps:
+        rate *= WARMUP_START + (1 - WARMUP_START) * step / train.warmup_steps
+    if train.schedule == "cosine":
+        return rate * (1 + math.cos(math.pi * step / (steps_per_epoch * train.epochs))) / 2
+    return rate * DROP ** sum(step >= epoch * steps_per_epoch for epoch in train.lr_drops)
+
+
 def _check(settings: TrainConfig) -> None:
-    for name in ("epochs", "lr", "log_steps"):
-        if getattr(settings, name) <= 0:
-            raise ValueError(f"gfl: `{name}` must be positive, got {getattr(settings, name)}")
-    for name in ("warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"gfl: `{name}` must not be negative, got {getattr(settings, name)}")
+    positive = ("epochs", "lr", "log_steps")
+    for name in (*positive, "warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
+        value = getattr(settings, name)
+        if value < 0 or (value == 0 and name in positive):
+            raise ValueError(
+                f"gfl: `{name}` must {'be positive' if name in positive else 'not be negative'}, got {value}"
+            )
 
 
-def _initial_weights(model: models.GFL, config: Config) -> list[str]:
-    settings = config.train
+def _initial_weights(model: models.GFL, settings: TrainConfig) -> list[str]:
     if settings.init:
         weights = checkpoint.normalise(checkpoint.read(settings.init)).state_dict
         return checkpoint.load_weights(model, weights, allow_new_head=True)
@@ -353,12 +355,6 @@ def _optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.999), capturable=graph, **rest)
     return torch.optim.SGD(parameters, momentum=settings.momentum, **rest)
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state with learning rates as plain numbers, so that a checkpoint is the same with a graph."""
-    state = optimizer.state_dict()
-    return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
 
 
 @contextmanager

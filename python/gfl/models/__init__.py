@@ -24,10 +24,8 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
     """A detector with random weights, by the name of a preset.
 
     Args:
-        name: gfl_r50_1x, gfl_r50_2x, gfl_r101_2x, gfl_r101_dcnv2_2x, gfl_x101_32x4d_2x or gfl_x101_32x4d_dcnv2_2x of
-            the paper; gflv2_r50_1x, gflv2_r50_2x, gflv2_r101_2x, gflv2_r101_dcnv2_2x or gflv2_x101_32x4d_dcnv2_2x of
-            version 2 (arXiv 2011.12885), whose scores are class times quality; gfl_r18_1x or gfl_tiny for small work;
-            or a JSON file with a configuration.
+        name: of a preset in `gfl.PRESETS`: gfl_… of the paper, gflv2_… of version 2 (arXiv 2011.12885), whose scores
+            are class times quality, gfl_r18_1x or gfl_tiny for small work; or a file with a configuration.
         num_classes: C, without a background.
         fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, instead of the preset's.
 
@@ -42,9 +40,7 @@ def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
 def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
     """A detector with random weights; by default boxes are read from its maps as in the paper.
 
-    Raises:
-        ValueError: a field has a value that makes no network; it is named.
-        RuntimeError: a timm backbone where timm is not installed.
+    The errors are those of `create_model`.
     """
     _check(config)
     if config.backbone.startswith(TIMM):
@@ -58,14 +54,13 @@ def _check(config: ModelConfig) -> None:
     timm = config.backbone.startswith(TIMM)
     architecture = ARCHITECTURES.get(config.backbone)
     levels = len(config.strides)
-    doubling = tuple(STRIDES[0] * 2**i for i in range(levels))
+    strides = 3 <= levels <= MAX_LEVELS and tuple(config.strides) == tuple(STRIDES[0] * 2**i for i in range(levels))
     deformable = architecture is not None and architecture.bottleneck
     grouped = architecture is not None and architecture.groups > 1
-    positive = ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk")
-    rules = [(name, getattr(config, name) >= 1, "must be >= 1") for name in positive]
     quality = config.reg_max + 1 >= PEAKS or not config.quality_branch
     divides = config.head_groups > 0 and config.head_channels % config.head_groups == 0
-    strides = 3 <= levels <= MAX_LEVELS and tuple(config.strides) == doubling
+    positive = ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk")
+    rules = [(name, getattr(config, name) >= 1, "must be >= 1") for name in positive]
     rules += [
         ("head_convs", config.head_convs >= 0, "must be >= 0"),
         ("anchor_scale", config.anchor_scale > 0, "must be > 0"),

@@ -12,17 +12,10 @@ STRIDES = (8, 16, 32)
 
 
 class Backbone(nn.Module):
-    """A network from images to the maps c3, c4 and c5; subclasses define its stages.
+    """A network from images to the maps c3, c4 and c5; subclasses define its stages."""
 
-    Attributes:
-        channels: of the three maps.
-        frozen_stages: the stem and this many stages are not trained; −1: everything is. Set by `freeze`.
-        norm_eval: batch norms keep their statistics in training too; their weights and biases are trained. Set by
-            `freeze`.
-    """
-
-    channels: tuple[int, int, int]
-    frozen_stages: int = -1
+    channels: tuple[int, int, int]  # of the three maps
+    frozen_stages: int = -1  # set by `freeze`
     norm_eval: bool = False
 
     def fold_norms(self, fold: bool) -> None:
@@ -40,7 +33,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def freeze(self, stages: int, norm_eval: bool) -> None:
-        """Train neither the stem nor the first `stages` stages (−1: train all); `norm_eval` as in the attributes."""
+        """Train neither the stem nor the first `stages` stages (−1: train all).
+
+        With `norm_eval` all batch norms keep their statistics in training too; their weights and biases are trained.
+        """
         self.frozen_stages, self.norm_eval = stages, norm_eval
         self.requires_grad_(True)
         if stages >= 0:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +22,7 @@ class DeformConv2d(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, modulated: bool = False) -> None:
         super().__init__()
-        self.stride = stride
-        self.groups = groups
-        self.modulated = modulated
+        self.stride, self.groups, self.modulated = stride, groups, modulated
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, 3, 3))
         self.conv_offset = nn.Conv2d(inputs, (3 if modulated else 2) * TAPS, 3, stride, padding=1)
         self.initialise()
@@ -38,12 +34,12 @@ class DeformConv2d(nn.Module):
         nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, inputs, H, W]`` to ``[B, outputs, ceil(H/stride), ceil(W/stride)]``.
-
-        Raises:
-            RuntimeError: torchvision is not installed.
-        """
-        operator = _deform_conv2d()
+        """``[B, inputs, H, W]`` to ``[B, outputs, ceil(H/stride), ceil(W/stride)]``; needs torchvision."""
+        try:
+            from torchvision.ops import deform_conv2d
+        except ImportError as error:
+            need = "a backbone with `dcn` needs torchvision's deformable convolution"
+            raise RuntimeError(f"gfl: {need}: pip install torchvision") from error
         learned = self.conv_offset(x)
         offset, mask = learned[:, : 2 * TAPS], None
         # In half precision a tap of a wide map would move in steps of a cell and more.
@@ -51,19 +47,9 @@ class DeformConv2d(nn.Module):
             dtype = torch.promote_types(x.dtype, torch.float32)
             if self.modulated:
                 mask = learned[:, 2 * TAPS :].to(dtype).sigmoid()
-            y = operator(x.to(dtype), offset.to(dtype), self.weight.to(dtype), stride=self.stride, padding=1, mask=mask)
+            y = deform_conv2d(x.to(dtype), offset.to(dtype), self.weight.to(dtype), None, self.stride, 1, mask=mask)
         return y.to(learned.dtype)
 
     def extra_repr(self) -> str:
         version = "v2" if self.modulated else "v1"
         return f"{self.conv_offset.in_channels}, {self.weight.shape[0]}, stride={self.stride}, {version}"
-
-
-def _deform_conv2d() -> Callable[..., Tensor]:
-    try:
-        from torchvision.ops import deform_conv2d
-    except ImportError as error:
-        raise RuntimeError(
-            "gfl: a backbone with `dcn` needs torchvision's deformable convolution: pip install torchvision"
-        ) from error
-    return deform_conv2d

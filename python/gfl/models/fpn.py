@@ -15,14 +15,10 @@ class FPN(nn.Module):
     """One map per level, all with the same number of channels.
 
     The backbone's maps, projected, are summed from the coarsest down, the coarser one upsampled to the finer one's
-    size by nearest neighbour; each further level is a convolution of the last one's output with stride 2.
+    size by nearest neighbour; each further level is a convolution of the last one's output with stride 2. Weights start
+    as in Glorot and Bengio's uniform initialisation, biases at 0.
 
-    Args:
-        inputs: channels of the backbone's maps, the finest first.
-        channels: of every level.
-        levels: how many, at least as many as there are inputs.
-
-    Weights start as in Glorot and Bengio's uniform initialisation, biases at 0.
+    `inputs` are the channels of the backbone's maps, the finest first; there are `levels`, at least as many.
     """
 
     def __init__(self, inputs: Sequence[int], channels: int, levels: int) -> None:

@@ -39,11 +39,7 @@ PACKED, PACKED_BYTES = 2, 2**20
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the batch norm after it, in fp64.
-
-    Raises:
-        ValueError: a norm that keeps no statistics is another function of each batch.
-    """
+    """Weight and bias of a convolution with the batch norm after it, in fp64; it must keep statistics (ValueError)."""
     weight = weight.detach().double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
     if norm is None:
@@ -51,34 +47,26 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple
     assert isinstance(norm, nn.BatchNorm2d)
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("gfl: a batch norm without running statistics can't be folded; detect without `optimize`")
-    mean, var, scale, shift = (
-        x.detach().double() for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    return fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)
+    statistics = norm.running_mean.double(), norm.running_var.double()
+    return fuse_conv_bn_weights(weight, bias, *statistics, norm.eps, norm.weight.double(), norm.bias.double())
 
 
 class FusedConv(nn.Module):
     """A convolution with bias, a summand and ReLU in one call where there is one."""
-
-    weight: Tensor
-    bias: Tensor
 
     def __init__(
         self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0, groups: int = 1, relu: bool = False
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.groups, self.relu = (stride, stride), (padding, padding), groups, relu
-        self.register_buffer("weight", weight.detach().float().contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", bias.detach().float().contiguous())
+        self.weight = nn.Buffer(weight.detach().float().contiguous(memory_format=torch.channels_last))
+        self.bias = nn.Buffer(bias.detach().float().contiguous())
         self._onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         self._cudnn = True
         self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._winograd: Winograd | None = None
-        self._fits_winograd = (
-            tuple(weight.shape[2:]) == (3, 3)
-            and weight.shape[1] >= MIN_CHANNELS
-            and (stride, padding, groups) == (1, 1, 1)
-        )
+        kind = (*weight.shape[2:], stride, padding, groups)
+        self._fits_winograd = weight.shape[1] >= MIN_CHANNELS and kind == (3, 3, 1, 1, 1)
 
     @staticmethod
     def of(conv: nn.Module, norm: nn.Module | None = None, relu: bool = False) -> FusedConv:
@@ -96,10 +84,8 @@ class FusedConv(nn.Module):
         if not torch.compiler.is_compiling():
             if x.device.type == "cpu" and x.dtype == torch.float32 and self._onednn:
                 return self._by_onednn(x, summand)
-            if x.device.type == "cuda" and self.relu and self._cudnn:
-                found = self._by_cudnn(x, summand)
-                if found is not None:
-                    return found
+            if x.device.type == "cuda" and self.relu and (found := self._by_cudnn(x, summand)) is not None:
+                return found
         y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         y = y if summand is None else y + summand
         return y.relu_() if self.relu else y
@@ -143,6 +129,8 @@ class FusedConv(nn.Module):
 
     def _by_cudnn(self, x: Tensor, summand: Tensor | None) -> Tensor | None:
         """None where cuDNN has no such call for these shapes or this type; it is not tried again."""
+        if not self._cudnn:
+            return None
         where = (self.stride, self.padding, (1, 1), self.groups)
         try:
             if summand is None:
@@ -156,14 +144,12 @@ class FusedConv(nn.Module):
 class FusedDeform(nn.Module):
     """A deformable convolution with the norm after it folded in, and ReLU."""
 
-    bias: Tensor
-
     def __init__(self, conv: DeformConv2d, norm: nn.Module) -> None:
         super().__init__()
         weight, bias = folded(conv.weight, None, norm)
         self.conv = copy.deepcopy(conv)
         self.conv.weight = nn.Parameter(weight.float())
-        self.register_buffer("bias", bias[:, None, None].float())
+        self.bias = nn.Buffer(bias[:, None, None].float())
 
     def forward(self, x: Tensor, summand: None = None) -> Tensor:
         return self.conv(x).add_(self.bias).relu_()
@@ -220,11 +206,8 @@ class FusedGFL(GFL):
     """A `GFL` for detection alone, with the results of `model` in evaluation.
 
     In fp32 its maps differ from the model's by about 1e-4 of their standard deviation. It holds copies: weights that
-    change later are not seen, settings in `test` are.
-
-    Args:
-        model: any `GFL`. A backbone of timm stays as it is.
-        dtype: of weights and maps; softmax, ranking and boxes are fp32 in any case.
+    change later are not seen, settings in `test` are. A backbone of timm stays as it is. `dtype` is that of weights and
+    maps; softmax, ranking and boxes are fp32 in any case.
     """
 
     @torch.no_grad()
@@ -233,10 +216,9 @@ class FusedGFL(GFL):
         self._config, self.test, self.dtype = model.config, model.test, dtype
         self.backbone, self.neck = copy.deepcopy(model.backbone), copy.deepcopy(model.neck)
         for module in list(self.backbone.modules()):
-            if isinstance(module, (ResNet, Block)):
-                for number in (1, 2, 3):
-                    if hasattr(module, f"conv{number}"):
-                        _fuse_norm(module, f"conv{number}", f"bn{number}")
+            for number in (1, 2, 3) if isinstance(module, (ResNet, Block)) else ():
+                if hasattr(module, f"conv{number}"):
+                    _fuse_norm(module, f"conv{number}", f"bn{number}")
             if isinstance(module, Block) and module.downsample is not None:
                 _fuse_norm(module.downsample, "0", "1", relu=False)
         for name in ("lateral_convs", "fpn_convs"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import gfl_ops
+from gfl_ops.ops.head.atss import centres
 
 from ..config import InferenceConfig, ModelConfig
 from . import _inputs
@@ -28,13 +29,8 @@ class GFL(nn.Module):
 
     Args:
         backbone: gives maps of strides 8, 16 and 32.
-        config: of the network; defines neck and head.
-        test: how boxes are read from the maps.
-
-    Attributes:
-        config: the network's, with the backbone's current frozen stages and norms.
-        test: may be changed at any time.
-        backbone, neck, bbox_head: the three modules.
+        config: of the network; defines neck and head. The attribute has the backbone's current frozen stages and norms.
+        test: how boxes are read from the maps; the attribute may be changed at any time.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
@@ -93,22 +89,21 @@ class GFL(nn.Module):
         scale_factors: Tensor | None = None,
     ) -> gfl_ops.Detections:
         """Detections from what `predict_maps` returns, by the settings in `test`; sizes and factors as tensors."""
-        config, test = self._config, self.test
+        config, names = self._config, ("score_threshold", "nms_pre", "iou_threshold", "max_detections")
         return gfl_ops.postprocess(
             cls_scores,
             reg_preds,
             config.strides,
             image_sizes,
             reg_max=config.reg_max,
-            score_threshold=test.score_threshold,
-            nms_pre=test.nms_pre,
-            iou_threshold=test.iou_threshold,
-            max_detections=test.max_detections,
-            center_offset=config.center_offset,
             topk_mode=config.topk_mode,
             scale_factors=scale_factors,
-            legacy=config.legacy,
+            **{name: getattr(self.test, name) for name in names},
+            **self._geometry(),
         )
+
+    def _geometry(self) -> dict[str, Any]:
+        return {"center_offset": self._config.center_offset, "legacy": self._config.legacy}
 
     def loss(
         self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], image_sizes: Pairs | None = None
@@ -142,7 +137,6 @@ class GFL(nn.Module):
         Sizes are fp32 ``[B, 2]``, everything is on the images' device, and values are not checked, so nothing waits.
         """
         config = self._config
-        geometry: dict[str, Any] = {"center_offset": config.center_offset, "legacy": config.legacy}
         cls_scores, reg_preds = self.predict_maps(images)
         assignment = gfl_ops.atss_assign(
             [(m.shape[2], m.shape[3]) for m in cls_scores],
@@ -152,7 +146,7 @@ class GFL(nn.Module):
             valid_sizes=image_sizes,
             topk=config.topk,
             anchor_scale=config.anchor_scale,
-            **geometry,
+            **self._geometry(),
         )
         cls_norm, box_norm = _shared_norms(cls_scores, assignment)
         losses = gfl_ops.gfl_loss(
@@ -166,7 +160,7 @@ class GFL(nn.Module):
             beta=config.beta,
             cls_norm=cls_norm,
             box_norm=box_norm,
-            **geometry,
+            **self._geometry(),
         )
         return {"loss_cls": losses.cls, "loss_bbox": losses.box, "loss_dfl": losses.dfl}
 
@@ -177,6 +171,17 @@ class GFL(nn.Module):
         """
         _inputs.check_images("predict_maps", images)
         return self.bbox_head(self.neck(self.backbone(images)))
+
+
+def locations(
+    config: ModelConfig, cells: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Of all levels, of (height, width) `cells` each: centres ``[A, 2]`` (x, y) in pixels, and strides ``[A, 1]``."""
+    where, offset, legacy = torch.device(device), config.center_offset, config.legacy
+    levels = zip(cells, config.strides, strict=True)
+    points = [centres(*size, stride, offset, legacy, where) for size, stride in levels]
+    strides = [p.new_full((len(p), 1), stride) for p, stride in zip(points, config.strides)]
+    return torch.cat(points), torch.cat(strides)
 
 
 def _shared_norms(

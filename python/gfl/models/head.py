@@ -50,8 +50,8 @@ class GFLHead(nn.Module):
         super().__init__()
         self.reg_max, groups = config.reg_max, config.head_groups
         widths = [config.neck_channels] + [config.head_channels] * config.head_convs
-        self.cls_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
-        self.reg_convs = nn.ModuleList([Conv(i, o, groups=groups) for i, o in pairwise(widths)])
+        self.cls_convs = nn.Sequential(*(Conv(i, o, groups=groups) for i, o in pairwise(widths)))
+        self.reg_convs = nn.Sequential(*(Conv(i, o, groups=groups) for i, o in pairwise(widths)))
         self.gfl_cls = nn.Conv2d(widths[-1], config.num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(widths[-1], 4 * (self.reg_max + 1), 3, padding=1)
         self.scales = nn.ModuleList([Scale() for _ in config.strides])
@@ -61,9 +61,6 @@ class GFLHead(nn.Module):
         if config.quality_branch:
             statistics = nn.Conv2d(4 * (PEAKS + 1), QUALITY_CHANNELS, 1)
             self.reg_conf = nn.Sequential(statistics, nn.ReLU(inplace=True), nn.Conv2d(QUALITY_CHANNELS, 1, 1))
-        self._initialise()
-
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -76,14 +73,8 @@ class GFLHead(nn.Module):
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
         cls_scores, reg_preds = [], []
         for x, scale in zip(maps, self.scales, strict=True):
-            cls_features = reg_features = x
-            for conv in self.cls_convs:
-                cls_features = conv(cls_features)
-            for conv in self.reg_convs:
-                reg_features = conv(reg_features)
-            cls_score, reg_pred = self.gfl_cls(cls_features), scale(self.gfl_reg(reg_features))
-            cls_scores.append(self.rescored(cls_score, reg_pred))
-            reg_preds.append(reg_pred)
+            reg_preds.append(scale(self.gfl_reg(self.reg_convs(x))))
+            cls_scores.append(self.rescored(self.gfl_cls(self.cls_convs(x)), reg_preds[-1]))
         return cls_scores, reg_preds
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:

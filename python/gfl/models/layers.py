@@ -9,13 +9,9 @@ from torch.nn import functional
 
 
 class Conv(nn.Module):
-    """A convolution with a bias, or without one and followed by a group norm and a ReLU.
+    """A convolution with a bias; with `groups` without one, and followed by a group norm of so many and a ReLU.
 
-    Args:
-        inputs, outputs: channels.
-        size: of the kernel, odd; the input is padded so that stride 1 keeps its size.
-        stride: of the convolution.
-        groups: of the group norm; 0: there is none.
+    The input is padded so that stride 1 keeps its size.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 0) -> None:

@@ -46,8 +46,7 @@ class Block(nn.Module):
         self.downsample: nn.Sequential | None = None
         outputs = planes * EXPANSION if architecture.bottleneck else planes
         if stride != 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         if not architecture.bottleneck:
             self._add(1, nn.Conv2d(inputs, planes, 3, stride, padding=1, bias=False), planes)
             self._add(2, nn.Conv2d(planes, planes, 3, padding=1, bias=False), planes)
@@ -71,9 +70,7 @@ class Block(nn.Module):
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        if self.downsample is not None:
-            identity = conv_norm(self.downsample[0], self.downsample[1], x, relu=False)
+        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x, relu=False)
         *pairs, last = self.pairs()
         for pair in pairs:
             x = conv_norm(*pair, x)
@@ -81,11 +78,7 @@ class Block(nn.Module):
 
 
 class ResNet(Backbone):
-    """A residual network without its classifier.
-
-    Args:
-        architecture: depth and kind of the blocks, one of `ARCHITECTURES`.
-        config: width, deformable convolutions (arXiv 1703.06211, 1811.11168) and what is not trained.
+    """A residual network without its classifier, of one of the `ARCHITECTURES`.
 
     Weights start as in He et al.'s initialisation for a ReLU (arXiv 1502.01852, by the outputs), the last norm of each
     block at 0, so that a block starts as the identity, and deformable convolutions with offsets of 0.
@@ -119,10 +112,8 @@ class ResNet(Backbone):
                 module.initialise()
             elif isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for module in self.modules():
-            if isinstance(module, Block):
-                _, norm = module.pairs()[-1]
-                nn.init.zeros_(norm.get_parameter("weight"))
+            elif isinstance(module, Block):
+                nn.init.zeros_(module.pairs()[-1][1].get_parameter("weight"))
 
     def stages(self) -> list[nn.Module]:
         """The four stages, c2 to c5."""
@@ -134,9 +125,7 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps c3, c4, c5 of normalised images ``[B, 3, H, W]``, of ceil(H/s) × ceil(W/s) cells for s = 8, 16, 32."""
-        x = self.maxpool(conv_norm(self.conv1, self.bn1, images))
-        maps = []
+        maps = [self.maxpool(conv_norm(self.conv1, self.bn1, images))]
         for stage in self.stages():
-            x = stage(x)
-            maps.append(x)
-        return maps[1:]
+            maps.append(stage(maps[-1]))
+        return maps[2:]

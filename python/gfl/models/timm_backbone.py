@@ -12,28 +12,19 @@ from .backbone import STRIDES, Backbone
 
 
 class TimmBackbone(Backbone):
-    """The maps of strides 8, 16 and 32 of a timm model, with random weights.
+    """The maps of strides 8, 16 and 32 of a timm model, with random weights; `name` as in ``timm.list_models()``.
 
-    Args:
-        name: of the model, as in ``timm.list_models()``.
-        frozen_stages: everything up to the map of stride ``2^(frozen_stages + 1)`` is not trained: 0 the stem, 1 the
-            first stage too. −1: everything is trained.
-        norm_eval: batch norms keep their statistics in training too.
-
-    Raises:
-        RuntimeError: timm is not installed.
-        ValueError: timm has no such model, or it has no maps of strides 8, 16 and 32.
+    Everything up to the map of stride ``2^(frozen_stages + 1)`` is frozen: 0 the stem, 1 the first stage too. It is a
+    RuntimeError without timm, and a ValueError if timm has no such model or that has no such maps.
     """
 
     def __init__(self, name: str, frozen_stages: int = 1, norm_eval: bool = True) -> None:
         super().__init__()
-        self.name = name
-        self.body = _create(name)
+        self.name, self.body = name, _create(name)
         info: Any = self.body.feature_info
         reductions = info.reduction()
         self._picked = [reductions.index(stride) for stride in STRIDES]
-        c3, c4, c5 = (info.channels()[i] for i in self._picked)
-        self.channels = (c3, c4, c5)
+        self.channels = tuple(info.channels()[i] for i in self._picked)
         self._last_module = dict(zip(reductions, info.module_name()))
         self.freeze(frozen_stages, norm_eval)
 
@@ -56,7 +47,7 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of strides 8, 16 and 32 of normalised images ``[B, 3, H, W]``."""
         maps = self.body(images)
-        picked = [(maps[position], channels) for position, channels in zip(self._picked, self.channels, strict=True)]
+        picked = zip((maps[i] for i in self._picked), self.channels, strict=True)
         # Some of timm's networks give [B, H, W, C].
         return [x if x.shape[1] == channels else x.permute(0, 3, 1, 2) for x, channels in picked]
 
@@ -71,8 +62,7 @@ def _create(name: str) -> nn.Module:
         import timm
     except ImportError as error:
         raise RuntimeError(f"gfl: the backbone timm:{name} needs timm: pip install timm") from error
-    known = timm.list_models()
-    if name.split(".")[0] not in known:
+    if name.split(".")[0] not in timm.list_models():
         raise ValueError(f"gfl.ModelConfig: `backbone`: timm {timm.__version__} has no model {name!r}")
     body: Any = timm.create_model(name, pretrained=False, features_only=True)
     reductions = list(body.feature_info.reduction())

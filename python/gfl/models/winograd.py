@@ -48,22 +48,14 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class Winograd(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1, its filters transformed once.
-
-    Args:
-        weight: fp32 ``[K, C, 3, 3]``.
-        bias: ``[K]``, or None.
-    """
-
-    filters: Tensor
-    bias: Tensor | None
+    """A 3x3 convolution of stride 1 and padding 1 with a weight ``[K, C, 3, 3]``, its filters transformed once."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         side = torch.tensor(FILTER, dtype=torch.float64)
         spread = torch.einsum("ia,jb,kcab->ijck", side, side, weight.detach().double().cpu())
-        self.register_buffer("filters", spread.reshape(IN * IN, *spread.shape[2:]).float().contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach().float().cpu())
+        self.filters = nn.Buffer(spread.reshape(IN * IN, *spread.shape[2:]).float().contiguous())
+        self.bias = None if bias is None else nn.Buffer(bias.detach().float().cpu())
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The convolution of each map, fp32 ``[B, C, H, W]`` to ``[B, K, H, W]`` in channels-last order."""

@@ -11,9 +11,9 @@ from gfl.engine.log import EVALUATIONS, STEPS, TEXT, RunLog
 def write(folder: Path, steps: range, step: int = 0, evaluated: int = 0) -> None:
     log = RunLog(folder, step, evaluated)
     for s in steps:
-        log.row(s, {"loss": s / 8})
+        log.row(STEPS, s, {"loss": s / 8})
         if s % 2 == 0:
-            log.evaluation(s, {"AP": s / 16})
+            log.row(EVALUATIONS, s, {"AP": s / 16})
     log.close()
 
 
@@ -30,14 +30,14 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
 def test_an_evaluation_that_no_checkpoint_knows_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, range(1, 5))
     log = RunLog(tmp_path, 4, evaluated=2)
-    log.evaluation(4, {"AP": 0.25})
+    log.row(EVALUATIONS, 4, {"AP": 0.25})
     log.close()
     assert (tmp_path / EVALUATIONS).read_text() == "step,AP\n2,0.125\n4,0.25\n"
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run", active=False)
-    log.row(1, {"loss": 1.0})
+    log.row(STEPS, 1, {"loss": 1.0})
     log.say("something")
     log.close()
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from gfl.data import transforms
 from gfl.data.loader import validation_dataset
 from gfl.engine.evaluate import evaluate
 from gfl.engine.graphs import GraphCache
-from gfl.engine.pipeline import PendingDetections, Pipeline
+from gfl.engine.pipeline import Pipeline, fetch
 from gfl.engine.train import LAST, train
 from gfl.models.fused import FusedGFL
 
@@ -73,7 +73,7 @@ def test_detections_of_the_cpu_are_there_at_once() -> None:
     detections = gfl_ops.Detections(
         torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1), torch.zeros(1, 2)
     )
-    assert all(a is b for a, b in zip(PendingDetections(detections).wait(), detections))
+    assert all(a is b for a, b in zip(fetch(detections)(), detections))
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_nothing_waits_for_the_gpu_but_the_detections_cuda(
     pipeline.run(pipeline.load(given, sizes))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = PendingDetections(pipeline.run(pipeline.load(given, sizes)).detections)
+        wait = fetch(pipeline.run(pipeline.load(given, sizes)).detections)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert pending.wait().boxes.device.type == "cpu"
+    assert wait().boxes.device.type == "cpu"

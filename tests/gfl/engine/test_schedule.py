@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from gfl.config import TrainConfig
-from gfl.engine.schedule import learning_rate
+from gfl.engine.train import learning_rate
 
 
 def test_the_warm_up_rises_to_the_scaled_rate() -> None:

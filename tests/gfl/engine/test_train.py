@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from gfl.demo.course import computes_bf16
 from gfl.detector import Detector
 from gfl.engine import train as training
 from gfl.engine.log import EVALUATIONS, STEPS, TEXT
+from gfl.engine.step import Step
 from gfl.engine.train import BEST, CONFIG, LAST, LOSSES, train
 
 Small = Callable[..., Config]
@@ -120,15 +122,15 @@ def test_a_training_that_stopped_after_any_step_ends_the_same(
     class Killed(BaseException):
         pass
 
-    step = training.Training._step
+    step, done = Step.__call__, itertools.count(1)
 
-    def and_die(self: training.Training, batch: Any) -> None:
-        step(self, batch)
-        if self.position.step == stop:
+    def and_die(self: Step, *arguments: Any) -> None:
+        step(self, *arguments)
+        if next(done) == stop:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_step", and_die)
+        patch.setattr(Step, "__call__", and_die)
         with pytest.raises(Killed):
             train(config, tmp_path / "killed", device="cpu")
     metrics = train(config, tmp_path / "killed", resume=True, device="cpu")
