@@ -185,6 +185,8 @@ def test_it_learns_a_batch(model: GFL, images: Tensor, targets: list) -> None:
         optimizer.zero_grad()
         loss = sum(model.loss(images, targets).values())
         loss.backward()
+        # Without it, some drawn weights take a first step that is too long to recover from in 15.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 35.0)
         optimizer.step()
     assert loss.item() < 0.8 * first
 
