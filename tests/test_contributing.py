@@ -54,7 +54,7 @@ def copy_of_the_tree(folder: Path) -> Path:
     """The files that a build or a test reads, without what was built."""
     tree = folder / "tree"
     for name in ("gfl_ops", "csrc", "python", "benchmarks", "scripts", "tests", "build_backend"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results", "data")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tree / name)
