@@ -26,8 +26,9 @@ __device__ __forceinline__ IouTerm<acc_t<T>> term_of(const IouInput& in, const D
   return iou_term(pred, target, Kind{}, static_cast<A>(in.eps), static_cast<A>(in.parameter));
 }
 
+// minBlocksPerSM of 1: without it ptxas spills around the arctangent of CIoU in fp64 on sm_90.
 template <class T, class Kind>
-__global__ void __launch_bounds__(kFoursThreads) iou_forward_kernel(IouInput in, Dense dense, acc_t<T>* loss) {
+__global__ void __launch_bounds__(kFoursThreads, 1) iou_forward_kernel(IouInput in, Dense dense, acc_t<T>* loss) {
   for (int64_t row = int64_t(blockIdx.x) * kFoursThreads + threadIdx.x; row < in.rows;
        row += int64_t(gridDim.x) * kFoursThreads) {
     loss[row] = term_of<T, Kind>(in, dense, row).value;
