@@ -31,7 +31,7 @@ import torch
 
 from ._version import __version__
 from .core import backends, checks, extension
-from .core.conformance import Mismatch, check_backward, check_forward, operator
+from .core.conformance import Mismatch, check_forward, check_gradient, operator
 from .core.registry import SPECS, OpSpec
 
 OK, WRONG, FAILED, CRASHED, HUNG, SKIPPED = "ok", "wrong", "failed", "crashed", "hung", "not checked"
@@ -389,7 +389,7 @@ def _check(spec: OpSpec, backend: str, device: str, say: Callable[..., None]) ->
                 say(sample=sample.id)
                 check_forward(spec, function, sample)
                 if spec.differentiable:
-                    check_backward(spec, function, sample, 0)
+                    check_gradient(spec, function, sample, 0)
         if device == "cuda":
             torch.cuda.synchronize()
     except Mismatch as error:

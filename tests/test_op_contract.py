@@ -18,7 +18,7 @@ from contract import Rung, outputs, tensors
 from torch import Tensor
 
 import gfl_ops
-from gfl_ops.core import backends
+from gfl_ops.core import backends, conformance
 from gfl_ops.core.random_inputs import normal
 from gfl_ops.core.registry import SPECS, OpSpec, Sample
 
@@ -60,13 +60,13 @@ def with_dtypes(rungs: list[Rung]) -> pytest.MarkDecorator:
 @with_dtypes(RUNGS)
 def test_forward_agrees_with_the_oracle(rung: Rung, dtype: torch.dtype, seed: int) -> None:
     for sample in rung.samples(dtype, seed):
-        contract.check_forward(rung.spec, rung.forward, sample)
+        conformance.check_forward(rung.spec, rung.forward, sample)
 
 
 @with_dtypes([r for r in RUNGS if r.spec.differentiable])
 def test_gradient_agrees_with_the_oracle(rung: Rung, dtype: torch.dtype, seed: int) -> None:
     for sample in rung.samples(dtype, seed):
-        contract.check_gradient(rung.spec, rung.forward, sample, seed)
+        conformance.check_gradient(rung.spec, rung.forward, sample, seed)
 
 
 @with_dtypes(RUNGS)
@@ -201,10 +201,10 @@ def test_a_wrong_kernel_is_caught(seed: int) -> None:
         return spec.reference(*args) + 1e-3 * (pred - pred.detach())[:, 3]  # type: ignore[no-any-return]
 
     with pytest.raises(AssertionError, match="1 of 129 wrong"):
-        contract.check_forward(spec, wrong_value, sample)
-    contract.check_forward(spec, wrong_gradient, sample)
+        conformance.check_forward(spec, wrong_value, sample)
+    conformance.check_forward(spec, wrong_gradient, sample)
     with pytest.raises(AssertionError, match="gradient 0"):
-        contract.check_gradient(spec, wrong_gradient, sample, seed)
+        conformance.check_gradient(spec, wrong_gradient, sample, seed)
 
 
 def _toy_samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
@@ -232,8 +232,8 @@ def check_all(rung: Rung, seed: int) -> None:
     """What an operator in plain PyTorch must hold."""
     for dtype in rung.spec.dtypes:
         for sample in rung.samples(dtype, seed):
-            contract.check_forward(rung.spec, rung.forward, sample)
-            contract.check_gradient(rung.spec, rung.forward, sample, seed)
+            conformance.check_forward(rung.spec, rung.forward, sample)
+            conformance.check_gradient(rung.spec, rung.forward, sample, seed)
             contract.check_fake(rung, sample)
             contract.check_functional(rung, sample)
             contract.check_repeats(rung, sample)
@@ -296,4 +296,4 @@ def test_a_planted_fault_is_caught(fault: str, seed: int) -> None:
 def test_a_kernel_of_another_dtype_is_caught(seed: int) -> None:
     sample = next(_toy_samples(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(seed)))
     with pytest.raises(AssertionError, match=r"torch\.float64, expected torch\.float32"):
-        contract.check_forward(TOY, lambda *args: _toy_reference(*args).double(), sample)
+        conformance.check_forward(TOY, lambda *args: _toy_reference(*args).double(), sample)

@@ -88,7 +88,7 @@ def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) ->
         assert_close(g, e, o, f"{sample.id}, result {i}", _magnitude(spec, sample))
 
 
-def check_backward(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int) -> None:
+def check_gradient(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int) -> None:
     """The same for the gradients, those of the results being drawn from `seed`."""
     shapes = differentiated(spec, spec.reference(*sample.args))
     draw = torch.Generator().manual_seed(seed)
@@ -148,9 +148,8 @@ def _sum_magnitudes(spec: OpSpec, args: tuple[Any, ...], results: list[Tensor]) 
     signs, as a parameter's does."""
     count = sum(r.numel() for r in results)
     magnitudes: list[float] = []
-    for name, value in zip(spec.arguments, args):
-        if name in spec.differentiable:
-            leaves = tensors(value)
-            terms = count / max(sum(leaf.numel() for leaf in leaves), 1)
-            magnitudes += [max(terms, 1.0) ** 0.5] * len(leaves)
+    for position in spec.positions:
+        leaves = tensors(args[position])
+        terms = count / max(sum(leaf.numel() for leaf in leaves), 1)
+        magnitudes += [max(terms, 1.0) ** 0.5] * len(leaves)
     return magnitudes

@@ -14,12 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
+from gfl_ops.core.conformance import differentiated, gradients, leaves_of, outputs, tensors
 from gfl_ops.core.registry import OpSpec, Sample, define_operator, reference_backward
 
-# Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the
-# terms that cancel in it, where the spec says so); sums over up to 129 classes or bins stay within it because their
-# terms are of one sign. In fp64 the oracle is no better than what it judges, and eager's own error can't be seen.
-ULPS = {torch.float32: 64, torch.float64: 512}
 # What numerical differences can't judge: values beyond any step, kinks, and parts that a gradient takes as constant.
 UNSMOOTH = ("extreme", "tie", "detached")
 NAMESPACES = {"native": "gfl", "triton": "gfl_triton"}
@@ -59,55 +56,11 @@ def by_reference(spec: OpSpec, device: str, namespace: str) -> Rung:
     return Rung(spec, "reference", device, namespace)
 
 
-def double(value: Any) -> Any:
-    """The arguments as the oracle takes them: the rounded inputs, exactly, in fp64."""
-    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
-
-
-def outputs(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in tensors(v)] if isinstance(value, (tuple, list)) else []
-
-
-def differentiated(spec: OpSpec, result: Any) -> list[Tensor]:
-    """The results that have a gradient, those in lists too."""
-    return tensors([outputs(result)[i] for i in spec.grads])
-
-
 def backward_arguments(spec: OpSpec, args: tuple[Any, ...], fill: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
     """What the backward operator takes before `needs`: gradients that `fill` makes, saved results, the arguments."""
     results = outputs(spec.reference(*args))
     grads = [tree_map(lambda t: fill(t.detach()), results[i]) for i in spec.grads]
     return (*grads, *(results[i] for i in spec.saved_outputs), *args)
-
-
-def leaves_of(spec: OpSpec, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The arguments with fresh leaves where the gradient reaches, and those leaves."""
-    leaves: list[Tensor] = []
-
-    def leaf(value: Tensor) -> Tensor:
-        leaves.append(value.detach().requires_grad_())
-        return leaves[-1]
-
-    fresh = [
-        tree_map(leaf, value) if name in spec.differentiable else value for name, value in zip(spec.arguments, args)
-    ]
-    return tuple(fresh), leaves
-
-
-def gradients(
-    spec: OpSpec, function: Callable[..., Any], args: tuple[Any, ...], grads: tuple[Tensor, ...]
-) -> list[Tensor]:
-    args, leaves = leaves_of(spec, args)
-    # Once: gradients of two calls would be added up in the leaf's dtype.
-    results = differentiated(spec, function(*args))
-    found = torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(grads, results)], allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
 
 
 def of_leaves(
@@ -124,82 +77,6 @@ def of_leaves(
         return tuple(differentiated(spec, function(*fresh)))
 
     return call, leaves
-
-
-def magnitude_of(spec: OpSpec, sample: Sample) -> float:
-    return spec.magnitude(*sample.args) if spec.magnitude is not None else 1.0
-
-
-def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str, magnitude: float = 1.0) -> None:
-    """`got` errs at most twice as much as eager torch in the same dtype, or by the roundings of its own dtype."""
-    assert got.shape == oracle.shape, f"{what}: shape {list(got.shape)}, expected {list(oracle.shape)}"
-    assert got.dtype == eager.dtype, f"{what}: {got.dtype}, expected {eager.dtype}"
-    if got.numel() == 0:
-        return
-    got64, eager64 = got.double(), eager.double()
-    special = ~torch.isfinite(oracle) | ~torch.isfinite(eager64)
-    torch.testing.assert_close(got64[special], eager64[special], equal_nan=True, rtol=0, atol=0, msg=f"{what}: special")
-    got64, eager64, oracle = got64[~special], eager64[~special], oracle[~special]
-    arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
-    scale = oracle.abs().clamp(min=magnitude)
-    allowed = torch.maximum(2 * (eager64 - oracle).abs(), ULPS[arithmetic] * torch.finfo(arithmetic).eps * scale)
-    if got.dtype in (torch.float16, torch.bfloat16):
-        # The result itself is rounded once to its dtype; subnormal halves have an absolute step instead.
-        info = torch.finfo(got.dtype)
-        allowed = allowed + (info.eps * oracle.abs()).clamp(min=info.smallest_normal * info.eps)
-    wrong = ~((got64 - oracle).abs() <= allowed)
-    if wrong.any():
-        worst = ((got64 - oracle).abs() / allowed).nan_to_num(float("inf")).argmax()
-        raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} wrong, worst {got64[worst].item()!r} for "
-            f"{oracle[worst].item()!r} (eager torch {eager64[worst].item()!r}, allowed {allowed[worst].item():.3g})"
-        )
-
-
-def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) -> None:
-    got, eager = tensors(outputs(function(*sample.args))), tensors(outputs(spec.reference(*sample.args)))
-    if not spec.differentiable:
-        # Decisions on fp32 geometry: an fp64 oracle would decide otherwise. The reference itself is the oracle, and is
-        # held against plain loops and peers in the operator's own tests.
-        for i, (g, e) in enumerate(zip(got, eager, strict=True)):
-            exact = not e.is_floating_point()
-            torch.testing.assert_close(
-                g,
-                e,
-                rtol=0 if exact else 1e-5,
-                atol=0 if exact else 1e-5,
-                equal_nan=True,
-                msg=lambda m, i=i: f"{sample.id}, result {i}: {m}",
-            )
-        return
-    oracle = tensors(outputs(spec.reference(*double(sample.args))))
-    for i, (g, e, o) in enumerate(zip(got, eager, oracle, strict=True)):
-        assert_close(g, e, o, f"{sample.id}, result {i}", magnitude_of(spec, sample))
-
-
-def check_gradient(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int) -> None:
-    shapes = differentiated(spec, spec.reference(*sample.args))
-    draw = torch.Generator().manual_seed(seed)
-    # Rounded as the results are: the oracle is given the same.
-    grads = tuple((torch.randn(s.shape, generator=draw) * 2).to(s.device, s.dtype) for s in shapes)
-    got = gradients(spec, function, sample.args, grads)
-    eager = gradients(spec, spec.reference, sample.args, grads)
-    oracle = gradients(spec, spec.reference, double(sample.args), grads)
-    magnitudes = [magnitude_of(spec, sample) * m for m in sum_magnitudes(spec, sample.args, shapes)]
-    for i, (g, e, o, m) in enumerate(zip(got, eager, oracle, magnitudes, strict=True)):
-        assert_close(g, e, o, f"{sample.id}, gradient {i}", m)
-
-
-def sum_magnitudes(spec: OpSpec, args: tuple[Any, ...], results: list[Tensor]) -> list[float]:
-    """For each leaf the size of what cancels in its gradient: the root of n where it sums terms of n results, of both
-    signs, as a parameter's does."""
-    count = sum(r.numel() for r in results)
-    magnitudes: list[float] = []
-    for position in spec.positions:
-        leaves = tensors(args[position])
-        terms = count / max(sum(leaf.numel() for leaf in leaves), 1)
-        magnitudes += [max(terms, 1.0) ** 0.5] * len(leaves)
-    return magnitudes
 
 
 def metadata(t: Tensor) -> tuple[Any, ...]:
