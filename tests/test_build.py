@@ -70,6 +70,7 @@ def only_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(cuda, "_sites", lambda torch_site: [torch_site])
     monkeypatch.setattr(cuda.shutil, "which", lambda name, **_: None)
     monkeypatch.setattr(cuda, "_nvccs", lambda site: [n for n in own(site) if tmp_path in n.parents])
+    monkeypatch.setattr(plan, "visible_gpus", lambda: [])
 
 
 # --- which torch -----------------------------------------------------------------------------------------------------
@@ -208,7 +209,20 @@ def test_cuda_part_from_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = plan_with(monkeypatch, make_torch(tmp_path / "site", "2.13.0+cu130", cuda="13.0"))
     assert made.cuda is not None and made.cuda_reason == ""
     assert (made.cuda.nvcc, made.cuda.version, made.cuda.archs) == (nvcc, "13.0", CUDA_13)
-    assert made.archs == ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
+    assert made.archs == ("sm_75", "sm_80", "compute_80", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+def test_cuda_part_for_the_gpu_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_nvcc: None
+) -> None:
+    make_nvcc(tmp_path / "toolkit", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setattr(plan, "visible_gpus", lambda: ["8.9"])
+    torch = make_torch(tmp_path / "site", "2.13.0+cu130", cuda="13.0")
+    assert plan_with(monkeypatch, torch).archs == ("sm_89",)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    plan.make_plan.cache_clear()
+    assert plan_with(monkeypatch, torch).archs == ("sm_90",)
 
 
 def test_cuda_part_from_pip_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_nvcc: None) -> None:
@@ -284,8 +298,8 @@ def test_compiler_that_fails_on_a_kernel_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wish", "known", "expected"),
     [
-        ("", CUDA_13, "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_120"),
-        ("", CUDA_12_4, "sm_80 sm_86 sm_89 sm_90 compute_90"),
+        ("", CUDA_13, "sm_75 sm_80 compute_80 sm_90 sm_100 sm_120 compute_120"),
+        ("", CUDA_12_4, "sm_75 sm_80 compute_80 sm_90 compute_90"),
         ("9.0", CUDA_13, "sm_90"),
         ("8.0;8.6+PTX", CUDA_13, "sm_80 sm_86 compute_86"),
         ("8.0 9.0a", CUDA_13, "sm_80 sm_90a"),
@@ -295,6 +309,56 @@ def test_compiler_that_fails_on_a_kernel_is_told(tmp_path: Path) -> None:
 )
 def test_architectures(wish: str, known: frozenset[str], expected: str) -> None:
     assert cuda.target_archs(wish, known) == tuple(expected.split())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wish", "expected"),
+    [
+        (["9.0"], "", "sm_90"),
+        (["8.6", "9.0"], "", "sm_86 sm_90"),
+        (["9.0"], "8.0+PTX", "sm_80 compute_80"),
+        # This nvcc is older than the GPU, which can only run PTX.
+        (["10.0"], "", "sm_75 sm_80 compute_80 sm_90 compute_90"),
+    ],
+)
+def test_architectures_of_this_machine(gpus: list[str], wish: str, expected: str) -> None:
+    assert cuda.target_archs(wish, CUDA_12_4, gpus) == tuple(expected.split())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [([], []), ([(9, 0)], ["9.0"]), ([(8, 6), (12, 0), (8, 6)], ["8.6", "12.0"])]
+)
+def test_the_driver_names_the_gpus(
+    capabilities: list[tuple[int, int]], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Driver:
+        """Three functions of libcuda."""
+
+        def cuInit(self, flags: int) -> int:
+            return 0 if capabilities else 100  # CUDA_ERROR_NO_DEVICE
+
+        def cuDeviceGetCount(self, count: ctypes.Array) -> int:
+            count._obj.value = len(capabilities)
+            return 0
+
+        def cuDeviceGet(self, device: ctypes.Array, index: int) -> int:
+            device._obj.value = index
+            return 0
+
+        def cuDeviceGetAttribute(self, value: ctypes.Array, attribute: int, device: ctypes.c_int) -> int:
+            value._obj.value = capabilities[device.value][{75: 0, 76: 1}[attribute]]
+            return 0
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver())
+    assert cuda.visible_gpus() == expected
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
+    assert cuda.visible_gpus() == []
 
 
 @pytest.mark.parametrize(

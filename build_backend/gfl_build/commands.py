@@ -93,7 +93,8 @@ class BuildExt(build_ext):
         if plan.torch is None:
             return
         say(f"compiling against torch {plan.torch.version} in {plan.torch.site}")
-        say(f"with CUDA part by {plan.cuda.nvcc}" if plan.cuda else f"without CUDA part: {plan.cuda_reason}")
+        cuda = f"with CUDA part by {plan.cuda.nvcc} for {', '.join(plan.archs)}" if plan.cuda else ""
+        say(cuda or f"without CUDA part: {plan.cuda_reason}")
         try:
             self.abi = read_abi(plan.torch)
         except RuntimeError as error:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA toolkit: where it is, whether it fits torch, and which architectures it compiles for. Never asks a GPU."""
+"""The CUDA toolkit: where it is, whether it fits torch, and which architectures it compiles for."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,21 +152,49 @@ def _dotted(number: str) -> str:
     return f"{number[:-1]}.{number[-1]}"
 
 
-def target_archs(wish: str, known: frozenset[str]) -> tuple[str, ...]:
+def visible_gpus() -> list[str]:
+    """The compute capabilities of the GPUs that CUDA_VISIBLE_DEVICES leaves, as "9.0", each once.
+
+    The driver is asked, since the build doesn't import torch.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        if driver.cuDeviceGet(ctypes.byref(device), index):
+            return []
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        for value, attribute in ((major, 75), (minor, 76)):
+            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+                return []
+        found.append(f"{major.value}.{minor.value}")
+    return list(dict.fromkeys(found))
+
+
+def target_archs(wish: str, known: frozenset[str], gpus: Sequence[str] = ()) -> tuple[str, ...]:
     """nvcc's code names for an arch list as torch's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "8.0 9.0a", "Hopper").
 
-    "sm_90" is machine code for 9.0, "compute_90" PTX of it. Without a wish: what flags.json lists, as far as the
-    toolkit knows it, and PTX of the newest for later GPUs.
+    "sm_90" is machine code for 9.0, "compute_90" PTX of it. Without a wish: the architectures of this machine's GPUs;
+    where there is none, or the toolkit does not know them all, those of flags.json that it knows, and PTX of the newest
+    for later GPUs.
 
     Raises:
         ValueError: the wish names an architecture that does not exist or that the toolkit does not know.
     """
     listed = [a for a in re.split(r"[;,\s]+", wish.strip()) if a]
+    if not listed and known.issuperset(gpus):
+        listed = list(gpus)
     if not listed:
-        listed = [a for a in FLAGS["cuda_archs"] if a in known]
+        listed = [a for a in FLAGS["cuda_archs"] if a.partition("+")[0] in known]
         if not listed:
             raise ValueError(f"this nvcc knows none of {', '.join(FLAGS['cuda_archs'])}")
-        listed[-1] += "+PTX"
+        listed[-1] = f"{listed[-1].partition('+')[0]}+PTX"
     codes: list[str] = []
     for item in listed:
         name, plus, ptx = item.partition("+")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools.errors import BaseError
 
-from .cuda import CudaToolkit, find_toolkit, target_archs
+from .cuda import CudaToolkit, find_toolkit, target_archs, visible_gpus
 from .host import Compiler, find_compiler
 from .torch_info import OLDEST, TorchInfo, find_torch
 
@@ -108,6 +108,7 @@ def _plan_cuda(torch: TorchInfo, wish: str) -> tuple[CudaToolkit | None, tuple[s
     if toolkit is None:
         return None, (), reason
     try:
-        return toolkit, target_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), toolkit.archs), ""
+        wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        return toolkit, target_archs(wish, toolkit.archs, visible_gpus()), ""
     except ValueError as error:
         raise BuildError(str(error)) from None

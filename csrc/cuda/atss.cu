@@ -62,8 +62,8 @@ __device__ __forceinline__ bool before(unsigned distance, unsigned index, const 
 
 // The least of the warp's cells, in every lane.
 __device__ __forceinline__ Cell warp_least(const Cell& mine) {
-  const unsigned distance = __reduce_min_sync(kFullMask, mine.distance);
-  return {distance, __reduce_min_sync(kFullMask, mine.distance == distance ? mine.index : kNone)};
+  const unsigned distance = warp_min(mine.distance);
+  return {distance, warp_min(mine.distance == distance ? mine.index : kNone)};
 }
 
 // What a warp searches: the valid part of a level, for one box.
