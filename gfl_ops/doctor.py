@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import platform
 import textwrap
+import warnings
 from typing import Any
 
 import torch
 
+from . import kernel_check
 from ._version import __version__
 from .core import backends, extension
 from .core.registry import SPECS
@@ -20,6 +22,10 @@ WIDTH = 80
 
 def explain_backend() -> str:
     """A text of a few dozen lines: what runs each operator on this machine, and why another backend does not."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the text says the same
+            backends.meet_gpu()
     return "\n\n".join(["\n".join(_facts()), "\n".join(_table()), "\n".join(_reasons())]) + "\n"
 
 
@@ -35,6 +41,7 @@ def _facts() -> list[str]:
         ("its CUDA part", _cuda_part(info)),
         ("Triton", _triton()),
         ("backend", _chosen()),
+        *(("self-check", _self_check(device)) for device in kernel_check.devices()),
     ]
     wrapped = []
     for name, fact in facts:
@@ -79,6 +86,14 @@ def _chosen() -> str:
     return f"{backends.get_backend()}{source}"
 
 
+def _self_check(device: str) -> str:
+    report = kernel_check.stored(device)
+    if report is None:
+        return f"of {device}: not done; `gfl doctor --check` runs every kernel"
+    right = sum(verdict.status == kernel_check.OK for verdict in report.verdicts)
+    return f"of {device}: {right} of {len(report.verdicts)} kernels right"
+
+
 def _table() -> list[str]:
     """Which backend "auto" chooses for each operator on each kind of device."""
     lines = [f"{'operator':<18}{'cpu':<12}{'cuda':<12}has kernels for", "-" * WIDTH]
@@ -97,7 +112,7 @@ def _reasons() -> list[str]:
     for stem in SPECS:
         for device in ("cpu", "cuda"):
             for backend in ("native", "triton"):
-                reason = backends.unavailable(backend, stem, device)
+                reason = backends.unavailable(backend, stem, device) or backends.distrusted(backend, stem, device)
                 if reason is not None:
                     held.setdefault((backend, device, reason.replace(stem, "it")), []).append(stem)
     lines = ["why another backend does not serve:"]

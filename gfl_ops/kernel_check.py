@@ -1,66 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the kernels compute on this machine what the reference computes; ``gfl doctor --check`` prints the verdicts.
 
-The kernels run in a subprocess, since a fault on a GPU takes the whole process with it, and a hang would never return.
-The subprocess announces each kernel before it runs it; where it ends or falls silent, the kernel announced last is the
-culprit, and a fresh subprocess goes on with the rest. Verdicts are kept in the user's cache folder under everything
-that they depend on (device, driver, torch, Triton, this build of the package), so that a machine is checked once.
+Verdicts are kept in the user's cache folder under everything that they depend on (device, driver, torch, Triton, this
+build of the package), so that a machine is checked once. Importing the package starts no check, but uses verdicts.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import queue
-import signal
-import subprocess
+import re
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
+from . import kernel_check_process as process
 from ._version import __version__
 from .core import backends, checks, extension
-from .core.conformance import Mismatch, check_forward, check_gradient, operator
-from .core.registry import SPECS, OpSpec
+from .kernel_check_process import OK, SKIPPED, Verdict
 
-OK, WRONG, FAILED, CRASHED, HUNG, SKIPPED = "ok", "wrong", "failed", "crashed", "hung", "not checked"
-
-# Seconds without a word from the subprocess: until its first (imports, the device's context), from one sample to the
-# next (a Triton kernel compiles at its first); and seconds for all together. Many times what a busy machine takes.
-START_LIMIT, SAMPLE_LIMIT, WHOLE_LIMIT = 60.0, 30.0, 180.0
-_MARK = "gfl_ops.self_check: "
-_COMMAND = (sys.executable, "-m", "gfl_ops.kernel_check")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one operator's kernels of one backend.
-
-    Attributes:
-        operator: its stem.
-        backend: "native" or "triton".
-        status: "ok"; "wrong" (a result differs from the reference's by more than rounding explains), "failed" (an
-            exception), "crashed" (the process ended), "hung" (no answer in time) or "not checked" (out of time).
-        seconds: how long it took, forward and backward, over all dtypes.
-        detail: what was wrong; empty where nothing was.
-    """
-
-    operator: str
-    backend: str
-    status: str
-    seconds: float = 0.0
-    detail: str = ""
+_asked = False  # whether this process called for a check, so that it need not be told how to
 
 
 @dataclass(frozen=True)
@@ -68,7 +35,7 @@ class Report:
     """The verdicts of one device.
 
     Attributes:
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda:<index>".
         machine: what the verdicts depend on, by name.
         verdicts: one per operator and backend that has kernels there.
         seconds: how long the check took.
@@ -113,7 +80,8 @@ def self_check(device: str | torch.device | None = None, *, save: bool = True) -
     """Hold every native and Triton kernel of a device against the reference, forward and backward, in a subprocess.
 
     Args:
-        device: "cpu" or "cuda"; None for the GPU where torch can use one, else the CPU.
+        device: "cpu", "cuda" (the current GPU) or "cuda:1"; None for the current GPU where torch can use one, else the
+            CPU.
         save: keep the verdicts in the user's cache folder, where ``gfl`` and later imports find them.
 
     Returns:
@@ -123,157 +91,68 @@ def self_check(device: str | torch.device | None = None, *, save: bool = True) -
     Raises:
         ValueError: a device that is neither, or a GPU that torch can't use.
     """
-    kind = _device_type(device)
+    global _asked
+    _asked = True
+    name = _device(device)
     started = time.monotonic()
-    verdicts = tuple(_Runner(kind).verdicts())
-    report = Report(kind, machine(kind), verdicts, time.monotonic() - started)
+    verdicts = process.run(name)
+    report = Report(name, machine(name), verdicts, time.monotonic() - started)
     apply(report)
-    if save:
-        with contextlib.suppress(OSError):  # a read-only home: the verdicts last as long as the process
-            _write(_path(kind), report.to_json())
+    folder = _folder() if save else None
+    if folder is not None:
+        with contextlib.suppress(OSError):  # a full disk: the verdicts last as long as the process
+            _write(folder / _file(name), report.to_json())
     return report
 
 
 def devices() -> list[str]:
-    """The kinds of device that this machine has: "cpu", and "cuda" where torch can use a GPU."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    """The devices to check: "cpu", and of the GPUs that torch can use one of each kind."""
+    return ["cpu", *_gpus()]
 
 
-def ensure_checked(device: str | torch.device | None = None) -> Report | None:
-    """Check the device unless that was done before on this machine; what the ``gfl`` commands call before first use.
+def ensure_checked(device: str | torch.device | None = None) -> list[Report]:
+    """Check a device unless that was done before on this machine; what the ``gfl`` commands call before they use a GPU.
 
     One process at a time: the others wait and take its verdicts. Processes of ``torchrun`` other than each machine's
     first never check by themselves. ``GFL_OPS_SELF_CHECK=0`` turns it off.
 
+    Args:
+        device: "cpu" or "cuda:1"; "cuda" for every kind of GPU; None for the same, or the CPU where there is none.
+
     Returns:
-        The report, or None where nothing was checked.
+        One report per device, none where nothing was checked.
     """
-    if os.environ.get("GFL_OPS_SELF_CHECK", "1") == "0":
-        return None
-    kind = _device_type(device)
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        return _wait_for(kind, WHOLE_LIMIT)
-    with _locked(_path(kind).with_suffix(".lock")):
-        report = stored(kind)
-        if report is None:
-            print(f"gfl_ops: checking the kernels on {_device_name(kind)}, once", file=sys.stderr, flush=True)
-            report = self_check(kind)
-            bad = [v.operator for v in report.verdicts if v.status != OK]
-            said = f"not right: {', '.join(bad)}; `gfl doctor --check` says more" if bad else "all right"
-            print(f"gfl_ops: {said} ({report.seconds:.0f} s)", file=sys.stderr, flush=True)
-        else:
+    global _asked
+    if _off():
+        return []
+    _asked = True
+    wanted = None if device is None else torch.device(device)
+    every = wanted is None or (wanted.type == "cuda" and wanted.index is None)
+    names = (_gpus() if every else []) or [_device(device)]
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    found = [_checked_once(name) if first else _wait_for(name) for name in names]
+    return [report for report in found if report is not None]
+
+
+def _checked_once(device: str) -> Report:
+    with _locked(device):
+        report = stored(device)
+        if report is not None:
             apply(report)
-    return report
+            return report
+        text = f"gfl_ops: checking the kernels on {_device_name(device)}, once; GFL_OPS_SELF_CHECK=0 turns it off"
+        print(text, file=sys.stderr, flush=True)
+        report = self_check(device)
+        bad = [v.operator for v in report.verdicts if v.status != OK]
+        said = f"not right: {', '.join(bad)}; `gfl doctor --check` says more" if bad else "all right"
+        print(f"gfl_ops: {said} ({report.seconds:.0f} s)", file=sys.stderr, flush=True)
+        return report
 
 
-def _at_first_gpu_call() -> None:
-    if os.environ.get("GFL_OPS_SELF_CHECK", "1") == "0":
-        return
-    report = stored("cuda")
-    if report is not None:
-        apply(report)
-        return
-    warnings.warn(
-        f"gfl_ops: the kernels were not yet checked on {_device_name('cuda')}; `gfl doctor --check` does so.",
-        RuntimeWarning,
-        stacklevel=5,
-    )
-
-
-def stored(device: str) -> Report | None:
-    """The verdicts that are kept for this very machine and build, or None."""
-    try:
-        return Report.from_json(_path(device).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def apply(report: Report) -> None:
-    """Let operators whose kernels are not ok run on another backend."""
-    for verdict in report.verdicts:
-        if verdict.status not in (OK, SKIPPED):
-            reason = f"the self-check found its result {verdict.status}: {verdict.detail}".rstrip(": ")
-            backends.distrust(verdict.backend, verdict.operator, report.device, reason)
-
-
-def machine(device: str) -> dict[str, str]:
-    """What a verdict depends on."""
-    facts = {"device": _device_name(device), "torch": str(torch.__version__), "package": f"{__version__} {_build()}"}
-    if device == "cuda":
-        facts["driver"] = str(torch._C._cuda_getDriverVersion()) if hasattr(torch._C, "_cuda_getDriverVersion") else "?"
-    triton = backends.triton_version()
-    facts["triton"] = ".".join(map(str, triton)) if triton else "none"
-    return facts
-
-
-def _device_type(device: str | torch.device | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(checks.message("self_check", "device", "must be a CPU or a CUDA device", repr(str(device))))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(checks.message("self_check", "device", "must be one that torch can use", repr(str(device))))
-    return kind
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        names = {
-            f"{torch.cuda.get_device_name(i)} sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-            for i in range(torch.cuda.device_count())
-        }
-        return ", ".join(sorted(names))
-    module = extension.EXTENSION.module
-    return f"CPU with {module.cpu_isa()}" if module else "CPU"
-
-
-def _build() -> str:
-    """Tells one build of the extension from another."""
-    module = extension.EXTENSION.module
-    if module is None or module.__file__ is None:
-        return "without extension"
-    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12]
-
-
-backends.at_first_gpu_call(_at_first_gpu_call)
-
-
-# --- where verdicts are kept ----------------------------------------------------------------------------------------
-
-
-def _path(device: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gfl_ops"
-    key = hashlib.sha256(json.dumps(machine(device), sort_keys=True).encode()).hexdigest()[:24]
-    return cache / f"self_check_{device}_{key}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this user; without a lock where the folder can't be written."""
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _wait_for(device: str, seconds: float) -> Report | None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def _wait_for(device: str) -> Report | None:
+    """The verdicts of the process that checks, or None where it can leave none or does not in time."""
+    end = time.monotonic() + process.START_LIMIT + process.WHOLE_LIMIT
+    while _folder() is not None and time.monotonic() < end:
         report = stored(device)
         if report is not None:
             apply(report)
@@ -282,137 +161,153 @@ def _wait_for(device: str, seconds: float) -> Report | None:
     return None
 
 
-# --- the subprocess, seen from outside ------------------------------------------------------------------------------
+def _off() -> bool:
+    return os.environ.get("GFL_OPS_SELF_CHECK", "1") == "0"
 
 
-def cases(device: str) -> list[tuple[OpSpec, str]]:
-    """The operators and backends that have kernels for the device and can run."""
-    pairs = [(spec, backend) for backend in ("native", "triton") for spec in SPECS.values()]
-    return [(s, b) for s, b in pairs if backends.unavailable(b, s.stem, device) is None]
+def _at_import() -> None:
+    """Use the CPU's verdicts, which name the machine only where there are some: it takes a while to find out."""
+    if not _off() and any(next(folder.glob("self_check_cpu_*.json"), None) for folder in _folders()):
+        report = stored("cpu")
+        if report is not None:
+            apply(report)
 
 
-class _Runner:
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.end = time.monotonic() + WHOLE_LIMIT
-
-    def verdicts(self) -> Iterator[Verdict]:
-        """One verdict per case, in order; a new subprocess after each that took its process with it."""
-        left = [f"{spec.stem}:{backend}" for spec, backend in cases(self.device)]
-        while left:
-            done = 0
-            for verdict in self._process(left):
-                done += 1
-                yield verdict
-            left = left[done:]
-
-    def _process(self, names: list[str]) -> Iterator[Verdict]:
-        command = [*_COMMAND, "--device", self.device, *names]
-        # Asynchronous faults would be blamed on a later kernel.
-        environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1", "GFL_OPS_SELF_CHECK": "0", "GFL_OPS_BACKEND": "auto"}
-        # Threads that wait for each other in a loop crawl on a busy machine.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with (
-            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
-            ) as process,
-        ):
-            try:
-                yield from self._follow(process, names, errors)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-    def _follow(self, process: subprocess.Popen[str], names: list[str], errors: IO[str]) -> Iterator[Verdict]:
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-        current, limit = names[0], START_LIMIT
-        began = time.monotonic()
-        for current in names:
-            stem, backend = current.split(":")
-            while True:
-                wait = min(limit, self.end - time.monotonic())
-                try:
-                    line = lines.get(timeout=max(wait, 0.0))
-                except queue.Empty:
-                    late = time.monotonic() >= self.end
-                    status = SKIPPED if late else HUNG
-                    detail = f"{WHOLE_LIMIT:.0f} s were over" if late else f"no answer within {limit:.0f} s"
-                    yield Verdict(stem, backend, status, time.monotonic() - began, detail)
-                    if late:
-                        for name in names[names.index(current) + 1 :]:
-                            later_stem, later_backend = name.split(":")
-                            yield Verdict(later_stem, later_backend, SKIPPED, 0.0, detail)
-                    return
-                if line is None:
-                    code = process.wait()
-                    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-                    yield Verdict(stem, backend, CRASHED, time.monotonic() - began, f"{how}{_last_line(errors)}")
-                    return
-                message = json.loads(line)
-                limit = SAMPLE_LIMIT
-                if "started" in message:
-                    began = time.monotonic()
-                    continue
-                if "sample" in message:
-                    continue
-                verdict = Verdict(stem, backend, **message)
-                yield replace(verdict, seconds=time.monotonic() - began)
-                if verdict.status == FAILED and self.device == "cuda":
-                    return  # the process may be poisoned
-                break
+def _at_first_gpu_call() -> None:
+    if _off():
+        return
+    for name in _gpus():
+        report = stored(name)
+        if report is not None:
+            apply(report)
+        elif not _asked:
+            text = f"gfl_ops: the kernels were not yet checked on {_device_name(name)}; `gfl doctor --check` does so."
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
-def _forward(stream: IO[str], lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        if line.startswith(_MARK):
-            lines.put(line[len(_MARK) :])
-    lines.put(None)
+def stored(device: str) -> Report | None:
+    """The verdicts that are kept for this very machine and build, or None."""
+    name = _file(device)
+    for folder in _folders():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return Report.from_json((folder / name).read_text(encoding="utf-8"))
+    return None
 
 
-def _last_line(errors: IO[str]) -> str:
-    errors.seek(0)
-    lines = [line.strip() for line in errors if line.strip()]
-    return f": {lines[-1]}" if lines else ""
+def apply(report: Report) -> None:
+    """Let operators whose kernels are not ok run on another backend."""
+    for verdict in report.verdicts:
+        if verdict.status not in (OK, SKIPPED):
+            reason = f"the self-check found its result {verdict.status}: {verdict.detail}".rstrip(": ")
+            backends.distrust(verdict.backend, verdict.operator, torch.device(report.device).type, reason)
 
 
-# --- the subprocess itself ------------------------------------------------------------------------------------------
+# --- what verdicts depend on ----------------------------------------------------------------------------------------
 
 
-def _check(spec: OpSpec, backend: str, device: str, say: Callable[..., None]) -> dict[str, Any]:
-    """Every sample of every dtype, forward and backward; returns the verdict's status and detail."""
-    function = operator(spec, backend)
-    try:
-        for dtype in spec.dtypes:
-            for sample in spec.samples(torch.device(device), dtype, torch.Generator().manual_seed(0)):
-                say(sample=sample.id)
-                check_forward(spec, function, sample)
-                if spec.differentiable:
-                    check_gradient(spec, function, sample, 0)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except Mismatch as error:
-        return {"status": WRONG, "detail": str(error).strip().splitlines()[0]}
-    except Exception as error:  # whatever a kernel raises is the verdict
-        return {"status": FAILED, "detail": f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"}
-    return {"status": OK}
+def machine(device: str) -> dict[str, str]:
+    """What a verdict depends on."""
+    facts = {"device": _device_name(device), "torch": str(torch.__version__), "package": f"{__version__} {_build()}"}
+    if device != "cpu":
+        facts["driver"] = _driver()
+    triton = backends.triton_version()
+    facts["triton"] = ".".join(map(str, triton)) if triton else "none"
+    return facts
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", required=True)
-    parser.add_argument("cases", nargs="+")
-    options = parser.parse_args()
+def _device(device: str | torch.device | None) -> str:
+    """ "cpu" or "cuda:<index>"."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = torch.device(device)
+    if wanted.type == "cpu":
+        return "cpu"
+    if wanted.type != "cuda":
+        raise ValueError(checks.message("self_check", "device", "must be a CPU or a CUDA device", repr(str(device))))
+    if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(checks.message("self_check", "device", "must be one that torch can use", repr(str(device))))
+    return f"cuda:{torch.cuda.current_device() if wanted.index is None else wanted.index}"
 
-    def say(**message: Any) -> None:
-        print(_MARK + json.dumps(message), flush=True)
 
-    for case in options.cases:
-        stem, backend = case.split(":")
-        say(started=case)
-        say(**_check(SPECS[stem], backend, options.device, say))
+def _gpus() -> list[str]:
+    """One GPU of each kind that torch can use."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    first = {_device_name(name): name for name in (f"cuda:{i}" for i in reversed(range(count)))}
+    return sorted(first.values())
 
 
-if __name__ == "__main__":
-    _main()
+def _device_name(device: str) -> str:
+    if device != "cpu":
+        capability = torch.cuda.get_device_capability(torch.device(device).index)
+        return f"{torch.cuda.get_device_name(torch.device(device).index)} sm_{capability[0]}{capability[1]}"
+    module = extension.EXTENSION.module
+    return f"CPU with {module.cpu_isa()}" if module else "CPU"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's kernel module; torch knows only the CUDA version that it supports."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text):
+            return found[0]
+    return str(torch._C._cuda_getDriverVersion()) if hasattr(torch._C, "_cuda_getDriverVersion") else "?"
+
+
+def _build() -> str:
+    """Tells one build of the extension, and one state of the Triton kernels, from another."""
+    module = extension.EXTENSION.module
+    files = [*([Path(module.__file__)] if module and module.__file__ else [])]
+    files += sorted((Path(__file__).parent / "triton").glob("*.py"))
+    states = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:12]
+
+
+# --- where verdicts are kept ----------------------------------------------------------------------------------------
+
+
+def _folders() -> list[Path]:
+    """The user's cache folder, and one in place of it where that can't be written."""
+    user = getattr(os, "getuid", lambda: 0)()
+    found = [Path(tempfile.gettempdir()) / f"gfl_ops-{user}"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gfl_ops")
+    return found
+
+
+def _folder() -> Path | None:
+    """The first of the folders that can be written, made if need be."""
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK) and folder.stat().st_uid == getattr(os, "getuid", lambda: 0)():
+                return folder
+    return None
+
+
+def _file(device: str) -> str:
+    key = hashlib.sha256(json.dumps(machine(device), sort_keys=True).encode()).hexdigest()[:24]
+    return f"self_check_{device.partition(':')[0]}_{key}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def _locked(device: str) -> Iterator[None]:
+    """Alone among the processes of this user; without a lock where there is no folder for it."""
+    folder = _folder()
+    with contextlib.ExitStack() as opened:
+        if folder is not None:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                file = opened.enter_context(open(folder / f"{_file(device)}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+backends.at_first_gpu_call(_at_first_gpu_call)
+_at_import()

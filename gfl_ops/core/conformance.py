@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from . import backends
 from .registry import OpSpec, Sample
 
 # Rounding of a chain of a few dozen operations, each good to half an ulp, on a result of size 1 (or of the size of the
@@ -63,11 +65,30 @@ def gradients(
     spec: OpSpec, function: Callable[..., Any], args: tuple[Any, ...], grads: tuple[Tensor, ...]
 ) -> list[Tensor]:
     """The gradients of the differentiable arguments, `grads` being those of the results."""
-    args, leaves = leaves_of(spec, args)
-    # One call: gradients of two would be added up in the leaf's dtype.
-    results = differentiated(spec, function(*args))
-    found = torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(grads, results)], allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
+    return _Call(spec, function, args).gradients(grads)
+
+
+class _Call:
+    """One call of an operator that autograd recorded."""
+
+    def __init__(self, spec: OpSpec, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        args, self._leaves = leaves_of(spec, args)
+        results = function(*args)
+        self._differentiated = differentiated(spec, results)
+        self.results = [r.detach() for r in tensors(outputs(results))]
+
+    def gradients(self, grads: tuple[Tensor, ...]) -> list[Tensor]:
+        # One call: gradients of two would be added up in the leaf's dtype.
+        results, leaves = self._differentiated, self._leaves
+        found = torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(grads, results)], allow_unused=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
+
+    def drawn_gradients(self, seed: int | None) -> tuple[Tensor, ...]:
+        """Gradients of the results: ones, or numbers drawn from `seed`, rounded as the results are."""
+        if seed is None:
+            return tuple(torch.ones_like(r) for r in self._differentiated)
+        draw = torch.Generator().manual_seed(seed)
+        return tuple((torch.randn(r.shape, generator=draw) * 2).to(r.device, r.dtype) for r in self._differentiated)
 
 
 def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) -> None:
@@ -88,18 +109,28 @@ def check_forward(spec: OpSpec, function: Callable[..., Any], sample: Sample) ->
         assert_close(g, e, o, f"{sample.id}, result {i}", _magnitude(spec, sample))
 
 
-def check_gradient(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int) -> None:
-    """The same for the gradients, those of the results being drawn from `seed`."""
-    shapes = differentiated(spec, spec.reference(*sample.args))
-    draw = torch.Generator().manual_seed(seed)
-    # Rounded as the results are: the oracle is given the same.
-    grads = tuple((torch.randn(s.shape, generator=draw) * 2).to(s.device, s.dtype) for s in shapes)
-    got = gradients(spec, function, sample.args, grads)
-    eager = gradients(spec, spec.reference, sample.args, grads)
-    oracle = gradients(spec, spec.reference, _double(sample.args), grads)
-    magnitudes = [_magnitude(spec, sample) * m for m in _sum_magnitudes(spec, sample.args, shapes)]
-    for i, (g, e, o, m) in enumerate(zip(got, eager, oracle, magnitudes, strict=True)):
+def check_gradient(spec: OpSpec, function: Callable[..., Any], sample: Sample, seed: int | None) -> None:
+    """The same for the results and the gradients of a differentiable operator, by `_Call.drawn_gradients`."""
+    got, eager = (_Call(spec, f, sample.args) for f in (function, spec.reference))
+    oracle = _Call(spec, spec.reference, _double(sample.args))
+    magnitude, grads = _magnitude(spec, sample), eager.drawn_gradients(seed)
+    for i, (g, e, o) in enumerate(zip(got.results, eager.results, oracle.results, strict=True)):
+        assert_close(g, e, o, f"{sample.id}, result {i}", magnitude)
+    magnitudes = [magnitude * m for m in _sum_magnitudes(spec, sample.args, list(grads))]
+    found = (call.gradients(grads) for call in (got, eager, oracle))
+    for i, (g, e, o, m) in enumerate(zip(*found, magnitudes, strict=True)):
         assert_close(g, e, o, f"{sample.id}, gradient {i}", m)
+
+
+def check_one_pass(spec: OpSpec, backend: str, sample: Sample, seed: int | None) -> None:
+    """The same for kernels that compute a loss with its gradient; without a seed the gradient is as they store it."""
+    if spec.one_pass is None:
+        return
+    same = replace(spec, differentiable=spec.one_pass.differentiable)
+    if spec.one_pass.summed:
+        same = replace(same, reference=lambda *args: spec.reference(*args).sum())
+    with backends.set_backend(backend):
+        check_gradient(same, spec.one_pass.function, sample, seed)
 
 
 def assert_close(got: Tensor, eager: Tensor, oracle: Tensor, what: str, magnitude: float = 1.0) -> None:

@@ -36,6 +36,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class OnePass:
+    """What the public function runs where a gradient is wanted: a forward pass that writes it (grad_in_forward.py).
+
+    Attributes:
+        function: the schema's arguments -> the operator's results; its first result's sum if `summed`.
+        differentiable: names of the arguments that the gradient reaches.
+        summed: the function returns one number.
+    """
+
+    function: Callable[..., Any]
+    differentiable: tuple[str, ...]
+    summed: bool = False
+
+
+Samples = Callable[[torch.device, torch.dtype, torch.Generator], Iterator[Sample]]
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """Everything there is to know about one operator.
 
@@ -45,6 +63,7 @@ class OpSpec:
         reference: plain PyTorch with the schema's arguments; the oracle. Computes in fp32 (fp64 for fp64 input).
         fake: the results' shapes, dtypes and strides from the arguments' alone.
         samples: (device, dtype, generator) -> new small calls for the contract tests, edge cases among them.
+        large: the same for the self-check: over the sizes from which kernels take another path.
         summary: one line for tables.
         public: names of the public functions that call this operator.
         differentiable: names of the arguments that the gradient reaches.
@@ -53,6 +72,7 @@ class OpSpec:
         dtypes: dtypes of the main input that the operator takes.
         triton: the module of gfl_ops/triton that holds ``<stem>_forward`` and, for a differentiable operator,
             ``<stem>_backward``; None if there is no Triton kernel.
+        one_pass: what computes loss and gradient at once, for a loss that has such kernels.
         magnitude: (arguments) -> size of the terms that cancel within a result or gradient, 1 by default; tests
             measure their tolerance in ulps of it.
         arguments: the names of the schema's arguments.
@@ -63,7 +83,7 @@ class OpSpec:
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    samples: Callable[[torch.device, torch.dtype, torch.Generator], Iterator[Sample]]
+    samples: Samples
     summary: str
     public: tuple[str, ...]
     differentiable: tuple[str, ...] = ()
@@ -71,6 +91,8 @@ class OpSpec:
     saved_outputs: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     triton: str | None = None
+    large: Samples = lambda *_: iter(())
+    one_pass: OnePass | None = None
     magnitude: Callable[..., float] | None = None
     arguments: tuple[str, ...] = field(init=False)
     results: int = field(init=False)

@@ -48,6 +48,13 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield call("scattered", normal((3, 4, 5, 16), device, dtype, generator).permute(2, 0, 1, 3)[::2, :, ::2], 3, True)
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    pred = normal((20_011, 68), device, dtype, generator, scale=3.0)
+    points = uniform((20_011, 2), device, accumulator(dtype), generator, 0.0, 640.0)
+    limit = torch.full_like(points, 600.0)
+    yield Sample("n20011-r16", (pred, points, torch.full_like(points[:, 0], 8.0), 16, limit))
+
+
 def _magnitude(pred: Tensor, points: Tensor, stride: Tensor, reg_max: int, max_shape: Tensor | None) -> float:
     return rms_deviation(reg_max) * float(stride.max()) if stride.numel() > 0 else 1.0
 
@@ -59,6 +66,7 @@ DECODE = register(
         reference=reference,
         fake=fake_sides,
         samples=samples,
+        large=large,
         summary="boxes from distributions over bins",
         public=("decode",),
         differentiable=("pred", "points"),

@@ -14,7 +14,7 @@ from ...core import checks
 from ...core.dtypes import accumulator, as_dtype, clamp_passing_grad, device_type
 from ...core.random_inputs import normal, uniform
 from ...core.reduction import check_reduction, reduce_loss
-from ...core.registry import OpSpec, Sample, register
+from ...core.registry import SPECS, OnePass, OpSpec, Sample, register
 from . import kept_softmax
 from .integral import bounded_logits, check_reg_max, expectation, fake_rows, rms_deviation
 
@@ -90,6 +90,26 @@ def samples_two_bin(device: torch.device, dtype: torch.dtype, generator: torch.G
     yield Sample("strided", (pred, left, 1 - right_weight, right_weight))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    pred = normal((20_011, 17), device, dtype, generator, scale=3.0)
+    yield Sample("m20011-r16", (pred, uniform((20_011,), device, accumulator(dtype), generator, 0.0, 16.0), False))
+
+
+def large_two_bin(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    for sample in large(device, dtype, generator):
+        pred, position, _ = sample.args
+        left = position.long()
+        yield Sample(sample.id, (pred, left, left + 1 - position, position - left))
+
+
+def _one_pass(stem: str) -> OnePass:
+    def function(pred: Tensor, target: Tensor, ignore_out_of_range: bool) -> Any:
+        found = kept_softmax.dfl(stem, pred, target, ignore_out_of_range, None, "none", None)
+        return SPECS[stem](device_type(pred), pred, target, ignore_out_of_range) if found is None else found
+
+    return OnePass(function, ("pred",))
+
+
 DFL = register(
     OpSpec(
         stem="dfl",
@@ -97,6 +117,8 @@ DFL = register(
         reference=reference,
         fake=fake_rows,
         samples=samples,
+        large=large,
+        one_pass=_one_pass("dfl"),
         summary="distribution focal loss with unit bins",
         public=("distribution_focal_loss",),
         differentiable=("pred", "target"),
@@ -111,6 +133,7 @@ DFL_TWO_BIN = register(
         reference=reference_two_bin,
         fake=fake_rows,
         samples=samples_two_bin,
+        large=large_two_bin,
         summary="distribution focal loss with bins and weights given",
         public=("distribution_focal_loss",),
         differentiable=("pred", "weight_left", "weight_right"),
@@ -126,6 +149,8 @@ DFL_INTEGRAL = register(
         reference=reference_integral,
         fake=fake_integral,
         samples=samples,
+        large=large,
+        one_pass=_one_pass("dfl_integral"),
         summary="distribution focal loss and expected distance from one softmax",
         public=("dfl_integral",),
         differentiable=("pred", "target"),

@@ -65,6 +65,10 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("extreme", (extreme.to(device=device, dtype=dtype)[None], 1))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    yield Sample("n20011-r16", (normal((20_011, 68), device, dtype, generator, scale=3.0), 16))
+
+
 def rms_deviation(reg_max: int) -> float:
     """Root mean square of j − ŷ over R+1 equally likely bins, at least 1: what rounding is measured against."""
     return max(1.0, 0.29 * reg_max)
@@ -77,6 +81,7 @@ INTEGRAL = register(
         reference=reference,
         fake=fake_sides,
         samples=samples,
+        large=large,
         summary="expected distance of four distributions over bins",
         public=("integral",),
         differentiable=("pred",),

@@ -40,6 +40,12 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("extreme", (extreme, extreme.flip(1), 2.0))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    for m, bins in ((20_011, 17), (5, 2501)):
+        pair = [normal((m, bins), device, dtype, generator, scale=3.0) for _ in range(2)]
+        yield Sample(f"m{m}-n{bins}", (*pair, 10.0))
+
+
 def _magnitude(pred: Tensor, teacher: Tensor, temperature: float) -> float:
     """Terms of both signs cancel in a divergence: log-probabilities times T²."""
     if not pred.numel():
@@ -55,6 +61,7 @@ LD = register(
         reference=reference,
         fake=fake_rows,
         samples=samples,
+        large=large,
         summary="distillation of distributions with a temperature",
         public=("distillation_loss",),
         differentiable=("pred",),

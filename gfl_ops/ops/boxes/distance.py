@@ -63,6 +63,17 @@ def samples_box_to_distance(device: torch.device, dtype: torch.dtype, generator:
         yield Sample(f"{name}-clamped", (points, boxes, 64.0, 0.1))
 
 
+def large_distance_to_box(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    points = uniform((20_011, 2), device, dtype, generator, 0.0, 640.0)
+    distance = uniform((20_011, 4), device, dtype, generator, -16.0, 200.0)
+    yield Sample("n20011", (points, distance, torch.full_like(points, 600.0)))
+
+
+def large_box_to_distance(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    points = uniform((20_011, 2), device, dtype, generator, 0.0, 640.0)
+    yield Sample("n20011", (points, draw_boxes(20_011, device, dtype, generator), 64.0, 0.1))
+
+
 # Whatever the user passes, the public functions hand over fp32, or fp64 where any argument has it.
 ARITHMETIC = (torch.float32, torch.float64)
 
@@ -73,6 +84,7 @@ DISTANCE_TO_BOX = register(
         reference=reference_distance_to_box,
         fake=fake_distance_to_box,
         samples=samples_distance_to_box,
+        large=large_distance_to_box,
         summary="boxes from distances to the sides",
         public=("distance_to_box",),
         differentiable=("points", "distance"),
@@ -87,6 +99,7 @@ BOX_TO_DISTANCE = register(
         reference=reference_box_to_distance,
         fake=fake_box_to_distance,
         samples=samples_box_to_distance,
+        large=large_box_to_distance,
         summary="distances to the sides of boxes",
         public=("box_to_distance",),
         differentiable=("points", "boxes"),

@@ -173,6 +173,12 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample(f"tie-{kind}", (pairs[:, 0].to(dtype), pairs[:, 1], *numbers))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    target = boxes(20_011, device, accumulator(dtype), generator)
+    near = target + normal(target.shape, device, target.dtype, generator, 4.0)
+    yield Sample("giou-n20011", (near.to(dtype), target, "giou", 1e-7, _FORMULAS["giou"][1]))
+
+
 IOU = register(
     OpSpec(
         stem="iou",
@@ -180,6 +186,7 @@ IOU = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="1 − IoU, GIoU, DIoU, CIoU, EIoU, SIoU or MPDIoU of aligned boxes",
         public=("box_iou_loss", "giou_loss"),
         differentiable=("pred", "target"),

@@ -224,6 +224,13 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     )
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    sizes, strides = [100, 168, 50, 84, 25, 42, 13, 21, 7, 11], [8.0, 16.0, 32.0, 64.0, 128.0]
+    found = draw_boxes(2 * 200, device, dtype, generator, extent=800.0).reshape(2, 200, 4)
+    labels = torch.randint(0, 80, (2, 200), generator=generator).to(device)
+    yield Sample("b2-g200-a22400", (sizes, strides, found, labels, None, 9, 8.0, [0.0] * 5, False))
+
+
 ATSS = register(
     OpSpec(
         stem="atss",
@@ -232,6 +239,7 @@ ATSS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="adaptive training sample selection over a pyramid of grids",
         public=("atss_assign",),
         dtypes=(torch.float32,),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ...core import checks
 from ...core.dtypes import accumulator
 from ...core.random_inputs import boxes as draw_boxes
 from ...core.random_inputs import normal
-from ...core.registry import OpSpec, Sample, register
+from ...core.registry import OnePass, OpSpec, Sample, register
 from ..bins.dfl import two_bin_cross_entropy
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
 from ..boxes.distance import box_of, reference_box_to_distance
@@ -178,7 +179,9 @@ def fake(
     return scalar[0], scalar[1], scalar[2], scalar[3], scalar[4]
 
 
-def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+def samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator, large: bool = False
+) -> Iterator[Sample]:
     acc = accumulator(dtype)
 
     def drawn(
@@ -200,6 +203,10 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     def rest(reg_max: int, levels: int, beta: float = 2.0, legacy: bool = False, offset: float = 0.0) -> list:
         return [reg_max, [1.0, 2.0, 0.25], beta, [offset] * levels, legacy]
 
+    if large:
+        # More tiles than the threads that add up their sums.
+        yield Sample("b4-a17171", (*drawn(4, 3, 4, [(131, 129), (17, 16)], 9), None, None, *rest(4, 2)))
+        return
     # "detached": the IoU and w are constants to the gradient, but not to a numerical difference.
     yield Sample("background", (*drawn(1, 3, 2, [(3, 4), (2, 2)], 0, 0.0), None, None, *rest(2, 2)))
     pyramid = [(9, 14), (5, 7), (3, 4), (2, 2), (1, 1)]
@@ -235,6 +242,8 @@ GFL_LOSS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=functools.partial(samples, large=True),
+        one_pass=OnePass(head_loss, ("cls_scores", "reg_preds")),
         summary="the whole head loss over all levels and images",
         public=("gfl_loss", "head_loss_norms"),
         differentiable=("cls_scores", "reg_preds"),

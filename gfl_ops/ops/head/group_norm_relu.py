@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -71,7 +72,9 @@ def _clear_of_the_kink(maps: list[Tensor], weight: Tensor, bias: Tensor, groups:
     return -middle.gather(1, chosen).squeeze(1).to(bias.dtype)
 
 
-def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+def samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator, large: bool = False
+) -> Iterator[Sample]:
     acc = accumulator(dtype)
 
     def call(
@@ -107,6 +110,11 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         made = [arranged(m.to(device)) for m in maps]
         return Sample(id, (made, weight.to(device), bias.to(device), groups, eps, relu))
 
+    if large:
+        # Several slabs of channels, and pieces of a level that grow with it.
+        for layout in ("nchw", "channels-last"):
+            yield call(f"c256-{layout}", [(70, 61), (9, 14)], images=1, channels=256, groups=32, layout=layout)
+        return
     pyramid = [(9, 14), (5, 7), (3, 4), (2, 2), (1, 1)]
     yield call("one-cell", [(1, 1)], images=1, channels=2, groups=1)
     yield call("small", [(3, 4), (2, 2)], channels=6, groups=3)
@@ -153,6 +161,7 @@ GROUP_NORM_RELU = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=functools.partial(samples, large=True),
         triton="group_norm",
         summary="group normalization and ReLU over all levels",
         public=("group_norm_relu",),

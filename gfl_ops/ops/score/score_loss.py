@@ -19,7 +19,7 @@ from ...core.dtypes import accumulator, as_dtype, device_type
 from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.random_inputs import normal, uniform
 from ...core.reduction import check_reduction, factor_and_norm, reduce_loss
-from ...core.registry import OpSpec, Sample, define, register, triton_kernel
+from ...core.registry import SPECS, OnePass, OpSpec, Sample, Samples, define, register, triton_kernel
 
 Target = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -32,7 +32,7 @@ SUMMED: dict[str, bool] = {}
 def score_spec(
     stem: str,
     term: Callable[..., Tensor],
-    samples: Callable[[torch.device, torch.dtype, torch.Generator], Iterator[Sample]],
+    samples: Samples,
     summary: str,
     public: str,
     *,
@@ -61,6 +61,18 @@ def score_spec(
     def fake(pred: Tensor, *others: Any) -> Tensor:
         return pred.new_empty(pred.shape[:1] if summed else pred.shape, dtype=accumulator(pred.dtype))
 
+    def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+        # More tiles than there are blocks where a stored gradient is finished; rows of 16 bytes.
+        n, c = 131_077, 4
+        pred, score = normal((n, c), device, dtype, generator, 3.0), uniform((n, c), device, torch.float32, generator)
+        params = next(samples(device, dtype, generator)).args[3]
+        label = torch.randint(-1, c, (n,), generator=generator).to(device)
+        target = score[:, 0] if summed else score * (score < 0.2)
+        yield Sample(f"n{n}-c{c}", (pred, label if summed else None, target.to(accumulator(dtype)), params, False))
+
+    def one_pass(*arguments: Any) -> Tensor:
+        return _reduce(SPECS[stem], arguments, None, "sum", None)
+
     SUMMED[stem] = summed
     return register(
         OpSpec(
@@ -69,6 +81,8 @@ def score_spec(
             reference=reference,
             fake=fake,
             samples=samples,
+            large=large,
+            one_pass=OnePass(one_pass, ("pred",), summed=True),
             summary=summary,
             public=(public,),
             differentiable=("pred", "target"),

@@ -64,6 +64,11 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample("nan-and-infinity", (odd_boxes, odd, 0.3, 0.5, 50))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    boxes = draw_boxes(1501, device, dtype, generator, extent=40.0)
+    yield Sample("n1501-c5", (boxes, uniform((1501, 5), device, dtype, generator), 0.05, 0.5, 300))
+
+
 MULTICLASS_NMS = register(
     OpSpec(
         stem="multiclass_nms",
@@ -72,6 +77,7 @@ MULTICLASS_NMS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="score threshold, class-wise NMS and cut for boxes with a score per class",
         public=("multiclass_nms",),
     )

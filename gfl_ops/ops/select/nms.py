@@ -69,6 +69,15 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample("nan-and-infinity", (odd, odd_scores, idxs, 0.3, False))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    """Several panels; a block per class; a class that needs panels beside small ones."""
+    for name, n, bound in (("panels", 3001, 0), ("classes", 5003, 4), ("large-class", 5003, 40)):
+        boxes = draw_boxes(n, device, dtype, generator, extent=40.0)
+        idxs = torch.randint(0, bound, (n,), generator=generator).clamp(max=bound // 10 or bound) if bound else None
+        scores = uniform((n,), device, dtype, generator)
+        yield Sample(f"{name}-n{n}", (boxes, scores, None if idxs is None else idxs.to(device), 0.5, False))
+
+
 NMS = register(
     OpSpec(
         stem="nms",
@@ -76,6 +85,7 @@ NMS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="greedy non-maximum suppression, class by class",
         public=("nms", "batched_nms"),
         triton="nms",

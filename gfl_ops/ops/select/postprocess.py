@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,9 @@ def fake(
     )
 
 
-def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+def samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator, large: bool = False
+) -> Iterator[Sample]:
     """Small maps; all but the "smooth" ones decode exactly, so that all backends take equal decisions."""
 
     def call(
@@ -89,6 +92,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         anchor_topk: bool = False,
         activated: bool = False,
         legacy: bool = False,
+        extent: float = 1.0,
     ) -> Sample:
         def arranged(values: Tensor) -> Tensor:
             if layout == "transposed":
@@ -112,7 +116,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             return arranged(values.flatten(1, 2).to(device=device, dtype=dtype))
 
         # Smaller than the maps, so that boxes are clipped and some lose their extent.
-        image = torch.tensor([[7.5, 11.0], [9.0, 12.5]]).repeat(batch, 1)[:batch].to(device)
+        image = torch.tensor([[7.5, 11.0], [9.0, 12.5]]).repeat(batch, 1)[:batch].to(device) * extent
         return Sample(
             id,
             (
@@ -133,6 +137,10 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             ),
         )
 
+    if large:
+        # More candidates of a level than a segment has room for, of which every one is sorted.
+        yield call("a5355", batch=1, sizes=((70, 61), (35, 31)), shift=8.0, nms_pre=0, extent=6.0, max_detections=100)
+        return
     yield call("pair")
     # An IoU is never above 1: nothing here depends on the last bit of an exponential.
     yield call("smooth", smooth=True, iou_threshold=1.0, max_detections=60)
@@ -168,6 +176,7 @@ POSTPROCESS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=functools.partial(samples, large=True),
         summary="head maps to detections: threshold, top-k, decoding, class-wise NMS",
         public=("postprocess",),
     )

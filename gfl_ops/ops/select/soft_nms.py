@@ -109,6 +109,12 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
             yield Sample(f"{method}-nan-and-infinity", (odd_boxes, odd, idxs, 0.3, 0.5, 1e-3, gaussian))
 
 
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    boxes = draw_boxes(1501, device, dtype, generator, extent=100.0)
+    idxs = torch.randint(0, 2, (1501,), generator=generator).to(device)
+    yield Sample("linear-n1501", (boxes, uniform((1501,), device, dtype, generator), idxs, 0.3, 0.5, 0.2, False))
+
+
 SOFT_NMS = register(
     OpSpec(
         stem="soft_nms",
@@ -117,6 +123,7 @@ SOFT_NMS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="NMS that lowers scores instead of dropping boxes, class by class",
         public=("soft_nms",),
     )
