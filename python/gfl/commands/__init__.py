@@ -5,9 +5,30 @@ Modules import torch only in `run`, so that ``gfl --help`` answers at once.
 """
 
 from pathlib import Path
+from typing import Any
 
 # The dtypes of --dtype, by their names in torch.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_kernels(device: Any) -> None:
+    """Check the kernels of the GPU that a command is about to use, unless that was done before on this machine.
+
+    A CPU is left to `gfl doctor --check`: the kernels for it were compiled by the machine's own compiler, and the check
+    takes longer than many a command. Neither is a device that doesn't exist, of which the command itself will speak.
+    """
+    import torch
+
+    from gfl_ops.kernel_check import ensure_checked
+
+    if not torch.cuda.is_available():
+        return
+    try:
+        wanted = None if device is None else torch.device(device)
+    except RuntimeError:
+        return
+    if wanted is None or (wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()):
+        ensure_checked(wanted)
 
 
 def require_folder(*files: str | Path | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS
-from . import DTYPES, parse_size, require_folder
+from . import DTYPES, check_kernels, parse_size, require_folder
 
 HELP = "time whole detectors, in images per second"
 ALL = "all"
@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     cases = [case for name in names for case in _cases(options, choose_device(name))]
     if options.clock == "cpu" and any(case["device"].type != "cpu" for case in cases):
         raise ValueError("`--clock cpu` does not see a GPU's work: add --device cpu")
+    for device in dict.fromkeys(case["device"] for case in cases):
+        check_kernels(device)
     setting = {"threads": torch.get_num_threads(), "clock": options.clock, "torch": torch.__version__}
     print(f"torch {torch.__version__}, {setting['threads']} threads\n{'images/s':>8}{'ms':>9}{'p20–p80':>15}")
     records: dict[str, dict[str, Any]] = {}

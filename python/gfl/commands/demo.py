@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from ..demo import ITERATIONS
+from . import check_kernels
 
 HELP = "draw a data set, train a detector on it, show what it detects"
 
@@ -21,5 +22,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..demo.course import run_demo
 
+    check_kernels(options.device)
     run_demo(options.out, seed=options.seed, iterations=options.iterations, device=options.device)
     return 0

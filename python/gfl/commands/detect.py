@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import DTYPES
+from . import DTYPES, check_kernels
 
 HELP = "detect objects in images: writes pictures and a COCO-format file"
 ANNOTATIONS = "detections.json"
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     for file in files:
         if file.resolve().parent == out.resolve():
             raise ValueError(f"--out {out} is the folder of {file}: pictures would be written among the images")
+    check_kernels(options.device)
     detector = Detector(
         options.checkpoint,
         options.device,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import config as configuration
-from . import require_folder
+from . import check_kernels, require_folder
 
 if TYPE_CHECKING:
     from ..data.coco import Annotations, CocoDataset
@@ -89,6 +89,7 @@ def _of_checkpoint(options: argparse.Namespace) -> Found | None:
     config = configuration.overrides(stored, options)
     data = validation_dataset(config)
     _check_classes(options.checkpoint, classes, data)
+    check_kernels(options.device)
     with processes(options.device) as process:
         network = (FusedGFL(model) if options.optimize else model).to(process.device)
         metrics, detections = evaluate.evaluate(network, data, config, process.device)

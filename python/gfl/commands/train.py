@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from .. import config
+from . import check_kernels
 
 CONFIGS = f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file"
 HELP = "train a detector on data in COCO format, or resume a training"
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if not Path(source).is_file():
             raise ValueError(f"{options.out} holds no training to resume: {CONFIG} is not there")
     chosen = config.overrides(config.preset(source), options)
+    check_kernels(options.device)
     metrics = train(chosen, options.out, resume=options.resume, device=options.device)
     if metrics:
         print(f"AP {metrics['AP']:.4f}; the best weights are in {options.out / 'best.pt'}")
