@@ -27,7 +27,7 @@ from typing import IO, Any
 import torch
 
 from .core import backends
-from .core.conformance import Mismatch, check_forward, check_gradient, check_one_pass, operator
+from .core.conformance import Mismatch, check_forward, check_gradient, check_one_pass, operator, tensors
 from .core.registry import SPECS, OpSpec, Sample
 
 OK, WRONG, FAILED, CRASHED, HUNG, SKIPPED = "ok", "wrong", "failed", "crashed", "hung", "not checked"
@@ -172,8 +172,8 @@ def _last_line(errors: IO[str]) -> str:
 def _samples(spec: OpSpec, backend: str, device: torch.device) -> Iterator[tuple[Sample, bool]]:
     """What is run, and whether it is a large case.
 
-    Triton compiles each new combination of shapes and flags, which takes longer than all else: it gets every fourth
-    sample of the first dtype and the largest of each other one.
+    Triton compiles each new combination of shapes and flags, which takes longer than all else: it gets about four
+    samples of the first dtype and the largest of each other one.
     """
 
     def drawn(samples: Callable[..., Iterator[Sample]], dtype: torch.dtype) -> Iterator[Sample]:
@@ -182,8 +182,8 @@ def _samples(spec: OpSpec, backend: str, device: torch.device) -> Iterator[tuple
     for dtype in spec.dtypes:
         samples = list(drawn(spec.samples, dtype))
         if backend == "triton":
-            few = samples[::4] if dtype == spec.dtypes[0] else []
-            samples = [*few, max(samples, key=lambda s: sum(a.numel() for a in s.args if isinstance(a, torch.Tensor)))]
+            few = samples[:: max(1, len(samples) // 4)] if dtype == spec.dtypes[0] else []
+            samples = [*few, max(samples, key=lambda s: sum(t.numel() for t in tensors(s.args)))]
         yield from ((sample, False) for sample in samples)
     if backend != "triton" or not backends.TRITON_INTERPRETS:
         yield from ((sample, True) for sample in drawn(spec.large, spec.dtypes[0]))

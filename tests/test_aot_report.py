@@ -161,6 +161,13 @@ def test_cuda_kernels_compile_without_a_gpu(report: ModuleType, tmp_path: Path) 
     assert kernels and all(k["name"].startswith("score_") and k["registers"] > 0 for k in kernels)
 
 
+def test_what_needs_sm_80_has_a_form_for_sm_75(report: ModuleType) -> None:
+    if report.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    kernels = report.compile_cuda(SCRIPT.parents[1] / "csrc" / "cuda" / "atss.cu", "75", sass=False)
+    assert {k.name for k in kernels} == {"atss_candidates_kernel", "atss_unpack_kernel"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_bin_compiles(report: ModuleType, triton: ModuleType, dtype: str) -> None:
     """Triton makes a Python int of an integer argument that is 1, which has no method `to`."""

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import gfl_ops
 from gfl_ops.core import backends, extension
+from gfl_ops.core.registry import SPECS
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "build_backend"))
+
+from gfl_build import cuda
+from gfl_build.flags import FLAGS
 
 Gpus = Callable[..., None]
 
@@ -25,7 +34,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "NVIDIA Fake")
-        built = dataclasses.replace(extension.EXTENSION, module=object(), cuda_reason="", info={"archs": archs})
+        info = {"compiler": "c++", "torch": torch.__version__, "nvcc": "nvcc 13.0", "archs": archs}
+        module = extension.EXTENSION.module or object()
+        built = dataclasses.replace(extension.EXTENSION, module=module, reason="", cuda_reason="", info=info)
         monkeypatch.setattr(extension, "EXTENSION", built)
         native = {stem: dataclasses.replace(k, native=("cpu", "cuda")) for stem, k in backends._KERNELS.items()}
         monkeypatch.setattr(backends, "_KERNELS", native)
@@ -44,6 +55,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     [
         ((7, 5), ["sm_80", "sm_90"], False),
         ((8, 7), ["sm_80", "sm_90"], True),
+        ((8, 7), ["sm_90"], False),
         ((8, 0), ["sm_86"], False),
         ((8, 0), ["sm_90"], False),
         ((11, 0), ["sm_80", "sm_90"], False),
@@ -69,6 +81,26 @@ def test_an_extension_without_code_for_the_gpu_is_not_used(
         warnings.simplefilter("error")  # said once
         assert backends.serving("nms", "cuda") != "native"
     assert "compiled for" in (backends.unavailable("native", "qfl", "cuda") or "")
+
+
+def test_the_default_build_has_code_for_every_gpu() -> None:
+    codes = cuda.target_archs("", frozenset(arch.partition("+")[0] for arch in FLAGS["cuda_archs"]))
+    for capability in [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]:
+        assert any(extension.runs_on(code, capability) for code in codes), capability
+
+
+def test_the_doctor_says_that_the_gpu_has_no_code(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus((7, 5), archs=["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = gfl_ops.explain_backend()
+    rows = [line.split() for line in text.splitlines()]
+    assert {row[2] for row in rows if row and row[0] in SPECS and len(row) > 3} <= {"triton", "reference"}
+    words = " ".join(text.split())
+    assert "native on cuda: every operator: the extension was compiled for sm_80, sm_90, not for NVIDIA Fake" in words
+    assert "install gfl-ops again with TORCH_CUDA_ARCH_LIST=7.5" in words
+    assert "self-check of cuda:0: not done; `gfl doctor --check`" in words
 
 
 def test_one_unknown_gpu_among_several_is_enough(gpus: Gpus) -> None:

@@ -9,7 +9,8 @@ import pytest
 import gfl_ops
 from gfl import cli
 from gfl_ops import kernel_check
-from gfl_ops.kernel_check import OK, WRONG, Report, Verdict
+from gfl_ops.kernel_check import Report
+from gfl_ops.kernel_check_process import OK, WRONG, Verdict
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
