@@ -65,7 +65,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 
 
 def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    boxes = draw_boxes(1501, device, dtype, generator, extent=40.0)
+    boxes = draw_boxes(1501, device, dtype, generator, extent=24.0)
     yield Sample("n1501-c5", (boxes, uniform((1501, 5), device, dtype, generator), 0.05, 0.5, 300))
 
 

@@ -72,7 +72,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     """Several panels; a block per class; a class that needs panels beside small ones."""
     for name, n, bound in (("panels", 3001, 0), ("classes", 5003, 4), ("large-class", 5003, 40)):
-        boxes = draw_boxes(n, device, dtype, generator, extent=40.0)
+        boxes = draw_boxes(n, device, dtype, generator, extent=24.0)
         idxs = torch.randint(0, bound, (n,), generator=generator).clamp(max=bound // 10 or bound) if bound else None
         scores = uniform((n,), device, dtype, generator)
         yield Sample(f"{name}-n{n}", (boxes, scores, None if idxs is None else idxs.to(device), 0.5, False))
