@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step: losses, gradients, new weights, all queued on the device; the host reads nothing back.
 
-On a GPU the whole step may be a CUDA graph per batch shape: images, sizes and objects are copied to fixed places, the
-objects of an image into a fixed number of slots, and one launch does the rest, assignment included.
+On a GPU the whole step may be a CUDA graph per batch shape, of which padding leaves few: images, sizes and objects are
+copied to fixed places, the objects of an image into a fixed number of slots, and one launch does the rest, assignment
+included.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ from ..config import TrainConfig
 from ..data.loader import Batch
 from ..data.transforms import normalise
 from ..models.gfl import GFL
-from .graphs import GraphCache
+from .graphs import GraphCache, few_shapes
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Batch shapes that get a graph, the first ones that come; they share their memory. A batch of another shape is queued
-# kernel by kernel.
-GRAPHS = 16
 
 
 class Step:
@@ -45,14 +43,15 @@ class Step:
         self.graphs: GraphCache | None = None
         if settings.graph:
             check_graph(settings, device, network is not model)
-            self.graphs = GraphCache(GRAPHS, evict=False, warm_up=lambda: preserve_training_state(self))
+            self.graphs = GraphCache(device=device, warm_up=lambda: preserve_training_state(self))
 
     def __call__(self, batch: Batch, rate: float) -> None:
         """One step at a learning rate."""
         self.set_rate(rate)
         if self.graphs is not None and max(batch.counts, default=0) <= self.settings.graph_slots:
             objects = slots(batch, self.settings.graph_slots)
-            self.graphs.run(self.compute, batch.images, batch.image_sizes, *objects)
+            images = few_shapes(batch.images, self.settings.train_long_side, self.model.test.size_divisor)
+            self.graphs.run(self.compute, images, batch.image_sizes, *objects)
             return
         with self._precision(batch.images.device):
             losses = self.network(normalise(batch.images, batch.image_sizes), batch.image_sizes, targets=batch.targets)

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real_data
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfl.config import Config
 from gfl.data.loader import Batch, training_dataset, training_loader
-from gfl.engine.graphs import GraphCache
+from gfl.data.transforms import keep_ratio_size
+from gfl.engine.graphs import GraphCache, few_shapes
 from gfl.engine.step import Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
@@ -112,14 +118,41 @@ def test_batches_with_more_objects_than_slots_go_without_a_graph(
 ) -> None:
     config = small(graph_slots=2)
     recorded, plain = new_step(config, seed), new_step(config, seed)
-    recorded.graphs = GraphCache(16, evict=False, record=recording)
-    given = list(batches(config))
+    recorded.graphs = GraphCache(16, record=recording)
+    given = list(batches(config)) * 2
     for batch in given:
         recorded(batch, 0.01)
         plain(batch, 0.01)
     fits = {tuple(batch.images.shape) for batch in given if max(batch.counts) <= 2}
     assert len(recorded.graphs) == len(fits)
     assert all(torch.equal(a, b) for a, b in zip(state(recorded), state(plain), strict=True))
+
+
+@pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_random_scales_need_few_graphs(
+    batch_size: int, small: Small, seed: int, recording: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5000 photos of the real data's sizes at the paper's short sides of 480 to 800, in batches of one orientation."""
+    step = new_step(small(train_long_side=1333, graph_slots=1), seed)
+    made: list[tuple[int, ...]] = []
+    step.graphs = GraphCache(record=lambda function, inputs: made.append(tuple(inputs[0].shape)) or function)
+    monkeypatch.setattr(step, "compute", lambda *inputs: None)
+    content, draw = json.loads(real_data.annotations().read_text()), random.Random(seed)
+    photos = draw.choices([(image["height"], image["width"]) for image in content["images"]], k=5000)
+    photos.sort(key=lambda size: size[0] > size[1])
+    groups = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
+    given = computed = 0
+    for group in draw.sample(groups, len(groups)):
+        sizes = [keep_ratio_size(*size, draw.randint(480, 800), 1333) for size in group]
+        height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
+        batch = Batch(torch.zeros(1, 1, height, width, dtype=torch.uint8), *[torch.zeros(1, 2)] * 3, *[None] * 4)
+        batch = replace(batch, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), counts=[0])
+        step(batch, 0.0)
+        given += height * width
+        computed += math.prod(few_shapes(batch.images, 1333, 32).shape)
+    assert len(made) <= 25 and len(made) == len(set(made))
+    assert computed < 1.25 * given
 
 
 def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
@@ -167,9 +200,10 @@ def test_a_graph_trains_as_single_kernels_do_cuda(amp: str, small: Small, seed: 
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
         settings = config.replace(graph=graph, graph_slots=8)
         steps.append(Step(model, model, optimizer, settings.train, torch.device("cuda")))
-    for batch in on_device(batches(config), torch.device("cuda")):
-        for step in steps:
-            step(batch, 0.01)
+    for _ in range(2):
+        for batch in on_device(batches(config), torch.device("cuda")):
+            for step in steps:
+                step(batch, 0.01)
     single, graphed = steps
     assert graphed.graphs
     for a, b in zip(single.model.parameters(), graphed.model.parameters(), strict=True):
