@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gfl.config import Config
 from gfl.data.loader import Batch, training_dataset, training_loader
 from gfl.data.transforms import keep_ratio_size
-from gfl.engine.graphs import GraphCache, few_shapes
+from gfl.engine.graphs import GraphCache
 from gfl.engine.step import Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
@@ -129,7 +128,7 @@ def test_batches_with_more_objects_than_slots_go_without_a_graph(
 
 
 @pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("batch_size", [2, 16])
 def test_random_scales_need_few_graphs(
     batch_size: int, small: Small, seed: int, recording: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,12 +136,13 @@ def test_random_scales_need_few_graphs(
     step = new_step(small(train_long_side=1333, graph_slots=1), seed)
     made: list[tuple[int, ...]] = []
     step.graphs = GraphCache(record=lambda function, inputs: made.append(tuple(inputs[0].shape)) or function)
-    monkeypatch.setattr(step, "compute", lambda *inputs: None)
+    computed: list[int] = []
+    monkeypatch.setattr(step, "compute", lambda images, *rest: computed.append(images[0, 0].numel()))
     content, draw = json.loads(real_data.annotations().read_text()), random.Random(seed)
     photos = draw.choices([(image["height"], image["width"]) for image in content["images"]], k=5000)
     photos.sort(key=lambda size: size[0] > size[1])
     groups = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
-    given = computed = 0
+    given = 0
     for group in draw.sample(groups, len(groups)):
         sizes = [keep_ratio_size(*size, draw.randint(480, 800), 1333) for size in group]
         height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
@@ -150,9 +150,8 @@ def test_random_scales_need_few_graphs(
         batch = replace(batch, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), counts=[0])
         step(batch, 0.0)
         given += height * width
-        computed += math.prod(few_shapes(batch.images, 1333, 32).shape)
     assert len(made) <= 25 and len(made) == len(set(made))
-    assert computed < 1.25 * given
+    assert sum(computed) < 1.25 * given
 
 
 def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
