@@ -21,6 +21,7 @@ from ..config import Config
 from ..data.coco import Annotations, CocoDataset, coco_detection, read_annotations
 from ..data.loader import test_loader
 from ..data.transforms import normalise
+from .distributed import current_device
 from .pipeline import testing
 
 # In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
@@ -40,7 +41,7 @@ def evaluate(
             own mode and settings are restored.
         dataset: with as many classes as the model.
         config: sizes, batches and workers.
-        device: the model's.
+        device: the model's; if a GPU, collectives use it too.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -57,7 +58,7 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
     own: list[dict[str, Any]] = []
-    with testing(model, config.test), torch.no_grad():
+    with current_device(device), testing(model, config.test), torch.no_grad():
         hidden = None if progress and rank == 0 else True
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
             if batch.image_ids:
@@ -68,7 +69,8 @@ def evaluate(
 
     everything: list[Any] = [(own, dataset.unreadable)] * world
     if together:
-        dist.all_gather_object(everything, (own, dataset.unreadable))
+        with current_device(device):
+            dist.all_gather_object(everything, (own, dataset.unreadable))
     for _, unreadable in everything:
         for path in sorted(unreadable):
             dataset.pass_over(path)
@@ -82,7 +84,8 @@ def evaluate(
         except Exception as error:
             outcome = [error]
     if together:
-        dist.broadcast_object_list(outcome, 0)
+        with current_device(device):
+            dist.broadcast_object_list(outcome, 0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0], results
