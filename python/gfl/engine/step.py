@@ -61,14 +61,14 @@ class Step:
     def __call__(self, batch: Batch, rate: float) -> None:
         """One step at a learning rate."""
         self.set_rate(rate)
-        with torch.cuda.device_of(batch.images), self._tuning(batch.images):
+        images = batch.images
+        with torch.cuda.device_of(images), self._tuning(images):
             if self.graphs is not None and max(batch.counts, default=0) <= self.settings.graph_slots:
                 objects = slots(batch, self.settings.graph_slots)
-                self.graphs.run(self.compute, batch.images, batch.image_sizes, *objects)
+                self.graphs.run(self.compute, images, batch.image_sizes, *objects)
                 return
-            with self._precision(batch.images.device):
-                images = normalise(batch.images, batch.image_sizes)
-                losses = self.network(images, batch.image_sizes, targets=batch.targets)
+            with self._precision(images.device):
+                losses = self.network(normalise(images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
             self._descend(losses)
 
     def set_rate(self, rate: float) -> None:
