@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """A case that can't run (memory, a missing package) is reported; the exit status is 1 if one failed."""
     import torch
 
-    from ..engine.distributed import choose_device
+    from ..engine.distributed import choose_device, current_device
 
     require_folder(options.json, options.plot)
     if options.seconds <= 0:
@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
     for case in cases:
         label = "{model} {size[0]}x{size[1]} {device.type} {dtype} batch {batch}".format(**case)
         try:
-            seconds = _times(options, **case)
+            with current_device(case["device"]):
+                seconds = _times(options, **case)
         except (RuntimeError, NotImplementedError) as error:
             print(f"{label}: {str(error).splitlines()[0]}")
             continue

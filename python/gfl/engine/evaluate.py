@@ -44,7 +44,7 @@ def evaluate(
             own mode and settings are restored.
         dataset: with as many classes as the model.
         config: sizes, batches and workers.
-        device: the model's.
+        device: the model's; if a GPU, collectives use it too.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -67,7 +67,8 @@ def evaluate(
 
     everything: list[Any] = [(own, dataset.unreadable)] * world
     if together:
-        dist.all_gather_object(everything, (own, dataset.unreadable))
+        with current_device(device):
+            dist.all_gather_object(everything, (own, dataset.unreadable))
     for _, unreadable in everything:
         for path in sorted(unreadable):
             dataset.pass_over(path)
@@ -81,7 +82,8 @@ def evaluate(
         except Exception as error:
             outcome = [error]
     if together:
-        dist.broadcast_object_list(outcome, 0)
+        with current_device(device):
+            dist.broadcast_object_list(outcome, 0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0], results

@@ -28,12 +28,12 @@ Context = Callable[[], AbstractContextManager[object]]
 Record = Callable[[Function, Sequence[Tensor]], Function]
 
 
-def host_waits(device: torch.device, *stems: str) -> bool:
-    """Whether one of these operators makes the host wait for the device, which a capture does not allow.
+def host_waits(device: torch.device, *stems: str) -> list[str]:
+    """Which of these operators make the host wait for the device, which a capture does not allow.
 
     The references do, since what they compute next depends on data, and so do the checks of ``GFL_OPS_CHECK=1``.
     """
-    return checks.SYNCHRONISING or any(backends.serving(stem, device.type) == "reference" for stem in stems)
+    return [s for s in stems if checks.SYNCHRONISING or backends.serving(s, device.type) == "reference"]
 
 
 class Graph:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gfl.config import Config
 from gfl.data.loader import Batch, training_dataset, training_loader
 from gfl.data.transforms import keep_ratio_size
+from gfl.engine import step as step_module
 from gfl.engine.graphs import GraphCache
-from gfl.engine.step import Step, on_device, preserve_training_state, slots
+from gfl.engine.step import GRAPHED, Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
+from gfl_ops.core import backends
 
 Small = Callable[..., Config]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs and streams need one")
@@ -41,6 +45,19 @@ class Reads(TorchDispatchMode):
         name = function.__name__.split(".")[0]
         if name in self.WAITING:
             self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions by the memory that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.split(".")[0] == "_to_copy":
+            self.of[args[0].data_ptr()] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -160,6 +177,50 @@ def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
     step.optimizer.param_groups[0]["lr"] = rate
     step.set_rate(0.25)
     assert step.optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+
+
+@pytest.mark.parametrize("stem", GRAPHED)
+def test_a_graph_is_made_only_where_kernels_run_the_step(
+    stem: str, small: Small, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "check_graph", lambda *_: None)
+    monkeypatch.setattr(step_module, "GraphCache", lambda *_, **__: "graphs")
+    assert new_step(small(graph=True), seed).graphs == "graphs"
+    serving = backends.serving
+    by_reference = lambda name, device: "reference" if name == stem else serving(name, device)  # noqa: E731
+    monkeypatch.setattr(backends, "serving", by_reference)
+    with pytest.warns(RuntimeWarning, match=f"`graph` has no effect: {stem} run on the reference"):
+        assert new_step(small(graph=True), seed).graphs is None
+
+
+def test_a_graph_casts_each_weight_once(small: Small, seed: int, recording: Callable[..., Any]) -> None:
+    """The towers' weights are used at every level."""
+    config = small(amp="bf16")
+    step, batch = new_step(config, seed), next(batches(config))
+    step.graphs = GraphCache(record=recording)
+    weights = [p for name, p in step.model.bbox_head.named_parameters() if name.endswith("conv.weight")]
+    with Casts() as casts:
+        step(batch, 0.01)
+    assert weights and [casts.of[w.data_ptr()] for w in weights] == [1] * len(weights)
+
+
+def test_the_algorithms_of_a_step_are_tuned_by_its_shape(small: Small, seed: int) -> None:
+    config = small()
+    step, log = new_step(config, seed), []
+
+    @contextmanager
+    def tuning(images: Tensor) -> Iterator[None]:
+        log.append(images.shape)
+        before = step.sums.clone()
+        yield
+        # Forward and backward were within.
+        assert not torch.equal(step.sums, before)
+
+    step._tuning = tuning  # type: ignore[assignment]
+    given = list(batches(config))
+    for batch in given:
+        step(batch, 0.01)
+    assert log == [batch.images.shape for batch in given]
 
 
 def test_slots(generator: torch.Generator) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -195,9 +197,41 @@ def test_the_head_is_a_call_a_layer_and_norms_and_activations_are_gone(
     # 20 of the backbone, 8 of the neck, two towers of two layers and an output for each of five levels.
     assert plain.count["convolution"] == 20 + 8 + 5 * 6
     assert not any("batch_norm" in name for name in few.count) and not few.count["convolution"]
-    # And a norm with its ReLU for each of the towers' layers, where the plain head has one a level.
+    # And a norm with its ReLU for each of the towers' layers, as in the plain head.
     assert len(filters) == 6 and sum(n for name, n in few.count.items() if "group_norm" in name) == 4
-    assert plain.count["native_group_norm"] == 20
+    assert sum(n for name, n in plain.count.items() if "group_norm" in name) == 4
+
+
+def test_biases_of_zeros_are_dropped_and_a_shortcut_s_is_its_branch_s(seed: int) -> None:
+    model = detector(seed, backbone="resnet50", width=16)
+    fused = FusedGFL(model)
+    towers = (*fused.bbox_head.cls_convs, *fused.bbox_head.reg_convs)
+    assert len(towers) == 4 and all(layer.conv.bias is None for layer in towers)
+    pairs = zip(model.backbone.stages(), fused.backbone.stages(), strict=True)
+    for plain, folded_block in (pair for stages in pairs for pair in zip(*stages, strict=True)):
+        biases = [plain.bn3.bias - plain.bn3.weight * plain.bn3.running_mean / (plain.bn3.running_var + 1e-5).sqrt()]
+        if plain.downsample is not None:
+            assert folded_block.downsample[0].bias is None
+            norm = plain.downsample[1]
+            biases.append(norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
+        torch.testing.assert_close(folded_block.conv3.bias, sum(biases).detach(), rtol=0, atol=1e-5)
+    nn.init.zeros_(model.neck.lateral_convs[0].conv.bias)
+    assert FusedGFL(model).neck.lateral_convs[0].conv.bias is None
+
+
+@torch.no_grad()
+def test_its_convolutions_run_while_cudnn_is_tuned_for_the_input(seed: int) -> None:
+    fused, log = FusedGFL(detector(seed)), []
+
+    @contextmanager
+    def tuning(images: Tensor) -> Iterator[None]:
+        with Calls() as calls:
+            yield
+        log.append((images.shape, sum(n for name, n in calls.count.items() if "convolution" in name)))
+
+    fused._tuning = tuning  # type: ignore[assignment]
+    fused.predict_maps(torch.randn(2, 3, 96, 96))
+    assert log[0][0] == (2, 3, 96, 96) and log[0][1] > 20
 
 
 def test_what_it_holds_is_not_trained(seed: int) -> None:
