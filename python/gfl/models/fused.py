@@ -202,14 +202,20 @@ def _fuse_block(block: Block) -> None:
         _fuse_norm(block, f"conv{number}", f"bn{number}", shortcut_bias if number == last else None)
 
 
-def _fuse_head(head: GFLHead) -> None:
-    for layer in (*head.cls_convs, *head.reg_convs):
+def _fuse_head(head: GFLHead, dtype: torch.dtype) -> GFLHead:
+    fused = copy.deepcopy(head)
+    for layer in (*fused.cls_convs, *fused.reg_convs):
         assert isinstance(layer, TowerLayer)
         layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
-    head.gfl_cls = FusedConv.of(head.gfl_cls)  # type: ignore[assignment]
+    fused.to(dtype)
     factors = [float(scale.get_parameter("scale").detach()) for scale in head.scales]
-    head.gfl_reg = ScaledConv(head.gfl_reg, factors)  # type: ignore[assignment]
-    head.scales = nn.ModuleList(nn.Identity() for _ in factors)
+    fused.scales = nn.ModuleList(nn.Identity() for _ in factors)
+    # The last layers, in fp32 instead of bf16, of whose 8 bits many scores would be equal.
+    precise = torch.float32 if dtype == torch.bfloat16 else dtype
+    fused.gfl_cls = FusedConv.of(head.gfl_cls).to(precise)  # type: ignore[assignment]
+    fused.gfl_reg = ScaledConv(head.gfl_reg, factors).to(precise)  # type: ignore[assignment]
+    fused.reg_conf = None if head.reg_conf is None else copy.deepcopy(head.reg_conf).to(precise)
+    return fused
 
 
 class FusedGFL(GFL):
@@ -217,7 +223,7 @@ class FusedGFL(GFL):
 
     In fp32 its maps differ from the model's by about 1e-4 of their standard deviation. It holds copies: weights that
     change later are not seen, settings in `test` are. A backbone of timm stays as it is. `dtype` is that of weights and
-    maps; softmax, ranking and boxes are fp32 in any case.
+    features; with bf16 the last layers and their logits are fp32. Softmax, ranking and boxes are fp32 in any case.
     """
 
     @torch.no_grad()
@@ -225,7 +231,6 @@ class FusedGFL(GFL):
         nn.Module.__init__(self)
         self._config, self.test, self.dtype = model.config, model.test, dtype
         self.backbone, self.neck = copy.deepcopy(model.backbone), copy.deepcopy(model.neck)
-        self.bbox_head = copy.deepcopy(model.bbox_head)
         for module in list(self.backbone.modules()):
             if isinstance(module, ResNet):
                 _fuse_norm(module, "conv1", "bn1")
@@ -234,9 +239,10 @@ class FusedGFL(GFL):
         for layer in (*self.neck.lateral_convs, *self.neck.fpn_convs):
             assert isinstance(layer, Conv)
             layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
-        _fuse_head(self.bbox_head)
+        self.to(dtype)
+        self.bbox_head = _fuse_head(model.bbox_head, dtype)
         self._tuning = CudnnTuning()
-        self.to(dtype).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FusedGFL:
         """Always in evaluation."""

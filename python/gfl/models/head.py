@@ -14,7 +14,7 @@ from torch.nn import functional
 import gfl_ops
 
 from ..config import ModelConfig
-from .layers import Scale, TowerLayer, over_levels
+from .layers import Scale, TowerLayer, in_own_precision, over_levels
 
 # Initial probability of an object at a location: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
@@ -73,16 +73,20 @@ class GFLHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """``[B, inputs, H, W]`` per level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
-        reg_preds = over_levels(self.gfl_reg, self.reg_convs(maps))
+        reg_preds = self._last(self.gfl_reg, self.reg_convs(maps))
         reg_preds = [scale(x) for scale, x in zip(self.scales, reg_preds, strict=True)]
-        cls_scores = over_levels(self.gfl_cls, self.cls_convs(maps))
+        cls_scores = self._last(self.gfl_cls, self.cls_convs(maps))
         return [self.rescored(c, r) for c, r in zip(cls_scores, reg_preds, strict=True)], reg_preds
+
+    def _last(self, layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits. Those that are detected by are as precise as the layer's weights: in bf16 many would be equal."""
+        return over_levels(layer, maps) if self.training else in_own_precision(layer, maps)
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
         """A level's class logits, multiplied in probability by the quality if there is such a branch."""
         if self.reg_conf is None:
             return cls_score
-        return joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
+        return joint_logit(cls_score, *self._last(self.reg_conf, [self._peaks(reg_pred)])).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
         """Each side's highest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""

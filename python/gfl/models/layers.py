@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,16 @@ def over_levels(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     """A convolution of each map; in one call if it has `levels` (see `models.fused`)."""
     together = getattr(conv, "levels", None)
     return [conv(x) for x in maps] if together is None else together(maps)
+
+
+def in_own_precision(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """`over_levels` in the dtype of the weights, whatever that of the maps is and autocast would take."""
+    dtype, kind = next(chain(conv.parameters(), conv.buffers())).dtype, maps[0].device.type
+    maps = [x.to(dtype) for x in maps]
+    if not torch.is_autocast_enabled(kind):
+        return over_levels(conv, maps)
+    with torch.autocast(kind, enabled=False):
+        return over_levels(conv, maps)
 
 
 class Scale(nn.Module):

@@ -109,13 +109,26 @@ def test_half_precision_is_as_near_as_autocast(dtype: torch.dtype, seed: int) ->
     got = FusedGFL(model, dtype).predict_maps(images)
     with torch.autocast("cpu", dtype):
         mixed = model.predict_maps(images)
-    assert all(m.dtype == dtype for m in got[0] + got[1])
+    last = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert all(m.dtype == last for m in got[0] + got[1])
     # Over all levels: the norm of the last one, a single cell, magnifies what rounding leaves by chance.
     for maps in zip(want, got, mixed, strict=True):
         exact, found, rounded = (torch.cat([m.float().flatten() for m in levels]) for levels in maps)
         error, other = ((x - exact).abs().mean() for x in (found, rounded))
         # Autocast keeps norms in fp32; folding rounds once where it rounds twice. Neither may lose a digit.
         assert error <= 2 * other + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["basic", "quality"])
+@torch.no_grad()
+def test_logits_in_bf16_do_not_tie(kind: str, seed: int) -> None:
+    """In steps of 2⁻⁸ thousands of candidates would share a few hundred scores, and their order would be arbitrary."""
+    model, images = detector(seed, **KINDS[kind]), torch.randn(1, 3, 96, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.predict_maps(images)
+    for cls_scores, reg_preds in (mixed, FusedGFL(model, torch.bfloat16).predict_maps(images)):
+        for logits in (cls_scores[0], reg_preds[0]):
+            assert logits.dtype == torch.float32 and logits.unique().numel() > 0.9 * logits.numel()
 
 
 @torch.no_grad()
