@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import random
 import threading
@@ -20,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 import gfl_ops
-from gfl import threads
+from gfl import checkpoint, cli, threads
+from gfl.config import preset
 from gfl.data import transforms
 from gfl.detector import IN_FLIGHT, Detector, Result, find_images
 from gfl.engine import pipeline
@@ -275,3 +277,29 @@ def test_an_odd_image_does_not_hold_the_others_back(model: GFL, cuda: Cuda, batc
     # Four batches of two until it is started, the one that had been started before, and what is ahead in the iteration.
     assert len(taken) <= 4 * 2 + 2 * IN_FLIGHT + 2 * threads.cores() + 2
     assert len(list(results)) == 50
+
+
+def test_a_gpu_without_a_number_is_the_current_one(model: GFL, cuda: Cuda) -> None:
+    with torch.cuda.device(1):
+        assert Detector(model, "cuda").device == torch.device("cuda:1")
+    assert Detector(model, "cuda").device == torch.device("cuda:0")
+
+
+def test_pictures_are_drawn_beside_the_detector_from_files_read_once(
+    model: GFL, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("model") / "best.pt"
+    config = dataclasses.replace(preset("gfl_tiny"), model=model.config)
+    checkpoint.write(file, {"meta": checkpoint.meta(config, ["a", "b", "c"]), "state_dict": model.state_dict()})
+    draw, read, drawing, reads = Result.draw, transforms.read_image, set(), []
+
+    def noted(result: Result, *rest: Any) -> Image.Image:
+        drawing.add(threading.current_thread())
+        return draw(result, *rest)
+
+    monkeypatch.setattr(Result, "draw", noted)
+    monkeypatch.setattr(transforms, "read_image", lambda path: reads.append(path) or read(path))
+    assert cli.main(["detect", str(file), str(folder), "--out", str(out), "--device", "cpu"]) == 0
+    assert drawing and threading.current_thread() not in drawing
+    assert reads == find_images(folder)
+    assert sorted(path.name for path in out.glob("*.jpg")) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
