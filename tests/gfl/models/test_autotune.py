@@ -155,8 +155,12 @@ def test_cudnn_times_no_more_than_a_few_shapes() -> None:
     assert on == [True, True, False, True, False, True]
 
 
-def test_algorithms_that_must_repeat_themselves_are_not_chosen_by_time() -> None:
-    torch.backends.cudnn.deterministic = True
+@pytest.mark.parametrize("of", ["cudnn", "all"])
+def test_algorithms_that_must_repeat_themselves_are_not_chosen_by_time(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.backends.cudnn.deterministic = of == "cudnn"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: of == "all")
     with CudnnTuning()(on_a_gpu(1, 3, 8, 8)):
         assert not torch.backends.cudnn.benchmark
 
