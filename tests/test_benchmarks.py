@@ -242,7 +242,7 @@ def test_every_command_has_help(parts: Any, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parts.bench.parse(["--help"])
     out = capsys.readouterr().out
-    for name in ("losses", "cpu", "gpu", "peers", "detectors"):
+    for name in ("losses", "cpu", "gpu", "peers", "detectors", "files"):
         assert f"    {name} " in out or f"    {name}\n" in out
         with pytest.raises(SystemExit):
             parts.bench.parse([name, "--help"])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -66,7 +67,8 @@ def photos(data: Path, folder: Path, count: int, seed: int) -> tuple[list[Path],
 
 def differing(got: Sequence[gfl.detector.Result], want: Sequence[gfl.detector.Result]) -> float:
     """Share of the boxes by which the images' counts differ."""
-    return sum(abs(len(a) - len(b)) for a, b in zip(got, want)) / max(sum(map(len, want)), 1)
+    pairs = zip_longest(map(len, got), map(len, want), fillvalue=0)
+    return sum(abs(a - b) for a, b in pairs) / max(sum(map(len, want)), 1)
 
 
 def measure(bench: Bench, given: argparse.Namespace, files: Sequence[Path]) -> list[Result]:
