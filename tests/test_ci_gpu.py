@@ -89,7 +89,7 @@ def test_a_wheel_that_does_not_fit_stops_the_run(tmp_path: Path) -> None:
 
 def test_a_command_gets_what_is_left_of_the_part_s_time(tmp_path: Path) -> None:
     lines = [
-        "limit=12 SECONDS=0 logs=$PWD out=$PWD work=$PWD part=1",
+        "slow=1 limit=12 SECONDS=0 logs=$PWD out=$PWD work=$PWD part=1",
         *(function(name) for name in ("say", "left", "save", "at_most")),
         "mkdir -p logs; logs=$PWD/logs",
         "at_most 1 slow sleep 30",
@@ -115,7 +115,7 @@ def test_each_test_has_a_process_and_failures_are_named(tmp_path: Path) -> None:
     for name, text in (("good", "exit 0"), ("bad", "echo wrong; exit 1"), ("stuck", "exec sleep 60")):
         (tmp_path / "cpp" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "cpp" / name).chmod(0o755)
-    lines = ["dist=$PWD work=$PWD logs=$PWD", function("each"), "each cpp 2 '' good bad stuck"]
+    lines = ["slow=1 dist=$PWD work=$PWD logs=$PWD", function("each"), "each cpp 2 '' good bad stuck"]
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert set(done.stdout.splitlines()) == {"bad: exit status 1", "stuck: exit status 124", "1 of 3 passed"}
     assert (tmp_path / "cpp.bad.txt").read_text() == "wrong\n"
