@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gather what .ci/gpu measured into DIR/<gpu>.json, the form that benchmarks/results keeps.
 
-What an earlier part wrote there stays, as far as it was not measured again.
+What an earlier part wrote there, or else into benchmarks/results, stays as far as it was not measured again. Each
+figure names its commit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import stamp  # noqa: E402
@@ -56,8 +58,11 @@ def main() -> int:
     where = stamp.stamp()
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or "no GPU").split("(")[0].lower()).strip("-")
     path = options.out / f"{name}.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    merged = {"stamp": where} | {key: before.get(key, {}) | found for key, found in record.items()}
+    earlier = [file for file in (path, RESULTS / path.name) if file.is_file()]
+    merged = {"stamp": where, "detectors": {}, "goals": {}} | (json.loads(earlier[0].read_text()) if earlier else {})
+    merged["stamp"] = where
+    for key, found in record.items():
+        merged[key] |= {name: figures | {"commit": where["commit"]} for name, figures in found.items()}
     path.write_text(json.dumps(merged, indent=1) + "\n")
     print(f"written: {path}")
     return 0

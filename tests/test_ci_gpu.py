@@ -230,6 +230,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     where = {"gpu": "NVIDIA H200 (sm_90), driver 580", "date": "2026-12-01T10:00:00", "commit": "abc", "versions": {}}
     where["versions"] = {"torch": "2.11.0"}
     monkeypatch.setattr(record.stamp, "stamp", lambda: where)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "nowhere")
     goal = {"goal": "qfl fp32", "provider": "", "want": 80.0, "got": 75.0, "ours_ms": 0.075}
     slower = goal | {"provider": "eager", "want": 12.0, "got": 13.0}
     timing = {"model": "gfl_r50_1x", "size": [800, 1344], "dtype": "bf16", "batch": 1, "images_per_second": 312.3}
@@ -267,6 +268,7 @@ def test_figures_of_both_parts_become_one_record(recorded: dict[str, Any]) -> No
         "decode / eager": None,
         "qfl fp32 / eager": 13.0,
     }
+    assert all(figures["commit"] == "abc" for key in ("detectors", "goals") for figures in recorded[key].values())
 
 
 def test_the_readme_s_table_is_made_of_the_records(
