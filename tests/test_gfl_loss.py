@@ -15,6 +15,8 @@ from gfl_ops import Assignment
 from gfl_ops.core import backends
 from gfl_ops.core.random_inputs import boxes as draw_boxes
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "gfl_loss", "cpu") is None else [])
 STRIDES = [8.0, 16.0, 32.0]
 SIZES = [(9, 13), (5, 7), (1, 3)]
