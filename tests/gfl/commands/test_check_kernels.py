@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "current_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(kernel_check, "ensure_checked", found.append)
     monkeypatch.setattr(checkpoint, "model_from", lambda source: (None, preset("gfl_tiny"), None, None))
     monkeypatch.setattr(loader, "validation_dataset", lambda config: None)
