@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,8 +31,10 @@ def fake(cls_scores: Sequence[Tensor], labels: Tensor, matched: Tensor) -> Tenso
     return cls_scores[0].new_empty((2,), dtype=accumulator(cls_scores[0].dtype))
 
 
-def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    for sample in gfl_loss.samples(device, dtype, generator):
+def samples(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator, large: bool = False
+) -> Iterator[Sample]:
+    for sample in gfl_loss.samples(device, dtype, generator, large):
         cls_scores, _, _, labels, matched, *_ = sample.args
         # The others differ in what only the losses take.
         if not any(word in sample.id for word in ("norms", "legacy", "beta")):
@@ -45,6 +48,7 @@ HEAD_LOSS_NORMS = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=functools.partial(samples, large=True),
         summary="the normalisers of the head loss, for a mean over ranks",
         public=(OP,),
     )
