@@ -10,6 +10,7 @@ from .ops.boxes.iou import box_iou_loss, giou_loss
 from .ops.head.atss import Assignment, atss_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
 from .ops.head.group_norm_relu import group_norm_relu
+from .ops.head.task_aligned import TaskAlignedAssignment, task_aligned_assign
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
@@ -25,6 +26,7 @@ __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
+    "TaskAlignedAssignment",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -49,5 +51,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_target_bce",
+    "task_aligned_assign",
     "varifocal_loss",
 ]
