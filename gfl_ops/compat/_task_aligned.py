@@ -53,10 +53,30 @@ def dense_targets(
     found = task_aligned_assign(pred_scores, pred_boxes, None, None, gt_boxes, padded, points=points, **options)
     slot = found.matched.clamp(min=0)
     target = labels.gather(1, slot).clamp(min=0)
-    scores = found.scores.new_zeros((*target.shape, classes)).scatter_(2, target[..., None], found.scores[..., None])
     boxes = gt_boxes.gather(1, slot[..., None].expand(-1, -1, 4))
-    dtype = torch.promote_types(pred_scores.dtype, pred_boxes.dtype)
-    return Targets(target, boxes, scores.to(dtype), found.matched >= 0, slot)
+    positive, dtype = found.matched >= 0, torch.promote_types(pred_scores.dtype, pred_boxes.dtype)
+    learnt = found.scores.to(dtype)
+    if dtype == torch.float64:
+        score = pred_scores.gather(2, target[..., None])[..., 0]
+        learnt = _scores_in_double(score, pred_boxes, boxes, positive, slot, gt_boxes.shape[1], options)
+    scores = learnt.new_zeros((*target.shape, classes)).scatter_(2, target[..., None], learnt[..., None])
+    return Targets(target, boxes, scores, positive, slot)
+
+
+def _scores_in_double(
+    score: Tensor, pred: Tensor, gt: Tensor, positive: Tensor, slot: Tensor, slots: int, options: dict[str, Any]
+) -> Tensor:
+    """The scores that positives are to learn, ``[B, A]``, in the dtypes and by the functions of the frameworks; for
+    training in fp64, which would show the rounding of `task_aligned_assign`'s."""
+    kind = options.get("overlap", "iou" if options.get("variant") == "yolov6" else "ciou")
+    reached = overlap("ciou" if kind == "ciou" else "clipped_iou", gt, pred, torch.atan)
+    reached = torch.where(positive, reached, 0.0)
+    metric = torch.where(positive, score.pow(options["alpha"]) * reached.pow(options["beta"]), 0.0)
+
+    def largest(x: Tensor) -> Tensor:
+        return x.new_zeros((len(x), slots)).scatter_reduce(1, slot, x, "amax").gather(1, slot)
+
+    return metric * largest(reached) / (largest(metric) + options["eps"])
 
 
 class TaskAlignedAssigner(nn.Module):

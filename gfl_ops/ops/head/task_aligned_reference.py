@@ -6,7 +6,8 @@ A pair's arithmetic is that of csrc/terms/task_aligned.h, operation by operation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def power(x: Tensor, exponent: float) -> Tensor:
     return result
 
 
-def overlap(kind: str, gt: Tensor, pred: Tensor) -> Tensor:
+def overlap(kind: str, gt: Tensor, pred: Tensor, atan: Callable[[Tensor], Tensor] = arc_tangent) -> Tensor:
     """Overlap of boxes ``[..., 4]``, which broadcast; 0 where it is negative or NaN.
 
     `kind`: "ciou", "clipped_iou" (sides at least 0, union + 1e-9) or "iou" (union at least 1e-6).
@@ -70,8 +71,8 @@ def overlap(kind: str, gt: Tensor, pred: Tensor) -> Tensor:
         diagonal = outer_x * outer_x + outer_y * outer_y + 1e-7
         shift_x, shift_y = px1 + px2 - gx1 - gx2, py1 + py2 - gy1 - gy2
         distance = (shift_x * shift_x + shift_y * shift_y) * 0.25
-        turn = arc_tangent(pw / ph) - arc_tangent(gw / gh)
-        v = turn * turn * 0.40528473
+        turn = atan(pw / ph) - atan(gw / gh)
+        v = turn * turn * (4 / math.pi**2)
         value = iou - (distance / diagonal + v * (v / (1 - iou + v + 1e-7)))
     elif kind == "clipped_iou":
         value = inner / (gw.clamp(min=0) * gh.clamp(min=0) + pw.clamp(min=0) * ph.clamp(min=0) - inner + 1e-9)
