@@ -236,18 +236,18 @@ __global__ void __launch_bounds__(kLocationThreads)
   }
 }
 
-// Leaves each box the best `topk2` of its locations. Grid: (boxes of an image, images).
+// Leaves each box the best `topk2` of its locations; the others get a metric of −1. Grid: (boxes of an image, images).
 __global__ void __launch_bounds__(kThreads)
     task_aligned_keep_kernel(const __grid_constant__ Call call, const __grid_constant__ GridLevels levels,
-                             Scratch scratch, int64_t* matched, const float* scores) {
+                             Scratch scratch, const int64_t* matched, float* scores) {
   Key* lists = shared<Key>();  // [warps, topk2]
   Rectangle* rectangles = reinterpret_cast<Rectangle*>(lists + kWarps * call.topk2);
   int* ranked = reinterpret_cast<int*>(rectangles + kMaxLevels);
   const TaskAlignedInput& in = call.in;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t image = blockIdx.y; image < in.images; image += gridDim.y) {
-    int64_t* image_matched = matched + image * in.locations;
-    const float* metrics = scores + image * in.locations;
+    const int64_t* image_matched = matched + image * in.locations;
+    float* metrics = scores + image * in.locations;
     for (int64_t slot = blockIdx.x; slot < in.gts; slot += gridDim.x) {
       if (!holds_box(in, image * in.gts + slot)) continue;
       const Inside inside = candidates_of(in, call.gt_box(image, slot));
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads)
           const float overlap = call.overlap(levels, image, location, slot);
           raise_largest(scratch.largest + 2 * (image * in.gts + slot), metric, overlap);
         } else {
-          image_matched[location] = -1;
+          metrics[location] = -1.0f;  // not `matched`, which other blocks read
         }
       }
     }
@@ -301,14 +301,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kLocationThreads)
-    task_aligned_write_kernel(const __grid_constant__ Call call, Scratch scratch, int64_t* labels,
-                              const int64_t* matched, float* scores) {
+    task_aligned_write_kernel(const __grid_constant__ Call call, Scratch scratch, int64_t* labels, int64_t* matched,
+                              float* scores) {
   const TaskAlignedInput& in = call.in;
   const int64_t count = in.images * in.locations;
   for (int64_t i = int64_t(blockIdx.x) * kLocationThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kLocationThreads) {
-    if (matched[i] < 0) {
-      labels[i] = -1;
+    if (matched[i] < 0 || scores[i] < 0) {
+      labels[i] = matched[i] = -1;
       scores[i] = 0;
       continue;
     }
