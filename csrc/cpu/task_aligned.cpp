@@ -3,8 +3,9 @@
 //
 // The candidates of a box are a rectangle of each grid, found by bisection; locations given as points are cut into the
 // grids that they form, of a single location at worst. Boxes are ranked in slot order by the vector code in
-// simd/task_aligned.cpp, which also keeps each location's largest overlap. Then every location that was selected gets its
-// box, and every box the largest metric and overlap of the locations that it got. Scratch: O(locations + slots · k).
+// simd/task_aligned.cpp, which also keeps each location's largest overlap. Then every location that was selected gets
+// its box, and every box the largest metric and overlap of the locations that it got. Scratch:
+// O(locations + slots · k).
 #include "task_aligned.h"
 
 #include <algorithm>

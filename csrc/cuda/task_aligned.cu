@@ -4,9 +4,9 @@
 //   scores [images, locations, classes] any dtype and strides, read    boxes [images, locations, 4] float, read
 //   gt_boxes [images, gts, 4] float, read                              gt_labels [images, gts] int64, read
 //   labels, matched [images, locations] int64, written                 scores [images, locations] float, written
-// A block takes a box: its threads go over the locations inside, each of its warps keeps the best k in shared memory, and
-// the first warp puts the four lists together. Until the last kernel the memory of `labels` holds who has selected a
-// location (count and sum of slots; for mmdet the best of them) and that of `matched` the largest (overlap, ~slot) of
+// A block takes a box: its threads go over the locations inside, each of its warps keeps the best k in shared memory,
+// and the first warp puts the four lists together. Until the last kernel the memory of `labels` holds who has selected
+// a location (count and sum of slots; for mmdet the best of them) and that of `matched` the largest (overlap, ~slot) of
 // all boxes around it. Then a thread per location decides, one maximum per box finds what its scores are divided by,
 // and a thread per location writes them.
 // Bytes per candidate: 20 read and an atomic in the L2 cache; per location 16 cleared, about 40 read and 20 written.

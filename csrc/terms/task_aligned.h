@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arithmetic of task-aligned assignment, once for CPU, vector registers and CUDA: `V` is a float or a register of floats.
-// Every operation is rounded by itself and in the order of the reference, because each result ranks a candidate or
-// decides a conflict. So the arc tangent is a polynomial of ours, and powers are products where the exponent allows.
+// Arithmetic of task-aligned assignment, once for CPU, vector registers and CUDA: `V` is a float or a register of
+// floats. Every operation is rounded by itself and in the order of the reference, because each result ranks a candidate
+// or decides a conflict. So the arc tangent is a polynomial of ours, and powers are products where the exponent allows.
 #pragma once
 #include <math.h>
 
@@ -68,7 +68,7 @@ GFL_HOST_DEVICE float power(const Power& p, float x) {
   return product_power(x, p.whole, p.half ? square_root(x) : 1.0f);
 }
 
-// A box with what its overlaps need of it: the area as the kind of overlap has it and, for CIoU, the angle of its sides.
+// A box with what its overlaps need of it: the area as the kind of overlap has it and, for CIoU, the sides' angle.
 template <class V> struct RatedBox { V x1, y1, x2, y2, area, angle; };
 
 template <class V>

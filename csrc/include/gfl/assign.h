@@ -19,8 +19,8 @@ struct GridLevel {
 //
 //   metric = score[class of the box]^alpha · overlap^beta
 // A box selects its `topk` best candidates, ties by the lower index. A location that several select goes to one by
-// overlap; of what a box has then it may keep the `topk2` best. A positive's score is its metric · the largest overlap /
-// (the largest metric + eps) of its box.
+// overlap; of what a box has then it may keep the `topk2` best. A positive's score is its metric · the largest overlap
+// / (the largest metric + eps) of its box.
 
 enum class TaskAlignedVariant : int32_t {
   ultralytics =
