@@ -218,6 +218,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     yield Sample("detached-one-cell", (*drawn(1, 1, 1, [(1, 1)], 1, 1.0), None, None, *rest(1, 1)))
     yield Sample("detached-long-rows", (*drawn(1, 5, 7, [(3, 401)], 3), None, None, *rest(7, 1)))
     yield Sample("detached-all-positive", (*drawn(3, 20, 8, [(4, 4), (2, 2)], 5, 0.9), None, None, *rest(8, 2)))
+    yield Sample("detached-images0", (*drawn(0, 3, 2, [(3, 4), (2, 2)], 2), None, None, *rest(2, 2)))
     background = drawn(2, 7, 16, [(6, 6)], 3, 0.0)
     yield Sample("background-with-boxes", (*background, None, None, *rest(16, 1)))
     outside = [*background[:3], torch.full_like(background[3], -2), *background[4:]]

@@ -318,6 +318,8 @@ def _pairs(name: str, value: Tensor | Sequence[Sequence[float]], like: Tensor, b
     """`value` as fp32 [B, 2] on the maps' device."""
     if isinstance(value, Tensor):
         checks.tensor(OP, name, value, checks.FLOATING + checks.INTEGER)
+        if value.is_meta:
+            checks.same_device(OP, name, value, "cls_scores", like)
         pairs = value
     else:
         pairs = _tensor_of_pairs(name, value, batch)
