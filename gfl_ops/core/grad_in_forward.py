@@ -72,7 +72,7 @@ class GradInForward(torch.autograd.Function):
                 torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
                 for grad, (shape, dtype, device) in zip(arriving, ctx.expected)
             )
-        if transforms.active() or transforms.batched(grads):
+        if transforms.active_in_backward():
             return _pull_back(ctx, grads)
         inputs, (buffers, ctx.buffers) = ctx.saved_tensors, (ctx.buffers, None)
         if buffers is None or torch.is_grad_enabled():

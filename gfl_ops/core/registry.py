@@ -153,8 +153,10 @@ class _Library(torch.library.Library):
             super().impl(op_name, fn, dispatch_key, **options)
             return
 
+        active = transforms.active
+
         def kernel(keyset: Any, *args: Any) -> Any:
-            return instead(*args) if transforms.active() else fn(keyset, *args)
+            return instead(*args) if active() else fn(keyset, *args)
 
         super().impl(op_name, kernel, dispatch_key, **options)
 
@@ -315,7 +317,7 @@ def _differentiate(namespace: str, spec: OpSpec) -> None:
         wanted = [ctx.needs_input_grad[p] for p in positions]
         needs = [any(w) if isinstance(w, (list, tuple)) else w for w in wanted]
         given = [grads[i] for i in spec.grads]
-        if transforms.active() or transforms.batched(_flat(given)):
+        if transforms.active_in_backward():
             results = reference_gradients(spec, given, arguments[len(spec.saved_outputs) :], needs)
         else:
             results = backward_op(*given, *arguments, needs)

@@ -12,24 +12,25 @@ a tangent without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_BATCHED: Any = torch._C._parse_dispatch_key("Batched")  # not that of torch.vmap
+_in_functorch = torch._C._are_functorch_transforms_active
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")  # not that of torch.vmap
 
 
 def active() -> bool:
     """Whether tangents are propagated here, or a transform of `torch.func` is running."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _in_functorch()
 
 
-def batched(tensors: Iterable[Any]) -> bool:
-    """Whether a tensor is one of ``torch.autograd.grad(…, is_grads_batched=True)``, which is no transform."""
-    return any(isinstance(x, Tensor) and torch._C._dispatch_keys(x).has(_BATCHED) for x in tensors)
+def active_in_backward() -> bool:
+    """The same for a backward pass, to which ``torch.autograd.grad(…, is_grads_batched=True)`` is a transform too."""
+    return active() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def pull_back(
@@ -39,7 +40,7 @@ def pull_back(
 
     They can be differentiated again wherever autograd records.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _in_functorch():
         back = torch.func.vjp(lambda *x: tuple(function(*x)), *inputs)[1]
         return back(tuple(grads))
     again = torch.is_grad_enabled()
