@@ -53,7 +53,7 @@ class _Loss(nn.Module):
         super().__init__()
         checks.choice(type(self).__name__, "reduction", reduction, checks.REDUCTIONS)
         self.reduction = reduction
-        self.loss_weight = loss_weight
+        self.loss_weight = checks.parameter(self, "loss_weight", loss_weight)
 
     def forward(
         self,
@@ -103,7 +103,7 @@ class QualityFocalLoss(_Loss):
     ) -> None:
         super().__init__(reduction, loss_weight)
         self.use_sigmoid = use_sigmoid
-        self.beta = beta
+        self.beta = checks.parameter(self, "beta", beta)
         self.activated = activated
 
     def _loss(self, pred: Tensor, target: Target, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
@@ -140,7 +140,7 @@ class _BoxLoss(_Loss):
 
     def __init__(self, eps: float = 1e-6, reduction: str = "mean", loss_weight: float = 1.0) -> None:
         super().__init__(reduction, loss_weight)
-        self.eps = eps
+        self.eps = checks.parameter(self, "eps", eps)
 
     def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         checks.tensor(type(self).__name__, "pred", pred)
@@ -280,11 +280,11 @@ class IoULoss(_BoxLoss):
             warnings.warn("IoULoss: linear=True is deprecated; say mode='linear'", DeprecationWarning, stacklevel=2)
         self.mode = mode
         self.linear = linear
-        self.eps = eps
+        self.eps = checks.parameter(self, "eps", eps)
 
     def _pairs(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
         iou = pairs("IoULoss", pred, target, "overlap", self._AREA_EPS).clamp(min=self.eps)
-        check_reduction("IoULoss", pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
+        avg_factor = check_reduction("IoULoss", pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
         if self.mode == "linear":
             loss = 1 - iou
         elif self.mode == "square":
@@ -321,8 +321,8 @@ class VarifocalLoss(_Loss):
         super().__init__(reduction, loss_weight)
         checks.number("VarifocalLoss", "alpha", alpha, 0)
         self.use_sigmoid = use_sigmoid
-        self.alpha = alpha
-        self.gamma = gamma
+        self.alpha = checks.parameter(self, "alpha", alpha)
+        self.gamma = checks.parameter(self, "gamma", gamma)
         self.iou_weighted = iou_weighted
 
     def _loss(self, pred: Tensor, target: Tensor, weight: _Weight, reduction: str, avg_factor: _AvgFactor) -> Tensor:
@@ -375,7 +375,7 @@ class FocalLoss(_Loss):
         flat = isinstance(weight, Tensor) and weight.shape == (pred.numel(),) != pred.shape[:1]
         if weight is not None and flat:
             weight = weight.reshape(pred.shape)
-        weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
+        weight, avg_factor = check_element_reduction(op, pred, weight, reduction, avg_factor)
         scalars = (self.alpha, self.gamma, activated, weight, reduction, avg_factor)
         return focal_loss(op, ("pred", "target"), pred, target, *scalars)
 
@@ -383,7 +383,7 @@ class FocalLoss(_Loss):
 class KnowledgeDistillationKLDivLoss(_Loss):
     """Distillation with a temperature (of a box's sides: arXiv 2102.12252); see `gfl_ops.distillation_loss`.
 
-    The logits `pred` are ``[M, n]``, the teacher's `soft_label` ``[M, n]``; weight ``[M]``.
+    `pred` ``[M, n]`` and the teacher's `soft_label` ``[M, n]`` are logits; weight ``[M]``.
 
     Args:
         reduction: "none", "mean" or "sum".
@@ -394,7 +394,7 @@ class KnowledgeDistillationKLDivLoss(_Loss):
     def __init__(self, reduction: str = "mean", loss_weight: float = 1.0, T: float = 10) -> None:
         super().__init__(reduction, loss_weight)
         checks.number("KnowledgeDistillationKLDivLoss", "T", T, 0, exclusive=True)
-        self.T = T
+        self.T = checks.parameter(self, "T", T)
 
     def forward(
         self,
@@ -430,8 +430,7 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        checks.number("Integral", "reg_max", reg_max, 1, integer=True)
-        self.reg_max = reg_max
+        reg_max = self.reg_max = checks.number("Integral", "reg_max", reg_max, 1, integer=True)
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gfl_ops
-from gfl_ops.core import backends
+from gfl_ops.core import backends, extension
 from gfl_ops.core.random_inputs import boxes as draw_boxes
 from gfl_ops.core.registry import SPECS
 
@@ -153,8 +153,8 @@ def test_public_function_takes_every_dtype_and_pads() -> None:
         ({"gt_boxes": torch.zeros(1, 2, 5)}, ValueError, r"`gt_boxes` must have shape \[B, G, 4\]"),
         ({"gt_labels": torch.zeros(1, 3).long()}, ValueError, r"`gt_labels` must have shape \[B, G\] = \[1, 2\]"),
         ({"gt_labels": torch.zeros(1, 2)}, TypeError, "`gt_labels` must have one of the dtypes int64"),
-        ({"strides": [8]}, ValueError, "`strides` must hold one number for each of `level_sizes`, 5"),
-        ({"strides": [8, 16, 32, 64, 0]}, ValueError, "`strides` must be > 0"),
+        ({"strides": [8]}, ValueError, "`strides` must hold one number per level, 5"),
+        ({"strides": [8, 16, 32, 64, 0]}, ValueError, r"`strides\[4\]` must be > 0"),
         ({"topk": 0}, ValueError, "`topk` must be >= 1"),
         ({"topk": 1.5}, TypeError, "`topk` must be an integer"),
         ({"center_offset": [0.0]}, ValueError, "`center_offset` must hold one number per level, 5"),
@@ -171,3 +171,19 @@ def test_bad_input(change: dict, error: type[Exception], text: str) -> None:
     }
     with pytest.raises(error, match="gfl_ops.atss_assign: " + text):
         gfl_ops.atss_assign(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(2**32, 2**32)], [(2**31, 2**33)], [(2**62, 2), (2**62, 2)], [(2**16, 2**15), (1, 1)], [(2**40, 0)]]
+)
+def test_more_cells_than_an_index_holds(sizes: list[tuple[int, int]]) -> None:
+    """Products and sums that would wrap around."""
+    nothing = (torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.int64))
+    strides = [8.0] * len(sizes)
+    for backend in ("auto", "reference"):
+        with gfl_ops.set_backend(backend), pytest.raises(ValueError, match="`level_sizes` must "):
+            gfl_ops.atss_assign(sizes, strides, *nothing)
+    if extension.serves("atss", "cpu"):
+        flat = [n for pair in sizes for n in pair]
+        with pytest.raises(ValueError, match="`level_sizes` must have less than"):
+            torch.ops.gfl.atss(flat, strides, *nothing, None, 9, 8.0, [0.0] * len(sizes), False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import types
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from gfl_ops.compat._patch import Change, Patch
+from gfl_ops.compat._patch import Change, Patch, graft, stand_in
 
 SYSTEMS = sorted(
     p.stem
@@ -77,6 +79,54 @@ def heard(package: types.SimpleNamespace) -> list[str]:
     thing = package.cls()
     functions = [m.function for n, m in vars(package).items() if n.startswith("their")]
     return [thing.forward(), thing.inherited(), *(f() for f in functions)]
+
+
+THEIRS = """
+import torch
+from torch import Tensor
+
+
+def helper(x: Tensor) -> Tensor:
+    return x * 2.0
+
+
+def function(x: Tensor) -> Tensor:
+    return helper(x)
+
+
+class Module(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return helper(x) + 1
+
+
+class User(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return function(x)
+"""
+
+
+def test_torch_jit_gets_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted and traced, what contained a replaced function or method is what it was; called, it is ours."""
+    (tmp_path / "their_jit.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("their_jit")
+
+    def ours(*given: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(())
+
+    def plan() -> Iterator[Change]:
+        new = stand_in(ours, theirs.function)
+        yield Change("their_jit.function", theirs, "function", new, everywhere=True)
+        yield from graft(theirs.Module, types.new_class("Ours", (), {}, lambda n: n.update(forward=ours)))
+
+    x = torch.rand(3)
+    with Patch(plan).apply():
+        for module, want in ((theirs.User(), 2 * x), (theirs.Module(), 2 * x + 1)):
+            assert module(x).shape == ()
+            for graph in (torch.jit.script(module), torch.jit.trace(module, x)):
+                torch.testing.assert_close(graph(x), want)
+        torch.testing.assert_close(torch.jit.script(theirs.function)(x), 2 * x)
+    sys.modules.pop("their_jit")
 
 
 BEFORE = ["theirs", "their parent's", "theirs", "theirs"]

@@ -182,7 +182,7 @@ ERRORS = {
     "one-bin": (ValueError, r"`pred` must have shape \[M, R\+1\]", {"pred": torch.zeros(4, 1)}),
     "many-bins": (NotImplementedError, "must be <= 128, got 129", {"pred": torch.zeros(4, 130)}),
     "target-shape": (ValueError, r"`target` must have shape \[M\] = \[4\], got \[5\]", {"target": torch.zeros(5)}),
-    "target-integer": (TypeError, "`target` must have one", {"target": torch.zeros(4, dtype=torch.int64)}),
+    "target-complex": (TypeError, "`target` must have one", {"target": torch.zeros(4, dtype=torch.complex64)}),
     "target-device": (ValueError, "`target` must be on the device", {"target": torch.zeros(4, device="meta")}),
     "two-bins-of-two": (ValueError, "2 items", {"target": (torch.zeros(4), torch.zeros(4))}),
     "left-floating": (TypeError, r"`target\[0\]`", {"target": (torch.zeros(4), torch.zeros(4), torch.zeros(4))}),

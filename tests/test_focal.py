@@ -26,6 +26,16 @@ def test_it_is_the_formula(backend: str, device: torch.device, generator: torch.
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 
+def test_any_alpha_is_taken(backend: str, device: torch.device, generator: torch.Generator) -> None:
+    """Below 0 none, above 1 a negative weight of the negatives."""
+    pred = torch.randn(7, 3, generator=generator).to(device)
+    target = (torch.rand(7, 3, generator=generator) < 0.3).float().to(device)
+    plain = sigmoid_focal_loss(pred, target, alpha=-1)
+    torch.testing.assert_close(sigmoid_focal_loss(pred, target, alpha=-0.5), plain, rtol=0, atol=0)
+    balance = torch.where(target == 1, 1.5, -0.5)
+    torch.testing.assert_close(sigmoid_focal_loss(pred, target, alpha=1.5), plain * balance, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_the_loss_of_a_sure_logit_keeps_its_digits(
     backend: str, device: torch.device, generator: torch.Generator, dtype: torch.dtype, rtol: float
@@ -72,8 +82,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("inputs integer", {"inputs": PRED.long()}, TypeError, "`inputs` must have one of the dtypes"),
     ("targets list", {"targets": [0.0]}, TypeError, "`targets` must be a tensor, got list"),
     ("targets narrow", {"targets": PRED[:, :2]}, ValueError, "`targets` must have the shape of `inputs`, [7, 3]"),
-    ("alpha", {"alpha": 1.5}, ValueError, "`alpha` must be <= 1, got 1.5"),
-    ("alpha below", {"alpha": -0.5}, ValueError, "`alpha` must be >= 0, got -0.5"),
+    ("alpha", {"alpha": "0.5"}, TypeError, "`alpha` must be a number, got str"),
     ("gamma", {"gamma": -1}, ValueError, "`gamma` must be >= 0, got -1"),
     ("reduction", {"reduction": "max"}, ValueError, "`reduction` must be one of 'none', 'mean', 'sum', got 'max'"),
     ("device", {"targets": PRED.to("meta")}, ValueError, "`targets` must be on the device of `inputs`, cpu, got meta"),

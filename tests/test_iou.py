@@ -193,7 +193,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("pred [N, 5]", {"pred": torch.zeros(7, 5)}, ValueError, "`pred` must have shape [N, 4], got [7, 5]"),
     ("pred [4]", {"pred": torch.zeros(4)}, ValueError, "`pred` must have shape"),
     ("target short", {"target": BOXES[:6]}, ValueError, "`target` must have shape [N, 4] = [7, 4], got [6, 4]"),
-    ("target integer", {"target": BOXES.long()}, TypeError, "`target` must have one of the dtypes"),
+    ("target complex", {"target": BOXES * 1j}, TypeError, "`target` must have one of the dtypes"),
     ("weight [N, 1]", {"weight": BOXES[:, :1]}, ValueError, "`weight` must have shape [N] = [7], got [7, 1]"),
     (
         "kind",

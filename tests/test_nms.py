@@ -234,7 +234,7 @@ BOXES, SCORES, IDXS = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=to
         ((BOXES, IDXS, IDXS, 0.5), TypeError, "`scores` must have one of the dtypes"),
         ((BOXES, SCORES.to("meta"), IDXS, 0.5), ValueError, "`scores` must be on the device of `boxes`, cpu, got meta"),
         ((BOXES, SCORES, IDXS[:1], 0.5), ValueError, r"`idxs` must have shape \[N\] = \[3\], got \[1\]"),
-        ((BOXES, SCORES, SCORES, 0.5), TypeError, "`idxs` must have one of the dtypes int64"),
+        ((BOXES, SCORES, IDXS * 1j, 0.5), TypeError, "`idxs` must have one of the dtypes float32"),
         ((BOXES, SCORES, IDXS, "0.5"), TypeError, "`iou_threshold` must be a number, got str"),
         ((BOXES, SCORES, IDXS, float("nan")), ValueError, "`iou_threshold` must not be NaN"),
     ],
@@ -246,6 +246,21 @@ def test_errors(arguments: tuple[object, ...], error: type[Exception], text: str
         return
     with pytest.raises(error, match=text.replace("batched_nms", "nms")):
         gfl_ops.nms(arguments[0], arguments[1], arguments[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.uint8, torch.uint32])
+def test_classes_of_any_dtype(dtype: torch.dtype) -> None:
+    """As a column of a YOLO head's output has them; −0 and 0 are one class, 0.25 and 0.5 are two."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30], [21, 20, 31, 30]])
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    for classes, want in (([0, 0, 1, 1], [0, 2]), ([1, 0, 1, 0], [0, 1, 2, 3])):
+        idxs = torch.tensor(classes).to(dtype)
+        assert gfl_ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == want
+        kept = gfl_ops.soft_nms(boxes, scores, idxs, 0.5, min_score=0.5)[0]
+        assert sorted(kept.tolist()) == want
+    if dtype.is_floating_point:
+        idxs = torch.tensor([0.0, -0.0, 0.25, 0.5], dtype=dtype)
+        assert gfl_ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == [0, 2, 3]
 
 
 def test_a_direct_call_of_the_operator_is_checked() -> None:

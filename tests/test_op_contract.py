@@ -102,6 +102,29 @@ def test_a_second_derivative_is_refused(rung: Rung, seed: int) -> None:
         first.sum().backward()
 
 
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Memory that nobody has written is NaN, so that none can pass for a result."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@every_rung
+def test_strides_are_of_no_account(rung: Rung, seed: int, uninitialised_is_nan: None) -> None:
+    samples = rung.full_samples(seed)
+    for i, layout in enumerate(contract.LAYOUTS):
+        contract.check_layouts(rung, samples[(seed + 7 * i) % len(samples)], layout, seed)
+
+
+@differentiable_rungs
+def test_transforms_of_functions(rung: Rung, seed: int) -> None:
+    """jvp, forward_ad, vjp, grad, jacrev, vmap, and batches of gradients over a recorded graph."""
+    for sample in contract.small_samples(rung, seed):
+        contract.check_transforms(rung, sample, seed)
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.differentiable], ids=lambda s: s.stem)
 def test_the_reference_has_second_derivatives(spec: OpSpec, seed: int) -> None:
     """As the message of the refusal promises; against numerical differences of the first ones."""

@@ -8,6 +8,8 @@
 namespace gfl::binding {
 namespace {
 
+constexpr int64_t kMostCells = (int64_t{1} << 31) - 1;
+
 std::vector<AtssLevel> levels_of(at::IntArrayRef sizes, at::ArrayRef<double> strides, double anchor_scale,
                                  at::ArrayRef<double> center_offset, bool legacy) {
   TORCH_CHECK_VALUE(sizes.size() == 2 * strides.size(),
@@ -16,9 +18,13 @@ std::vector<AtssLevel> levels_of(at::IntArrayRef sizes, at::ArrayRef<double> str
   TORCH_CHECK_VALUE(center_offset.size() == strides.size(), "gfl: `center_offset` must hold a number for each of ",
                     strides.size(), " strides, got ", center_offset.size());
   std::vector<AtssLevel> levels;
+  int64_t cells = 0;
   for (size_t l = 0; l < strides.size(); ++l) {
-    TORCH_CHECK_VALUE(sizes[2 * l] >= 0 && sizes[2 * l + 1] >= 0 && strides[l] > 0,
-                      "gfl: `level_sizes` must be >= 0 and `strides` > 0");
+    const int64_t height = sizes[2 * l], width = sizes[2 * l + 1];
+    TORCH_CHECK_VALUE(height >= 0 && width >= 0 && strides[l] > 0, "gfl: `level_sizes` must be >= 0 and `strides` > 0");
+    // None of these products and sums is more than twice the bound's square, which an int64_t holds.
+    const bool fits = height <= kMostCells && width <= kMostCells && (cells += height * width) <= kMostCells;
+    TORCH_CHECK_VALUE(fits, "gfl: `level_sizes` must have less than 2^31 cells in all");
     levels.push_back(atss_level(sizes[2 * l], sizes[2 * l + 1], strides[l], center_offset[l], anchor_scale, legacy));
   }
   return levels;

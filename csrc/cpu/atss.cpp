@@ -101,6 +101,7 @@ void clear_image(const AtssInput& in, const Valid* valid, int64_t* labels, int64
   std::fill(iou, iou + in.locations, 0.0f);
   for (int64_t l = 0; l < in.level_count; ++l) {
     const AtssLevel& level = in.levels[l];
+    if (level.width == 0) continue;
     for (int64_t y = 0; y < level.height; ++y, labels += level.width) {
       const int64_t inside = y < valid[l].height ? valid[l].width : 0;
       std::fill(labels, labels + inside, int64_t{-1});

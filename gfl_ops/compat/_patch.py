@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
+
+import torch
 
 _ABSENT = object()
 
@@ -29,17 +32,31 @@ class Change(NamedTuple):
 def graft(theirs: type, ours: type, attributes: Sequence[str] = ("forward",)) -> Iterator[Change]:
     """Changes that give a class of theirs some of ours, so that objects, subclasses and configs stay theirs."""
     for name in attributes:
-        yield Change(f"{theirs.__module__}.{theirs.__qualname__}", theirs, name, getattr(ours, name))
+        new, old = getattr(ours, name), getattr(theirs, name, None)
+        if isinstance(new, types.FunctionType) and isinstance(old, types.FunctionType):
+            new = stand_in(new, old)
+        yield Change(f"{theirs.__module__}.{theirs.__qualname__}", theirs, name, new)
 
 
-def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `function` and is another object."""
+def exporting() -> bool:
+    """Whether a graph is being taken for another runtime, which knows nothing of our operators."""
+    # torch 2.6 has not all of them.
+    compiler = getattr(torch.compiler, "is_exporting", None)
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or bool(compiler and compiler())
 
-    @functools.wraps(function)
-    def calls(*arguments: Any, **named: Any) -> Any:
-        return function(*arguments, **named)
 
-    return calls
+def stand_in(ours: Callable[..., Any], theirs: types.FunctionType) -> types.FunctionType:
+    """A function in the place of `theirs` that calls `ours`, but for exporters and for torch.jit, which get theirs."""
+    for_export = exporting
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (theirs if for_export() else ours)(*arguments, **named)
+
+    # torch.jit reads the source of what is wrapped, and looks its names up in these globals.
+    new = types.FunctionType(call.__code__, theirs.__globals__, theirs.__name__, None, call.__closure__)
+    functools.update_wrapper(new, theirs)
+    new.__prepare_scriptable__ = lambda: theirs  # type: ignore[attr-defined]
+    return new
 
 
 def holders(name: str, value: object) -> list[Any]:

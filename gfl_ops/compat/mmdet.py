@@ -28,7 +28,7 @@ from ..functional import batched_nms as classwise_nms
 from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.head.atss import centres
 from ..ops.select.postprocess import MAX_LEVELS
-from ._patch import Change, Patch, Replaced, graft
+from ._patch import Change, Patch, Replaced, graft, stand_in
 from ._task_aligned import NO_OVERLAP, mmdet_assign, mmyolo_forward
 
 __all__ = ["patch", "unpatch"]
@@ -67,9 +67,7 @@ def batched_nms_by(original: Any) -> Any:
         if agnostic:
             keep = nms(found, rank, float(threshold), legacy=offset == 1)
         else:
-            # DDQ numbers its one class in floats.
-            classes = idxs.double().view(torch.int64) if idxs.is_floating_point() else idxs.long()
-            classes = classes if chosen is None else classes[chosen]
+            classes = idxs if chosen is None else idxs[chosen]
             keep = classwise_nms(found, rank, classes, float(threshold), legacy=offset == 1)
         keep = keep if chosen is None else chosen[keep]
         keep = keep[:most] if most > 0 else keep
@@ -258,17 +256,20 @@ def _plan() -> Iterator[Change]:
         yield from graft(getattr(their_losses, name), getattr(losses, name), needed)
     yield from graft(gfl_head.Integral, losses.Integral)
     original = mmcv.ops.batched_nms
-    yield Change("mmcv.ops.batched_nms", mmcv.ops, "batched_nms", batched_nms_by(original), everywhere=True)
+    suppression = stand_in(batched_nms_by(original), original)
+    yield Change("mmcv.ops.batched_nms", mmcv.ops, "batched_nms", suppression, everywhere=True)
     assigner = "mmdet.models.task_modules.assigners.atss_assigner.ATSSAssigner"
-    yield Change(assigner, ATSSAssigner, "assign", assign_by(ATSSAssigner.assign))
+    assign = stand_in(assign_by(ATSSAssigner.assign), ATSSAssigner.assign)
+    yield Change(assigner, ATSSAssigner, "assign", assign)
     assigner = "mmdet.models.task_modules.assigners.task_aligned_assigner.TaskAlignedAssigner"
-    yield Change(assigner, TaskAlignedAssigner, "assign", mmdet_assign(TaskAlignedAssigner.assign))
+    aligned = stand_in(mmdet_assign(TaskAlignedAssigner.assign), TaskAlignedAssigner.assign)
+    yield Change(assigner, TaskAlignedAssigner, "assign", aligned)
     head = gfl_head.GFLHead
-    predict = predict_by(head.predict_by_feat, head._predict_by_feat_single)
+    predict = stand_in(predict_by(head.predict_by_feat, head._predict_by_feat_single), head.predict_by_feat)
     yield Change("mmdet.models.dense_heads.gfl_head.GFLHead.predict_by_feat", head, "predict_by_feat", predict)
     if batch := _mmyolo_assigner():
         label = "mmyolo.models.task_modules.assigners.batch_task_aligned_assigner.BatchTaskAlignedAssigner"
-        yield Change(label, batch, "forward", mmyolo_forward(batch.forward))
+        yield Change(label, batch, "forward", stand_in(mmyolo_forward(batch.forward), batch.forward))
 
 
 def _mmyolo_assigner() -> Any:

@@ -34,8 +34,7 @@ class Integral(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        checks.number("Integral", "reg_max", reg_max, 1, integer=True)
-        self.reg_max = reg_max
+        reg_max = self.reg_max = checks.number("Integral", "reg_max", reg_max, 1, integer=True)
         self.register_buffer("project", torch.linspace(0, reg_max, reg_max + 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ..core import checks
@@ -26,8 +27,8 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
     Rezatofighi et al., CVPR 2019 (arXiv 1902.09630); see `gfl_ops.box_iou_loss`.
 
     Args:
-        boxes1: fp32, fp16, bf16 or fp64 ``[..., 4]``, boxes xyxy.
-        boxes2: floating, of the same shape.
+        boxes1: fp32, fp16, bf16, fp64 or integer ``[..., 4]``, boxes xyxy.
+        boxes2: real ``[..., 4]``; the shapes broadcast.
         reduction: "none", "mean" or "sum".
         eps: least area of union and enclosing box, >= 0.
 
@@ -47,14 +48,19 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
     """
     op = "generalized_box_iou_loss"
     checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
-    checks.tensor(op, "boxes1", boxes1)
-    checks.tensor(op, "boxes2", boxes2)
-    if boxes1.dim() < 1 or boxes1.shape[-1] != 4 or boxes2.shape != boxes1.shape:
-        rule = f"must have the shape of `boxes1`, [..., 4] = {list(boxes1.shape)}"
-        raise ValueError(checks.message(op, "boxes2", rule, list(boxes2.shape)))
-    loss = pairs(op, boxes1.reshape(-1, 4), boxes2.reshape(-1, 4), "giou", eps)
+    for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
+        checks.tensor(op, name, boxes, checks.FLOATING + checks.INTEGER)
+        if boxes.dim() < 1 or boxes.shape[-1] != 4:
+            raise ValueError(checks.message(op, name, "must have shape [..., 4]", list(boxes.shape)))
+    try:
+        shape = torch.broadcast_shapes(boxes1.shape, boxes2.shape)
+    except RuntimeError:
+        rule = f"must have a shape that broadcasts with that of `boxes1`, {list(boxes1.shape)}"
+        raise ValueError(checks.message(op, "boxes2", rule, list(boxes2.shape))) from None
+    boxes1 = boxes1 if boxes1.is_floating_point() else boxes1.float()
+    loss = pairs(op, boxes1.expand(shape).reshape(-1, 4), boxes2.expand(shape).reshape(-1, 4), "giou", eps)
     if reduction == "none":
-        return loss.reshape(boxes1.shape[:-1])
+        return loss.reshape(shape[:-1])
     return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()
 
 
@@ -62,7 +68,8 @@ def _plan() -> Iterator[Change]:
     import torchvision
 
     for name in ("sigmoid_focal_loss", "generalized_box_iou_loss", "nms", "batched_nms"):
-        yield Change(f"torchvision.ops.{name}", torchvision.ops, name, stand_in(globals()[name]), everywhere=True)
+        new = stand_in(globals()[name], getattr(torchvision.ops, name))
+        yield Change(f"torchvision.ops.{name}", torchvision.ops, name, new, everywhere=True)
 
 
 _PATCH = Patch(_plan)
@@ -73,8 +80,8 @@ def patch() -> Replaced:
 
     Returns:
         The names of what is replaced, a list. As a context manager (``with patch():``) it is undone at the end of the
-        block. A call while all is replaced changes nothing, at the end of its block neither. What torch.jit has
-        scripted keeps torchvision's.
+        block. A call while all is replaced changes nothing, at the end of its block neither. torch.jit scripts and
+        traces torchvision's own, and so does export.
 
     Raises:
         ImportError: torchvision is not installed; nothing is replaced then.

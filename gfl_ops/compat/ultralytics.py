@@ -22,7 +22,7 @@ from ..core.dtypes import accumulator
 from ..functional import batched_nms, distribution_focal_loss, integral
 from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.boxes.iou import pairs
-from ._patch import Change, Patch, Replaced, graft
+from ._patch import Change, Patch, Replaced, graft, stand_in
 from ._task_aligned import TaskAlignedAssigner, ultralytics_forward
 
 __all__ = [
@@ -87,8 +87,7 @@ class DFLoss(nn.Module):
 
     def __init__(self, reg_max: int = 16) -> None:
         super().__init__()
-        checks.number("DFLoss", "reg_max", reg_max, 2, MAX_REG_MAX + 1, integer=True)
-        self.reg_max = reg_max
+        self.reg_max = checks.number("DFLoss", "reg_max", reg_max, 2, MAX_REG_MAX + 1, integer=True)
 
     def __call__(self, pred_dist: Tensor, target: Tensor) -> Tensor:
         """Loss of `pred_dist` ``[N·S, bins]`` (logits) against `target` ``[N, S]`` in bins: ``[N, 1]``, at least fp32.
@@ -168,7 +167,7 @@ class DFL(nn.Module):
 
     def __init__(self, c1: int = 16) -> None:
         super().__init__()
-        checks.number("DFL", "c1", c1, 2, MAX_REG_MAX + 1, integer=True)
+        c1 = checks.number("DFL", "c1", c1, 2, MAX_REG_MAX + 1, integer=True)
         self.conv = nn.Conv2d(c1, 1, 1, bias=False).requires_grad_(False)
         self.conv.weight.data.copy_(torch.arange(c1).reshape(1, c1, 1, 1))
         self.c1 = c1
@@ -217,9 +216,14 @@ def non_max_suppression(
     op = "non_max_suppression"
     maps = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
     checks.tensor(op, "prediction", maps)
-    checks.number(op, "conf_thres", conf_thres, 0, 1)
-    checks.number(op, "iou_thres", iou_thres, 0, 1)
-    count = nc or (maps.shape[1] - 4 if maps.dim() == 3 else 0)
+    conf_thres, iou_thres = (
+        checks.number(op, name, value, 0, 1) for name, value in (("conf_thres", conf_thres), ("iou_thres", iou_thres))
+    )
+    count, max_det, max_nms = (
+        checks.number(op, name, value, integer=True)
+        for name, value in (("nc", nc), ("max_det", max_det), ("max_nms", max_nms))
+    )
+    count = count or (maps.shape[1] - 4 if maps.dim() == 3 else 0)
     if maps.dim() != 3 or maps.shape[1] < 4 + count or count < 1:
         raise ValueError(checks.message(op, "prediction", "must have shape [B, 4 + C + M, A]", list(maps.shape)))
     maps = maps.detach()
@@ -253,17 +257,10 @@ def non_max_suppression(
         order = torch.cat(chosen)
     rows, image, place, label = rows[order], image[order], place[order], label[order]
     group = image if agnostic else image * count + label
-    keep = batched_nms(rows[:, :4], rows[:, 4], group, float(iou_thres))
+    keep = batched_nms(rows[:, :4], rows[:, 4], group, iou_thres)
     kept = [keep[image[keep] == i][:max_det] for i in range(maps.shape[0])]
     output = [rows[k] for k in kept]
     return (output, [place[k] for k in kept]) if return_idxs else output
-
-
-def _exporting() -> bool:
-    """Whether a graph is being taken for another runtime, which knows nothing of our operators."""
-    # torch 2.6 has not all of them.
-    compiler = getattr(torch.compiler, "is_exporting", None)
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or bool(compiler and compiler())
 
 
 def _suppression_by(original: Any) -> Any:
@@ -283,23 +280,23 @@ def _suppression_by(original: Any) -> Any:
         # In some versions a seventh argument is `labels`, so what stands there is not for us to tell.
         maps = prediction[0] if isinstance(prediction, (list, tuple)) else prediction
         special = named.get("rotated") or named.get("end2end") or named.get("labels")
-        if others or special or _exporting() or maps.dim() != 3 or maps.shape[-1] == 6:
+        if others or special or maps.dim() != 3 or maps.shape[-1] == 6:
             if not others:
                 named["max_time_img"] = math.inf
             return original(prediction, conf_thres, iou_thres, classes, agnostic, multi_label, *others, **named)
         taken = {k: named[k] for k in ("max_det", "nc", "max_nms", "return_idxs") if k in named}
-        chosen = None if classes is None else [int(c) for c in classes]
+        chosen = None if classes is None else torch.as_tensor(classes).reshape(-1).tolist()
         return non_max_suppression(prediction, conf_thres, iou_thres, chosen, agnostic, multi_label, **taken)
 
     return suppression
 
 
 def _decode_by(original: Any) -> Any:
-    """`DFL.forward`, served by ours but for export."""
+    """`DFL.forward`, served by ours."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Logits ``[B, 4·bins, A]`` -> distances ``[B, 4, A]`` in bins."""
-        if _exporting() or not 2 <= self.c1 <= MAX_REG_MAX + 1:
+        if not 2 <= self.c1 <= MAX_REG_MAX + 1:
             return original(self, x)
         return DFL.forward(self, x)
 
@@ -315,14 +312,16 @@ def _plan() -> Iterator[Change]:
     yield from graft(loss.DFLoss, DFLoss, ["__call__"])
     yield from graft(loss.BboxLoss, BboxLoss)
     assigner = tal.TaskAlignedAssigner
-    yield Change("ultralytics.utils.tal.TaskAlignedAssigner", assigner, "forward", ultralytics_forward(assigner))
-    yield Change("ultralytics.nn.modules.block.DFL", block.DFL, "forward", _decode_by(block.DFL.forward))
+    aligned = stand_in(ultralytics_forward(assigner), assigner.forward)
+    yield Change("ultralytics.utils.tal.TaskAlignedAssigner", assigner, "forward", aligned)
+    decode = stand_in(_decode_by(block.DFL.forward), block.DFL.forward)
+    yield Change("ultralytics.nn.modules.block.DFL", block.DFL, "forward", decode)
     try:
         from ultralytics.utils import nms as holder
     except ImportError:
         # Before 8.3.200 it is among the other functions.
         from ultralytics.utils import ops as holder
-    new = _suppression_by(holder.non_max_suppression)
+    new = stand_in(_suppression_by(holder.non_max_suppression), holder.non_max_suppression)
     name = f"{holder.__name__}.non_max_suppression"
     yield Change(name, holder, "non_max_suppression", new, everywhere=True)
 

@@ -80,7 +80,7 @@ class BboxLoss(nn.Module):
         anchor_points: Tensor,
         target_bboxes: Tensor,
         target_scores: Tensor,
-        target_scores_sum: Tensor,
+        target_scores_sum: Tensor | float,
         fg_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The two losses, scalars, each positive weighted by its summed score, over `target_scores_sum` if above 1.
@@ -91,13 +91,14 @@ class BboxLoss(nn.Module):
             anchor_points: ``[A, 2]``, in units of the stride.
             target_bboxes: ``[B, A, 4]`` xyxy, in units of the stride.
             target_scores: ``[B, A, C]``.
-            target_scores_sum: a tensor of one number; not read by the host.
+            target_scores_sum: a number, or a tensor of one, which is not read by the host.
             fg_mask: bool ``[B, A]``, the positives. Without any, both losses are 0, attached to the graph.
         """
         chosen = fg_mask.nonzero(as_tuple=True)
         weight = target_scores[chosen].sum(-1)
         weight = weight.to(accumulator(weight.dtype))
-        boxes, norm = target_bboxes[chosen], target_scores_sum.to(weight.dtype).clamp(min=1)
+        boxes, total = target_bboxes[chosen], target_scores_sum
+        norm = total.to(weight.dtype).clamp(min=1) if isinstance(total, Tensor) else max(float(total), 1.0)
         overlap = pairs("BboxLoss", pred_bboxes[chosen], boxes, self.iou_type, _EPS)
         loss_iou = (overlap * weight).sum() / norm
         if not self.use_dfl:

@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_INTEGERS = (int, torch.SymInt)
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+REAL = (*FLOATING, *INTEGER, torch.bool)
 REDUCTIONS = ("none", "mean", "sum")
+
+_LARGEST = torch.finfo(torch.float32).max
 
 # Checks that would make the host wait for the device run only on request.
 SYNCHRONISING = os.environ.get("GFL_OPS_CHECK", "0") == "1"
 
 
 def message(op: str, argument: str, rule: str, got: object) -> str:
+    if isinstance(got, int) and got.bit_length() > 128:  # Python refuses to print one of more than 4300 digits
+        got = f"an integer of {got.bit_length()} bits"
     return f"gfl_ops.{op}: `{argument}` {rule}, got {got}"
 
 
@@ -30,6 +36,8 @@ def tensor(op: str, argument: str, value: object, dtypes: Sequence[torch.dtype] 
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(message(op, argument, f"must have one of the dtypes {names}", value.dtype))
+    if value.layout is not torch.strided:
+        raise TypeError(message(op, argument, "must be a dense tensor; `to_dense()` makes one", value.layout))
 
 
 def shape(op: str, argument: str, value: Tensor, names: str, sizes: Sequence[int | None]) -> None:
@@ -78,8 +86,18 @@ def maps(op: str, argument: str, value: object) -> tuple[int, int]:
 
 
 def choice(op: str, argument: str, value: object, options: Sequence[str]) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(message(op, argument, f"must be one of {', '.join(map(repr, options))}", repr(value)))
+
+
+def flag(op: str, argument: str, value: object) -> bool:
+    """`value` as True or False; 0 and 1, numpy's and a tensor of one count too."""
+    if value is True or value is False:
+        return value
+    plain = _item_of(op, argument, value)
+    if not isinstance(plain, int) or plain not in (0, 1):
+        raise TypeError(message(op, argument, "must be True or False", type(value).__name__))
+    return bool(plain)
 
 
 def number(
@@ -91,15 +109,66 @@ def number(
     *,
     exclusive: bool = False,
     integer: bool = False,
-) -> None:
-    """`value` is a plain number in [minimum, maximum], or in (minimum, maximum] if `exclusive`."""
-    kinds = _INTEGERS if integer else _NUMBERS
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """`value` as a float, or as an int if `integer`: a number in [minimum, maximum], or in (minimum, maximum] if
+    `exclusive`. numpy's numbers are taken, and tensors of one number, which the host reads.
+
+    For arithmetic in fp32, the `dtype`, a number beyond its range is infinite, as it is to every kernel.
+    """
+    kind = type(value)
+    if kind is not float and kind is not int:
+        value = _real(op, argument, value, integer)
+    elif integer and kind is float:
+        raise TypeError(message(op, argument, "must be an integer", kind.__name__))
+    found: Any = value
+    if integer:
+        if type(found) is int and not -(1 << 63) <= found < 1 << 63:
+            raise ValueError(message(op, argument, "must be an integer of 64 bits", found))
+    else:
+        try:
+            found = float(found)
+        except OverflowError:
+            raise ValueError(message(op, argument, "must lie within the range of a float", value)) from None
+        if found != found:
+            raise ValueError(message(op, argument, "must not be NaN", found))
+    if minimum is not None and (found < minimum or (exclusive and found == minimum)):
+        raise ValueError(message(op, argument, f"must be {'>' if exclusive else '>='} {minimum}", found))
+    if maximum is not None and found > maximum:
+        raise ValueError(message(op, argument, f"must be <= {maximum}", found))
+    if dtype is torch.float32 and not -_LARGEST <= found <= _LARGEST:
+        found = math.copysign(math.inf, found)
+    return found
+
+
+def parameter(module: object, argument: str, value: Any) -> Any:
+    """A number that a module keeps, as Python has it; a tensor, which may be learned, stays one."""
+    kept = type(value) in (int, float) or isinstance(value, Tensor)
+    return value if kept else number(type(module).__name__, argument, value)
+
+
+def _item_of(op: str, argument: str, value: Any) -> Any:
+    """What a tensor or an array of one number holds, as Python has it; anything else as it is."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(message(op, argument, "must hold one number", list(value.shape)))
+        if value.is_meta:
+            raise ValueError(message(op, argument, "must be on a device with memory", value.device))
+        return value.detach().item()
+    # An array or a scalar of numpy, which need not be installed.
+    if hasattr(value, "__array__") and hasattr(value, "item"):
+        if value.size != 1:
+            raise ValueError(message(op, argument, "must hold one number", list(value.shape)))
+        return value.item()
+    return value
+
+
+def _real(op: str, argument: str, value: Any, integer: bool) -> Any:
+    """`value`, which is neither int nor float, as one of them, or as a symbol that stands for one."""
+    if isinstance(value, torch.SymInt) or (isinstance(value, torch.SymFloat) and not integer):
+        return value
+    plain = _item_of(op, argument, value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral if integer else numbers.Real):
         kind = "an integer" if integer else "a number"
         raise TypeError(message(op, argument, f"must be {kind}", type(value).__name__))
-    if not integer and value != value:
-        raise ValueError(message(op, argument, "must not be NaN", value))
-    if minimum is not None and (value < minimum or (exclusive and value == minimum)):
-        raise ValueError(message(op, argument, f"must be {'>' if exclusive else '>='} {minimum}", value))
-    if maximum is not None and value > maximum:
-        raise ValueError(message(op, argument, f"must be <= {maximum}", value))
+    return int(plain) if isinstance(plain, numbers.Integral) else float(plain)

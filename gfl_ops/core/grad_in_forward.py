@@ -16,11 +16,13 @@ gradient comes from the backward operator, which refuses to be differentiated it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import transforms
 
 Inputs = tuple[Tensor | None, ...]
 Grads = tuple[Tensor, ...]
@@ -33,12 +35,14 @@ class Kernels(NamedTuple):
         forward: (inputs, constants, store) -> (outputs, buffers). The buffers are None or ignored unless `store`.
         finish: (buffers, grads, inputs, constants) -> the gradients of the leading inputs.
         backward: (grads, inputs, constants) -> the same, without buffers.
+        reference: (inputs, constants) -> the differentiable outputs in plain torch, for transforms of functions.
         differentiable: how many outputs, counted from the first, have a gradient.
     """
 
     forward: Callable[[Inputs, Any, bool], tuple[tuple[Tensor, ...], Any]]
     finish: Callable[[Any, Grads, Inputs, Any], Iterable[Tensor]]
     backward: Callable[[Grads, Inputs, Any], Iterable[Tensor]]
+    reference: Callable[[Inputs, Any], Sequence[Tensor]]
     differentiable: int = 1
 
 
@@ -68,6 +72,8 @@ class GradInForward(torch.autograd.Function):
                 torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
                 for grad, (shape, dtype, device) in zip(arriving, ctx.expected)
             )
+        if transforms.active_in_backward():
+            return _pull_back(ctx, grads)
         inputs, (buffers, ctx.buffers) = ctx.saved_tensors, (ctx.buffers, None)
         if buffers is None or torch.is_grad_enabled():
             found = ctx.kernels.backward(grads, inputs, ctx.constants)
@@ -75,6 +81,23 @@ class GradInForward(torch.autograd.Function):
             found = ctx.kernels.finish(buffers, grads, inputs, ctx.constants)
         found = tuple(found)
         return None, None, *found, *[None] * (len(inputs) - len(found))
+
+
+def _pull_back(ctx: Any, grads: Grads) -> tuple[Tensor | None, ...]:
+    """The gradients of a node by the reference."""
+    inputs, wanted = ctx.saved_tensors, [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+    def outputs_of(*leaves: Tensor) -> Sequence[Tensor]:
+        given = list(inputs)
+        for i, leaf in zip(wanted, leaves):
+            given[i] = leaf
+        return ctx.kernels.reference(tuple(given), ctx.constants)
+
+    found: list[Tensor | None] = [None] * len(inputs)
+    grads = grads[: ctx.kernels.differentiable]
+    for i, gradient in zip(wanted, transforms.pull_back(outputs_of, [inputs[i] for i in wanted], grads)):
+        found[i] = gradient
+    return None, None, *found
 
 
 def wants_grad(tensors: Iterable[Tensor]) -> bool:
@@ -90,10 +113,11 @@ def wants_grad(tensors: Iterable[Tensor]) -> bool:
 def is_plain(differentiable: Iterable[Tensor], others: Iterable[object] = ()) -> bool:
     """Whether a kernel that autograd does not see may compute the loss of these tensors.
 
-    Not while a graph is compiled, since it can't own a buffer; not under transforms of functions, which have no rule
-    for the node; not for subclasses, which may stand for no numbers; not if a gradient must reach one of `others`.
+    Not while a graph is compiled or traced, since it can't own a buffer; not under transforms of functions and where
+    tangents are propagated, for which the node has no rule; not for subclasses, which may stand for no numbers; not if
+    a gradient must reach one of `others`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or transforms.active():
         return False
     for x in differentiable:
         if type(x) is not Tensor and type(x) is not nn.Parameter:

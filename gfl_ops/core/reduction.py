@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dtypes import as_dtype
+from .dtypes import accumulator, as_dtype
+
+AvgFactor = float | Tensor | None
 
 # mmdet adds float32's epsilon to the average factor, so that a batch without positives does not divide by 0.
 AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
@@ -15,22 +17,25 @@ AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
 
 def check_reduction(
     op: str, loss_shape: torch.Size, names: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
-) -> None:
-    """Check `weight`, `reduction` and `avg_factor` before the loss is computed."""
+) -> AvgFactor:
+    """Check `weight`, `reduction` and `avg_factor` before the loss is computed. Returns the last."""
     checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
     if weight is not None:
-        checks.tensor(op, "weight", weight, checks.FLOATING + checks.INTEGER + (torch.bool,))
+        checks.tensor(op, "weight", weight, checks.REAL)
         checks.shape(op, "weight", weight, names, loss_shape)
         checks.same_device(op, "weight", weight, "pred", pred)
     if avg_factor is None:
-        return
+        return None
     if reduction == "sum":
         raise ValueError('avg_factor can not be used with reduction="sum"')
-    if isinstance(avg_factor, Tensor):
-        if avg_factor.numel() != 1:
-            raise ValueError(checks.message(op, "avg_factor", "must hold one number", list(avg_factor.shape)))
-    else:
-        checks.number(op, "avg_factor", avg_factor)
+    if not isinstance(avg_factor, Tensor):
+        return checks.number(op, "avg_factor", avg_factor, dtype=accumulator(pred.dtype))
+    checks.tensor(op, "avg_factor", avg_factor, checks.FLOATING + checks.INTEGER)
+    if avg_factor.numel() != 1:
+        raise ValueError(checks.message(op, "avg_factor", "must hold one number", list(avg_factor.shape)))
+    if not avg_factor.is_cpu:
+        checks.same_device(op, "avg_factor", avg_factor, "pred", pred)
+    return avg_factor
 
 
 def factor_and_norm(
@@ -53,20 +58,19 @@ def _reciprocal(x: float) -> float:
 
 def check_element_reduction(
     op: str, pred: Tensor, weight: Tensor | None, reduction: str, avg_factor: object
-) -> Tensor | None:
+) -> tuple[Tensor | None, AvgFactor]:
     """`check_reduction` for a loss of pred's shape. Returns `weight`, which may have one number per row, ready to
-    broadcast."""
+    broadcast, and `avg_factor`."""
     shape = pred.shape
     if weight is not None:
-        checks.tensor(op, "weight", weight, checks.FLOATING + checks.INTEGER + (torch.bool,))
+        checks.tensor(op, "weight", weight, checks.REAL)
         if weight.shape != shape:
             rows, spread = shape[:1], shape[:1] + (1,) * (pred.dim() - 1)
             if weight.shape != rows and weight.shape != spread:
                 rule = f"must have shape [N] = {list(rows)} or pred's, {list(shape)}"
                 raise ValueError(checks.message(op, "weight", rule, list(weight.shape)))
             shape, weight = torch.Size(spread), weight.reshape(spread)
-    check_reduction(op, shape, "pred's", pred, weight, reduction, avg_factor)
-    return weight
+    return weight, check_reduction(op, shape, "pred's", pred, weight, reduction, avg_factor)
 
 
 def reduce_loss(loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from . import backends, extension
+from . import backends, extension, transforms
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,30 @@ class OpSpec:
 SPECS: dict[str, OpSpec] = {}
 
 _DEVICES = ("CPU", "CUDA")
-_library = functools.cache(lambda namespace: torch.library.Library(namespace, "FRAGMENT"))
+
+
+class _Library(torch.library.Library):
+    """Operators of one namespace, whose autograd kernels leave tangents and transforms to another function."""
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(namespace, "FRAGMENT")
+        self.under_transforms: dict[str, Callable[..., Any]] = {}
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        instead = self.under_transforms.get(op_name) if dispatch_key == "Autograd" else None
+        if instead is None:
+            super().impl(op_name, fn, dispatch_key, **options)
+            return
+
+        active = transforms.active
+
+        def kernel(keyset: Any, *args: Any) -> Any:
+            return instead(*args) if active() else fn(keyset, *args)
+
+        super().impl(op_name, kernel, dispatch_key, **options)
+
+
+_library = functools.cache(_Library)
 
 
 def register(spec: OpSpec) -> OpSpec:
@@ -188,6 +211,10 @@ def define_operator(
 ) -> None:
     """Define ``<namespace>::<name>`` with the given kernels on `devices`, and its gradient if the spec has one."""
     define(spec.forward_name, spec.schema, spec.fake, namespace, forward, devices)
+    operator = getattr(getattr(torch.ops, namespace), spec.forward_name)
+    torch.library.register_vmap(
+        f"{namespace}::{spec.forward_name}", transforms.each_item(operator), lib=_library(namespace)
+    )
     if spec.differentiable and backward is not None:
         define(spec.backward_name, spec.backward_schema, _fake_backward(spec), namespace, backward, devices)
         _differentiate(namespace, spec)
@@ -222,28 +249,38 @@ def reference_backward(spec: OpSpec) -> Callable[..., Any]:
     """The backward operator's kernel where nothing faster exists: autograd of the reference."""
 
     def kernel(*args: Any) -> Any:
-        grads, arguments, needs = args[: len(spec.grads)], list(args[spec.backward_leading : -1]), args[-1]
-        gradients = [_empty_gradient(arguments[position], needed) for position, needed in zip(spec.positions, needs)]
-        leaves: list[Tensor] = []
-        to: list[Tensor] = []
+        grads, arguments, needs = args[: len(spec.grads)], args[spec.backward_leading : -1], args[-1]
+        results = [_empty_gradient(arguments[position], needed) for position, needed in zip(spec.positions, needs)]
         # The dispatcher switches autograd off before it runs a kernel.
-        autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-        with autograd, torch.enable_grad():
-            for position, gradient, needed in zip(spec.positions, gradients, needs):
-                if needed:
-                    arguments[position] = tree_map(lambda x: x.detach().requires_grad_(), arguments[position])
-                    leaves += _flat(arguments[position])
-                    to += _flat(gradient)
-            results = spec.reference(*arguments)
-            results = [results[i] for i in spec.grads] if isinstance(results, tuple) else [results]
-            pairs = [(r, g) for r, g in zip(_flat(results), _flat(grads)) if r.requires_grad]
-            found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.no_grad():
+            found = reference_gradients(spec, grads, arguments, needs)
         # Copied, because a gradient may be a view, or the tensor that arrived, which an operator must not return.
-        for memory, value in zip(to, found):
-            memory.copy_(value)
-        return gradients[0] if len(gradients) == 1 else tuple(gradients)
+        for result, gradient in zip(results, found):
+            for memory, value in zip(_flat(result), _flat(gradient)) if gradient is not None else ():
+                memory.copy_(value)
+        return results[0] if len(results) == 1 else tuple(results)
 
     return kernel
+
+
+def reference_gradients(
+    spec: OpSpec, grads: Sequence[Any], arguments: Sequence[Any], needs: Sequence[bool]
+) -> list[Any]:
+    """The reference's gradients at the differentiable arguments, None where one is not needed."""
+    wanted = [position for position, needed in zip(spec.positions, needs) if needed]
+
+    def results_of(*leaves: Tensor) -> list[Tensor]:
+        given, rest = list(arguments), iter(leaves)
+        for position in wanted:
+            given[position] = tree_map(lambda _: next(rest), given[position])
+        results = spec.reference(*given)
+        return _flat([results[i] for i in spec.grads] if isinstance(results, tuple) else results)
+
+    found = iter(transforms.pull_back(results_of, _flat([arguments[p] for p in wanted]), _flat(grads)))
+    return [
+        tree_map(lambda _: next(found), arguments[position]) if needed else None
+        for position, needed in zip(spec.positions, needs)
+    ]
 
 
 def _flat(value: Any) -> list[Tensor]:
@@ -301,10 +338,14 @@ def _differentiate(namespace: str, spec: OpSpec) -> None:
                 del saved[:value]
         wanted = [ctx.needs_input_grad[p] for p in positions]
         needs = [any(w) if isinstance(w, (list, tuple)) else w for w in wanted]
-        results = backward_op(*(grads[i] for i in spec.grads), *arguments, needs)
+        given = [grads[i] for i in spec.grads]
+        if transforms.active_in_backward():
+            results = reference_gradients(spec, given, arguments[len(spec.saved_outputs) :], needs)
+        else:
+            results = backward_op(*given, *arguments, needs)
+            results = results if len(needs) > 1 else [results]
         arguments = arguments[len(spec.saved_outputs) :]
         gradients: list[Any] = [None] * len(arguments)
-        results = results if len(needs) > 1 else [results]
         for position, result, want, needed in zip(positions, results, wanted, needs):
             if needed:
                 gradients[position] = result
@@ -312,12 +353,13 @@ def _differentiate(namespace: str, spec: OpSpec) -> None:
                 gradients[position] = [None] * len(want)
         return tuple(gradients)
 
-    def second(ctx: Any, *grads: Any) -> None:
+    def second(*_: Any) -> None:
         raise NotImplementedError(
             f"{namespace}::{spec.forward_name} has no second derivative; gfl_ops.set_backend('reference') has one"
         )
 
     library = _library(namespace)
+    library.under_transforms |= {spec.forward_name: spec.reference, spec.backward_name: second}
     torch.library.register_autograd(
         f"{namespace}::{spec.forward_name}", backward, setup_context=setup_context, lib=library
     )

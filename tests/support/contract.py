@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
@@ -126,6 +127,17 @@ def check_functional(rung: Rung, sample: Sample) -> None:
         check(rung.backward, (*given, [True] * len(rung.spec.differentiable)), f"{sample.id}, backward")
 
 
+def assert_same(got: Any, want: Any, what: str) -> None:
+    """Two results of the same arithmetic in perhaps another order."""
+    for i, (g, w) in enumerate(zip(tensors(got), tensors(want), strict=True)):
+        tolerance = 512 * torch.finfo(w.dtype).eps if w.is_floating_point() else 0.0
+        scale = float(w.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if w.numel() else 0.0
+        text = f"{what} {i}: "
+        torch.testing.assert_close(
+            g, w, rtol=tolerance, atol=tolerance * (1 + scale), equal_nan=True, msg=lambda m, text=text: text + m
+        )
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
@@ -201,3 +213,154 @@ def check_needs(rung: Rung, sample: Sample) -> None:
         got = rung.backward(*given, needs)
         for needed, part in zip(needs, got if len(needs) > 1 else [got], strict=True):
             assert all((t.numel() > 0) == needed for t in tensors(part)), (needs, sample.id)
+
+
+# --- Layouts of memory --------------------------------------------------------------------------------------------
+
+
+def _at_offset(t: Tensor) -> Tensor:
+    return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
+
+
+def _sliced(t: Tensor) -> Tensor:
+    """The inner part of a larger tensor."""
+    for dim in range(t.dim()):
+        edge = t.narrow(dim, 0, 1)
+        t = torch.cat([edge, t, edge], dim).narrow(dim, 1, t.shape[dim])
+    return t
+
+
+def _stepped(t: Tensor) -> Tensor:
+    return torch.stack([t, t, t], -1)[..., 1]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """The dimensions in memory the other way round."""
+    backwards = tuple(reversed(range(t.dim())))
+    return t.permute(backwards).contiguous().permute(backwards)
+
+
+def _swapped(t: Tensor) -> Tensor:
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+
+
+def _windows(t: Tensor) -> Tensor:
+    """Rows that overlap in memory: other values than those of `t`."""
+    return t.flatten().clone().as_strided(t.shape, (1,) * t.dim())
+
+
+def _expanded(*dims: int) -> Callable[[Tensor], Tensor]:
+    def expand(t: Tensor) -> Tensor:
+        """Equal along some dimensions: other values than those of `t`."""
+        for dim in dims if dims else range(t.dim()):
+            if -t.dim() <= dim < t.dim():
+                t = t.narrow(dim, 0, 1).expand(t.shape)
+        return t
+
+    return expand
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "offset": _at_offset,
+    "sliced": _sliced,
+    "stepped": _stepped,
+    "transposed": _transposed,
+    "swapped": _swapped,
+    "windows": _windows,
+    "expanded": _expanded(),
+    "expanded rows": _expanded(0),
+    "expanded columns": _expanded(-1),
+    "expanded maps": _expanded(2, 3),
+    "expanded channels": _expanded(1),
+}
+
+
+def check_layouts(rung: Rung, sample: Sample, layout: str, seed: int) -> None:
+    """Whatever the strides of arguments and arriving gradients, the results are those of contiguous ones."""
+    spec, draw = rung.spec, torch.Generator().manual_seed(seed)
+
+    def arranged(value: Any) -> Any:
+        # Not all of them, since operators look for strides that go together.
+        skipped = torch.rand((), generator=draw) < 0.2
+        return tree_map(
+            lambda t: LAYOUTS[layout](t) if isinstance(t, Tensor) and t.numel() and not skipped else t, value
+        )
+
+    def contiguous(value: Any) -> Any:
+        return tree_map(lambda t: t.contiguous().clone() if isinstance(t, Tensor) else t, value)
+
+    args = tuple(arranged(value) for value in sample.args)
+    plain = tuple(contiguous(value) for value in args)
+    want = rung.forward(*plain)
+    assert_same(outputs(rung.forward(*args)), outputs(want), f"{sample.id}, {layout}, result")
+    if not spec.differentiable:
+        return
+    grads = [torch.randn(r.shape, generator=draw).to(r) for r in differentiated(spec, want)]
+    grads = [arranged(g) for g in grads]
+    found = []
+    for given, of_results in ((args, grads), (plain, contiguous(grads))):
+        fresh, leaves = leaves_of(spec, given)
+        results = differentiated(spec, rung.forward(*fresh))
+        found.append(list(torch.autograd.grad(results, leaves, of_results, materialize_grads=True)))
+    assert_same(*found, f"{sample.id}, {layout}, gradient")
+
+
+# --- Transforms of functions --------------------------------------------------------------------------------------
+
+
+def small_samples(rung: Rung, seed: int, count: int = 2) -> list[Sample]:
+    """Some finite fp32 calls without empty tensors, small enough for whole Jacobians."""
+    fitting = [
+        sample
+        for sample in rung.full_samples(seed)
+        if "extreme" not in sample.id and sum(x.numel() for x in leaves_of(rung.spec, sample.args)[1]) <= 700
+    ]
+    return [fitting[(seed // 11**i) % len(fitting)] for i in range(count)]
+
+
+def check_transforms(rung: Rung, sample: Sample, seed: int) -> None:
+    """Forward mode, torch.func and batches of gradients give what they give of the reference."""
+    draw = torch.Generator().manual_seed(seed)
+    call, leaves = of_leaves(rung.spec, rung.forward, sample.args)
+    reference, _ = of_leaves(rung.spec, rung.spec.reference, sample.args)
+    values = [x.detach() for x in leaves]
+    tangents = tuple(torch.randn(x.shape, generator=draw).to(x) for x in values)
+    wanted = torch.func.jvp(reference, tuple(values), tangents)
+    every = tuple(range(len(values)))
+    assert [t.dtype for t in wanted[1]] == [r.dtype for r in call(*values)], sample.id
+
+    def same(got: Any, want: Any, what: str) -> None:
+        assert_same(got, want, f"{sample.id}, {what}")
+
+    same(torch.func.jvp(call, tuple(values), tangents)[1], wanted[1], "jvp")
+    for requires_grad in (False, True):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x.clone().requires_grad_(requires_grad), t) for x, t in zip(values, tangents)]
+            found = [forward_ad.unpack_dual(r).tangent for r in call(*duals)]
+        zero = [torch.zeros_like(w) if f is None else f.detach() for f, w in zip(found, wanted[1])]
+        same(zero, wanted[1], f"forward_ad, requires_grad={requires_grad}")
+
+    def total(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *x: sum((r * r).sum() for r in function(*x))  # type: ignore[return-value]
+
+    same(torch.func.grad(total(call), every)(*values), torch.func.grad(total(reference), every)(*values), "func.grad")
+    results, back = torch.func.vjp(call, *values)
+    given = tuple(torch.randn(r.shape, generator=draw).to(r) for r in results)
+    same(back(given), torch.func.vjp(reference, *values)[1](given), "func.vjp")
+
+    first = lambda function: lambda *x: function(*x)[0].reshape(-1)[:40]  # noqa: E731
+    same(torch.func.jacrev(first(call))(*values), torch.func.jacrev(first(reference))(*values), "jacrev")
+
+    # Over a graph that the kernels have recorded.
+    recorded = call(*leaves)
+    batch = tuple(torch.randn((3, *r.shape), generator=draw).to(r) for r in recorded)
+    alone = [torch.autograd.grad(recorded, leaves, [g[i] for g in batch], retain_graph=True) for i in range(3)]
+    stacked = [torch.stack(parts) for parts in zip(*alone)]
+    options = {"retain_graph": True, "is_grads_batched": True}
+    same(torch.autograd.grad(recorded, leaves, batch, **options), stacked, "is_grads_batched")  # type: ignore[arg-type]
+    over = torch.vmap(lambda g: torch.autograd.grad(recorded, leaves, g, retain_graph=True))
+    same(over(batch), stacked, "vmap over backward")
+
+    twice = [torch.stack([x, x * 0.5]) for x in values]
+    each = [torch.stack(parts) for parts in zip(*(call(*(x[i] for x in twice)) for i in range(2)))]
+    same(torch.vmap(call)(*twice), each, "vmap")

@@ -117,7 +117,7 @@ def decode(
         result, attached to the graph.
     """
     op = "decode"
-    check_distributions(op, pred, reg_max)
+    reg_max = check_distributions(op, pred, reg_max)
     check_coordinates(op, "points", points, 2)
     checks.same_device(op, "points", points, "pred", pred)
     acc, leading = accumulator(pred.dtype), pred.shape[:-1]
@@ -127,7 +127,7 @@ def decode(
         checks.same_device(op, "stride", stride, "pred", pred)
         pixels = expand_to(op, "stride", stride.detach().to(acc), leading)
     else:
-        checks.number(op, "stride", stride, 0, exclusive=True)
-        pixels = torch.full((), float(stride), dtype=acc, device=pred.device).broadcast_to(leading)
+        number = checks.number(op, "stride", stride, 0, exclusive=True, dtype=acc)
+        pixels = torch.full((), number, dtype=acc, device=pred.device).broadcast_to(leading)
     limit = limit_of(op, max_shape, leading, acc, pred.device)
     return DECODE(device_type(pred), pred, points, pixels, reg_max, limit)

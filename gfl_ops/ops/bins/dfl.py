@@ -172,8 +172,8 @@ def check_bins(op: str, pred: Tensor) -> int:
 
 
 def check_position(op: str, target: Tensor, pred: Tensor, reg_max: int, out_of_range: str) -> None:
-    """`target` is floating ``[M]``; under "error" and GFL_OPS_CHECK=1 also within [0, R]."""
-    checks.tensor(op, "target", target)
+    """`target` is real ``[M]``; under "error" and GFL_OPS_CHECK=1 also within [0, R]."""
+    checks.tensor(op, "target", target, checks.FLOATING + checks.INTEGER)
     checks.shape(op, "target", target, "[M]", pred.shape[:1])
     checks.same_device(op, "target", target, "pred", pred)
     checks.choice(op, "out_of_range", out_of_range, OUT_OF_RANGE)
@@ -208,7 +208,7 @@ def distribution_focal_loss(
     Args:
         pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a
             quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
-        target: floating ``[M]``, positions in bins, [0, R]; at R the whole weight is on the last bin. Or a tuple or
+        target: real ``[M]``, positions in bins, [0, R]; at R the whole weight is on the last bin. Or a tuple or
             list ``(left, weight_left, weight_right)`` of an integer ``[M]``, the lower bin, and two floating ``[M]``,
             the weights of the bins `left` and `left` + 1.
         weight: ``[M]``, multiplies the loss of each row.
@@ -251,7 +251,7 @@ def distribution_focal_loss(
         checks.shape(op, f"target[{i}]", value, "[M]", pred.shape[:1])
         checks.same_device(op, f"target[{i}]", value, "pred", pred)
     checks.choice(op, "out_of_range", out_of_range, OUT_OF_RANGE)
-    check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
+    avg_factor = check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
     left = left.long()
     if out_of_range == "ignore" or (out_of_range == "error" and checks.SYNCHRONISING):
         no_left = ((left < 0) | (left > reg_max)) & (weight_left != 0)
@@ -283,7 +283,7 @@ def dfl_integral(
     Args:
         pred: fp32, fp16, bf16 or fp64 ``[M, R+1]``, logits of the bins 0 to R, R from 1 to 128. A logit beyond a
             quarter of fp32's range (8.5e37; an infinite one too) counts as that, without gradient.
-        target: floating ``[M]``, positions in bins, [0, R].
+        target: real ``[M]``, positions in bins, [0, R].
         weight: ``[M]``, multiplies the loss of each row, not the distance.
         reduction: "none", "mean" or "sum", of the loss.
         avg_factor: as in :func:`distribution_focal_loss`.
@@ -317,7 +317,7 @@ def _at_position(
     """The checked results of `spec`, DFL or DFL_INTEGRAL, with the loss reduced."""
     reg_max = check_bins(op, pred)
     check_position(op, target, pred, reg_max, out_of_range)
-    check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
+    avg_factor = check_reduction(op, pred.shape[:1], "[M]", pred, weight, reduction, avg_factor)
     arguments = (pred, as_dtype(target, accumulator(pred.dtype)), out_of_range == "ignore")
     results = kept_softmax.dfl(spec.stem, *arguments, weight, reduction, avg_factor)
     if results is not None:

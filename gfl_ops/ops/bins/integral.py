@@ -91,19 +91,21 @@ INTEGRAL = register(
 )
 
 
-def check_reg_max(op: str, argument: str, reg_max: int) -> None:
-    checks.number(op, argument, reg_max, 1, integer=True)
-    if reg_max > MAX_REG_MAX:
-        raise NotImplementedError(checks.message(op, argument, f"must be <= {MAX_REG_MAX}", reg_max))
+def check_reg_max(op: str, argument: str, reg_max: object) -> int:
+    found: int = checks.number(op, argument, reg_max, 1, integer=True)
+    if found > MAX_REG_MAX:
+        raise NotImplementedError(checks.message(op, argument, f"must be <= {MAX_REG_MAX}", found))
+    return found
 
 
-def check_distributions(op: str, pred: Tensor, reg_max: int) -> None:
-    """`pred` is floating ``[…, 4(R+1)]``."""
+def check_distributions(op: str, pred: Tensor, reg_max: object) -> int:
+    """`pred` is floating ``[…, 4(R+1)]``. Returns R."""
     checks.tensor(op, "pred", pred)
-    check_reg_max(op, "reg_max", reg_max)
-    if pred.dim() < 1 or pred.shape[-1] != 4 * (reg_max + 1):
-        rule = f"must have shape […, 4(R+1)] = […, {4 * (reg_max + 1)}]"
+    found = check_reg_max(op, "reg_max", reg_max)
+    if pred.dim() < 1 or pred.shape[-1] != 4 * (found + 1):
+        rule = f"must have shape […, 4(R+1)] = […, {4 * (found + 1)}]"
         raise ValueError(checks.message(op, "pred", rule, list(pred.shape)))
+    return found
 
 
 def integral(pred: Tensor, reg_max: int) -> Tensor:
@@ -133,5 +135,5 @@ def integral(pred: Tensor, reg_max: int) -> Tensor:
         Arithmetic in fp32 (fp64 for fp64), whatever autocast says: mmdet's Integral rounds the probabilities to the
         input's dtype. Repeatable bit for bit. Empty input gives an empty result, attached to the graph.
     """
-    check_distributions("integral", pred, reg_max)
+    reg_max = check_distributions("integral", pred, reg_max)
     return INTEGRAL(device_type(pred), pred, reg_max)

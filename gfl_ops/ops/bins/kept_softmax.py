@@ -16,7 +16,7 @@ from ...core import backends, extension
 from ...core.dtypes import as_dtype
 from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.reduction import AVG_FACTOR_EPS, factor_and_norm, reduce_loss
-from ...core.registry import define
+from ...core.registry import SPECS, define
 
 _INPUT = "Tensor pred, Tensor target, bool ignore_out_of_range"
 # How rows become one number, if they do: factor · Σ weight · loss / (norm + epsilon).
@@ -73,7 +73,18 @@ def _backward(grads: Grads, inputs: Inputs, constants: Any) -> Any:
     return operator(grad_rows, *grads[1:], pred, target, ignore, [True, False])[:1]
 
 
-_KERNELS = Kernels(_forward, _finish, _backward, differentiable=2)
+def _reference(inputs: Inputs, constants: Any) -> tuple[Tensor, ...]:
+    pred, target, weight, norm = inputs
+    ignore, with_distance, factor, reduced = constants
+    results = SPECS["dfl_integral" if with_distance else "dfl"].reference(pred, target, ignore)
+    loss, *distance = results if with_distance else (results,)
+    if reduced:
+        loss = (loss if weight is None else loss * weight).sum() * factor
+        loss = loss if norm is None else loss / (norm + AVG_FACTOR_EPS)
+    return loss, *distance
+
+
+_KERNELS = Kernels(_forward, _finish, _backward, _reference, differentiable=2)
 
 
 def dfl(

@@ -142,10 +142,9 @@ def limit_of(
         return limit.expand(*leading, 2)
     if not isinstance(max_shape, (tuple, list)) or len(max_shape) != 2:
         raise ValueError(checks.message(op, "max_shape", "must be (height, width) or a tensor", max_shape))
-    for i, size in enumerate(max_shape):
-        checks.number(op, f"max_shape[{i}]", size, 0)
+    sizes = [checks.number(op, f"max_shape[{i}]", size, 0, dtype=dtype) for i, size in enumerate(max_shape)]
     # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-    limit = torch.stack([torch.full((), float(size), dtype=dtype, device=device) for size in max_shape])
+    limit = torch.stack([torch.full((), size, dtype=dtype, device=device) for size in sizes])
     return limit.expand(*leading, 2)
 
 
@@ -235,7 +234,6 @@ def box_to_distance(points: Tensor, boxes: Tensor, max_distance: float | None = 
     op = "box_to_distance"
     points, boxes = _aligned(op, points, "boxes", boxes)
     if max_distance is not None:
-        checks.number(op, "max_distance", max_distance)
-        max_distance = float(max_distance)
-    checks.number(op, "eps", eps)
-    return BOX_TO_DISTANCE(device_type(points), points, boxes, max_distance, float(eps))
+        max_distance = checks.number(op, "max_distance", max_distance, dtype=boxes.dtype)
+    eps = checks.number(op, "eps", eps, dtype=boxes.dtype)
+    return BOX_TO_DISTANCE(device_type(points), points, boxes, max_distance, eps)

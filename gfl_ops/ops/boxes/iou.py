@@ -198,11 +198,12 @@ def pairs(op: str, pred: Tensor, target: Tensor, kind: str, eps: float, paramete
     """Loss of each pair in the accumulator's dtype, after the checks."""
     checks.tensor(op, "pred", pred)
     checks.shape(op, "pred", pred, "[N, 4]", (None, 4))
-    checks.tensor(op, "target", target)
+    checks.tensor(op, "target", target, checks.FLOATING + checks.INTEGER)
     checks.shape(op, "target", target, "[N, 4]", pred.shape)
     checks.same_device(op, "target", target, "pred", pred)
-    checks.number(op, "eps", eps, 0)
-    return IOU(device_type(pred), pred, as_dtype(target, accumulator(pred.dtype)), kind, float(eps), parameter)
+    acc = accumulator(pred.dtype)
+    eps = checks.number(op, "eps", eps, 0, dtype=acc)
+    return IOU(device_type(pred), pred, as_dtype(target, acc), kind, eps, parameter)
 
 
 def box_iou_loss(
@@ -237,7 +238,7 @@ def box_iou_loss(
 
     Args:
         pred: fp32, fp16, bf16 or fp64 ``[N, 4]``, boxes xyxy, in any unit of length.
-        target: floating ``[N, 4]``, in the same unit.
+        target: real ``[N, 4]``, in the same unit.
         weight: ``[N]``, multiplies the loss of each pair.
         kind: "iou", "giou", "diou", "ciou", "eiou", "siou" or "mpdiou".
         eps: >= 0. For "iou" and "giou" the least area of union and enclosing box; for the others added to the area of
@@ -270,16 +271,17 @@ def box_iou_loss(
     """
     op = "box_iou_loss"
     checks.choice(op, "kind", kind, KINDS)
-    checks.number(op, "smooth_point", smooth_point, 0, exclusive=True)
-    parameters: dict[str, float] = {"eiou": smooth_point, "siou": -1.0 if neg_gamma else 1.0}
+    parameters: dict[str, float] = {
+        "eiou": checks.number(op, "smooth_point", smooth_point, 0, exclusive=True),
+        "siou": -1.0 if checks.flag(op, "neg_gamma", neg_gamma) else 1.0,
+    }
     if kind == "mpdiou":
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(checks.message(op, "image_size", 'must be (height, width) for kind="mpdiou"', image_size))
-        for i, size in enumerate(image_size):
-            checks.number(op, f"image_size[{i}]", size, 0, exclusive=True)
-        parameters["mpdiou"] = float(image_size[0]) ** 2 + float(image_size[1]) ** 2
+        sizes = [checks.number(op, f"image_size[{i}]", x, 0, exclusive=True) for i, x in enumerate(image_size)]
+        parameters["mpdiou"] = sum(size * size for size in sizes)
     loss = pairs(op, pred, target, kind, eps, parameters.get(kind, 0.0))
-    check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
+    avg_factor = check_reduction(op, pred.shape[:1], "[N]", pred, weight, reduction, avg_factor)
     return reduce_loss(loss, weight, reduction, avg_factor)
 
 

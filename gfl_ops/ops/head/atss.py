@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -247,14 +247,9 @@ ATSS = register(
 )
 
 
-def per_level(op: str, argument: str, value: object, levels: int) -> list[float]:
-    """A number, or one per level, as a list of floats."""
-    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value] * levels
-    if len(values) != levels:
-        raise ValueError(checks.message(op, argument, f"must hold one number per level, {levels}", len(values)))
-    for item in values:
-        checks.number(op, argument, item)
-    return [float(v) for v in values]
+# Of all levels: offsets into an image's results are 32 bits on a GPU.
+MAX_CELLS = 2**31 - 1
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_level_sizes(op: str, level_sizes: object) -> list[int]:
@@ -262,24 +257,33 @@ def check_level_sizes(op: str, level_sizes: object) -> list[int]:
     if not isinstance(level_sizes, (tuple, list)):
         rule = "must be a list of (height, width) pairs"
         raise TypeError(checks.message(op, "level_sizes", rule, type(level_sizes).__name__))
+    flat: list[int] = []
     for item in level_sizes:
         if not isinstance(item, (tuple, list, torch.Size)) or len(item) != 2:
             raise ValueError(checks.message(op, "level_sizes", "must hold (height, width) pairs", repr(item)))
-        for size in item:
-            checks.number(op, "level_sizes", size, 0, integer=True)
-    return [size for item in level_sizes for size in item]
+        flat += [checks.number(op, "level_sizes", size, 0, MAX_CELLS, integer=True) for size in item]
+    cells = sum(height * width for height, width in zip(flat[::2], flat[1::2]))
+    if cells > MAX_CELLS:
+        raise ValueError(checks.message(op, "level_sizes", "must have less than 2^31 cells in all", cells))
+    return flat
 
 
-def check_strides(op: str, strides: object, levels: int, of: str) -> list[float]:
+def per_level(op: str, argument: str, value: object, levels: int, *, positive: bool = False) -> list[float]:
+    """A number, or one per level, as a list of floats that fp32 has."""
+    least = 0 if positive else -LARGEST
+    if not isinstance(value, (tuple, list)):
+        return [checks.number(op, argument, value, least, LARGEST, exclusive=positive)] * levels
+    if len(value) != levels:
+        raise ValueError(checks.message(op, argument, f"must hold one number per level, {levels}", len(value)))
+    names = [f"{argument}[{level}]" for level in range(levels)]
+    return [checks.number(op, n, v, least, LARGEST, exclusive=positive) for n, v in zip(names, value)]
+
+
+def check_strides(op: str, strides: object, levels: int) -> list[float]:
     if not isinstance(strides, (tuple, list)):
-        raise TypeError(checks.message(op, "strides", "must be a list of numbers", type(strides).__name__))
-    if len(strides) != levels:
-        raise ValueError(
-            checks.message(op, "strides", f"must hold one number for each of `{of}`, {levels}", len(strides))
-        )
-    for stride in strides:
-        checks.number(op, "strides", stride, 0, exclusive=True)
-    return [float(s) for s in strides]
+        rule = "must be a list or tuple of numbers, one per level"
+        raise TypeError(checks.message(op, "strides", rule, type(strides).__name__))
+    return per_level(op, "strides", strides, levels, positive=True)
 
 
 def atss_assign(
@@ -337,7 +341,7 @@ def atss_assign(
     op = "atss_assign"
     flat = check_level_sizes(op, level_sizes)
     levels = len(level_sizes)
-    stride_list = check_strides(op, strides, levels, "level_sizes")
+    stride_list = check_strides(op, strides, levels)
     offsets = per_level(op, "center_offset", center_offset, levels)
     checks.tensor(op, "gt_boxes", gt_boxes)
     checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (None, None, 4))
@@ -349,8 +353,9 @@ def atss_assign(
         checks.shape(op, "valid_sizes", valid_sizes, "[B, 2]", (gt_boxes.shape[0], 2))
         checks.same_device(op, "valid_sizes", valid_sizes, "gt_boxes", gt_boxes)
         valid_sizes = valid_sizes.detach().float()
-    checks.number(op, "topk", topk, 1, integer=True)
-    checks.number(op, "anchor_scale", anchor_scale, 0, exclusive=True)
+    topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)  # no level has more
+    anchor_scale = checks.number(op, "anchor_scale", anchor_scale, 0, LARGEST, exclusive=True)
+    legacy = checks.flag(op, "legacy", legacy)
     return Assignment(
         *ATSS(
             device_type(gt_boxes),
@@ -360,7 +365,7 @@ def atss_assign(
             gt_labels.long(),
             valid_sizes,
             topk,
-            float(anchor_scale),
+            anchor_scale,
             offsets,
             legacy,
         )

@@ -76,8 +76,8 @@ def _level(
     target = gt_boxes.gather(1, slot) / stride
     grown = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=target.dtype, device=target.device) if legacy else 0.0
     pair = (decoded + grown).flatten(0, 1), (target + grown).flatten(0, 1)
-    quality = box_loss(pair[0].detach(), pair[1], "overlap", IOU_EPS).view(images, -1)
-    giou = box_loss(*pair, "giou", IOU_EPS).view(images, -1)
+    quality = box_loss(pair[0].detach(), pair[1], "overlap", IOU_EPS).view(images, height * width)
+    giou = box_loss(*pair, "giou", IOU_EPS).view(images, height * width)
 
     side = reference_box_to_distance(centre, target, None, 0.0)
     position = side.nan_to_num(0.0).clamp(0, reg_max - TARGET_MARGIN)
@@ -151,10 +151,12 @@ def reference(
         cls_norm = counts.clamp(min=1).sum().clamp(min=1).to(acc)
     if box_norm is None:
         box_norm = weight.clamp(min=1)
+    # Not numbers of Python, which turn the tangent of a single number into fp64 under torch.func.
+    for_cls, for_box, for_dfl = (torch.full_like(weight, w) for w in loss_weights)
     return (
-        loss_weights[0] * quality_focal / cls_norm,
-        loss_weights[1] * box / box_norm,
-        loss_weights[2] * dfl / box_norm,
+        for_cls * quality_focal / cls_norm,
+        for_box * box / box_norm,
+        for_dfl * dfl / box_norm,
         counts.sum().to(acc),
         weight,
     )
@@ -223,6 +225,7 @@ def samples(
     yield Sample("detached-one-cell", (*drawn(1, 1, 1, [(1, 1)], 1, 1.0), None, None, *rest(1, 1)))
     yield Sample("detached-long-rows", (*drawn(1, 5, 7, [(3, 401)], 3), None, None, *rest(7, 1)))
     yield Sample("detached-all-positive", (*drawn(3, 20, 8, [(4, 4), (2, 2)], 5, 0.9), None, None, *rest(8, 2)))
+    yield Sample("detached-images0", (*drawn(0, 3, 2, [(3, 4), (2, 2)], 2), None, None, *rest(2, 2)))
     background = drawn(2, 7, 16, [(6, 6)], 3, 0.0)
     yield Sample("background-with-boxes", (*background, None, None, *rest(16, 1)))
     outside = [*background[:3], torch.full_like(background[3], -2), *background[4:]]
@@ -269,8 +272,9 @@ def _norm(op: str, argument: str, value: float | Tensor | None, like: Tensor, dt
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        checks.number(op, argument, value)
-        return torch.full((), float(value), dtype=dtype, device=like.device)
+        number = checks.number(op, argument, value, dtype=dtype)
+        return torch.full((), number, dtype=dtype, device=like.device)
+    checks.tensor(op, argument, value, checks.FLOATING + checks.INTEGER)
     if value.numel() != 1:
         raise ValueError(checks.message(op, argument, "must hold one number", list(value.shape)))
     checks.same_device(op, argument, value, "cls_scores", like)
@@ -338,7 +342,7 @@ def gfl_loss(
         3.3.0's GFLHead, which divides by its norms plus 1.19e-07.
     """
     op = "gfl_loss"
-    checks.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
+    reg_max = checks.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
     images, _classes = checks.maps(op, "cls_scores", cls_scores)
     checks.maps(op, "reg_preds", reg_preds)
     if len(reg_preds) != len(cls_scores):
@@ -352,7 +356,7 @@ def gfl_loss(
         checks.shape(op, "reg_preds", reg_pred, "[B, 4(R+1), H, W]", (images, 4 * (reg_max + 1), height, width))
     first = cls_scores[0]
     checks.same_device(op, "reg_preds", reg_preds[0], "cls_scores", first)
-    stride_list = check_strides(op, strides, len(cls_scores), "cls_scores")
+    stride_list = check_strides(op, strides, len(cls_scores))
     offsets = per_level(op, "center_offset", center_offset, len(cls_scores))
     cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
     labels, matched = check_assignment(op, assignment, images, cells, first)
@@ -361,9 +365,7 @@ def gfl_loss(
     checks.same_device(op, "gt_boxes", gt_boxes, "cls_scores", first)
     if not isinstance(loss_weights, (tuple, list)) or len(loss_weights) != 3:
         raise ValueError(checks.message(op, "loss_weights", "must hold three numbers", repr(loss_weights)))
-    for weight in loss_weights:
-        checks.number(op, "loss_weights", weight)
-    checks.number(op, "beta", beta, 0)
+    legacy = checks.flag(op, "legacy", legacy)
 
     # One accumulator for both kinds of maps: fp64 on either side makes the other fp64 too.
     cls_maps, reg_maps = list(cls_scores), list(reg_preds)
@@ -380,8 +382,8 @@ def gfl_loss(
         _norm(op, "cls_norm", cls_norm, first, acc),
         _norm(op, "box_norm", box_norm, first, acc),
         reg_max,
-        [float(w) for w in loss_weights],
-        float(beta),
+        [checks.number(op, "loss_weights", weight, dtype=acc) for weight in loss_weights],
+        checks.number(op, "beta", beta, 0, dtype=acc),
         offsets,
         legacy,
     )

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import checks, transforms
 from ...core.dtypes import accumulator, device_type
 from ...core.random_inputs import normal
 from ...core.registry import OpSpec, Sample, register
@@ -32,8 +32,9 @@ def _level(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, rel
     y = (rows - mean[..., None, None]) * (rstd[..., None, None] * scale) + shift
     if relu:
         y = y.relu()
-    # empty_like keeps the memory format, which operations on the values may lose.
-    result = torch.empty_like(x).copy_(y.view(x.shape))
+    y = y.reshape(x.shape)
+    # empty_like keeps the memory format, which operations on the values may lose. A transform can't write into it.
+    result = y.to(x.dtype) if transforms.active() else torch.empty_like(x).copy_(y)
     return result, torch.stack([mean, rstd], 2)
 
 
@@ -223,7 +224,7 @@ def group_norm_relu(
     """
     levels = [inputs] if isinstance(inputs, Tensor) else inputs
     _images, channels = checks.maps(OP, "inputs", levels)
-    checks.number(OP, "num_groups", num_groups, 1, integer=True)
+    num_groups = checks.number(OP, "num_groups", num_groups, 1, integer=True)
     if channels % num_groups:
         raise ValueError(checks.message(OP, "num_groups", f"must divide the {channels} channels", num_groups))
     first = levels[0]
@@ -231,10 +232,11 @@ def group_norm_relu(
         checks.tensor(OP, name, value)
         checks.shape(OP, name, value, "[C]", (channels,))
         checks.same_device(OP, name, value, "inputs", first)
-    checks.number(OP, "eps", eps, 0)
     # The kernels read parameters of the maps' dtype or of their accumulator's, both of one dtype.
     acc = accumulator(first.dtype)
     if weight.dtype != bias.dtype or weight.dtype not in (first.dtype, acc):
         weight, bias = weight.to(acc), bias.to(acc)
-    outputs, _ = GROUP_NORM_RELU(device_type(first), list(levels), weight, bias, num_groups, float(eps), bool(relu))
+    eps = checks.number(OP, "eps", eps, 0, dtype=acc)
+    relu = checks.flag(OP, "relu", relu)
+    outputs, _ = GROUP_NORM_RELU(device_type(first), list(levels), weight, bias, num_groups, eps, relu)
     return outputs[0] if isinstance(inputs, Tensor) else list(outputs)

@@ -73,7 +73,11 @@ def _backward(grads: Grads, inputs: Inputs, constants: Any) -> list[Tensor]:
     return [*grad_scores, *grad_preds]
 
 
-_KERNELS = Kernels(_forward, _finish, _backward, differentiable=3)
+def _reference(inputs: Inputs, constants: Any) -> tuple[Tensor, ...]:
+    return SPECS["gfl_loss"].reference(*_arguments(inputs, constants)[:-1])[:3]
+
+
+_KERNELS = Kernels(_forward, _finish, _backward, _reference, differentiable=3)
 
 
 def head_loss(

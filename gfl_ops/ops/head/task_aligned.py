@@ -14,7 +14,7 @@ from ...core.dtypes import device_type
 from ...core.random_inputs import boxes as draw_boxes
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
-from .atss import check_level_sizes, check_strides, per_level
+from .atss import LARGEST, MAX_CELLS, check_level_sizes, check_strides, per_level
 from .task_aligned_reference import locations, reference
 
 VARIANTS = ("ultralytics", "yolov6", "mmdet")
@@ -222,7 +222,7 @@ def task_aligned_assign(
     flat: list[int] = []
     if points is None:
         flat = check_level_sizes(op, level_sizes)
-        stride_list = check_strides(op, strides, len(flat) // 2, "level_sizes")
+        stride_list = check_strides(op, strides, len(flat) // 2)
         offsets = per_level(op, "center_offset", center_offset, len(stride_list))
         cells = sum(h * w for h, w in zip(flat[::2], flat[1::2]))
         if cells != count:
@@ -234,26 +234,25 @@ def task_aligned_assign(
         checks.same_device(op, "points", points, "scores", scores)
         points = points.detach().float()
         if strides is not None:
-            check_strides(op, strides, len(strides) if isinstance(strides, (tuple, list)) else 0, "strides")
+            check_strides(op, strides, len(strides) if isinstance(strides, (tuple, list)) else 0)
     checks.tensor(op, "gt_boxes", gt_boxes)
     checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
     checks.same_device(op, "gt_boxes", gt_boxes, "scores", scores)
     checks.tensor(op, "gt_labels", gt_labels, checks.INTEGER)
     checks.shape(op, "gt_labels", gt_labels, "[B, G]", tuple(gt_boxes.shape[:2]))
     checks.same_device(op, "gt_labels", gt_labels, "scores", scores)
-    checks.number(op, "topk", topk, 1, integer=True)
-    topk2 = topk if topk2 is None else topk2
-    checks.number(op, "topk2", topk2, 1, integer=True)
-    checks.number(op, "alpha", alpha, 0)
-    checks.number(op, "beta", beta, 0, exclusive=True)
-    checks.number(op, "eps", eps, 0)
+    topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)
+    topk2 = topk if topk2 is None else min(checks.number(op, "topk2", topk2, 1, integer=True), MAX_CELLS)
+    alpha = checks.number(op, "alpha", alpha, 0, LARGEST)
+    beta = checks.number(op, "beta", beta, 0, LARGEST, exclusive=True)
+    eps = checks.number(op, "eps", eps, 0, LARGEST)
     checks.choice(op, "variant", variant, VARIANTS)
     if overlap is not None:
         checks.choice(op, "overlap", overlap, OVERLAPS)
     if min_side is None:
         known = strides or () if variant == "ultralytics" else ()
-        min_side = float(known[min(1, len(known) - 1)]) if len(known) else 0.0
-    checks.number(op, "min_side", min_side, 0)
+        min_side = known[min(1, len(known) - 1)] if len(known) else 0.0
+    min_side = checks.number(op, "min_side", min_side, 0, LARGEST)
     if checks.SYNCHRONISING and gt_labels.numel() and int(gt_labels.max()) >= classes:
         raise ValueError(checks.message(op, "gt_labels", f"must be below C = {classes}", int(gt_labels.max())))
     return TaskAlignedAssignment(
@@ -269,10 +268,10 @@ def task_aligned_assign(
             gt_labels.long(),
             topk,
             topk2,
-            float(alpha),
-            float(beta),
-            float(min_side),
-            float(eps),
+            alpha,
+            beta,
+            min_side,
+            eps,
             variant,
             variant == "ultralytics" if overlap is None else overlap == "ciou",
         )

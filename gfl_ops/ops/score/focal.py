@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ...core.dtypes import accumulator
 from ...core.registry import Sample
 from .score_loss import check_element_target, element_loss, element_samples, score_spec
 from .terms import binary_cross_entropy, finite_power
@@ -49,11 +50,9 @@ def focal_loss(
 ) -> Tensor:
     """The loss after the checks; `names` are what the caller calls the two, `weight` broadcasts to pred's shape."""
     check_element_target(op, names, pred, target)
-    checks.number(op, "gamma", gamma, 0)
-    if alpha != -1:
-        checks.number(op, "alpha", alpha, 0, 1)
-    params = [float(gamma), float(alpha)]
-    return element_loss(FOCAL, params, pred, target, weight, reduction, avg_factor, activated)
+    acc = accumulator(pred.dtype)
+    params = [checks.number(op, "gamma", gamma, 0, dtype=acc), checks.number(op, "alpha", alpha, dtype=acc)]
+    return element_loss(op, FOCAL, params, pred, target, weight, reduction, avg_factor, activated)
 
 
 def sigmoid_focal_loss(
@@ -69,7 +68,7 @@ def sigmoid_focal_loss(
     Args:
         inputs: fp32, fp16, bf16 or fp64 of any shape, logits. An infinite logit counts as the largest finite one.
         targets: of the same shape, any dtype: 1 for a positive, 0 for a negative; values between are taken too.
-        alpha: balance of positives against negatives in [0, 1]; −1 for none.
+        alpha: balance of positives against negatives, usually in [0, 1]; below 0 for none.
         gamma: exponent of the modulating factor, >= 0.
         reduction: "none", "mean" (over all elements) or "sum".
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ...core.dtypes import accumulator
 from ...core.registry import Sample
 from .score_loss import Target, row_loss, row_samples, score_spec
 from .terms import binary_cross_entropy, finite_power
@@ -80,5 +81,5 @@ def matchability_aware_loss(
     """
     op = "matchability_aware_loss"
     checks.tensor(op, "pred", pred)
-    checks.number(op, "gamma", gamma, 0)
-    return row_loss(op, MAL, [float(gamma)], pred, target, weight, reduction, avg_factor, activated)
+    gamma = checks.number(op, "gamma", gamma, 0, dtype=accumulator(pred.dtype))
+    return row_loss(op, MAL, [gamma], pred, target, weight, reduction, avg_factor, activated)

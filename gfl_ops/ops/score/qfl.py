@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ...core.dtypes import accumulator
 from ...core.random_inputs import uniform
 from ...core.registry import Sample
 from .score_loss import Target, row_loss, row_samples, score_spec
@@ -79,5 +80,5 @@ def quality_focal_loss(
     """
     op = "quality_focal_loss"
     checks.tensor(op, "pred", pred)
-    checks.number(op, "beta", beta, 0)
-    return row_loss(op, QFL, [float(beta)], pred, target, weight, reduction, avg_factor, activated)
+    beta = checks.number(op, "beta", beta, 0, dtype=accumulator(pred.dtype))
+    return row_loss(op, QFL, [beta], pred, target, weight, reduction, avg_factor, activated)

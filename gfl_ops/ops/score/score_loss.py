@@ -18,7 +18,7 @@ from ...core import backends, checks, extension
 from ...core.dtypes import accumulator, as_dtype, device_type
 from ...core.grad_in_forward import GradInForward, Grads, Inputs, Kernels, is_plain, wants_grad
 from ...core.random_inputs import normal, uniform
-from ...core.reduction import check_reduction, factor_and_norm, reduce_loss
+from ...core.reduction import AVG_FACTOR_EPS, check_reduction, factor_and_norm, reduce_loss
 from ...core.registry import SPECS, OnePass, OpSpec, Sample, Samples, define, register, triton_kernel
 
 Target = Tensor | tuple[Tensor, Tensor] | list[Tensor]
@@ -134,7 +134,21 @@ def _define(namespace: str, kernel: Callable[[str], Any] | None) -> Kernels:
     def backward(grads: Grads, inputs: Inputs, constants: Any) -> tuple[Tensor]:
         return (operators.score_loss_bwd(*grads, *inputs, *constants),)
 
-    return Kernels(forward, finish, backward)
+    return Kernels(forward, finish, backward, _reduced_reference)
+
+
+def _reduced_reference(inputs: Inputs, constants: Any) -> tuple[Tensor]:
+    """What the kernels of the reduced form compute, in plain torch."""
+    pred, label, target, weight, norm = inputs
+    factor, stem, params, activated = constants
+    assert pred is not None and target is not None
+    if pred.dim() == 3:
+        pred, target = (t.transpose(1, 2).flatten(0, 1) for t in (pred, target))
+    loss = SPECS[stem].reference(pred, label, target, params, activated)
+    if weight is not None:
+        loss = loss * weight.reshape(-1, *[1] * (loss.dim() - 1))
+    total = loss.sum() * factor
+    return (total if norm is None else total / (norm + AVG_FACTOR_EPS),)
 
 
 _DEVICES = tuple(device for device in ("cpu", "cuda") if extension.serves("score_loss_fwd", device))
@@ -158,6 +172,7 @@ def row_loss(
 ) -> Tensor:
     """The loss of a public function `op` that is summed over the classes, with all checks but those of its params."""
     acc = accumulator(pred.dtype)
+    activated = checks.flag(op, "activated", activated)
     if isinstance(target, (tuple, list)):
         checks.shape(op, "pred", pred, "[N, C]", (None, None))
         if len(target) != 2:
@@ -170,7 +185,7 @@ def row_loss(
         for name, value in (("target[0]", label), ("target[1]", score)):
             checks.shape(op, name, value, "[N]", rows)
             checks.same_device(op, name, value, "pred", pred)
-        check_reduction(op, rows, "[N]", pred, weight, reduction, avg_factor)
+        avg_factor = check_reduction(op, rows, "[N]", pred, weight, reduction, avg_factor)
         arguments = (pred, as_dtype(label, torch.int64), as_dtype(score, acc), params, activated)
         return _reduce(spec, arguments, weight, reduction, avg_factor)
 
@@ -180,7 +195,8 @@ def row_loss(
     checks.shape(op, "target", target, "[N, C]" if pred.dim() == 2 else "[N, C, …]", tuple(pred.shape))
     checks.same_device(op, "target", target, "pred", pred)
     rows = pred.shape[:1] + pred.shape[2:]
-    check_reduction(op, rows, "[N]" if pred.dim() == 2 else "[N, …]", pred, weight, reduction, avg_factor)
+    names = "[N]" if pred.dim() == 2 else "[N, …]"
+    avg_factor = check_reduction(op, rows, names, pred, weight, reduction, avg_factor)
     if pred.numel() > 0:
         planes, targets = (pred, target) if pred.dim() == 2 else (pred.flatten(2), target.flatten(2))
         flat_weight = weight if weight is None or pred.dim() == 2 else weight.flatten(1)
@@ -189,8 +205,7 @@ def row_loss(
         )
         if reduced is not None:
             return reduced
-    flat_pred = pred.movedim(1, -1).reshape(-1, pred.shape[1])
-    flat_target = target.movedim(1, -1).reshape(-1, pred.shape[1]).to(acc)
+    flat_pred, flat_target = (t.movedim(1, -1).reshape(rows.numel(), t.shape[1]) for t in (pred, target.to(acc)))
     loss = spec(device_type(pred), flat_pred, None, flat_target, params, activated).reshape(rows)
     return reduce_loss(loss, weight, reduction, avg_factor)
 
@@ -198,7 +213,7 @@ def row_loss(
 def check_element_target(op: str, names: tuple[str, str], pred: Tensor, target: Tensor) -> None:
     """Score and target of a loss of elements; `names` are what the caller calls them."""
     checks.tensor(op, names[0], pred)
-    checks.tensor(op, names[1], target, checks.FLOATING + checks.INTEGER + (torch.bool,))
+    checks.tensor(op, names[1], target, checks.REAL)
     if target.shape != pred.shape:
         rule = f"must have the shape of `{names[0]}`, {list(pred.shape)}"
         raise ValueError(checks.message(op, names[1], rule, list(target.shape)))
@@ -206,6 +221,7 @@ def check_element_target(op: str, names: tuple[str, str], pred: Tensor, target: 
 
 
 def element_loss(
+    op: str,
     spec: OpSpec,
     params: Sequence[float],
     pred: Tensor,
@@ -216,6 +232,7 @@ def element_loss(
     activated: bool,
 ) -> Tensor:
     """A loss of elements after its checks; `weight` broadcasts to pred's shape."""
+    activated = checks.flag(op, "activated", activated)
     arguments = (pred, None, as_dtype(target, accumulator(pred.dtype)), params, activated)
     return _reduce(spec, arguments, weight, reduction, avg_factor)
 

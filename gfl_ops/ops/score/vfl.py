@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ...core.dtypes import accumulator
 from ...core.reduction import check_element_reduction
 from ...core.registry import Sample
 from .score_loss import check_element_target, element_loss, element_samples, score_spec
@@ -83,8 +84,8 @@ def varifocal_loss(
     """
     op = "varifocal_loss"
     check_element_target(op, ("pred", "target"), pred, target)
-    checks.number(op, "alpha", alpha, 0)
-    checks.number(op, "gamma", gamma, 0)
-    weight = check_element_reduction(op, pred, weight, reduction, avg_factor)
-    params = [float(gamma), float(alpha), float(bool(iou_weighted))]
-    return element_loss(VFL, params, pred, target, weight, reduction, avg_factor, activated)
+    acc = accumulator(pred.dtype)
+    alpha, gamma = (checks.number(op, n, v, 0, dtype=acc) for n, v in (("alpha", alpha), ("gamma", gamma)))
+    weight, avg_factor = check_element_reduction(op, pred, weight, reduction, avg_factor)
+    params = [gamma, alpha, float(checks.flag(op, "iou_weighted", iou_weighted))]
+    return element_loss(op, VFL, params, pred, target, weight, reduction, avg_factor, activated)

@@ -124,14 +124,11 @@ def multiclass_nms(
         rule = f"must have shape [N, 4] = [{n}, 4] or [N, 4C] = [{n}, {4 * c}]"
         raise ValueError(checks.message(op, "boxes", rule, list(boxes.shape)))
     checks.same_device(op, "boxes", boxes, "scores", scores)
-    checks.number(op, "score_threshold", score_threshold)
-    checks.number(op, "iou_threshold", iou_threshold)
-    checks.number(op, "max_detections", max_detections, integer=True)
     return MULTICLASS_NMS(
         device_type(boxes),
         detached(boxes),
         detached(scores),
-        float(score_threshold),
-        float(iou_threshold),
-        max_detections,
+        checks.number(op, "score_threshold", score_threshold),
+        checks.number(op, "iou_threshold", iou_threshold),
+        checks.number(op, "max_detections", max_detections, integer=True),
     )

@@ -102,10 +102,17 @@ def check_boxes(op: str, boxes: Tensor, scores: Tensor) -> None:
     checks.same_device(op, "scores", scores, "boxes", boxes)
 
 
-def check_classes(op: str, idxs: Tensor, boxes: Tensor) -> None:
-    checks.tensor(op, "idxs", idxs, checks.INTEGER)
+_CLASSES = (*checks.REAL, torch.uint16, torch.uint32, torch.uint64)
+
+
+def class_numbers(op: str, idxs: Tensor, boxes: Tensor) -> Tensor:
+    """`idxs` after its checks, as int64 numbers that are equal where the classes are."""
+    checks.tensor(op, "idxs", idxs, _CLASSES)
     checks.shape(op, "idxs", idxs, "[N]", boxes.shape[:1])
     checks.same_device(op, "idxs", idxs, "boxes", boxes)
+    if idxs.is_floating_point():
+        return (idxs.double() + 0.0).view(torch.int64)  # the bits; −0 + 0 is 0
+    return as_dtype(idxs, torch.int64)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, legacy: bool = False) -> Tensor:
@@ -139,8 +146,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, legacy: bool = F
     """
     op = "nms"
     check_boxes(op, boxes, scores)
-    checks.number(op, "iou_threshold", iou_threshold)
-    return NMS(device_type(boxes), detached(boxes), detached(scores), None, float(iou_threshold), legacy)
+    iou_threshold, legacy = checks.number(op, "iou_threshold", iou_threshold), checks.flag(op, "legacy", legacy)
+    return NMS(device_type(boxes), detached(boxes), detached(scores), None, iou_threshold, legacy)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, legacy: bool = False) -> Tensor:
@@ -155,7 +162,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Args:
         boxes: fp32, fp16, bf16 or fp64 ``[N, 4]``, corners x1, y1, x2, y2 in any one unit; may be negative.
         scores: floating ``[N]``. NaN counts as the greatest score.
-        idxs: integer ``[N]``, class (or image, or both in one number) of each box; any value.
+        idxs: ``[N]`` of any real dtype, class (or image, or both in one number) of each box; any value.
         iou_threshold: a number; an IoU above it suppresses.
         legacy: widths and heights are one larger, for boxes that name their last pixel (GFocal v1).
 
@@ -173,7 +180,6 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     op = "batched_nms"
     check_boxes(op, boxes, scores)
-    check_classes(op, idxs, boxes)
-    checks.number(op, "iou_threshold", iou_threshold)
-    classes = as_dtype(idxs, torch.int64)
-    return NMS(device_type(boxes), detached(boxes), detached(scores), classes, float(iou_threshold), legacy)
+    classes = class_numbers(op, idxs, boxes)
+    iou_threshold, legacy = checks.number(op, "iou_threshold", iou_threshold), checks.flag(op, "legacy", legacy)
+    return NMS(device_type(boxes), detached(boxes), detached(scores), classes, iou_threshold, legacy)

@@ -15,12 +15,14 @@ from ...core.dtypes import device_type
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
 from ..bins.integral import check_reg_max
+from ..head.atss import check_strides, per_level
 from .postprocess_reference import reference
 
 OP = "postprocess"
 MAX_LEVELS = 8
 # A candidate's (location, class) pair is 32 bits of its sort key, in every backend.
 MAX_PAIRS = 2**32
+MAX_SLOTS = 2**31 - 1  # of an image's detections
 
 
 class Detections(NamedTuple):
@@ -249,19 +251,14 @@ def postprocess(
         Repeatable bit for bit. B = 0 and levels without a location are taken. `nms_pre` ≤ 0 means all, where mmdet's
         −1 drops one pair.
     """
-    levels = _check_maps(cls_scores, reg_preds, reg_max)
+    reg_max, levels = _check_maps(cls_scores, reg_preds, reg_max)
     cls, batch = cls_scores[0], cls_scores[0].shape[0]
-    _check_numbers(strides, "strides", levels, 0.0)
-    if isinstance(center_offset, (list, tuple)):
-        offsets = list(center_offset)
-    else:
-        checks.number(OP, "center_offset", center_offset)
-        offsets = [center_offset] * levels
-    _check_numbers(offsets, "center_offset", levels, None)
-    checks.number(OP, "score_threshold", score_threshold)
-    checks.number(OP, "nms_pre", nms_pre, integer=True)
-    checks.number(OP, "iou_threshold", iou_threshold)
-    checks.number(OP, "max_detections", max_detections, 0, integer=True)
+    stride_list = check_strides(OP, strides, levels)
+    offsets = per_level(OP, "center_offset", center_offset, levels)
+    score_threshold = checks.number(OP, "score_threshold", score_threshold)
+    nms_pre = checks.number(OP, "nms_pre", nms_pre, integer=True)
+    iou_threshold = checks.number(OP, "iou_threshold", iou_threshold)
+    max_detections = checks.number(OP, "max_detections", max_detections, 0, MAX_SLOTS, integer=True)
     checks.choice(OP, "topk_mode", topk_mode, ("pair", "anchor"))
     sizes = _pairs("image_sizes", image_sizes, cls, batch)
     factors = None if scale_factors is None else _pairs("scale_factors", scale_factors, cls, batch)
@@ -271,25 +268,25 @@ def postprocess(
             device_type(cls),
             list(cls_scores),
             list(reg_preds),
-            [float(s) for s in strides],
+            stride_list,
             sizes,
             factors,
             reg_max,
-            float(score_threshold),
+            score_threshold,
             nms_pre,
-            float(iou_threshold),
+            iou_threshold,
             max_detections,
-            [float(o) for o in offsets],
+            offsets,
             topk_mode == "anchor",
-            activated,
-            legacy,
+            checks.flag(OP, "activated", activated),
+            checks.flag(OP, "legacy", legacy),
         )
     return Detections(*results)
 
 
-def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> int:
-    """Both lists of maps against each other. Returns the number of levels."""
-    check_reg_max(OP, "reg_max", reg_max)
+def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_max: int) -> tuple[int, int]:
+    """Both lists of maps against each other. Returns R and the number of levels."""
+    reg_max = check_reg_max(OP, "reg_max", reg_max)
     for name, value in (("cls_scores", cls_scores), ("reg_preds", reg_preds)):
         if not isinstance(value, (list, tuple)):
             rule = "must be a list or tuple of tensors, one per level"
@@ -323,24 +320,15 @@ def _check_maps(cls_scores: Sequence[Tensor], reg_preds: Sequence[Tensor], reg_m
         if pairs > MAX_PAIRS:
             rule = "with more than 2^32 pairs of location and class is not supported"
             raise NotImplementedError(checks.message(OP, cls_name, rule, pairs))
-    return levels
-
-
-def _check_numbers(values: Sequence[float], name: str, levels: int, above: float | None) -> None:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            checks.message(OP, name, "must be a list or tuple of numbers, one per level", type(values).__name__)
-        )
-    if len(values) != levels:
-        raise ValueError(checks.message(OP, name, f"must have one number per level, {levels}", len(values)))
-    for i, value in enumerate(values):
-        checks.number(OP, f"{name}[{i}]", value, above, exclusive=True)
+    return reg_max, levels
 
 
 def _pairs(name: str, value: Tensor | Sequence[Sequence[float]], like: Tensor, batch: int) -> Tensor:
     """`value` as fp32 [B, 2] on the maps' device."""
     if isinstance(value, Tensor):
         checks.tensor(OP, name, value, checks.FLOATING + checks.INTEGER)
+        if value.is_meta:
+            checks.same_device(OP, name, value, "cls_scores", like)
         pairs = value
     else:
         pairs = _tensor_of_pairs(name, value, batch)
@@ -358,9 +346,9 @@ def _tensor_of_pairs(name: str, value: Sequence[Sequence[float]], batch: int) ->
         raise TypeError(checks.message(OP, name, rule, type(value).__name__))
     if len(value) != batch:
         raise ValueError(checks.message(OP, name, f"must have one pair per image, {batch}", len(value)))
+    numbers: list[float] = []
     for i, pair in enumerate(value):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(checks.message(OP, f"{name}[{i}]", "must be a pair of numbers", repr(pair)))
-        for number in pair:
-            checks.number(OP, f"{name}[{i}]", number)
-    return torch.tensor(value, dtype=torch.float32).reshape(-1, 2)
+        numbers += [checks.number(OP, f"{name}[{i}]", x, dtype=torch.float32) for x in pair]
+    return torch.tensor(numbers, dtype=torch.float32).reshape(-1, 2)

@@ -14,7 +14,7 @@ from ...core.random_inputs import boxes as draw_boxes
 from ...core.random_inputs import uniform
 from ...core.registry import OpSpec, Sample, register
 from ..boxes import box_ops
-from .nms import check_boxes, check_classes
+from .nms import check_boxes, class_numbers
 
 METHODS = ("linear", "gaussian")
 
@@ -151,7 +151,7 @@ def soft_nms(
     Args:
         boxes: fp32, fp16, bf16 or fp64 ``[N, 4]``, corners x1, y1, x2, y2.
         scores: floating ``[N]``, usually in [0, 1]. NaN counts as the greatest score, and stays NaN.
-        idxs: integer ``[N]``, class of each box, any value; None for one class.
+        idxs: ``[N]`` of any real dtype, class of each box, any value; None for one class.
         iou_threshold: a number; with "linear", an IoU of at least this much lowers a score.
         sigma: with "gaussian", how wide the decay is; a number > 0.
         min_score: a box is dropped once its score is below this. The best box of all is kept nonetheless, as in mmcv.
@@ -173,11 +173,10 @@ def soft_nms(
     op = "soft_nms"
     check_boxes(op, boxes, scores)
     if idxs is not None:
-        check_classes(op, idxs, boxes)
-        idxs = idxs.long()
-    checks.number(op, "iou_threshold", iou_threshold)
-    checks.number(op, "sigma", sigma, 0, exclusive=True)
-    checks.number(op, "min_score", min_score)
+        idxs = class_numbers(op, idxs, boxes)
+    iou_threshold = checks.number(op, "iou_threshold", iou_threshold)
+    sigma = checks.number(op, "sigma", sigma, 0, exclusive=True)
+    min_score = checks.number(op, "min_score", min_score)
     checks.choice(op, "method", method, METHODS)
-    arguments = (float(iou_threshold), float(sigma), float(min_score), method == "gaussian")
+    arguments = (iou_threshold, sigma, min_score, method == "gaussian")
     return SOFT_NMS(device_type(boxes), detached(boxes), detached(scores), idxs, *arguments)

@@ -37,7 +37,7 @@ def side_distributions(reg_preds: Sequence[Tensor], locations: Tensor, reg_max: 
         Plain PyTorch on every backend: gathers K locations per image and never waits for the device.
     """
     op = "side_distributions"
-    check_reg_max(op, "reg_max", reg_max)
+    reg_max = check_reg_max(op, "reg_max", reg_max)
     batch, channels = checks.maps(op, "reg_preds", reg_preds)
     if channels != 4 * (reg_max + 1):
         rule = f"must have 4(R+1) = {4 * (reg_max + 1)} channels"

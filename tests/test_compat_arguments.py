@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever form of an argument a replaced function takes, ours takes, with the same result: numbers of numpy and in
+tensors, integers for floats, other dtypes, lists for tuples."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from argument_forms import Entry, entries
+from contract import tensors
+from peers import mmdet_stub
+from torch import Tensor
+
+ENTRIES = list(entries())
+every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=str)
+
+
+def find(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def call(entry: Entry, function: Any, changed: str = "", value: Any = None) -> list[Tensor]:
+    """The results with one argument replaced."""
+    init, arguments = dict(entry.init or {}), dict(entry.call)
+    if changed.startswith("init."):
+        init[changed.removeprefix("init.")] = value
+    elif "." in changed:
+        name, key = changed.split(".")
+        arguments[name] = {**arguments[name], key: value}
+    elif changed:
+        arguments[changed] = value
+    if entry.init is not None:
+        function = function(**init)
+    # Copied, since theirs may write to a target.
+    copied = {k: a.clone() if isinstance(a, Tensor) else a for k, a in arguments.items()}
+    # An object by position, since a forward method may call its arguments otherwise.
+    return tensors(function(*copied.values()) if entry.init is not None else function(**copied))
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], what: str, tolerance: float) -> None:
+    for g, w in zip(got, want, strict=True):
+        # A divisor of shape [1] makes theirs a loss of that shape.
+        torch.testing.assert_close(
+            g.double().reshape(w.shape),
+            w.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m: f"{what}: {m}",
+        )
+
+
+def plain(value: Any) -> Any:
+    """The usual form of a number."""
+    return value.item() if hasattr(value, "item") and (getattr(value, "ndim", 0) == 0 or value.size == 1) else value
+
+
+@every_entry
+def test_ours_takes_every_form(entry: Entry) -> None:
+    ours = find(f"gfl_ops.{entry.ours}")
+    usual = call(entry, ours)
+    assert usual
+    for argument, forms in entry.forms.items():
+        for form, value in forms.items():
+            got, what = call(entry, ours, argument, value), f"{entry}, `{argument}` as {form}"
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                assert_same(got, call(entry, ours, argument, plain(value)), what, 1e-6)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.theirs is not None], ids=str)
+def test_theirs_gives_the_same(entry: Entry) -> None:
+    """Where the original takes a form, what stands in its place does, and gives what the original gives."""
+    pytest.importorskip(str(entry.theirs).split(".")[0])
+    mmdet_stub.install()
+    path = str(entry.theirs)
+    forms = [(a, f, v) for a, forms in entry.forms.items() for f, v in forms.items()]
+    wanted: dict[tuple[str, str], list[Tensor]] = {}
+    refused: list[str] = []
+    for argument, form, value in [("", "", None), *forms]:
+        try:
+            wanted[argument, form] = call(entry, find(path), argument, value)
+        except Exception as error:  # whatever theirs raises
+            refused.append(f"`{argument}` as {form}: {type(error).__name__}")
+    print(f"{path} refuses {refused}")
+    assert ("", "") in wanted, refused
+    if entry.patch is None:
+        undo, ours = lambda: None, find(f"gfl_ops.{entry.ours}")
+    else:
+        module = importlib.import_module(f"gfl_ops.compat.{entry.patch}")
+        module.patch()
+        undo, ours = module.unpatch, find(path)
+    try:
+        for (argument, form), want in wanted.items():
+            value = entry.forms[argument][form] if argument else None
+            got = call(entry, ours, argument, value)
+            half = any(w.dtype in (torch.float16, torch.bfloat16) for w in want)
+            assert_same(got, want, f"{entry}, `{argument}` as {form}", 2e-2 if half else 1e-4)
+    finally:
+        undo()
