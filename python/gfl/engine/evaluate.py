@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 import gfl_ops
 
+from .. import files
 from ..config import Config
-from ..data.coco import Annotations, CocoDataset, coco_detection, read_annotations
+from ..data.coco import Annotations, CocoDataset, check_detections, coco_detection, read_annotations
 from ..data.loader import test_loader
 from ..data.transforms import normalise
+from ..data.values import ImageId
 from .pipeline import testing
 
 # In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
@@ -28,7 +30,12 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 def evaluate(
-    model: nn.Module, dataset: CocoDataset, config: Config, device: torch.device | str, progress: bool = True
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: Config,
+    device: torch.device | str,
+    progress: bool = True,
+    save: Path | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Detects in all images of a data set and compares with its annotations.
 
@@ -42,6 +49,8 @@ def evaluate(
         config: sizes, batches and workers.
         device: the model's.
         progress: show a progress bar, if standard error is a terminal.
+        save: a JSON file for the detections, written before they are compared; while they come they are lines of JSON
+            in a file beside it, one per process.
 
     Returns:
         Metrics as `coco_metrics` gives them, and the detections as `to_results` does, in the data set's order.
@@ -57,23 +66,30 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
     own: list[dict[str, Any]] = []
-    with testing(model, config.test), torch.no_grad():
-        hidden = None if progress and rank == 0 else True
-        for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
-            if batch.image_ids:
-                batch = batch.to(device)
-                images = normalise(batch.images, batch.image_sizes)
-                found = model(images, batch.image_sizes, batch.scale_factors)
-                own += to_results(found, batch.image_ids, dataset.category_ids)
+    with contextlib.ExitStack() as stack:
+        add = stack.enter_context(files.lines(save.with_name(f"{save.stem}.partial-{rank}.jsonl"))) if save else None
+        with testing(model, config.test), torch.no_grad():
+            hidden = None if progress and rank == 0 else True
+            for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
+                if batch.image_ids:
+                    batch = batch.to(device)
+                    images = normalise(batch.images, batch.image_sizes)
+                    found = model(images, batch.image_sizes, batch.scale_factors)
+                    results = to_results(found, batch.image_ids, dataset.category_ids)
+                    own += results
+                    if add is not None:
+                        add(results)
 
-    everything: list[Any] = [(own, dataset.unreadable)] * world
-    if together:
-        dist.all_gather_object(everything, (own, dataset.unreadable))
-    for _, unreadable in everything:
-        for path in sorted(unreadable):
-            dataset.pass_over(path)
-    place = {image: row for row, image in enumerate(dataset.image_ids)}
-    results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
+        everything: list[Any] = [(own, dataset.unreadable)] * world
+        if together:
+            dist.all_gather_object(everything, (own, dataset.unreadable))
+        for _, unreadable in everything:
+            for path in sorted(unreadable):
+                dataset.pass_over(path)
+        place = {image: row for row, image in enumerate(dataset.image_ids)}
+        results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
+        if save is not None and rank == 0:
+            files.write_json(save, results)
     # What the first process computes, or its error, in all of them, so that none waits for one that failed.
     outcome: list[Any] = [None]
     if rank == 0:
@@ -91,7 +107,7 @@ def evaluate(
 def coco_metrics(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> dict[str, float]:
     """The twelve figures of pycocotools for boxes, by the names of `METRICS`; NaN where there is no object to find.
 
@@ -113,20 +129,24 @@ def coco_metrics(
 def class_metrics(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> dict[str, float]:
-    """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`."""
+    """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`.
+
+    Where two categories share a name, each name ends with its category's id.
+    """
     annotations = read_annotations(annotations)
     # [IoU thresholds, recalls, categories, areas, limits of detections]
     precision = torch.from_numpy(coco_evaluation(annotations, detections, image_ids).eval["precision"])
     of_class = precision[:, :, :, 0, -1].permute(2, 0, 1).flatten(1)
-    return {name: _figure(values.mean()) for name, values in zip(annotations.classes, of_class, strict=True)}
+    names = annotations.distinct_names()
+    return {name: _figure(values.mean()) for name, values in zip(names, of_class, strict=True)}
 
 
 def coco_evaluation(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> Any:
     """pycocotools' ``COCOeval`` of boxes, evaluated and accumulated; arguments and errors as for `coco_metrics`."""
     try:
@@ -135,12 +155,10 @@ def coco_evaluation(
     except ImportError as error:
         raise RuntimeError(f"an evaluation needs the package pycocotools: {error}") from None
     annotations = read_annotations(annotations)
-    unknown = {d["image_id"] for d in detections} - set(annotations.image_ids)
-    if unknown:
-        raise ValueError(f"`detections` have the image {min(unknown)}, which {annotations.path} does not list")
+    detections = check_detections(detections, annotations)
     truth, found = COCO(), COCO()
     truth.dataset = annotations.to_coco()
-    found.dataset = {**truth.dataset, "annotations": [dict(d) for d in detections]}
+    found.dataset = {**truth.dataset, "annotations": detections}
     for number, d in enumerate(found.dataset["annotations"], 1):
         d |= {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -155,7 +173,7 @@ def coco_evaluation(
 
 
 def to_results(
-    detections: gfl_ops.Detections, image_ids: Sequence[int], category_ids: Sequence[int]
+    detections: gfl_ops.Detections, image_ids: Sequence[ImageId], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
     boxes, scores, labels, count = (tensor.tolist() for tensor in detections[:4])
