@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
@@ -167,7 +168,8 @@ def to_onnx(
         _append_nms(proto, model)
     _describe(proto, model, size, outputs, integral, classes)
     onnx.checker.check_model(proto, full_check=True)
-    onnx.save_model(proto, str(file))
+    with files.replacing(file) as part:
+        onnx.save_model(proto, str(part))
 
 
 def _example(batch: int | None, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any] | None]:
@@ -231,7 +233,7 @@ def _describe(
         "strides": ",".join(map(str, model.config.strides)),
         "reg_max": str(model.config.reg_max),
     }
-    helper.set_model_props(proto, values | ({"classes": "\n".join(classes)} if classes else {}))
+    helper.set_model_props(proto, values | ({"classes": "\n".join(map(files.printable, classes))} if classes else {}))
     proto.producer_name = "gfl-ops"
 
 
@@ -255,10 +257,10 @@ def to_torch(
     """
     whole = Exportable(model, size, outputs, dtype).to(device)
     images, shapes = _example(batch, size)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), files.replacing(file) as part:
         warnings.simplefilter("ignore")
         program = torch.export.export(whole, (images.to(device),), dynamic_shapes=shapes)
         if compiled:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part))
         else:
-            torch.export.save(program, file)
+            torch.export.save(program, part)
