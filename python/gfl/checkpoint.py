@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import io
@@ -86,11 +87,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         inert = _inert(path)
         with _READING if inert else nullcontext(), torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except _Damaged as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     except Exception as error:
+        # Of a place in the file that its damaged directory names; others are the disk's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if asked is not None:
             raise ValueError(
@@ -114,11 +118,12 @@ def _verify(path: Path) -> None:
     """Compares a file with its own digest or checksums; `_Damaged` where they differ, nothing where it has none."""
     with files.open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
-        sealed_end = max(0, size - SEAL_SIZE - END_SIZE + 2)
-        file.seek(sealed_end)
-        if file.read(len(ARCHIVE_END)) == ARCHIVE_END:
-            file.seek(size - SEAL_SIZE)
-            if file.read() != _seal(file, size - SEAL_SIZE):
+        tail_start = file.seek(max(0, size - SEAL_SIZE - END_SIZE))
+        tail = file.read()
+        end = tail.rfind(ARCHIVE_END)
+        # A plain archive ends with a comment of no length; any other is `write`'s, or what is left of it.
+        if end >= 0 and (comment := tail[end + END_SIZE - 2 :]) != bytes(2):
+            if comment != _seal(file, tail_start + end + END_SIZE - 2):
                 raise _Damaged("its bytes are not those that were written")
             return
         if not zipfile.is_zipfile(file):  # torch's older format has no checksums

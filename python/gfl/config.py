@@ -101,6 +101,7 @@ class TrainConfig:
     seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
     checkpoint_steps: int = _option(1000, "steps between checkpoints within an epoch; 0: only after each epoch")
+    rank_timeout: float = _option(600.0, "seconds that processes wait for each other before they give up")
     log_steps: int = _option(50, "steps between rows of the log")
 
 

@@ -85,8 +85,10 @@ def _keep(path: Path, kept: Path) -> None:
     except OSError:  # No links on this file system: for a moment there is no file `path`.
         os.replace(path, kept)
         return
-    os.replace(link, kept)
-    link.unlink(missing_ok=True)  # Renaming to another link of the same file does nothing.
+    try:
+        os.replace(link, kept)
+    finally:
+        link.unlink(missing_ok=True)  # Renaming to another link of the same file does nothing either.
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -24,7 +24,8 @@ minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
               [B, K, 4], scores and labels [B, K]
 
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
-them under its metadata key `integral_nodes`: tell a quantizer to skip these.
+all nodes from there on under its metadata key `integral_nodes`: give these to
+onnxruntime's quantize_static as nodes_to_exclude.
 
   gfl export best.pt --out detector.onnx --size 800x1344
   gfl export best.pt --out detector.pt2 --format torch-export \\

@@ -23,7 +23,9 @@ def _plain(value: Any) -> Any:
 
 def number(value: Any) -> float | None:
     """a finite number, not a truth value"""
-    if type(value) is not float and type(value) is not int:
+    if type(value) is float:
+        return value if value - value == 0 else None
+    if type(value) is not int:
         value = _plain(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
@@ -57,9 +59,9 @@ def image_id(value: Any) -> ImageId | None:
 
 def truth(value: Any) -> bool | None:
     """true or false, 1 or 0, also as a text; nothing (null) is false"""
-    value = _plain(value)
-    if value is None:
+    if value is None or value is False:
         return False
+    value = _plain(value)
     if isinstance(value, str):
         return _TRUTH.get(value.strip().lower())
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
@@ -67,7 +69,7 @@ def truth(value: Any) -> bool | None:
 
 def numbers(value: Any, count: int) -> list[float] | None:
     """that many finite numbers"""
-    if isinstance(value, (np.ndarray, Tensor)):
+    if type(value) is not list and isinstance(value, (np.ndarray, Tensor)):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
         return None

@@ -74,7 +74,10 @@ def train(
     out = Path(out)
     if resume and not out.is_dir():
         raise ValueError(f"{out} holds no training to resume: there is no such folder")
-    with processes(device) as process, files.locked(out) if process.main else nullcontext("") as gone:
+    with (
+        processes(device, config.train.rank_timeout) as process,
+        files.locked(out) if process.main else nullcontext("") as gone,
+    ):
         training = Training(config, out, process, resume, progress)
         if gone:
             training.log.say(f"{out} is taken over from {gone}, which is no more")
@@ -323,7 +326,7 @@ def learning_rate(step: int, steps_per_epoch: int, train: TrainConfig) -> float:
 
 
 def _check(settings: TrainConfig) -> None:
-    positive = ("epochs", "lr", "log_steps")
+    positive = ("epochs", "lr", "log_steps", "rank_timeout")
     for name in (*positive, "warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
         value = getattr(settings, name)
         if value < 0 or (value == 0 and name in positive):
