@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file layer in which one call fails, as on a disk that is full, read-only or gone, or in a process that is killed."""
+"""A file layer in which one call fails, as on a full or broken disk, or in a process that is killed."""
 
 from __future__ import annotations
 

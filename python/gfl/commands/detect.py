@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _free_name(stem: str, out: Path, taken: list[str], earlier: set[str]) -> str
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
         both = (f"{name}.jpg", f"{name}.edges.png")
-        there = (picture in earlier or not (out / picture).exists() for picture in both)
+        there = (picture in earlier or not os.path.lexists(out / picture) for picture in both)
         if not used & {picture.casefold() for picture in both} and all(there):
             return name
     raise AssertionError

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 # Seconds that a process waits for the others, and for their answer when it has waited so long.
 TIMEOUT, ANSWER = 600.0, 10.0
 _LOST = re.compile(r"(?i)timed? ?out|connection (closed|reset|refused)|closed by peer")
