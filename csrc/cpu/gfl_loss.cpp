@@ -30,7 +30,7 @@ GFL_DECLARE_PER_ISA(float head_background_without(DType dtype, const void* cls, 
 namespace gfl::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2 * kHeadTile;  // locations
+constexpr int64_t kBlock = kHeadTile;  // locations
 constexpr int64_t kPositivesPerChunk = 16;
 
 // What a positive adds before any weight, and w.

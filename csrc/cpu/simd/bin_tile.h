@@ -143,12 +143,12 @@ GFL_INLINE void scatter_rows(const Lanes* tile, Bins bins, int count, const Rows
 }
 
 // `count` elements of any dtype, and floats.
-template <class T> inline void widen_row(const T* from, int count, float* to) {
+template <class T> GFL_INLINE void widen_row(const T* from, int count, float* to) {
   int j = 0;
   for (; j + kLanes <= count; j += kLanes) load_lanes(from + j, kLanes, 0.0f, to + j);
   for (; j < count; ++j) to[j] = load(from + j);
 }
-template <class T> inline void narrow_row(const float* from, int count, T* to) {
+template <class T> GFL_INLINE void narrow_row(const float* from, int count, T* to) {
   int j = 0;
   for (; j + kLanes <= count; j += kLanes) store_lanes(from + j, kLanes, to + j);
   for (; j < count; ++j) store(to + j, from[j]);

@@ -194,24 +194,8 @@ inline float sum_of(Floats x) {
   return x[0];
 }
 
-// kLanes elements as floats, and back. `count` of them are there; the others are read as `fill` and not written.
-template <class T> inline void load_lanes(const T* from, int64_t count, float fill, float* lanes) {
-  if (count >= kLanes) {
-    GFL_LANES(j) lanes[j] = load(from + j);
-    return;
-  }
-  GFL_LANES(j) lanes[j] = j < count ? load(from + j) : fill;
-}
-
-template <class T> inline void store_lanes(const float* lanes, int64_t count, T* to) {
-  if (count >= kLanes) {
-    GFL_LANES(j) store(to + j, lanes[j]);
-    return;
-  }
-  for (int j = 0; j < count; ++j) store(to + j, lanes[j]);
-}
-
-// kWidth elements as floats, and back.
+// kWidth elements as floats, and back. fp16 by the CPU's own conversions where it has them, which give the bits of
+// terms/scalar.h but for quieting a signalling NaN.
 inline Floats load_floats(const float* from) {
   Floats v;
   std::memcpy(&v, from, sizeof v);
@@ -223,15 +207,50 @@ inline Floats load_floats(const bfloat16_t* from) {
   return (Floats)(__builtin_convertvector(bits, Bits) << 16);
 }
 inline Floats load_floats(const half_t* from) {
-  Floats v{};
-  for (int j = 0; j < kWidth; ++j) v[j] = load(from + j);
-  return v;
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  float lanes[kWidth];
+  _Pragma("omp simd") for (int j = 0; j < kWidth; ++j) lanes[j] = load(from + j);
+  return load_floats(lanes);
+#endif
 }
 inline void store_floats(Floats v, float* to) { std::memcpy(to, &v, sizeof v); }
 template <class T> inline void store_floats(Floats v, T* to) {
   float lanes[kWidth];
   std::memcpy(lanes, &v, sizeof v);
   _Pragma("omp simd") for (int j = 0; j < kWidth; ++j) store(to + j, lanes[j]);
+}
+#if defined(__F16C__)
+inline void store_floats(Floats v, half_t* to) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  // Every NaN becomes the one with all bits set, and keeps its sign.
+  v = (Floats)((Ints)v | ((Ints)(v != v) & 0x7fffffff));
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, v, kNearest));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, kNearest));
+#endif
+}
+#endif
+
+// kLanes elements as floats, and back. `count` of them are there; the others are read as `fill` and not written.
+template <class T> inline void load_lanes(const T* from, int64_t count, float fill, float* lanes) {
+  if (count >= kLanes) {
+    for (int k = 0; k < kLanes; k += kWidth) store_floats(load_floats(from + k), lanes + k);
+    return;
+  }
+  GFL_LANES(j) lanes[j] = j < count ? load(from + j) : fill;
+}
+
+template <class T> inline void store_lanes(const float* lanes, int64_t count, T* to) {
+  if (count >= kLanes) {
+    for (int k = 0; k < kLanes; k += kWidth) store_floats(load_floats(lanes + k), to + k);
+    return;
+  }
+  for (int j = 0; j < count; ++j) store(to + j, lanes[j]);
 }
 
 // The same where only `count` of them are there; the others are read as `fill` and not written.
