@@ -153,7 +153,7 @@ def other(model: GFL) -> GFL:
 
 
 def test_what_is_really_wrong_is_said(model: GFL, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"several networks, student\., helper\."):
+    with pytest.raises(ValueError, match=r"several networks, helper\., student\."):
         checkpoint.normalise(prefixed("student.", model) | prefixed("helper.", model))
     torch.save(model, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"asks for gfl\.models\.gfl\.GFL, .*save its `state_dict\(\)`"):
