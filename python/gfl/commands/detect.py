@@ -8,12 +8,16 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..files import say
 from . import DTYPES, add_config, given_config
+
+if TYPE_CHECKING:
+    from ..detector import Result
 
 HELP = "detect objects in images: writes pictures and a COCO-format file"
 ANNOTATIONS = "detections.json"
@@ -40,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..detector import Detector, find_images
+    from ..threads import MOST, cores, map_ahead
 
     # A file that is named is taken whatever its suffix.
     found = ([Path(given)] if Path(given).is_file() else find_images(given) for given in options.images)
@@ -68,31 +73,44 @@ def run(options: argparse.Namespace) -> int:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     pictures: list[str] = []
-    with files.lines(out / PARTIAL) as add:
-        for result in detector.stream(paths, edges=options.edges, on_error=report):
+
+    def write(named: tuple[str, Result]) -> tuple[str, Result, list[str]]:
+        name, result = named
+        drawn = {f"{name}.jpg": lambda: result.draw(options.score)}
+        if options.edges and len(result):
+            drawn[f"{name}.edges.png"] = lambda: result.draw_edges(0)
+        failed = []
+        for picture, draw in drawn.items():
+            try:
+                with files.replacing(out / picture) as part:
+                    draw().save(part, quality=92)  # of JPEG; PNG has none
+            except (OSError, ValueError) as error:  # The detections are there; a picture is an extra.
+                failed.append(f"{out / picture} is not written: {error}")
+        return name, result, failed
+
+    def named(results: Iterator[Result], add: Callable[[Any], None]) -> Iterator[tuple[str, Result]]:
+        """Each result with a name for its pictures, when its detections are kept."""
+        for result in results:
             height, width = result.size
             images.append({"id": len(images) + 1, "file_name": str(result.path), "height": height, "width": width})
             boxes: list[dict[str, Any]] = []
             for one in result.to_coco(len(images)):
                 area = one["bbox"][2] * one["bbox"][3]
                 boxes.append({"id": len(annotations) + len(boxes) + 1, **one, "area": area, "iscrowd": 0})
-            annotations += boxes
+            annotations.extend(boxes)
             add({"image": images[-1], "annotations": boxes})
             name = _free_name(result.path.stem if result.path else "image", out, pictures, earlier)
-            drawn = {f"{name}.jpg": lambda result=result: result.draw(options.score)}
-            if options.edges and len(result):
-                drawn[f"{name}.edges.png"] = lambda result=result: result.draw_edges(0)
-            for picture, draw in drawn.items():
-                pictures.append(picture)
-                try:
-                    with files.replacing(out / picture) as part:
-                        draw().save(part, **({"quality": 92} if picture.endswith(".jpg") else {}))
-                except (OSError, ValueError) as error:  # The detections are there; a picture is an extra.
-                    say(f"{out / picture} is not written: {error}", sys.stderr)
-            counts = [
-                f"{result.labels.tolist().count(c)} {detector.classes[c]}"
-                for c in dict.fromkeys(result.labels.tolist())
-            ]
+            pictures.extend((f"{name}.jpg", f"{name}.edges.png"))
+            yield name, result
+
+    with files.lines(out / PARTIAL) as add:
+        results = detector.stream(paths, edges=options.edges, on_error=report, keep_pixels=True)
+        # This thread keeps the detector busy.
+        for name, result, failed in map_ahead(write, named(results, add), min(MOST, cores())):
+            for text in failed:
+                say(text, sys.stderr)
+            labels = result.labels.tolist()
+            counts = [f"{labels.count(c)} {detector.classes[c]}" for c in dict.fromkeys(labels)]
             say(f"{result.path}: {', '.join(counts) or 'nothing'} -> {out / name}.jpg")
         categories = [{"id": i, "name": name} for i, name in zip(detector.category_ids, detector.classes)]
         info = {"description": PROGRAM, "pictures": pictures}

@@ -66,7 +66,7 @@ def read_image(
             if turn is not None and size == unturned and (size != turned or not upright()):
                 turn = None
             image = to_tensor(stored if turn is None else stored.transpose(turn))
-        except ConflictingOrientations:
+        except (ConflictingOrientations, MemoryError):
             raise
         # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
         except Exception as error:

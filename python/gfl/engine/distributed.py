@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,27 +42,40 @@ class Process:
 def processes(device: str | None = None, timeout: float = TIMEOUT) -> Iterator[Process]:
     """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
 
-    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors. A process
-    that waits `timeout` seconds for another raises a RuntimeError that names the ranks which don't answer.
+    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors. Within, it
+    is torch's current one. A process that waits `timeout` seconds for another raises a RuntimeError that names the
+    ranks which don't answer.
     """
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, default)) for name, default in single.items())
     where = choose_device(device, local)
     joined = world > 1 and not dist.is_initialized()
-    if joined:
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=limit)
+    limit = timedelta(seconds=timeout)
+    with current_device(where):
+        if joined and where.type == "cuda":
+            dist.init_process_group("nccl", device_id=where, timeout=limit)
+        elif joined:
+            dist.init_process_group("gloo", timeout=limit)
         # Of its own, since a group is unusable after an error.
-        monitor = dist.new_group(backend="gloo", timeout=limit)
-    try:
-        yield Process(rank, world, where)
-    except RuntimeError as error:
-        if not joined or not _LOST.search(str(error)):
-            raise
-        raise RuntimeError(f"{_silent(monitor, rank)} within {timeout:.0f} s: {error}") from error
-    finally:
-        if joined:
-            dist.destroy_process_group()
+        monitor = dist.new_group(backend="gloo", timeout=limit) if joined else None
+        try:
+            yield Process(rank, world, where)
+        except RuntimeError as error:
+            if not joined or not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(f"{_silent(monitor, rank)} within {timeout:.0f} s: {error}") from error
+        finally:
+            if joined:
+                dist.destroy_process_group()
+
+
+def current_device(device: torch.device | str) -> AbstractContextManager[object]:
+    """A context in which a GPU is torch's current device; nothing for a CPU.
+
+    Collectives of objects, barriers, events and pinned memory are the current device's, whatever their tensors are on.
+    """
+    where = torch.device(device)
+    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
 
 
 def _silent(monitor: Any, rank: int) -> str:
@@ -79,10 +92,11 @@ def _silent(monitor: Any, rank: int) -> str:
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     """The device of that name; for None the GPU numbered `local_rank`, or the CPU where torch has no GPU.
 
-    It is a ValueError if torch does not know the device or this machine does not have it.
+    It is a ValueError if torch does not know the device or this machine does not have it. torch's current device stays
+    what it is.
     """
     if name is None:
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -94,5 +108,4 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"`device` is {device}, but there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
     return device
