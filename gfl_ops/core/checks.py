@@ -17,7 +17,7 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REAL = (*FLOATING, *INTEGER, torch.bool)
 REDUCTIONS = ("none", "mean", "sum")
 
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 
 # Checks that would make the host wait for the device run only on request.
 SYNCHRONISING = os.environ.get("GFL_OPS_CHECK", "0") == "1"
@@ -136,7 +136,7 @@ def number(
         raise ValueError(message(op, argument, f"must be {'>' if exclusive else '>='} {minimum}", found))
     if maximum is not None and found > maximum:
         raise ValueError(message(op, argument, f"must be <= {maximum}", found))
-    if dtype is torch.float32 and not -_LARGEST <= found <= _LARGEST:
+    if dtype is torch.float32 and not -LARGEST <= found <= LARGEST:
         found = math.copysign(math.inf, found)
     return found
 

@@ -3,29 +3,52 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib
+import io
+import json
 import os
 import pickle
+import pickletools
 import re
+import threading
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import files, models
 from .config import Config
-from .foreign import CLASS_KEYS, FORMAT, infer_model, normalise
+from .foreign import CLASS_KEYS, FORMAT, configuration, normalise
 from .foreign import Weights as Weights
+from .foreign import infer_model as infer_model
 
 # Objects that training frameworks store beside the weights, such as log histories: they become inert and are never
 # imported. A file that asks for anything else is refused.
-INERT_PACKAGES = {"mmengine", "mmcv", "mmdet", "numpy", "_codecs"}
-INERT_BUILTINS = {"builtins.getattr"}  # how mmengine's log histories name their methods
+INERT_PACKAGES = {
+    *("mmengine", "mmcv", "mmdet", "numpy", "_codecs", "argparse", "pathlib", "datetime", "omegaconf", "addict"),
+    *("yacs", "easydict", "ml_collections", "pytorch_lightning", "lightning", "lightning_fabric"),
+}
+INERT_NAMES = {
+    "builtins.getattr",  # how mmengine's log histories name their methods
+    *("types.SimpleNamespace", "collections.defaultdict", "collections.deque", "torch.torch_version.TorchVersion"),
+}
+# torch has one list of the classes that may be read, for all threads.
+_READING = threading.Lock()
 # Buffers that a file need not have, since they hold no weights.
 CONSTANT = ("num_batches_tracked", "bbox_head.integral.project")
+# The end of a zip archive without a comment; `write` adds the digest of all before as its comment.
+ARCHIVE_END, END_SIZE = b"PK\5\6", 22
+SEAL = b"sha256:"
+SEAL_SIZE = 2 + len(SEAL) + 64
+# The key of a safetensors file's metadata that holds `meta`.
+SAFETENSORS_KEY = "gfl_ops"
 
 
 class Loaded(NamedTuple):
@@ -47,35 +70,94 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint file, on the CPU, as they are; `normalise` makes sense of them.
 
     Only data is read: a file that asks for a function or class beyond tensors and plain containers is refused, except
-    for the few that training frameworks store beside the weights, which become inert objects.
+    for the few that training frameworks store beside the weights, which become inert objects. What a file says of
+    itself is checked: the digest that `write` adds, and the checksums of an archive. Threads may read at once.
 
     Raises:
         OSError: no such file, or it can't be read.
-        ValueError: truncated, not a checkpoint, or one that would run code. Names the file.
+        ValueError: truncated, damaged, not a checkpoint, or one that would run code. Names the file.
         RuntimeError: a safetensors file where that package is not installed.
     """
     path = Path(path)
+    files.open_regular(path).close()  # raises the OSError of a file that is not there or not readable
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    path.open("rb").close()  # raises the OSError of a file that is not there or not readable
-    with torch.serialization.safe_globals(_inert(path)):
-        try:
+    try:
+        _verify(path)
+        inert = _inert(path)
+        with _READING if inert else nullcontext(), torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError):
+    except MemoryError:
+        raise
+    except _Damaged as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    except Exception as error:
+        # Of a place in the file that its damaged directory names; others are the disk's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        except Exception as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            if asked is not None:
-                raise ValueError(
-                    f"{path}: refused, since it asks for {asked[1]}, which is not data: to load it would run code"
-                ) from None
-            # An unpickler's text is left out: it advises to load the file unsafely.
-            text = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0].split(". ")[0]
-            reason = text or "its bytes are not a pickle of tensors"
-            raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if asked is not None:
+            raise ValueError(
+                f"{path}: refused, since it asks for {asked[1]}, which is not data: to load it would run code; of a "
+                "model, save its `state_dict()`"
+            ) from None
+        # An unpickler's text is left out: it advises to load the file unsafely.
+        text = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0].split(". ")[0]
+        reason = text or "its bytes are not a pickle of tensors"
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
-    return dict(content)
+    return content if isinstance(content, dict) else dict(content)
+
+
+class _Damaged(ValueError):
+    """A file that is not what was written."""
+
+
+def _verify(path: Path) -> None:
+    """Compares a file with its own digest or checksums; `_Damaged` where they differ, nothing where it has none."""
+    with files.open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        tail_start = file.seek(max(0, size - SEAL_SIZE - END_SIZE))
+        tail = file.read()
+        end = tail.rfind(ARCHIVE_END)
+        # A plain archive ends with a comment of no length; any other is `write`'s, or what is left of it.
+        if end >= 0 and (comment := tail[end + END_SIZE - 2 :]) != bytes(2):
+            if comment != _seal(file, tail_start + end + END_SIZE - 2):
+                raise _Damaged("its bytes are not those that were written")
+            return
+        if not zipfile.is_zipfile(file):  # torch's older format has no checksums
+            return
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            claimed = sum(record.file_size for record in records)
+            if claimed > size:
+                raise _Damaged(f"its records claim {claimed} bytes, the file has {size}")
+            wrong = [record.filename for record in records if not _intact(archive, record)]
+            # torch can be told to write no checksums: then all are wrong.
+            if wrong and len(wrong) < len(records):
+                raise _Damaged(f"the checksum of its record {wrong[0]} is wrong")
+
+
+def _intact(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(record) as content:
+            while content.read(1 << 22):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
+def _seal(file: BinaryIO, size: int) -> bytes:
+    """The end of an archive of `size` bytes before it: the length of its comment, which is their digest."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, 1 << 22))):
+        digest.update(block)
+        size -= len(block)
+    comment = SEAL + digest.hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
 
 
 class _Inert:
@@ -84,52 +166,82 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
     def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
 
 def _inert(path: Path) -> list[Any]:
     """A class without behaviour for each object of `INERT_PACKAGES` that the file asks for."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a file of this kind: `torch.load` says what is wrong
+        names = _globals(path)
+    except Exception:  # not a pickle: `torch.load` says what is wrong
         return []
-    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES or name in INERT_BUILTINS]
+    inert = sorted(name for name in names if name.split(".")[0] in INERT_PACKAGES or name in INERT_NAMES)
     return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in inert]
 
 
+def _globals(path: Path) -> set[str]:
+    """The functions and classes that a checkpoint asks for, in both of torch's formats; nothing is loaded."""
+    with files.open_regular(path) as file:
+        pickles: list[BinaryIO] = [file] * 4  # of the older format: magic number, version, system, content
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                pickles = [io.BytesIO(archive.read(name))]
+        pickles[0].seek(0)
+        operations = (found for one in pickles for found in pickletools.genops(one))
+        return {str(argument).replace(" ", ".") for code, argument, _ in operations if code.name == "GLOBAL"}
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    package = _safetensors(path)
     try:
-        package = importlib.import_module("safetensors")
-        load_file = importlib.import_module("safetensors.torch").load_file
-    except ImportError as error:
-        raise RuntimeError(f"{path}: safetensors files need that package: pip install safetensors") from error
-    try:
-        return dict(load_file(path))
-    except package.SafetensorError as error:
+        with package.safe_open(path, "pt") as file:
+            stated = (file.metadata() or {}).get(SAFETENSORS_KEY)
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        return weights if stated is None else {"meta": json.loads(stated), "state_dict": weights}
+    except (package.SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from None
 
 
-def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def _safetensors(path: Path) -> Any:
+    try:
+        importlib.import_module("safetensors.torch")
+        return importlib.import_module("safetensors")
+    except ImportError as error:
+        raise RuntimeError(f"{path}: safetensors files need that package: pip install safetensors") from error
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any], keep: str | os.PathLike[str] | None = None) -> None:
     """Write a checkpoint so that at every moment the file is the whole old one or the whole new one.
 
-    It is written to a file beside it, flushed to the disk and renamed.
+    It is written to a file beside it, flushed to the disk and renamed; the old one is kept under the name `keep`. A
+    .safetensors file gets the weights and `meta`.
 
     Raises:
         OSError: it can't be written, for want of space or otherwise; the previous file is unchanged.
+        RuntimeError: a safetensors file where that package is not installed.
     """
     path = Path(path)
-    # Always the same name: what a killed process left is overwritten by the next.
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
+        if path.suffix == ".safetensors":
+            metadata = {SAFETENSORS_KEY: json.dumps(content["meta"])}
+            weights = {key: value.contiguous() for key, value in content["state_dict"].items()}
+            files.write(path, _safetensors(path).torch.save(weights, metadata))
+            return
+        with files.replacing(path, keep) as part, part.open("w+b") as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            end = file.seek(0, os.SEEK_END) - 2
+            seal = _seal(file, end)
+            file.seek(end)
+            file.write(seal)
     except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         cause: BaseException | None = error
         # After a failed write torch raises another error, of a position that it didn't expect.
         while cause is not None and not isinstance(cause, OSError):
@@ -138,12 +250,6 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
             raise
         kept = "; the one written before it is kept" if path.exists() else ""
         raise OSError(cause.errno, f"checkpoint not written ({cause.strerror}){kept}", str(path)) from None
-    with suppress(OSError):  # The renaming itself; not every file system can.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_new_head: bool = False) -> list[str]:
@@ -155,6 +261,16 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
     Raises:
         ValueError: keys that are missing, unexpected, or of another shape, every one named; the model is unchanged.
     """
+    skipped = _compare(model, state_dict, allow_new_head)
+    model.load_state_dict({k: v for k, v in state_dict.items() if k not in skipped}, strict=False)
+    if not skipped:
+        return []
+    there, here = len(state_dict[CLASS_KEYS[0]]), len(model.state_dict()[CLASS_KEYS[0]])
+    return [f"the weights are for {there} classes, the model has {here}: its last class layer stays as it was"]
+
+
+def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> tuple[str, ...]:
+    """The keys that a model does not take from these weights; ValueError if they are not this model's."""
     own = model.state_dict()
     differing = [k for k, v in state_dict.items() if k in own and _shape(v) != list(own[k].shape)]
     other_classes = any(key in differing for key in CLASS_KEYS)
@@ -167,34 +283,43 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
         if other_classes and not skipped:
             problems.append("the numbers of classes differ; a training can start from it with a new last layer (init)")
         raise ValueError("the weights are not this model's:\n  " + "\n  ".join(problems))
-    model.load_state_dict({k: v for k, v in state_dict.items() if k not in skipped}, strict=False)
-    if not skipped:
-        return []
-    there, here = len(state_dict[CLASS_KEYS[0]]), len(own[CLASS_KEYS[0]])
-    return [f"the weights are for {there} classes, the model has {here}: its last class layer stays as it was"]
+    return skipped
 
 
 def _shape(value: object) -> list[int] | str:
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-def model_from(source: str | os.PathLike[str] | Mapping[str, Any]) -> Loaded:
+def model_from(
+    source: str | os.PathLike[str] | Mapping[str, Any], config: Config | None = None, *, strict: bool = False
+) -> Loaded:
     """The detector that a checkpoint holds.
 
-    `source` is a file, or its contents. This package's files name their model; in another system's (`normalise` lists
-    them) it is read off keys and shapes.
+    `source` is a file, or its contents. This package's files say their configuration, and so does a state dict that
+    one of its models gave. Of others (`normalise` lists them) the network is read off keys and shapes, and what these
+    can't tell, such as the groups of the head's norms, off `config`. Without it the defaults are taken with a warning
+    that names them, or with `strict` it is an error.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not a checkpoint, or not of a detector of this package. Names the file.
+        ValueError: it is not a checkpoint, or not of a detector of this package; `config` is needed, or given for a
+            file that has its own. Names the file.
         RuntimeError: it needs a package that is not installed.
     """
     content, place = (source, "") if isinstance(source, Mapping) else (read(source), f"{os.fspath(source)}: ")
     try:
         weights = normalise(content)
-        config = weights.config or Config(model=infer_model(weights))
-        model = models.build(config.model, config.test)
+        found, assumed = configuration(weights, config)
+        if assumed and strict:
+            raise ValueError(f"{assumed}; `config` must be given, a preset or a file (--config NAME|FILE)")
+        if assumed:
+            warnings.warn(f"{place}{assumed}: taken are the defaults; give `config`", stacklevel=2)
+        if not found.model.backbone.startswith(models.TIMM):
+            # Before memory is taken for what a file claims.
+            with torch.device("meta"):
+                _compare(models.build(found.model), weights.state_dict)
+        model = models.build(found.model, found.test)
         load_weights(model, weights.state_dict)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from None
-    return Loaded(model.eval(), config, weights.classes, weights.category_ids)
+    return Loaded(model.eval(), found, weights.classes, weights.category_ids)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from .config import did_you_mean
+from .files import printable, say
 
 # Modules of `gfl.commands`, in the order of the help.
 COMMANDS = ("train", "eval", "detect", "export", "convert", "bench", "demo", "doctor")
@@ -19,15 +22,23 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status: 0, 1 after an error of the input, 2 for a wrong command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
+    formatting = warnings.formatwarning
+    # Names of files are in warnings too.
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(message)}\n"
     try:
         return options.run(options)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
-        print(f"gfl {options.command}: {error}", file=sys.stderr)
+        say(f"gfl {options.command}: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ngfl {options.command}: interrupted", file=sys.stderr)
+        say(f"\ngfl {options.command}: interrupted", sys.stderr)
         return INTERRUPTED
+    finally:
+        warnings.formatwarning = formatting
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +59,7 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from gfl_ops._version import __version__
 
-        print(f"gfl-ops {__version__}")
+        say(f"gfl-ops {__version__}")
         parser.exit()
 
 

@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
+import os
 import sys
 import types
 import typing
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from . import files
 
 
 def _option(default: Any, help: str, metavar: str | None = None) -> Any:
@@ -97,6 +101,7 @@ class TrainConfig:
     seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
     checkpoint_steps: int = _option(1000, "steps between checkpoints within an epoch; 0: only after each epoch")
+    rank_timeout: float = _option(600.0, "seconds that processes wait for each other before they give up")
     log_steps: int = _option(50, "steps between rows of the log")
 
 
@@ -129,7 +134,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `preset` reads."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        files.write_json(path, self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -138,6 +143,8 @@ class Config:
         Raises:
             ValueError: an unknown section or field, or a value that its type does not accept.
         """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ValueError(f"gfl.Config: a dictionary of sections is needed, got {values!r:.80}")
         return replace(cls(), **values)
 
     def replace(self, **values: Any) -> Config:
@@ -160,7 +167,7 @@ SECTION_OF = {part.name: name for name, section in vars(Config()).items() for pa
 def replace(section: Any, **values: Any) -> Any:
     """A copy of a section with fields changed, each converted to and checked by its type."""
     hints, title = typing.get_type_hints(type(section)), f"gfl.{type(section).__name__}"
-    for name, value in values.items():
+    for name, value in list(values.items()):
         if name not in hints:
             kind = "section" if isinstance(section, Config) else "field"
             known = did_you_mean(name, hints) or f"; there are {', '.join(sorted(hints))}"
@@ -179,6 +186,8 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     """`value`, from Python, a file or a command line, as the type that the field declares."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{what} must be a section of fields, got {value!r:.80}")
         return replace(hint(), **value)
     if origin in (typing.Union, types.UnionType):  # always T | None
         return None if value is None or value == "none" else _convert(what, inner[0], value)
@@ -196,11 +205,18 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     if origin is Literal or hint is bool:
         return value
     try:
-        if value is None or (hint is int and not isinstance(value, str) and int(value) != value):
+        # Paths may be given for texts, but a number or a list is no text, and true no number.
+        if hint is str and not isinstance(value, (str, os.PathLike)):
             raise ValueError
-        return hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{what} must be of type {hint.__name__}, got {value!r}") from None
+        if isinstance(value, (bool, bytes)) or (hint is int and not isinstance(value, str) and int(value) != value):
+            raise ValueError
+        converted = hint(value)
+        if hint is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
+    except (TypeError, ValueError, OverflowError):
+        finite = " and finite" if hint is float and isinstance(value, float) else ""
+        raise ValueError(f"{what} must be of type {hint.__name__}{finite}, got {value!r:.80}") from None
 
 
 def _paper(backbone: str = "resnet50", epochs: int = 12, dcn: str | None = None, *, v2: bool = False) -> Config:
@@ -261,13 +277,14 @@ def preset(name: str) -> Config:
         parse = getattr(importlib.import_module(module), function)
     except ImportError:
         raise RuntimeError(f"{name}: YAML files need PyYAML: pip install pyyaml") from None
-    text = path.read_text(encoding="utf-8")
+    content = files.read_bytes(path, LARGEST_FILE)
     try:
-        return Config.from_dict(parse(text))
+        return Config.from_dict(parse(content.decode("utf-8")))
     except Exception as error:  # each parser has its own kind
         raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
 
 
+LARGEST_FILE = 2**24
 PARSERS = {".toml": ("tomllib" if sys.version_info >= (3, 11) else "tomli", "loads")}
 PARSERS |= dict.fromkeys((".yaml", ".yml"), ("yaml", "safe_load"))
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checkpoint, draw
+from .config import Config
 from .data import transforms
 from .data.coco import coco_detection
 from .engine.distributed import choose_device
@@ -115,6 +116,7 @@ class Detector:
         device: to compute on; by default that of a given model, for a file the GPU if there is one.
         dtype: fp32, or bf16 or fp16 for mixed precision.
         classes: names, one per class; by default the checkpoint's, else "class 0", ….
+        config: of a checkpoint that has weights alone: what they can't tell, such as the size of images.
         score_threshold: detections at or below it are dropped; by default the model's test setting.
         batch_size: images per batch, all of the same padded size; by default 1 on the CPU, 8 on a GPU.
         optimize: run a copy of the network with its norms folded in (`gfl.models.fused`), wholly in `dtype`; on a GPU
@@ -142,12 +144,13 @@ class Detector:
         batch_size: int | None = None,
         optimize: bool = False,
         compile: bool = False,
+        config: Config | None = None,
     ) -> None:
         ids: Sequence[int] | None = None
         if isinstance(model, GFL):
             self.model = model
         else:
-            self.model, _, named, ids = checkpoint.model_from(model)
+            self.model, _, named, ids = checkpoint.model_from(model, config, strict=True)
             classes = named if classes is None else classes
         if device is None and self.model is model:
             self.device = next(self.model.parameters()).device

@@ -14,12 +14,15 @@ from torch import Tensor
 
 import gfl_ops
 
+from .files import printable
+
 Color = tuple[int, ...]
 
 INK, PAPER, FAINT = (38, 42, 51), (255, 255, 255), (206, 210, 217)
 SHARP, VAGUE = (18, 148, 132), (228, 90, 32)
 # Standard deviations, in bins, at which an edge is wholly `SHARP` and wholly `VAGUE`.
 SHARP_AT, VAGUE_AT = 0.25, 1.25
+MAX_NAME = 60
 _font = ImageFont.load_default
 
 
@@ -85,7 +88,8 @@ def draw_detections(
         _frame(pen, scaled[i], class_color(labels[i]), line)
     taken: list[Sequence[float]] = []
     for i in order:
-        text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
+        name = _shown(names[i])
+        text = name if scores is None else f"{name} {scores[i]:.2f}"
         _tag(pen, text, scaled[i], class_color(labels[i]), font, line, picture.size, taken)
     return picture
 
@@ -167,7 +171,7 @@ def draw_edges(
             pen.text((left + size + room + 7, edge), text, fill=sure, font=small, anchor="lm")
     pen.line([left, top - 1, left + size, top - 1], fill=FAINT)
     pen.line([left + size, top, left + size, top + size], fill=FAINT)
-    pen.text((pad, head / 2), title, fill=INK, font=font, anchor="lm")
+    pen.text((pad, head / 2), _shown(title), fill=INK, font=font, anchor="lm")
     return picture
 
 
@@ -185,6 +189,12 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), head + i // columns * (height + gap)))
     return sheet
+
+
+def _shown(name: str) -> str:
+    """A name as it is drawn: one line of at most `MAX_NAME` letters."""
+    text = printable(name)
+    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"
 
 
 def _window(image: Image.Image, box: Sequence[float], truth: Sequence[float] | None) -> tuple[int, int, int, int]:

@@ -3,20 +3,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import Config, ModelConfig, replace
+from .models.gfl import METADATA
 from .models.resnet import ARCHITECTURES, Architecture
 
 # Of this package's files; a reader refuses a number that it doesn't know.
 FORMAT = "gfl-ops 1"
-# Under which other programs put the weights of a network, the averaged ones first.
-WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model", "params")
+# Under which other programs put the weights of a network, the averaged ones first; mmengine's `ema_state_dict` has the
+# ones that are not averaged.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_model", "ema", "state_dict", "model_state_dict", "ema_state_dict", "model"),
+    *("module", "network", "net", "params", "weights"),
+)
+MAX_DEPTH = 4
+# What wraps a module inside another.
+INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Weights of a detector, of its backbone under its name, and of a ResNet alone: what stands before them is a wrapper's.
+ANCHORS = ("bbox_head.gfl_cls.weight", "backbone.conv1.weight", "conv1.weight")
+AVERAGED = re.compile("ema|averaged|swa|teacher")
+# What the maps depend on and weights can't tell, and what images are scaled to.
+UNTOLD = ("head_groups", "center_offset", "legacy")
+UNTOLD_SIZES = ("short_side", "long_side")
+# In the text of mmdet's configuration.
+MMDET_FIELDS = {
+    "head_groups": r"num_groups\W*(\d+)",
+    "score_threshold": r"score_thr\W*([\d.e-]+)",
+    "iou_threshold": r"iou_threshold\W*([\d.]+)",
+    "nms_pre": r"nms_pre\W*(\d+)",
+    "max_detections": r"max_per_img\W*(\d+)",
+}
+MMDET_SCALE = r"(?s)test(?:_pipeline|\W*dict).*?scale\W*(\d+),\s*(\d+)"
 
 
 @dataclass
@@ -29,6 +54,7 @@ class Weights:
     classes: list[str] | None = None  # names in the order of the labels
     category_ids: list[int] | None = None  # of the annotation file, in that order
     notes: list[str] = field(default_factory=list)  # what was renamed or left out, in lines
+    stated: dict[str, Any] | None = None  # fields that mmdet's own configuration says, if the file is mmdet's
 
     @property
     def legacy(self) -> bool:
@@ -50,7 +76,6 @@ CLASS_KEYS = ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias")
 QUALITY = r"^bbox_head\.reg_conf\."
 V1, V2 = "GFocal v1", "GFocal V2"
 DIALECTS = (
-    Dialect(r"^module\.", "", "keys began with module."),
     Dialect(r"^ema_", None, "left out: {} weights of mmdet 2's average, ema_…"),
     Dialect(r"\.conv2_offset\.", ".conv2.conv_offset."),
     Dialect(
@@ -66,24 +91,27 @@ DIALECTS = (
 def normalise(content: Mapping[str, Any]) -> Weights:
     """Weights under this package's keys, out of what `gfl.checkpoint.read` gives.
 
-    Known are this package's files, those of mmdet 2 and 3, GFocal v1 and V2, and plain dictionaries of weights, also
-    those of a module wrapped for several devices (keys with ``module.``).
+    Known are this package's files, those of mmdet 2 and 3, GFocal v1 and V2, and dictionaries of weights, also those of
+    a wrapped module: for several devices, compiled, averaged, Lightning's.
 
     Raises:
-        ValueError: there are no weights in it, or it is this package's in a format that this version doesn't know.
+        ValueError: there are no weights in it, or those of several networks; a tensor claims more numbers than the file
+            holds; or it is this package's in a format that this version doesn't know.
     """
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
-    found = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
-    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
-    if not weights:
+    places = list(_places(content))
+    if not places:
         keys = ", ".join(map(str, list(content)[:8])) or "none"
         raise ValueError(f"no weights in it; its keys are {keys}")
-    ids = meta.get("category_ids")
-    ids = [int(i) for i in ids] if isinstance(ids, Sequence) else None
-    result = Weights(weights, "a dictionary of weights", None, _classes(meta), ids)
+    found = next((p for p in places if any(str(key).endswith(ANCHORS) for key in p)), places[0])
+    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    for key, value in weights.items():
+        _check_storage(key, value)
+    result = Weights(weights, "a dictionary of weights", None, _classes(meta))
     if left_out := [str(key) for key in found if str(key) not in weights]:
         result.notes.append(f"left out, not being weights: {', '.join(left_out)}")
+    _unwrap(result)
     stated = meta.get("format")
     if isinstance(stated, str) and stated.startswith("gfl-ops"):
         if stated != FORMAT:
@@ -91,12 +119,80 @@ def normalise(content: Mapping[str, Any]) -> Weights:
         if not isinstance(meta.get("config"), Mapping):
             raise ValueError("it has no configuration, which our own files have as meta.config")
         result.source, result.config = stated, Config.from_dict(meta["config"])
+        result.category_ids = _category_ids(meta, result.classes)
         return result
     for system in ("mmengine", "mmdet"):
         if f"{system}_version" in meta:
             result.source = f"{system} {meta[f'{system}_version']}"
+            result.stated = _mmdet_fields(meta)
+    own = getattr(found, "_metadata", None)
+    for module in own.values() if isinstance(own, Mapping) else ():
+        if isinstance(module, Mapping) and isinstance(module.get(METADATA), Mapping):
+            result.config = Config.from_dict(module[METADATA])
+            return result
     _translate(result)
     return result
+
+
+def _places(content: Mapping[Any, Any], depth: int = 0) -> Iterator[Mapping[Any, Any]]:
+    """The dictionaries with tensors in a checkpoint, the best first."""
+    for name in WRAPPERS if depth < MAX_DEPTH else ():
+        if isinstance(content.get(name), Mapping):
+            yield from _places(content[name], depth + 1)
+    if any(isinstance(value, Tensor) for value in content.values()):
+        yield content
+
+
+def _check_storage(key: str, value: Tensor) -> None:
+    if value.layout != torch.strided or value.is_quantized:
+        raise ValueError(f"{key} is not a dense tensor of numbers, but {value.layout}, {value.dtype}")
+    if value.device.type != "meta" and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{key} claims to have {value.numel()} numbers, which the file doesn't hold")
+
+
+def _unwrap(result: Weights) -> None:
+    """Removes what wrappers of modules put before the keys."""
+    weights = {INNER.sub("", key): value for key, value in result.state_dict.items()}
+    prefixes: list[str] = []
+    for anchor in ANCHORS:
+        there = [key.removesuffix(anchor) for key in weights if key == anchor or key.endswith(f".{anchor}")]
+        if anchor == ANCHORS[-1]:  # also the name of a convolution in each block
+            there = [prefix for prefix in there if f"{prefix}layer1.0.{anchor}" in weights]
+        if prefixes := sorted(there, key=len):
+            break
+    first = {key.partition(".")[0] for key in weights}
+    if not prefixes and len(first) == 1 and first <= {*WRAPPERS}:
+        prefixes = [f"{next(iter(first))}."]
+    if any(not prefix.startswith(prefixes[0]) for prefix in prefixes):
+        averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
+        if len(averaged) != 1:
+            raise ValueError(f"weights of several networks, {', '.join(prefixes)}: save the one to use alone")
+        prefixes = averaged
+    if prefixes and prefixes[0]:
+        inner = {key.removeprefix(prefixes[0]): v for key, v in weights.items() if key.startswith(prefixes[0])}
+        rest = len(weights) - len(inner)
+        result.notes.append(f"keys began with {prefixes[0]}" + (f"; left out: {rest} others" if rest else ""))
+        weights = inner
+    result.state_dict = weights
+
+
+def _category_ids(meta: Mapping[str, Any], classes: list[str] | None) -> list[int] | None:
+    ids = meta.get("category_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids) or len(ids) != len(classes or ids):
+        raise ValueError("its meta.category_ids are not whole numbers, one per class")
+    return list(ids)
+
+
+def _mmdet_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as the configuration's text beside mmdet's weights says them; empty without one."""
+    text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "")
+    found = {name: match[1] for name, pattern in MMDET_FIELDS.items() if (match := re.search(pattern, text))}
+    if scale := re.search(MMDET_SCALE, text):
+        long, short = sorted((int(scale[1]), int(scale[2])), reverse=True)
+        found |= {"short_side": short, "long_side": long}
+    return found | ({"text": True} if text else {})
 
 
 def _classes(meta: Mapping[str, Any]) -> list[str] | None:
@@ -122,15 +218,45 @@ def _translate(result: Weights) -> None:
             if replacement is not None or key not in keys
         }
     channels = len(result.state_dict.get("bbox_head.gfl_cls.bias", ()))
-    # Its class layer has one channel that the head never reads.
-    if result.source == V2 and channels > 1 and (result.classes is None or len(result.classes) != channels):
+    # Its class layer has one channel that the head never reads; names tell whether, and without them COCO's number.
+    if result.source == V2 and channels == (81 if result.classes is None else len(result.classes) + 1):
         for key in CLASS_KEYS:
             result.state_dict[key] = result.state_dict[key][:-1].clone()
         result.notes.append(f"the last of the {channels} class channels, which {V2} doesn't use, is left out")
 
 
-def infer_model(weights: Weights) -> ModelConfig:
-    """The network that another system's weights belong to, read off their keys and shapes.
+def configuration(weights: Weights, given: Config | None) -> tuple[Config, str]:
+    """The configuration of a checkpoint, and what had to be assumed for it, a phrase, or nothing.
+
+    A file's own one is taken as it is; else the network is inferred, and `given` says what weights can't tell.
+    """
+    if weights.config is not None:
+        if given is not None:
+            raise ValueError("it says its configuration itself: leave `config` out")
+        return weights.config, ""
+    if given is not None:
+        return dataclasses.replace(given, model=infer_model(weights, given.model)), ""
+    stated = dict(weights.stated or {})
+    known = stated.pop("text", False) or weights.legacy
+    found = Config().replace(**stated)
+    found = dataclasses.replace(found, model=infer_model(weights, found.model))
+    values = [f"{name} ({getattr(found.model, name)})" for name in UNTOLD[:-1]]
+    values += [f"{name} ({getattr(found.test, name)})" for name in UNTOLD_SIZES]
+    return found, "" if known else f"{weights.source} can't tell {', '.join(values)} and the other test settings"
+
+
+def check_start(weights: Weights, config: ModelConfig) -> None:
+    """ValueError if a file says of its network what the one that is to start from its weights contradicts."""
+    if weights.config is None and weights.stated is None and not weights.legacy:
+        return
+    there = configuration(weights, None)[0].model
+    for name in UNTOLD:
+        if getattr(there, name) != getattr(config, name):
+            raise ValueError(f"its `{name}` is {getattr(there, name)}, this network's {getattr(config, name)}")
+
+
+def infer_model(weights: Weights, base: ModelConfig | None = None) -> ModelConfig:
+    """The network that another system's weights belong to, read off their keys and shapes; the rest is `base`'s.
 
     It is a ValueError if they are not of a GFL detector on a backbone of this package; the text says what is missing.
     """
@@ -142,8 +268,9 @@ def infer_model(weights: Weights) -> ModelConfig:
         raise ValueError(f"not a GFL detector on a ResNet: it has no {', '.join(missing)}{hint}")
     first_conv = shapes.get("bbox_head.cls_convs.0.conv.weight", shapes["bbox_head.gfl_cls.weight"][1:])
     quality = any(re.match(QUALITY, key) for key in shapes)
+    base = ModelConfig() if base is None else base
     return replace(
-        ModelConfig(),
+        base,
         **_backbone(shapes),
         num_classes=shapes["bbox_head.gfl_cls.weight"][0],
         neck_channels=shapes["neck.lateral_convs.0.conv.weight"][0],
@@ -152,9 +279,9 @@ def infer_model(weights: Weights) -> ModelConfig:
         reg_max=shapes["bbox_head.gfl_reg.weight"][0] // 4 - 1,
         strides=[8 * 2**level for level in range(_count(shapes, r"neck\.fpn_convs\.(\d+)\."))],
         quality_branch=quality,
-        legacy=weights.legacy,
+        legacy=weights.legacy or base.legacy,
         # Both versions of GFocal are of the time when mmdet chose locations, not pairs.
-        topk_mode="anchor" if weights.legacy or quality else "pair",
+        topk_mode="anchor" if weights.legacy or quality else base.topk_mode,
     )
 
 
@@ -182,7 +309,7 @@ def _backbone(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
         if (match := re.match(r"backbone\.layer(\d)\.\d+\.conv2\.conv_offset\.weight", key))
     }
     if not offsets:
-        return fields
+        return {**fields, "dcn": None}
     channels = set(offsets.values())
     if channels not in ({18}, {27}):
         raise ValueError(f"its deformable convolutions have {sorted(channels)} offset channels, not 18 (v1) or 27 (v2)")

@@ -249,7 +249,6 @@ ATSS = register(
 
 # Of all levels: offsets into an image's results are 32 bits on a GPU.
 MAX_CELLS = 2**31 - 1
-LARGEST = torch.finfo(torch.float32).max
 
 
 def check_level_sizes(op: str, level_sizes: object) -> list[int]:
@@ -270,13 +269,13 @@ def check_level_sizes(op: str, level_sizes: object) -> list[int]:
 
 def per_level(op: str, argument: str, value: object, levels: int, *, positive: bool = False) -> list[float]:
     """A number, or one per level, as a list of floats that fp32 has."""
-    least = 0 if positive else -LARGEST
+    least = 0 if positive else -checks.LARGEST
     if not isinstance(value, (tuple, list)):
-        return [checks.number(op, argument, value, least, LARGEST, exclusive=positive)] * levels
+        return [checks.number(op, argument, value, least, checks.LARGEST, exclusive=positive)] * levels
     if len(value) != levels:
         raise ValueError(checks.message(op, argument, f"must hold one number per level, {levels}", len(value)))
     names = [f"{argument}[{level}]" for level in range(levels)]
-    return [checks.number(op, n, v, least, LARGEST, exclusive=positive) for n, v in zip(names, value)]
+    return [checks.number(op, n, v, least, checks.LARGEST, exclusive=positive) for n, v in zip(names, value)]
 
 
 def check_strides(op: str, strides: object, levels: int) -> list[float]:
@@ -354,7 +353,7 @@ def atss_assign(
         checks.same_device(op, "valid_sizes", valid_sizes, "gt_boxes", gt_boxes)
         valid_sizes = valid_sizes.detach().float()
     topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)  # no level has more
-    anchor_scale = checks.number(op, "anchor_scale", anchor_scale, 0, LARGEST, exclusive=True)
+    anchor_scale = checks.number(op, "anchor_scale", anchor_scale, 0, checks.LARGEST, exclusive=True)
     legacy = checks.flag(op, "legacy", legacy)
     return Assignment(
         *ATSS(

@@ -14,7 +14,7 @@ from ...core.dtypes import device_type
 from ...core.random_inputs import boxes as draw_boxes
 from ...core.random_inputs import normal, uniform
 from ...core.registry import OpSpec, Sample, register
-from .atss import LARGEST, MAX_CELLS, check_level_sizes, check_strides, per_level
+from .atss import MAX_CELLS, check_level_sizes, check_strides, per_level
 from .task_aligned_reference import locations, reference
 
 VARIANTS = ("ultralytics", "yolov6", "mmdet")
@@ -243,16 +243,16 @@ def task_aligned_assign(
     checks.same_device(op, "gt_labels", gt_labels, "scores", scores)
     topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)
     topk2 = topk if topk2 is None else min(checks.number(op, "topk2", topk2, 1, integer=True), MAX_CELLS)
-    alpha = checks.number(op, "alpha", alpha, 0, LARGEST)
-    beta = checks.number(op, "beta", beta, 0, LARGEST, exclusive=True)
-    eps = checks.number(op, "eps", eps, 0, LARGEST)
+    alpha = checks.number(op, "alpha", alpha, 0, checks.LARGEST)
+    beta = checks.number(op, "beta", beta, 0, checks.LARGEST, exclusive=True)
+    eps = checks.number(op, "eps", eps, 0, checks.LARGEST)
     checks.choice(op, "variant", variant, VARIANTS)
     if overlap is not None:
         checks.choice(op, "overlap", overlap, OVERLAPS)
     if min_side is None:
         known = strides or () if variant == "ultralytics" else ()
         min_side = known[min(1, len(known) - 1)] if len(known) else 0.0
-    min_side = checks.number(op, "min_side", min_side, 0, LARGEST)
+    min_side = checks.number(op, "min_side", min_side, 0, checks.LARGEST)
     if checks.SYNCHRONISING and gt_labels.numel() and int(gt_labels.max()) >= classes:
         raise ValueError(checks.message(op, "gt_labels", f"must be below C = {classes}", int(gt_labels.max())))
     return TaskAlignedAssignment(

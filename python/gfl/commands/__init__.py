@@ -4,8 +4,10 @@
 Modules import torch only in `run`, so that ``gfl --help`` answers at once.
 """
 
-from pathlib import Path
+import argparse
 from typing import Any
+
+from .. import config
 
 # The dtypes of --dtype, by their names in torch.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,11 +33,15 @@ def check_kernels(device: Any) -> None:
         ensure_checked(wanted)
 
 
-def require_folder(*files: str | Path | None) -> None:
-    """Fail before the work, not after it, where a file can't be written: FileNotFoundError without its folder."""
-    for file in files:
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{Path(file).parent}, the folder of {file}, is not there")
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option that says what a file of weights alone can't; `given_config` reads it."""
+    text = "configuration of a checkpoint that has weights alone: a preset, or a TOML, YAML or JSON file"
+    parser.add_argument("--config", metavar="NAME|FILE", help=text)
+
+
+def given_config(options: argparse.Namespace) -> config.Config | None:
+    """The configuration of --config, if it was given."""
+    return None if options.config is None else config.preset(options.config)
 
 
 def parse_size(text: str, option: str) -> tuple[int, int]:

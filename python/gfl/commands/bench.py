@@ -6,14 +6,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..config import PRESETS
-from . import DTYPES, check_kernels, parse_size, require_folder
+from ..files import say
+from . import DTYPES, check_kernels, parse_size
 
 HELP = "time whole detectors, in images per second"
 ALL = "all"
@@ -55,7 +56,9 @@ def run(options: argparse.Namespace) -> int:
 
     from ..engine.distributed import choose_device, current_device
 
-    require_folder(options.json, options.plot)
+    for file, option, suffix in ((options.json, "--json", ".json"), (options.plot, "--plot", "")):
+        if file is not None:
+            files.check_output(file, option, (), suffix or file.suffix)
     if options.seconds <= 0:
         raise ValueError(f"`--seconds` must be positive, got {options.seconds}")
     if options.threads is not None:
@@ -69,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     for device in dict.fromkeys(case["device"] for case in cases):
         check_kernels(device)
     setting = {"threads": torch.get_num_threads(), "clock": options.clock, "torch": torch.__version__}
-    print(f"torch {torch.__version__}, {setting['threads']} threads\n{'images/s':>8}{'ms':>9}{'p20–p80':>15}")
+    say(f"torch {torch.__version__}, {setting['threads']} threads\n{'images/s':>8}{'ms':>9}{'p20–p80':>15}")
     records: dict[str, dict[str, Any]] = {}
     for case in cases:
         label = "{model} {size[0]}x{size[1]} {device.type} {dtype} batch {batch}".format(**case)
@@ -77,15 +80,15 @@ def run(options: argparse.Namespace) -> int:
             with current_device(case["device"]):
                 seconds = _times(options, **case)
         except (RuntimeError, NotImplementedError) as error:
-            print(f"{label}: {str(error).splitlines()[0]}")
+            say(f"{label}: {str(error).splitlines()[0]}")
             continue
         p20, p50, p80 = (statistics.quantiles(seconds, n=10)[i] for i in (1, 4, 7))
         rate = case["batch"] / p50
-        print(f"{rate:>8.4g}{1e3 * p50:>9.4g}{f'{1e3 * p20:.4g}–{1e3 * p80:.4g}':>15}  {label}", flush=True)
+        say(f"{rate:>8.4g}{1e3 * p50:>9.4g}{f'{1e3 * p20:.4g}–{1e3 * p80:.4g}':>15}  {label}")
         figures = {"runs": len(seconds), "p20": p20, "p50": p50, "p80": p80, "images_per_second": rate}
         records[label] = case | {"device": str(case["device"])} | figures
-    if options.json is not None:
-        options.json.write_text(json.dumps(setting | {"timings": list(records.values())}, indent=1) + "\n")
+        if options.json is not None:
+            files.write_json(options.json, setting | {"timings": list(records.values())}, indent=1)
     if options.plot is not None and records:
         _plot({label: record["images_per_second"] for label, record in records.items()}, options.plot)
     return 0 if len(records) == len(cases) else 1
@@ -152,4 +155,5 @@ def _plot(rates: dict[str, float], file: Path) -> None:
     axes.barh(list(rates), list(rates.values()))
     axes.invert_yaxis()
     axes.set_xlabel("images per second, from uint8 images to boxes")
-    figure.savefig(file, dpi=150)
+    with files.replacing(file) as part:
+        figure.savefig(part, dpi=150)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
+from ..files import say
+from . import add_config, given_config
 
 HELP = "convert checkpoints of mmdet and GFocal, or write mmdet's format"
 
@@ -15,20 +17,21 @@ HELP = "convert checkpoints of mmdet and GFocal, or write mmdet's format"
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's")
-    add("target", metavar="OUT", help="file to write; must not exist")
+    add("target", metavar="OUT", help="file to write, also .safetensors; must not exist")
     add("--to", choices=("own", "mmdet"), default="own", help="this package's format, or mmdet 3's [%(default)s]")
+    add_config(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from .. import checkpoint
 
     target = Path(options.target)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ValueError(f"{target} is there already")
     content = checkpoint.read(options.source)
     try:
         weights = checkpoint.normalise(content)
-        model, config, classes, ids = checkpoint.model_from(content)
+        model, config, classes, ids = checkpoint.model_from(content, given_config(options), strict=True)
     except ValueError as error:
         raise ValueError(f"{options.source}: {error}") from None
     names = classes if classes is not None else [f"class {i}" for i in range(config.model.num_classes)]
@@ -36,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     default = vars(ModelConfig())
     changed = [f"{k} {v}" for k, v in vars(config.model).items() if k != "backbone" and v != default[k]]
     notes = [*weights.notes, f"model: {', '.join([config.model.backbone, *changed])}", f"classes: {shown}"]
-    print("\n  ".join([f"{options.source}: {weights.source}", *notes]))
+    say("\n  ".join([f"{options.source}: {weights.source}", *notes]))
     meta: dict[str, Any] = checkpoint.meta(config, names, ids)
     if options.to == "mmdet":
         for name in ("legacy", "quality_branch"):
@@ -44,9 +47,10 @@ def run(options: argparse.Namespace) -> int:
                 raise NotImplementedError(f"mmdet 3's GFL has no `{name}`: these weights would give other boxes there")
         if config.model.backbone.startswith("timm:"):
             raise NotImplementedError("mmdet's own backbones are ResNets; its keys for timm's are not known here")
-        meta = {"dataset_meta": {"classes": tuple(names)}}
+        # mmdet leaves our own metadata alone, which say what weights can't.
+        meta |= {"dataset_meta": {"classes": tuple(names)}}
     state_dict = model.state_dict()
     checkpoint.write(target, {"meta": meta, "state_dict": state_dict})
     millions = sum(value.numel() for value in state_dict.values()) / 1e6
-    print(f"{target}: {len(state_dict)} tensors, {millions:.1f} million numbers")
+    say(f"{target}: {len(state_dict)} tensors, {millions:.1f} million numbers")
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from . import require_folder
+from .. import files
+from ..files import say
 
 HELP = "show what is installed and which backend runs each operator"
 
@@ -23,14 +23,15 @@ def run(options: argparse.Namespace) -> int:
 
     if options.json and not options.check:
         raise ValueError("`--json` needs --check")
-    require_folder(options.json)
+    if options.json:
+        files.check_output(options.json, "--json", (), ".json")
     if not options.check:
-        print(gfl_ops.explain_backend(), end="")
+        say(gfl_ops.explain_backend().rstrip("\n"))
         return 0
     from gfl_ops.kernel_check import devices
 
     reports = [gfl_ops.self_check(device) for device in devices()]
-    print("\n".join(str(report) for report in reports), end="")
     if options.json:
-        Path(options.json).write_text(json.dumps([json.loads(report.to_json()) for report in reports], indent=2) + "\n")
+        files.write_json(options.json, [json.loads(report.to_json()) for report in reports], indent=2)
+    say("\n".join(str(report) for report in reports).rstrip("\n"))
     return 0 if all(report.ok for report in reports) else 1

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import config as configuration
-from . import check_kernels, require_folder
+from .. import files
+from ..files import say
+from . import add_config, check_kernels, given_config
 
 if TYPE_CHECKING:
     from ..data.coco import Annotations, CocoDataset
@@ -27,7 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "Options from --data on default to the checkpoint's configuration; brackets show gfl_r50_1x's."
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="detector to evaluate")
-    parser.add_argument("--detections", metavar="FILE", help="evaluate this JSON file in COCO's result format instead")
+    parser.add_argument("--detections", metavar="FILE", help="evaluate this file of COCO's result format or gfl detect")
+    add_config(parser)
     parser.add_argument("--annotations", metavar="FILE", help="annotations that --detections are compared with")
     parser.add_argument("--per-class", action="store_true", help="show the AP of each class too")
     parser.add_argument("--output", metavar="FILE", help="write the metrics to this JSON file")
@@ -39,26 +41,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    require_folder(options.output, options.save_detections)
+    _check_outputs(options, options.checkpoint, options.detections, options.annotations, options.config)
     found = _of_checkpoint(options) if options.detections is None else _of_file(options)
     if found is None:  # another process reports
         return 0
     from ..engine import evaluate
 
     data, detections, metrics = found
-    print(f"{len(detections)} detections, {len(data.image_ids)} images")
-    for problem, number in data.problems.items():
-        print(f"{number} {problem}")
-    print(evaluate.table(metrics))
-    if options.per_class:
-        whole: Any = getattr(data, "annotations", data)
-        print(evaluate.class_table(evaluate.class_metrics(whole, detections)))
     if options.output is not None:
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
-        Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
-    if options.save_detections is not None:
-        Path(options.save_detections).write_text(json.dumps(detections))
+        files.write_json(options.output, values, indent=2)
+    say(f"{len(detections)} detections, {len(data.image_ids)} images")
+    for problem, number in data.problems.items():
+        say(f"{number} {problem}")
+    say(evaluate.table(metrics))
+    if options.per_class:
+        whole: Any = getattr(data, "annotations", data)
+        say(evaluate.class_table(evaluate.class_metrics(whole, detections)))
     return 0
+
+
+def _check_outputs(options: argparse.Namespace, *inputs: str | Path | None) -> None:
+    for option in ("--output", "--save-detections"):
+        if (file := getattr(options, option[2:].replace("-", "_"))) is not None:
+            files.check_output(file, option, inputs, ".json")
 
 
 def _of_file(options: argparse.Namespace) -> Found:
@@ -85,14 +91,17 @@ def _of_checkpoint(options: argparse.Namespace) -> Found | None:
     from ..engine.distributed import processes
     from ..models.fused import FusedGFL
 
-    model, stored, classes, _ = model_from(options.checkpoint)
+    model, stored, classes, _ = model_from(options.checkpoint, given_config(options), strict=True)
     config = configuration.overrides(stored, options)
+    root = Path(config.data.data)
+    _check_outputs(options, *(root / getattr(config.data, name) for name in ("val_annotations", "val_images")))
     data = validation_dataset(config)
     _check_classes(options.checkpoint, classes, data)
     check_kernels(options.device)
     with processes(options.device) as process:
         network = (FusedGFL(model) if options.optimize else model).to(process.device)
-        metrics, detections = evaluate.evaluate(network, data, config, process.device)
+        save = None if options.save_detections is None else Path(options.save_detections)
+        metrics, detections = evaluate.evaluate(network, data, config, process.device, save=save)
         return (data, detections, metrics) if process.main else None
 
 

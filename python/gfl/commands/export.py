@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import DTYPES, parse_size, require_folder
+from .. import files
+from . import DTYPES, add_config, given_config, parse_size
 
 HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
 EPILOG = """\
@@ -23,7 +24,8 @@ minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
               [B, K, 4], scores and labels [B, K]
 
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
-them under its metadata key `integral_nodes`: tell a quantizer to skip these.
+all nodes from there on under its metadata key `integral_nodes`: give these to
+onnxruntime's quantize_static as nodes_to_exclude.
 
   gfl export best.pt --out detector.onnx --size 800x1344
   gfl export best.pt --out detector.pt2 --format torch-export \\
@@ -37,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained model: this package's, mmdet's or GFocal's")
+    add_config(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
     formats = ("onnx", "torch-export", "aotinductor")
     parser.add_argument("--format", choices=formats, default="onnx", help="file format [%(default)s]")
@@ -55,11 +58,12 @@ def run(options: argparse.Namespace) -> int:
     from ..engine import export
     from ..engine.distributed import choose_device
 
-    require_folder(options.out)
+    suffix = ".onnx" if options.format == "onnx" else ".pt2"
+    files.check_output(options.out, "--out", [options.checkpoint, options.config], suffix)
     batch = None if options.batch == "any" else int(options.batch) if options.batch.isdigit() else 0
     if batch is not None and batch < 1:
         raise ValueError(f"`--batch` must be a number of images or any, got {options.batch!r}")
-    model, config, classes, _ = model_from(options.checkpoint)
+    model, config, classes, _ = model_from(options.checkpoint, given_config(options), strict=True)
     height, width = (-(-side // 32) * 32 for side in (config.test.short_side, config.test.long_side))
     size = parse_size(options.size, "--size") if options.size else (height, width)
     outputs = options.outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
@@ -71,5 +75,5 @@ def run(options: argparse.Namespace) -> int:
         compiled, device = options.format == "aotinductor", choose_device(options.device)
         export.to_torch(model, options.out, size, compiled=compiled, device=device, **settings)
     shape = f"[{'B' if batch is None else batch}, 3, {size[0]}, {size[1]}]"
-    print(f"images {shape} -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
+    files.say(f"images {shape} -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
     return 0

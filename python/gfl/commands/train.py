@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from .. import config
+from ..files import say
 from . import check_kernels
 
 CONFIGS = f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file"
@@ -40,18 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..engine.train import CONFIG, train
+    from ..engine.folder import BEST, LAST, stored_config
+    from ..engine.train import train
 
     if options.config is None and not options.resume:
         raise ValueError(f"--config must be given: one of {CONFIGS}")
-    source = options.config
-    if source is None:
-        source = str(options.out / CONFIG)
-        if not Path(source).is_file():
-            raise ValueError(f"{options.out} holds no training to resume: {CONFIG} is not there")
-    chosen = config.overrides(config.preset(source), options)
+    start = stored_config(options.out) if options.config is None else config.preset(options.config)
+    chosen = config.overrides(start, options)
     check_kernels(options.device)
     metrics = train(chosen, options.out, resume=options.resume, device=options.device)
-    if metrics:
-        print(f"AP {metrics['AP']:.4f}; the best weights are in {options.out / 'best.pt'}")
+    if metrics and math.isnan(metrics["AP"]):
+        say(f"no AP: the validation data have no object to find; the last weights are in {options.out / LAST}")
+    elif metrics:
+        say(f"AP {metrics['AP']:.4f}; the best weights are in {options.out / BEST}")
     return 0

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotation files in COCO's format, checked, and the images they describe.
 
-What breaks the file as a whole (not JSON, a missing key, an id twice, a missing image) is an error that names the file
-and the place. A single wrong box is left out and counted in `problems`.
+What breaks the file as a whole (not JSON, a wrong image or category, an id twice, a missing file) is an error that
+names the file and the place. A single wrong box, of whatever form, is left out and counted in `problems`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .transforms import read_image
+from .. import files
+from . import values
+from .transforms import ConflictingOrientations, UnreadableImage, read_image, stored_size
+from .values import ImageId
+
+# The image files whose contents are part of a data set's digest: all would take as long as an epoch.
+DIGESTED = 100
+MAX_SIDE = 2**31 - 1
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Annotations:
     path: Path
     category_ids: list[int]  # ascending; label c stands for category_ids[c]
     classes: list[str]  # their names
-    image_ids: list[int]  # in the file's order
+    image_ids: list[ImageId]  # in the file's order, all numbers or all texts
     file_names: list[str]  # of the images, relative to their folder
     sizes: Tensor  # int64 [n, 2], (height, width) in pixels
     boxes: Tensor  # fp64 [N, 4], (x, y, width, height) in pixels as in the file, of any sign and size but finite
@@ -39,6 +48,12 @@ class Annotations:
     crowd: Tensor  # bool [N], one box around many objects
     ignored: Tensor  # bool [N], marked by the key `ignore` as no target of a training
     problems: Counter[str]  # what was left out, in words, and how often
+
+    def distinct_names(self) -> list[str]:
+        """The names of the classes, each with its category's id if two are equal."""
+        if len(set(self.classes)) == len(self.classes):
+            return self.classes
+        return [f"{name} (category {number})" for name, number in zip(self.classes, self.category_ids)]
 
     def to_coco(self) -> dict[str, list[dict[str, Any]]]:
         """The same in the form that pycocotools takes.
@@ -63,12 +78,13 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
     """Reads and checks a COCO annotation file; what was read already is returned as it is.
 
     Optional in an annotation: ``id``, ``area`` (width · height), ``iscrowd`` and ``ignore`` (no). Left out and counted:
-    boxes of a category or an image that the file does not list, boxes that are not four finite numbers.
+    boxes of a category or an image that the file does not list, boxes that are not four finite numbers, boxes with an
+    ``iscrowd`` or ``ignore`` that is neither yes nor no. An area that is no number is width · height, and counted.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not JSON or not an annotation file, a key is missing or of a wrong type, or an id of an image
-            or category comes twice. The text names the file and the place.
+        ValueError: it is not JSON or not an annotation file, a key of an image or category is missing or of a wrong
+            type, or its id comes twice. The text names the file and the place.
     """
     if isinstance(path, Annotations):
         return path
@@ -78,36 +94,43 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
         raise ValueError(f"{path} is not a COCO annotation file: a JSON object is needed")
     categories: dict[int, str] = {}
     for where, entry in _entries(path, content, "categories"):
-        _add(where, categories, _get(where, entry, "id", int), _get(where, entry, "name", str))
-    images: dict[int, int] = {}
+        _add(where, categories, _get(where, entry, "id", values.whole), _get(where, entry, "name", values.text))
+    images: dict[ImageId, int] = {}
     file_names, sizes = [], []
     for row, (where, entry) in enumerate(_entries(path, content, "images")):
-        _add(where, images, _get(where, entry, "id", int), row)
-        file_names.append(_get(where, entry, "file_name", str))
-        sizes.append((_get(where, entry, "height", int), _get(where, entry, "width", int)))
-        if min(sizes[-1]) < 1:
-            raise ValueError(f"{where}: `height` and `width` must be positive, got {sizes[-1]}")
+        _add(where, images, _get(where, entry, "id", values.image_id), row)
+        file_names.append(_get(where, entry, "file_name", values.text))
+        sizes.append((_get(where, entry, "height", values.whole), _get(where, entry, "width", values.whole)))
+        if not 1 <= min(sizes[-1]) <= max(sizes[-1]) <= MAX_SIDE:
+            raise ValueError(f"{where}: `height` and `width` must be positive, at most {MAX_SIDE}, got {sizes[-1]}")
+    if len({type(image) for image in images}) > 1:
+        raise ValueError(f"{path}: the ids of its images are numbers and texts, not all of one kind")
 
     category_ids = sorted(categories)
     labels = {category: label for label, category in enumerate(category_ids)}
     problems: Counter[str] = Counter()
     kept: list[tuple[int, int, list[float], float, bool, bool]] = []
-    for where, entry in _entries(path, content, "annotations"):
-        of_image = images.get(_get(where, entry, "image_id", int))
-        label = labels.get(_get(where, entry, "category_id", int))
-        box = _numbers(_get(where, entry, "bbox", list))
+    for _, entry in _entries(path, content, "annotations"):
+        entry = entry if isinstance(entry, dict) else {}
+        of_image = images.get(values.image_id(entry.get("image_id")))  # type: ignore[arg-type]
+        label = labels.get(values.whole(entry.get("category_id")))  # type: ignore[arg-type]
+        box = values.numbers(entry.get("bbox"), 4)
+        crowd, ignored = values.truth(entry.get("iscrowd", False)), values.truth(entry.get("ignore", False))
         if label is None:
             problems["boxes of unknown categories, left out"] += 1
         elif of_image is None:
             problems["boxes of unknown images, left out"] += 1
         elif box is None:
             problems["boxes that are not four finite numbers, left out"] += 1
+        elif crowd is None or ignored is None:
+            problems["boxes with `iscrowd` or `ignore` neither true nor false, left out"] += 1
         else:
-            area = _numbers([entry.get("area", box[2] * box[3])], 1)
+            area = values.number(entry.get("area", box[2] * box[3]))
             if area is None:
-                raise ValueError(f"{where}: `area` must be a finite number, got {entry['area']!r}")
-            kept.append((of_image, label, box, area[0], bool(entry.get("iscrowd")), bool(entry.get("ignore"))))
-    rows, targets, boxes, areas, crowd, ignored = list(zip(*kept)) or [()] * 6
+                problems["areas that are not finite numbers, width · height instead"] += 1
+                area = box[2] * box[3]
+            kept.append((of_image, label, box, min(area, sys.float_info.max), crowd, ignored))
+    rows, targets, boxes, areas, crowds, ignore = list(zip(*kept)) or [()] * 6
     return Annotations(
         path=path,
         category_ids=category_ids,
@@ -119,43 +142,96 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
         labels=torch.tensor(targets, dtype=torch.int64),
         rows=torch.tensor(rows, dtype=torch.int64),
         areas=torch.tensor(areas, dtype=torch.float64),
-        crowd=torch.tensor(crowd, dtype=torch.bool),
-        ignored=torch.tensor(ignored, dtype=torch.bool),
+        crowd=torch.tensor(crowds, dtype=torch.bool),
+        ignored=torch.tensor(ignore, dtype=torch.bool),
         problems=problems,
     )
 
 
 def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str, Any]]:
-    """A file of detections in COCO's result format, checked; `annotations` are what they will be compared with.
+    """Detections of a file, checked; `annotations` are what they will be compared with.
+
+    The file is a list in COCO's result format, or what ``gfl detect`` writes, whose images are found in the annotations
+    by their file names.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not a JSON list of objects with ``image_id``, ``category_id``, ``bbox`` and ``score``, or one
-            has numbers that are not finite, or an image or category unknown to the annotations. The text names it.
+        ValueError: it is neither, or a detection is not as `check_detections` needs it, or an image is not in the
+            annotations or of another size there. The text names it.
     """
     path = Path(path)
     content = _json(path)
+    if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+        content = _of_detect(path, content, annotations)
     if not isinstance(content, list):
         raise ValueError(f"{path} is not a COCO result file: a list of detections is needed")
-    images, categories = set(annotations.image_ids), set(annotations.category_ids)
-    detections = []
-    for number, entry in enumerate(content):
+    return check_detections(content, annotations, path)
+
+
+def check_detections(
+    detections: Any, annotations: Annotations, path: str | Path = "detections"
+) -> list[dict[str, Any]]:
+    """Detections as plain numbers, or a ValueError that names the one of another form.
+
+    Each has ``image_id``, ``category_id``, ``bbox`` and ``score``: finite numbers, and ids that the annotations list.
+    """
+    known = {"image_id": (values.image_id, set(annotations.image_ids))}
+    known["category_id"] = (values.whole, set(annotations.category_ids))
+    checked = []
+    for number, entry in enumerate(detections):
         where = _Place(path, "entry ", number)
         found: dict[str, Any] = {}
-        for key, known in (("image_id", images), ("category_id", categories)):
-            found[key] = _get(where, entry, key, int)
-            if found[key] not in known:
-                raise ValueError(f"{where}: `{key}` {found[key]} is not in {annotations.path}")
-        box, score = _numbers(_get(where, entry, "bbox", list)), _numbers([entry.get("score")], 1)
-        if box is None:
-            raise ValueError(f"{where}: `bbox` must be four finite numbers, got {entry['bbox']!r}")
-        if score is None:
-            raise ValueError(f"{where}: `score` must be a finite number, got {entry.get('score')!r}")
-        detections.append({**found, "bbox": box, "score": score[0]})
-    return detections
+        for key, (parse, ids) in known.items():
+            found[key] = _get(where, entry, key, parse)
+            if found[key] not in ids:
+                raise ValueError(f"{where}: `{key}` {found[key]!r} is not in {annotations.path}")
+        found["bbox"] = _get(where, entry, "bbox", lambda value: values.numbers(value, 4), "four finite numbers")
+        found["score"] = _get(where, entry, "score", values.number, "a finite number")
+        checked.append(found)
+    return checked
 
 
-def coco_detection(image_id: int, category_id: int, box: Sequence[float], score: float) -> dict[str, Any]:
+def _of_detect(path: Path, content: Mapping[str, Any], annotations: Annotations) -> list[dict[str, Any]]:
+    """The detections of a file of ``gfl detect``, with the annotations' ids of images."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(annotations.file_names):
+        rows.setdefault(PurePath(name).name, []).append(row)
+    names = dict(zip(annotations.category_ids, annotations.classes))
+    for label, (where, entry) in enumerate(_entries(path, content, "categories")):
+        number, name = _get(where, entry, "id", values.whole), _get(where, entry, "name", values.text)
+        # A checkpoint without names has these.
+        if name != f"class {label}" and names.get(number, name) != name:
+            raise ValueError(f"{where}: category {number} is {name!r}, in {annotations.path} {names[number]!r}")
+    images: dict[ImageId, ImageId] = {}
+    taken: dict[int, str] = {}
+    for where, entry in _entries(path, content, "images"):
+        file = PurePath(_get(where, entry, "file_name", values.text))
+        # The one whose name is the longest end of the path.
+        lengths = {row: len(PurePath(annotations.file_names[row]).parts) for row in rows.get(file.name, ())}
+        fitting = [row for row, n in lengths.items() if PurePath(annotations.file_names[row]).parts == file.parts[-n:]]
+        fitting = [row for row in fitting if lengths[row] == max(lengths[r] for r in fitting)]
+        if len(fitting) != 1:
+            what = f"is several images of {annotations.path}" if fitting else f"is not in {annotations.path}"
+            raise ValueError(f"{where}: {file} {what}")
+        row = fitting[0]
+        if row in taken:
+            raise ValueError(f"{where}: {file} and {taken[row]} are one image of {annotations.path}")
+        size = [_get(where, entry, key, values.whole) for key in ("height", "width")]
+        if size != annotations.sizes[row].tolist():
+            there = "×".join(map(str, annotations.sizes[row].flip(0).tolist()))
+            raise ValueError(f"{where}: {file} is {size[1]}×{size[0]} pixels, {there} in {annotations.path}")
+        taken[row] = str(file)
+        _add(where, images, _get(where, entry, "id", values.image_id), annotations.image_ids[row])
+    found = []
+    for where, entry in _entries(path, content, "annotations"):
+        image = _get(where, entry, "image_id", values.image_id)
+        if image not in images:
+            raise ValueError(f"{where}: `image_id` {image!r} is not in its own images")
+        found.append({**entry, "image_id": images[image]})
+    return found
+
+
+def coco_detection(image_id: ImageId, category_id: int, box: Sequence[float], score: float) -> dict[str, Any]:
     """An entry of COCO's result format, whose boxes are (x, y, width, height), of an xyxy box."""
     x1, y1, x2, y2 = box
     return {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
@@ -167,7 +243,7 @@ class Sample(NamedTuple):
     image: Tensor  # uint8 [3, H, W], RGB
     boxes: Tensor  # fp32 [n, 4], xyxy in pixels, inside the image, at least a pixel wide and high
     labels: Tensor  # int64 [n]
-    image_id: int  # of the annotation file
+    image_id: ImageId  # of the annotation file
     size: tuple[int, int]  # (height, width)
 
 
@@ -178,6 +254,9 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     (which an evaluation still uses), boxes marked ``ignore``, without width or height, outside their image, or less
     than a pixel wide or high. The rest is clipped to the image.
 
+    Photos with an EXIF orientation are read by one rule, the one that their boxes were drawn in: upright, unless the
+    sizes in the file say that the boxes are on the stored pixels.
+
     The file names of `annotations` are relative to the folder `images`. With `keep_empty` images without a target are
     kept; they are all background.
 
@@ -186,7 +265,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         ValueError: the annotation file is broken, or no image is left.
     """
 
-    image_ids: list[int]  # of the images in this data set
+    image_ids: list[ImageId]  # of the images in this data set
     sizes: Tensor  # int64 [n, 2], their (height, width)
 
     def __init__(self, annotations: str | Path | Annotations, images: str | Path, keep_empty: bool = True):
@@ -216,6 +295,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.sizes = annotations.sizes[chosen]
         self.image_ids = [annotations.image_ids[i] for i in chosen.tolist()]
         self._names = [annotations.file_names[i] for i in chosen.tolist()]
+        self._upright: bool | None = None
         self._require_images()
 
     def __len__(self) -> int:
@@ -235,9 +315,41 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
-        image = read_image(self.path(index), (height, width))
+        image = read_image(self.path(index), (height, width), self._boxes_are_upright)
         boxes, labels = (part[self._first[index] : self._last[index]].clone() for part in (self._boxes, self._labels))
         return Sample(image, boxes, labels, self.image_ids[index], (height, width))
+
+    def digest(self) -> str:
+        """SHA-256 of all that a training takes from it: classes, boxes, order, and a hundred of the image files."""
+        digest = hashlib.sha256(json.dumps([self.category_ids, self.classes, self.image_ids, self._names]).encode())
+        for tensor in (self.sizes, self._boxes, self._labels, torch.tensor(self._last)):
+            digest.update(tensor.numpy().tobytes())
+        for index in range(0, len(self), -(-len(self) // DIGESTED)):
+            with suppress(OSError):
+                digest.update(hashlib.sha256(files.read_bytes(self.path(index))).digest())
+        return digest.hexdigest()
+
+    def _boxes_are_upright(self) -> bool:
+        """Whether boxes refer to photos as a viewer shows them, for one whose size does not tell: as those that do.
+
+        It is a ValueError if some photos say so and others not.
+        """
+        if self._upright is None:
+            said: dict[bool, Path] = {}
+            for index, (height, width) in enumerate(self.sizes.tolist()):
+                try:
+                    stored, turned = stored_size(self.path(index))
+                except UnreadableImage:
+                    continue
+                if stored != turned and (height, width) in (stored, turned):
+                    said.setdefault((height, width) == turned, self.path(index))
+            if len(said) == 2:
+                raise ConflictingOrientations(
+                    f"{self.annotations.path}: the boxes of {said[True]} are on the upright photo, those of "
+                    f"{said[False]} on the stored pixels: save all photos upright"
+                )
+            self._upright = next(iter(said), True)
+        return self._upright
 
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
         """xyxy boxes to train on, their images' rows in the file and their labels; the rest is counted."""
@@ -274,15 +386,15 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(files.read_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON, or only its beginning: {error}") from None
 
 
 class _Place(NamedTuple):
     """The place of an entry in a file; formatted only when an error needs it."""
 
-    path: Path
+    path: str | Path
     key: str
     number: int
 
@@ -297,26 +409,16 @@ def _entries(path: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple
     return ((_Place(path, key, number), entry) for number, entry in enumerate(entries))
 
 
-def _get(where: _Place, entry: Mapping[str, Any], key: str, kind: type) -> Any:
-    try:
-        value = entry[key]
-    except (KeyError, TypeError):
-        raise ValueError(f"{where} has no `{key}`") from None
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: `{key}` must be of type {kind.__name__}, got {value!r}")
+def _get(where: _Place, entry: Any, key: str, parse: Callable[[Any], Any], kind: str | None = None) -> Any:
+    if not isinstance(entry, Mapping) or key not in entry:
+        raise ValueError(f"{where} has no `{key}`")
+    if (value := parse(entry[key])) is None:
+        kind = kind or (parse.__doc__ or "").partition(",")[0]
+        raise ValueError(f"{where}: `{key}` must be {kind}, got {entry[key]!r:.80}")
     return value
 
 
-def _add(where: _Place, known: dict[int, Any], key: int, value: Any) -> None:
+def _add(where: _Place, known: dict[Any, Any], key: ImageId, value: Any) -> None:
     if key in known:
-        raise ValueError(f"{where}: `id` {key} comes twice")
+        raise ValueError(f"{where}: `id` {key!r} comes twice")
     known[key] = value
-
-
-def _numbers(values: list[Any], count: int = 4) -> list[float] | None:
-    """The values as floats if they are that many finite numbers."""
-    if len(values) != count or not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
-        return None
-    return [float(v) for v in values]

@@ -24,6 +24,7 @@ from ..config import Config
 from ..threads import cores
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
+from .values import ImageId
 
 # Following images tried in place of one that can't be decoded, before giving up.
 ATTEMPTS = 100
@@ -43,7 +44,7 @@ class Batch:
     boxes: Tensor  # fp32 [N, 4], xyxy in pixels of `images`, image after image
     labels: Tensor  # int64 [N]
     counts: list[int]  # objects of each image
-    image_ids: list[int]  # of the annotation file
+    image_ids: list[ImageId]  # of the annotation file
     original_sizes: list[tuple[int, int]]  # (height, width) of the image files
     # Files that can't be decoded, and why. A training batch has other images in their place; a test batch is shorter.
     unreadable: dict[Path, str] = field(default_factory=dict)

@@ -3,57 +3,109 @@
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+
+from .. import files
 
 # Of red, green and blue over ImageNet, in levels of 0 to 255.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+# Bytes of an image file, of which the largest photos have a tenth.
+LARGEST_FILE = 2**29
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap height and width
+_TURN = Image.Transpose
+TURNS = {
+    **{2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE},
+    **{6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90},
+}
 
 
 class UnreadableImage(ValueError):
     """A file that is there but can't be decoded; the text names it and says why."""
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+class ConflictingOrientations(ValueError):
+    """Photos of one set whose boxes are partly on upright pixels and partly on stored ones."""
+
+
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, upright: Callable[[], bool] = lambda: True
+) -> Tensor:
     """An image file as RGB, uint8 ``[3, H, W]`` in channels-last memory format.
 
     It is turned upright by its EXIF orientation, as OpenCV and viewers do, unless `size`, the (height, width) in pixels
-    that annotations refer to, tells that they were made on the stored pixels. Of an animation it is the first frame;
-    `to_tensor` tells about other modes than RGB.
+    that annotations refer to, tells that they were made on the stored pixels. Where the size is the same either way
+    `upright` is asked. Of an animation it is the first frame; `to_tensor` tells about other modes than RGB.
 
     Raises:
         OSError: the file can't be read (it is missing, for example).
-        UnreadableImage: it can't be decoded.
+        UnreadableImage: it can't be decoded, is no regular file, or too large.
         ValueError: the image is not of `size`.
     """
-    content = Path(path).read_bytes()
     try:
-        with Image.open(io.BytesIO(content)) as stored:
+        content = files.read_bytes(path, LARGEST_FILE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EFBIG):
+            raise
+        raise UnreadableImage(f"{path} can't be decoded: {error.strerror}") from None
+    with _open(path, io.BytesIO(content)) as stored:
+        try:
             stored.load()
-            upright = stored
-            with suppress(Exception):  # broken EXIF data says nothing about the pixels
-                upright = ImageOps.exif_transpose(stored)
-            if size is not None and (upright.height, upright.width) != size and (stored.height, stored.width) == size:
-                upright = stored
-            image = to_tensor(upright)
-    except MemoryError:
-        raise
-    # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
-    except Exception as error:
-        raise UnreadableImage(f"{path} can't be decoded: {error}") from error
+            unturned, turned = _sizes(stored)
+            turn = TURNS.get(_orientation(stored))
+            if turn is not None and size == unturned and (size != turned or not upright()):
+                turn = None
+            image = to_tensor(stored if turn is None else stored.transpose(turn))
+        except (ConflictingOrientations, MemoryError):
+            raise
+        # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
+        except Exception as error:
+            raise UnreadableImage(f"{path} can't be decoded: {error}") from error
     if size is not None and tuple(image.shape[1:]) != size:
         shape = f"{image.shape[2]}×{image.shape[1]}"
         raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
     return image
+
+
+def stored_size(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of an image file's pixels as they are stored, and upright; UnreadableImage if it has none."""
+    try:
+        with files.open_regular(path) as file, _open(path, file) as stored:
+            return _sizes(stored)
+    except OSError as error:
+        raise UnreadableImage(f"{path} can't be read: {error}") from None
+
+
+def _open(path: str | Path, file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file)
+    except Exception as error:
+        raise UnreadableImage(f"{path} can't be decoded: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 for none, and for broken EXIF data, which say nothing about the pixels."""
+    if image.format == "TIFF":  # pillow itself turns it
+        return 1
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _sizes(image: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:
+    height, width = image.height, image.width
+    return (height, width), (width, height) if 5 <= _orientation(image) <= 8 else (height, width)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

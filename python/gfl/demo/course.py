@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,11 +13,14 @@ from PIL import Image
 from ..config import Config, preset
 from ..data.loader import validation_dataset
 from ..detector import Detector
-from ..engine.train import BEST, train
+from ..engine.folder import BEST
+from ..engine.train import train
+from ..files import replacing, say
 from . import ITERATIONS, pictures
 from .scenes import write_dataset
 
 BATCH, EPOCHS, SIZE = 8, 8, 160
+PICTURES = ("detections.jpg", "distributions.jpg")
 # A batch of small images does not occupy more.
 MOST_THREADS = 8
 
@@ -64,44 +67,44 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
     if iterations < 1:
         raise ValueError(f"gfl demo: `iterations` must be at least 1, got {iterations}")
     out = Path(out)
-    if (out / "training").exists():
-        raise ValueError(f"{out} holds a demo: choose another folder for this one")
+    made_before = [name for name in ("data", "training", *PICTURES) if (out / name).exists()]
+    if made_before:
+        raise ValueError(f"{out} holds a demo, or other files ({made_before[0]}): choose another folder for this one")
     started = time.perf_counter()
     amp = "bf16" if device != "cpu" or computes_bf16() else "none"
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     held_out = max(8, min(300, iterations // 8))
-    _say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
+    say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
     write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
     drawn = time.perf_counter()
     config = configuration(out / "data", seed, amp)
     threads = torch.get_num_threads()
     machine = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
     machine += f", {'fp32' if amp == 'none' else amp}"
-    _say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {machine}")
+    say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {machine}")
     metrics = train(config, out / "training", device=device)
     trained = time.perf_counter()
 
     best = out / "training" / BEST
     detector = Detector(best, device)
     scenes = validation_dataset(config)
-    made: dict[str, Image.Image | None] = {"detections.jpg": pictures.detections(detector, scenes)}
-    made["distributions.jpg"] = pictures.distributions(detector, scenes)
+    draw: tuple[Any, ...] = (pictures.detections, pictures.distributions)
+    made: dict[str, Image.Image | None] = {name: one(detector, scenes) for name, one in zip(PICTURES, draw)}
     figures = "  ".join(f"{what} {metrics[name]:.3f}" for name, what in _SHOWN.items())
-    _say(f"\n  {held_out} held-out scenes  {figures}")
-    _say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
+    say(f"\n  {held_out} held-out scenes  {figures}")
+    say(f"  {'time':<20}drawing {drawn - started:.0f} s, training and evaluation {trained - drawn:.0f} s")
     for name, picture in made.items():
         if picture is None:
-            _say(f"  {name:<20}none: no detection is confident enough; train for longer")
+            say(f"  {name:<20}none: no detection is confident enough; train for longer")
         else:
-            picture.save(out / name, quality=80)
-            _say(f"  {name:<20}{out / name}")
-    _say(f"  {'detector':<20}{best}\n\nTry it:")
-    _say(f"  gfl detect {best} {out / 'data' / 'val'} --out {out / 'found'}")
+            with replacing(out / name) as part:
+                picture.save(part, quality=80)
+            say(f"  {name:<20}{out / name}")
+    say(f"  {'detector':<20}{best}\n\nTry it:")
+    say(f"  gfl detect {best} {out / 'data' / 'val'} --out {out / 'found'}")
     return metrics
 
 
-# Flushed, to keep its place among the training's own lines on standard error.
-_say = partial(print, flush=True)
 # Below 32 pixels square is small in COCO's terms.
 _SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "small", "APm": "medium"}
 

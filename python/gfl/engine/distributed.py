@@ -4,12 +4,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Seconds that a process waits for the others, and for their answer when it has waited so long.
+TIMEOUT, ANSWER = 600.0, 10.0
+_LOST = re.compile(r"(?i)timed? ?out|connection (closed|reset|refused)|closed by peer")
 
 
 @dataclass(frozen=True)
@@ -32,23 +39,31 @@ class Process:
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Process]:
+def processes(device: str | None = None, timeout: float = TIMEOUT) -> Iterator[Process]:
     """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
 
     The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors. Within, it
-    is torch's current one.
+    is torch's current one. A process that waits `timeout` seconds for another raises a RuntimeError that names the
+    ranks which don't answer.
     """
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, default)) for name, default in single.items())
     where = choose_device(device, local)
     joined = world > 1 and not dist.is_initialized()
+    limit = timedelta(seconds=timeout)
     with current_device(where):
         if joined and where.type == "cuda":
-            dist.init_process_group("nccl", device_id=where)
+            dist.init_process_group("nccl", device_id=where, timeout=limit)
         elif joined:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=limit)
+        # Of its own, since a group is unusable after an error.
+        monitor = dist.new_group(backend="gloo", timeout=limit) if joined else None
         try:
             yield Process(rank, world, where)
+        except RuntimeError as error:
+            if not joined or not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(f"{_silent(monitor, rank)} within {timeout:.0f} s: {error}") from error
         finally:
             if joined:
                 dist.destroy_process_group()
@@ -61,6 +76,17 @@ def current_device(device: torch.device | str) -> AbstractContextManager[object]
     """
     where = torch.device(device)
     return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
+
+
+def _silent(monitor: Any, rank: int) -> str:
+    """Says which ranks don't answer any more; those that do all come here after the same time."""
+    try:
+        dist.monitored_barrier(monitor, timedelta(seconds=ANSWER), wait_all_ranks=True)
+    except RuntimeError as error:
+        # Rank 0 asks all others; they ask rank 0.
+        listed = re.search(r"[Rr]anks? ([\d, ]+?) failed", str(error))
+        return f"rank {listed[1] if rank == 0 and listed else 0} did not answer"
+    return "a rank did not answer"
 
 
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:

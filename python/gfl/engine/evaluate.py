@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 import gfl_ops
 
+from .. import files
 from ..config import Config
-from ..data.coco import Annotations, CocoDataset, coco_detection, read_annotations
+from ..data.coco import Annotations, CocoDataset, check_detections, coco_detection, read_annotations
 from ..data.loader import Batch, test_loader
 from ..data.transforms import normalise
+from ..data.values import ImageId
 from ..models.fused import FusedGFL
 from .distributed import current_device
 from .pipeline import InputBatch, Pipeline, fetch, testing
@@ -32,7 +34,12 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 def evaluate(
-    model: nn.Module, dataset: CocoDataset, config: Config, device: torch.device | str, progress: bool = True
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: Config,
+    device: torch.device | str,
+    progress: bool = True,
+    save: Path | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Detects in all images of a data set and compares with its annotations.
 
@@ -46,6 +53,8 @@ def evaluate(
         config: sizes, batches and workers.
         device: the model's; if a GPU, collectives use it too.
         progress: show a progress bar, if standard error is a terminal.
+        save: a JSON file for the detections, written before they are compared; while they come they are lines of JSON
+            in a file beside it, one per process.
 
     Returns:
         Metrics as `coco_metrics` gives them, and the detections as `to_results` does, in the data set's order.
@@ -60,20 +69,24 @@ def evaluate(
     together = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
-    with current_device(device), testing(model, config.test), torch.no_grad():
-        hidden = None if progress and rank == 0 else True
-        batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden)
-        own = _detect(model, batches, torch.device(device), dataset.category_ids)
+    with contextlib.ExitStack() as stack:
+        add = stack.enter_context(files.lines(save.with_name(f"{save.stem}.partial-{rank}.jsonl"))) if save else None
+        with current_device(device), testing(model, config.test), torch.no_grad():
+            hidden = None if progress and rank == 0 else True
+            batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden)
+            own = _detect(model, batches, torch.device(device), dataset.category_ids, add)
 
-    everything: list[Any] = [(own, dataset.unreadable)] * world
-    if together:
-        with current_device(device):
-            dist.all_gather_object(everything, (own, dataset.unreadable))
-    for _, unreadable in everything:
-        for path in sorted(unreadable):
-            dataset.pass_over(path)
-    place = {image: row for row, image in enumerate(dataset.image_ids)}
-    results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
+        everything: list[Any] = [(own, dataset.unreadable)] * world
+        if together:
+            with current_device(device):
+                dist.all_gather_object(everything, (own, dataset.unreadable))
+        for _, unreadable in everything:
+            for path in sorted(unreadable):
+                dataset.pass_over(path)
+        place = {image: row for row, image in enumerate(dataset.image_ids)}
+        results = sorted((d for part, _ in everything for d in part), key=lambda d: place[d["image_id"]])
+        if save is not None and rank == 0:
+            files.write_json(save, results)
     # What the first process computes, or its error, in all of them, so that none waits for one that failed.
     outcome: list[Any] = [None]
     if rank == 0:
@@ -90,12 +103,19 @@ def evaluate(
 
 
 def _detect(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, category_ids: Sequence[int]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    category_ids: Sequence[int],
+    add: Callable[[Any], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Detections of all batches in COCO's format; a GPU computes one while those of the one before are read."""
+    """Detections of all batches in COCO's format, each batch's given to `add`.
+
+    A GPU computes one while those of the one before are read.
+    """
     pipeline = Pipeline(model, device, graphs=True) if isinstance(model, FusedGFL) else None
 
-    def start(batch: Batch) -> tuple[Callable[[], gfl_ops.Detections], list[int]]:
+    def start(batch: Batch) -> tuple[Callable[[], gfl_ops.Detections], list[ImageId]]:
         inputs = InputBatch(batch.images, batch.image_sizes, batch.scale_factors)
         if pipeline is not None:
             found = pipeline.run(inputs).detections
@@ -104,12 +124,15 @@ def _detect(
         return fetch(found, device), batch.image_ids
 
     own: list[dict[str, Any]] = []
-    before: tuple[Callable[[], gfl_ops.Detections], list[int]] | None = None
+    before: tuple[Callable[[], gfl_ops.Detections], list[ImageId]] | None = None
     for batch in chain(on_device((batch for batch in batches if batch.image_ids), device), [None]):
         started = None if batch is None else start(batch)
         if before is not None:
             wait, image_ids = before
-            own += to_results(wait(), image_ids, category_ids)
+            results = to_results(wait(), image_ids, category_ids)
+            own += results
+            if add is not None:
+                add(results)
         before = started
     return own
 
@@ -117,7 +140,7 @@ def _detect(
 def coco_metrics(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> dict[str, float]:
     """The twelve figures of pycocotools for boxes, by the names of `METRICS`; NaN where there is no object to find.
 
@@ -139,20 +162,24 @@ def coco_metrics(
 def class_metrics(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> dict[str, float]:
-    """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`."""
+    """AP of each category by name, in the order of the labels; arguments and errors as for `coco_metrics`.
+
+    Where two categories share a name, each name ends with its category's id.
+    """
     annotations = read_annotations(annotations)
     # [IoU thresholds, recalls, categories, areas, limits of detections]
     precision = torch.from_numpy(coco_evaluation(annotations, detections, image_ids).eval["precision"])
     of_class = precision[:, :, :, 0, -1].permute(2, 0, 1).flatten(1)
-    return {name: _figure(values.mean()) for name, values in zip(annotations.classes, of_class, strict=True)}
+    names = annotations.distinct_names()
+    return {name: _figure(values.mean()) for name, values in zip(names, of_class, strict=True)}
 
 
 def coco_evaluation(
     annotations: str | Path | Annotations,
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[ImageId] | None = None,
 ) -> Any:
     """pycocotools' ``COCOeval`` of boxes, evaluated and accumulated; arguments and errors as for `coco_metrics`."""
     try:
@@ -161,12 +188,10 @@ def coco_evaluation(
     except ImportError as error:
         raise RuntimeError(f"an evaluation needs the package pycocotools: {error}") from None
     annotations = read_annotations(annotations)
-    unknown = {d["image_id"] for d in detections} - set(annotations.image_ids)
-    if unknown:
-        raise ValueError(f"`detections` have the image {min(unknown)}, which {annotations.path} does not list")
+    detections = check_detections(detections, annotations)
     truth, found = COCO(), COCO()
     truth.dataset = annotations.to_coco()
-    found.dataset = {**truth.dataset, "annotations": [dict(d) for d in detections]}
+    found.dataset = {**truth.dataset, "annotations": detections}
     for number, d in enumerate(found.dataset["annotations"], 1):
         d |= {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -181,7 +206,7 @@ def coco_evaluation(
 
 
 def to_results(
-    detections: gfl_ops.Detections, image_ids: Sequence[int], category_ids: Sequence[int]
+    detections: gfl_ops.Detections, image_ids: Sequence[ImageId], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """`Detections` of a batch in COCO's format, (x, y, width, height) instead of corners."""
     boxes, scores, labels, count = (tensor.tolist() for tensor in detections[:4])

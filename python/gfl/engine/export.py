@@ -3,8 +3,9 @@
 
 The integral of equation 4 (arXiv 2006.04388) is a softmax and a product with the bins 0 … R. Both are fp32 whatever the
 rest is: a step of 8 bits in a sum over 16 bins is a sixteenth of a bin, 8 pixels at stride 128, on top of what the
-softmax loses. An ONNX file lists these nodes under the metadata key ``integral_nodes``: have a quantiser leave them
-alone (``nodes_to_exclude`` of onnxruntime's ``quantize_static``).
+softmax loses; boxes of 800 pixels in 8 bits lose 3. An ONNX file lists all nodes from the distributions and scores on
+under the metadata key ``integral_nodes``: have a quantiser leave them alone (``nodes_to_exclude`` of onnxruntime's
+``quantize_static``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
@@ -167,12 +169,13 @@ def to_onnx(
         program = torch.onnx.export(whole, (images,), dynamo=True, verbose=False, opset_version=OPSET, **names)
     assert program is not None
     proto = program.model_proto
-    integral = _name_integral(proto)
     if outputs == DETECTIONS:
         _append_nms(proto, model)
-    _describe(proto, model, size, outputs, integral, classes)
+    _rename_weights(proto)
+    _describe(proto, model, size, outputs, _sensitive_nodes(proto), classes)
     onnx.checker.check_model(proto, full_check=True)
-    onnx.save_model(proto, str(file))
+    with files.replacing(file) as part:
+        onnx.save_model(proto, str(part))
 
 
 def _example(batch: int | None, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any] | None]:
@@ -196,13 +199,32 @@ def _check(model: GFL, outputs: str, batch: int | None, size: tuple[int, int]) -
             raise ValueError(f"gfl export: `detections` {why}")
 
 
-def _name_integral(proto: Any) -> list[str]:
-    """Names the softmax of the distributions and the product with the bins; returns the names."""
-    softmax = {node.output[0]: node for node in proto.graph.node if node.op_type == "Softmax"}
-    products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[0] in softmax]
-    for number, product in enumerate(products):
-        softmax[product.input[0]].name, product.name = f"integral_softmax_{number}", f"integral_matmul_{number}"
-    return [node.name for product in products for node in (softmax[product.input[0]], product)]
+def _sensitive_nodes(proto: Any) -> list[str]:
+    """Names of what follows the last convolutions, and of what a softmax leads to before the next convolution."""
+    feeds: set[str] = set()  # values that a convolution depends on
+    for node in reversed(proto.graph.node):
+        if node.op_type == "Conv" or not feeds.isdisjoint(node.output):
+            feeds.update(node.input)
+    shares: set[str] = set()  # values made of a softmax's
+    found = []
+    for number, node in enumerate(proto.graph.node):
+        if node.op_type == "Conv":
+            continue
+        if node.op_type == "Softmax" or not shares.isdisjoint(node.input):
+            shares.update(node.output)
+        if feeds.isdisjoint(node.output) or not shares.isdisjoint(node.output):
+            node.name = node.name or f"{node.op_type}_{number}"
+            found.append(node.name)
+    return found
+
+
+def _rename_weights(proto: Any) -> None:
+    """Gives weights names without a digit at the end: onnxruntime's quantiser adds numbers to them for its copies."""
+    names = {one.name: f"{one.name}_" for one in proto.graph.initializer if one.name[-1:].isdigit()}
+    for one in proto.graph.initializer:
+        one.name = names.get(one.name, one.name)
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _append_nms(proto: Any, model: GFL) -> None:
@@ -236,7 +258,7 @@ def _describe(
         "strides": ",".join(map(str, model.config.strides)),
         "reg_max": str(model.config.reg_max),
     }
-    helper.set_model_props(proto, values | ({"classes": "\n".join(classes)} if classes else {}))
+    helper.set_model_props(proto, values | ({"classes": "\n".join(map(files.printable, classes))} if classes else {}))
     proto.producer_name = "gfl-ops"
 
 
@@ -260,10 +282,10 @@ def to_torch(
     """
     whole = Exportable(model, size, outputs, dtype).to(device)
     images, shapes = _example(batch, size)
-    with torch.no_grad(), warnings.catch_warnings(), current_device(device):
+    with torch.no_grad(), warnings.catch_warnings(), current_device(device), files.replacing(file) as part:
         warnings.simplefilter("ignore")
         program = torch.export.export(whole, (images.to(device),), dynamic_shapes=shapes)
         if compiled:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part))
         else:
-            torch.export.save(program, file)
+            torch.export.save(program, part)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from .. import files
 
 TEXT = "train.log"
 STEPS = "steps.csv"
@@ -45,7 +47,9 @@ class RunLog:
         """A line on the screen and in the folder."""
         if not self.active:
             return
-        tqdm.write(text, file=sys.stderr)
+        text = files.printable(text, "\n")
+        with suppress(OSError, ValueError), tqdm.external_write_mode(sys.stderr):
+            files.say(text, sys.stderr)
         with (self.folder / TEXT).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -76,7 +80,6 @@ def cut_after(path: Path, step: int) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         text = file.read()
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    kept = lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8", newline="")
-    os.replace(part, path)
+    numbers = (line.split(",", 1)[0] for line in lines[1:])
+    kept = lines[:1] + [line for line, n in zip(lines[1:], numbers) if n.isdigit() and int(n) <= step]
+    files.write(path, "".join(kept))

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import backbone_weights, checkpoint, models
+from .. import backbone_weights, checkpoint, files, models
 from ..config import SECTION_OF, Config, TrainConfig
 from ..data.coco import CocoDataset
 from ..data.loader import training_dataset, training_loader, validation_dataset
+from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
+from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
 from .log import EVALUATIONS, STEPS, RunLog
 from .step import LOSSES, Step, on_device
 
-LAST = "last.pt"
-BEST = "best.pt"
-CONFIG = "config.json"
 # Which of its kernels an optimizer uses, not what it computes.
 OPTIMIZER_IMPL_KEYS = ("fused", "foreach", "capturable")
 # What decides which images are in which step: a resumed training can't change it.
@@ -45,11 +44,11 @@ def train(
 ) -> dict[str, float]:
     """Trains a detector, or resumes a training, and evaluates it.
 
-    The folder `out` gets ``last.pt``, which `resume` starts from; ``best.pt``, the weights of the highest AP;
-    ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, if the package tensorboard is installed, its
-    files. A training that is killed at any moment and resumed ends with the weights of one that was not, bit for bit on
-    a CPU: a checkpoint holds the position among the batches, and the number of threads that torch used, which is set
-    again.
+    The folder `out` gets ``last.pt``, which `resume` starts from; ``previous.pt``, the one before it; ``best.pt``, the
+    weights of the highest AP; ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, if the package
+    tensorboard is installed, its files. A training that is killed at any moment and resumed ends with the weights of
+    one that was not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads
+    that torch used, which is set again.
 
     Started by ``torchrun``, the processes share each batch, and their losses are those of one process with the whole
     batch; but batch norms that are trained see their process's share, and the box losses' normaliser is at least 1 per
@@ -59,7 +58,7 @@ def train(
         config: detector, data and training; the number of classes is the data's. With `resume` the network is the
             checkpoint's.
         out: folder of the training, created if missing.
-        resume: continue the training in `out`; what decides the batches may not have changed.
+        resume: continue the training in `out`; what decides the batches, the data too, may not have changed.
         device: as for `torch.device`; None: a GPU if there is one.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -67,12 +66,21 @@ def train(
         The last evaluation's metrics as `evaluate` names them; empty without validation data.
 
     Raises:
-        ValueError: an argument or file that can't be used; `out` holds a training and `resume` is not given.
-        RuntimeError: the loss is no longer finite; the last checkpoint is from before.
+        ValueError: an argument or file that can't be used; `out` holds a training and `resume` is not given, or is in
+            use by another process; ``last.pt`` is damaged: then the one before it takes its place for the next call.
+        RuntimeError: loss or weights are no longer finite; the last checkpoint is from before.
         OSError: a file can't be read or written; the last whole checkpoint stays.
     """
-    with processes(device) as process:
-        training = Training(config, Path(out), process, resume, progress)
+    out = Path(out)
+    if resume and not out.is_dir():
+        raise ValueError(f"{out} holds no training to resume: there is no such folder")
+    with (
+        processes(device, config.train.rank_timeout) as process,
+        files.locked(out) if process.main else nullcontext("") as gone,
+    ):
+        training = Training(config, out, process, resume, progress)
+        if gone:
+            training.log.say(f"{out} is taken over from {gone}, which is no more")
         try:
             return training.run()
         finally:
@@ -96,10 +104,11 @@ class Training:
 
     def __init__(self, config: Config, out: Path, process: Process, resume: bool, progress: bool | None) -> None:
         self.out, self.process, self.progress = out, process, progress
-        saved = self._saved(resume)
+        saved = saved_training(out, resume, process)
         settings = config.train
         _check(settings)
         self.data = training_dataset(config)
+        self.digest = self.data.digest()
         self.validation = validation_dataset(config) if config.data.val_annotations else None
         notes, classes = [], self.data.classes
         if self.validation is not None and self.validation.classes != classes:
@@ -189,7 +198,8 @@ class Training:
         if self.process.world > 1:
             torch.distributed.all_reduce(sums)
         means = [value / (self.summed * self.process.world) for value in sums.tolist()]
-        self._check_finite(sum(means))
+        if not math.isfinite(sum(means)):
+            self._check_finite(sum(means))
         seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
         rate = float(self.optimizer.param_groups[0]["lr"])
         row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
@@ -201,9 +211,14 @@ class Training:
         return f"loss {sum(means):.4f}, lr {rate:.2g}"
 
     def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+        """Of a sum of losses, and of the weights, which one bad gradient after it is enough to spoil."""
+        floats = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        wrong = f"the loss is {loss}" if not math.isfinite(loss) else ""
+        if not wrong and not bool(torch.stack([value.isfinite().all() for value in floats]).all()):
+            wrong = "the weights are no longer finite"
+        if wrong:
             raise RuntimeError(
-                f"the loss is {loss} by step {self.position.step}; no checkpoint was written of it. "
+                f"{wrong} by step {self.position.step}; no checkpoint was written of it. "
                 "A smaller `lr`, a longer `warmup_steps` or `clip_grad_norm` may help"
             )
 
@@ -222,7 +237,10 @@ class Training:
         self.log.row(EVALUATIONS, at.step, {"epoch": at.epoch, **metrics, "seconds": seconds})
         figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
         self.log.say(f"epoch {at.epoch}/{self.config.train.epochs}: {figures}")
+        if math.isnan(metrics["AP"]):
+            self.log.say(f"{validation.annotations.path} has no object to find: no AP, no {BEST}")
         if metrics["AP"] > at.best:
+            self._check_finite(0.0)
             at.best = metrics["AP"]
             if self.process.main:
                 checkpoint.write(self.out / BEST, {"meta": self._meta(), "state_dict": self.model.state_dict()})
@@ -243,7 +261,7 @@ class Training:
                 "optimizer": optimizer,
                 "training": {
                     "position": dict(vars(self.position)),
-                    "images": len(self.data),
+                    "data": self.digest,
                     "sums": self.step.sums.cpu(),
                     "summed": self.summed,
                     "scaler": self.step.scaler.state_dict(),
@@ -251,26 +269,8 @@ class Training:
                     "generator": torch.get_rng_state(),
                 },
             }
-            checkpoint.write(self.out / LAST, content)
+            checkpoint.write(self.out / LAST, content, self.out / PREVIOUS)
         self.process.wait()
-
-    def _saved(self, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to resume from; None for a new training."""
-        path = self.out / LAST
-        exists, begun = path.exists(), path.exists() or (self.out / CONFIG).exists()
-        # Every process has looked before one writes.
-        self.process.wait()
-        if begun and not resume:
-            raise ValueError(f"{self.out} holds a training: resume it, or choose another folder for this one")
-        if resume and not begun:
-            raise ValueError(f"{self.out} holds no training to resume: neither {LAST} nor {CONFIG} is there")
-        # A training killed before its first checkpoint starts again.
-        if not exists:
-            return None
-        saved = checkpoint.read(path)
-        if "training" not in saved or "optimizer" not in saved:
-            raise ValueError(f"{path} has weights alone: `init` starts a training from them, `resume` can't")
-        return saved
 
     def _restore(self, saved: dict[str, Any], before: Config) -> list[str]:
         path, state = self.out / LAST, saved["training"]
@@ -278,9 +278,11 @@ class Training:
             now, then = (getattr(getattr(config, SECTION_OF[name]), name) for config in (self.config, before))
             if now != then:
                 raise ValueError(f"`{name}` was {then} when {path} was written; a training can't go on with {now}")
-        if state["images"] != len(self.data):
-            was = f"{path} was trained on {state['images']} images"
-            raise ValueError(f"{was}, the data has {len(self.data)}: it can't go on there")
+        if state.get("data") != self.digest:
+            raise ValueError(
+                f"the training data are no longer those of {path} (images, their order, boxes or classes): it can't go "
+                "on with others; `init` starts a new training from its weights"
+            )
         checkpoint.load_weights(self.model, saved["state_dict"])
         # The choice of kernels, and a rate that a graph reads, stay this optimizer's own.
         keys = ("lr", *OPTIMIZER_IMPL_KEYS)
@@ -324,7 +326,7 @@ def learning_rate(step: int, steps_per_epoch: int, train: TrainConfig) -> float:
 
 
 def _check(settings: TrainConfig) -> None:
-    positive = ("epochs", "lr", "log_steps")
+    positive = ("epochs", "lr", "log_steps", "rank_timeout")
     for name in (*positive, "warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay"):
         value = getattr(settings, name)
         if value < 0 or (value == 0 and name in positive):
@@ -335,8 +337,12 @@ def _check(settings: TrainConfig) -> None:
 
 def _initial_weights(model: models.GFL, settings: TrainConfig) -> list[str]:
     if settings.init:
-        weights = checkpoint.normalise(checkpoint.read(settings.init)).state_dict
-        return checkpoint.load_weights(model, weights, allow_new_head=True)
+        weights = checkpoint.normalise(checkpoint.read(settings.init))
+        try:
+            check_start(weights, model.config)
+            return checkpoint.load_weights(model, weights.state_dict, allow_new_head=True)
+        except ValueError as error:
+            raise ValueError(f"{settings.init}: {error}") from None
     if not settings.backbone_weights:
         raise ValueError(
             "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "

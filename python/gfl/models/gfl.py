@@ -13,13 +13,15 @@ from torch import Tensor, distributed, nn
 import gfl_ops
 from gfl_ops.ops.head.atss import centres
 
-from ..config import InferenceConfig, ModelConfig
+from ..config import Config, InferenceConfig, ModelConfig
 from . import _inputs
 from .backbone import Backbone
 from .fpn import FPN
 from .head import GFLHead
 
 Pairs = Tensor | Sequence[Sequence[float]]
+# The key of a state dict's metadata that holds the configuration.
+METADATA = "gfl"
 
 
 class GFL(nn.Module):
@@ -45,6 +47,14 @@ class GFL(nn.Module):
     def config(self) -> ModelConfig:
         frozen, norm_eval = self.backbone.frozen_stages, self.backbone.norm_eval
         return dataclasses.replace(self._config, frozen_stages=frozen, norm_eval=norm_eval)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's, with the configuration in its metadata, where ``torch.save(model.state_dict(), …)`` keeps it."""
+        result = super().state_dict(*args, **kwargs)
+        metadata = getattr(result, "_metadata", {}).get(kwargs.get("prefix", "")[:-1])
+        if metadata is not None:
+            metadata[METADATA] = Config(model=self.config, test=self.test).to_dict()
+        return result
 
     def forward(
         self,

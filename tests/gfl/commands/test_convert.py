@@ -47,7 +47,10 @@ def test_what_mmdet_has_not_is_not_given_to_it(tmp_path: Path, capsys) -> None:
     source = tmp_path / "v2.pth"
     torch.save(model.state_dict() | {f"bbox_head.gfl_cls.{n}": torch.zeros(4, *s) for n, s in
                                      (("weight", (64, 3, 3)), ("bias", ()))}, source)  # fmt: skip
-    assert main(["convert", str(source), str(tmp_path / "out.pth"), "--to", "mmdet"]) == 1
+    words = ["convert", str(source), str(tmp_path / "out.pth"), "--to", "mmdet"]
+    assert main(words) == 1
+    assert "`config` must be given" in capsys.readouterr().err
+    assert main([*words, "--config", "gfl_tiny"]) == 1
     assert "no `quality_branch`" in capsys.readouterr().err
     assert not (tmp_path / "out.pth").exists()
 

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import real_data
 import torch
+from PIL import Image, ImageOps
 
 from gfl.data.coco import CocoDataset, read_annotations
+from gfl.engine.evaluate import class_metrics, coco_metrics
 
 Write = Callable[..., Path]
 IMAGE = {"id": 5, "file_name": "0.png", "height": 40, "width": 60}
@@ -138,14 +141,15 @@ def test_missing_images(write: Write, tmp_path: Path) -> None:
         ({"images": [IMAGE, IMAGE]}, r"images\[1\]: `id` 5 comes twice"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories\[1\]: `id` 1 comes twice"),
         ({"images": [{**IMAGE, "width": 0}]}, r"images\[0\]: `height` and `width` must be positive"),
-        ({"images": [{**IMAGE, "id": "5"}]}, r"images\[0\]: `id` must be of type int, got '5'"),
+        ({"images": [{**IMAGE, "id": None}]}, r"images\[0\]: `id` must be a whole number or a text, got None"),
         ({"images": [{k: v for k, v in IMAGE.items() if k != "height"}]}, r"images\[0\] has no `height`"),
         ({"images": [{k: v for k, v in IMAGE.items() if k != "file_name"}]}, r"images\[0\] has no `file_name`"),
         ({"images": [17]}, r"images\[0\] has no `id`"),
-        ({"annotations": [{"image_id": 5, "category_id": 3}]}, r"annotations\[0\] has no `bbox`"),
-        ({"annotations": [{"image_id": 5, "bbox": [1, 2, 3, 4]}]}, r"annotations\[0\] has no `category_id`"),
-        ({"annotations": [box("1,2,3,4")]}, r"annotations\[0\]: `bbox` must be of type list, got '1,2,3,4'"),
-        ({"images": [IMAGE], "annotations": [box([1, 2, 3, 4], area="big")]}, r"annotations\[0\]: `area` must be"),
+        ({"images": [IMAGE, {**IMAGE, "id": "5"}]}, r"ids of its images are numbers and texts"),
+        ({"images": [{**IMAGE, "width": 2**31}]}, r"images\[0\]: `height` and `width` must be positive, at most"),
+        ({"images": [{**IMAGE, "id": 10**30}]}, r"images\[0\]: `id` must be a whole number"),
+        ({"categories": [{"id": True, "name": "a"}]}, r"categories\[0\]: `id` must be a whole number of at most 64"),
+        ({"categories": [{"id": 1, "name": 5}]}, r"categories\[0\]: `name` must be a text, got 5"),
         ({"categories": [{"id": 1}]}, r"categories\[0\] has no `name`"),
         ({"annotations": None}, r"a list `annotations` is needed"),
         ({"images": {}}, r"a list `images` is needed"),
@@ -192,3 +196,54 @@ def test_to_coco_keeps_what_an_evaluation_needs(write: Write) -> None:
         {"id": 2, "image_id": 5, "category_id": 3, "bbox": [-1, 2, 300, 4], "area": 1200, "iscrowd": 1},
         {"id": 3, "image_id": 5, "category_id": 90, "bbox": [1, 2, 0, 4], "area": 0, "iscrowd": 0},
     ]
+
+
+@pytest.mark.parametrize("upright", [True, False], ids=["upright", "stored"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_of_a_set_are_read_by_the_rule_that_their_boxes_were_drawn_in(
+    orientation: int, upright: bool, write: Write, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """One photo, not square and lying, tells for all others, whose sizes are the same either way."""
+    pixels = torch.randint(256, (8, 12, 3), generator=generator, dtype=torch.uint8).numpy()
+    images = []
+    for number, (photo, turn) in enumerate(((pixels[:8, :8], orientation), (pixels, 6), (pixels, 3))):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(photo).save(tmp_path / f"{number}.png", exif=exif)
+        shown = ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.png")) if upright else Image.fromarray(photo)
+        images.append({"id": number, "file_name": f"{number}.png", "height": shown.height, "width": shown.width})
+        np.save(tmp_path / f"{number}.npy", np.asarray(shown))
+    data = CocoDataset(write(images=images), tmp_path)
+    for number in range(3):
+        want = torch.from_numpy(np.load(tmp_path / f"{number}.npy"))
+        assert torch.equal(data[number].image.permute(1, 2, 0), want)
+
+
+def test_photos_of_two_rules_are_refused(write: Write, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = []
+    for number, (height, width) in enumerate(((8, 12), (12, 8), (8, 8))):
+        side = (12, 8) if number < 2 else (8, 8)
+        Image.new("RGB", side).save(tmp_path / f"{number}.png", exif=exif)
+        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+    data = CocoDataset(write(images=images), tmp_path)
+    assert data[0].size == (8, 12) and data[1].size == (12, 8)
+    with pytest.raises(ValueError, match=r"1\.png are on the upright photo, those of .*0\.png on the stored pixels"):
+        data[2]
+
+
+def test_ids_of_images_may_be_texts(write: Write, one_image: Path) -> None:
+    file = write(images=[{**IMAGE, "id": "a"}], annotations=[box([1, 2, 30, 30], image="a")])
+    data = CocoDataset(file, one_image)
+    assert data.image_ids == ["a"]
+    found = [{"image_id": "a", "category_id": 3, "bbox": [1, 2, 30, 30], "score": 0.5}]
+    assert coco_metrics(data.annotations, found, data.image_ids)["AP"] == pytest.approx(1)
+
+
+def test_categories_of_one_name_are_told_apart(write: Write, one_image: Path) -> None:
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]
+    annotations = [box([1, 2, 30, 30], category=c) for c in (1, 2)]
+    read = read_annotations(write(images=[IMAGE], annotations=annotations, categories=categories))
+    found = [{"image_id": 5, "category_id": 1, "bbox": [1, 2, 30, 30], "score": 0.5}]
+    assert class_metrics(read, found) == {"a (category 1)": pytest.approx(1), "a (category 2)": 0}

@@ -52,10 +52,11 @@ def joined(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> list[tuple[Any, .
     """The groups that were joined: backend, device of the group, current device."""
     found: list[tuple[Any, ...]] = []
 
-    def init(backend: str, device_id: torch.device | None = None) -> None:
+    def init(backend: str, device_id: torch.device | None = None, **_: Any) -> None:
         found.append((backend, device_id, cuda.current))
 
     monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: found.append(("left", None, cuda.current)))
     return found
 
