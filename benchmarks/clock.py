@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_flatten
 
 from gfl.engine.graphs import Graph
 
+# Copies of a step at most, which bounds the nodes of a graph. What moves less than a megabyte or two is evicted by the
+# read before each replay.
+COPIES = 64
+
 
 def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
@@ -38,6 +42,17 @@ class Budget:
         return (time.monotonic() - self.start) / self.limit
 
 
+def evicting_bytes(device: torch.device) -> int:
+    """How much has to be read so that nothing read before is left in the last-level cache: more than twice its size."""
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).L2_cache_size + 2**20
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return min(max(2 * max(sizes) + 2**20, 64 * 2**20), 256 * 2**20)
+
+
 class Machine:
     """A device, its copy bandwidth, and how to time on it.
 
@@ -50,21 +65,12 @@ class Machine:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self.now = time.process_time if cpu_time else time.perf_counter
-        self._flush = torch.empty(self._cache_bytes() // 4, dtype=torch.float32, device=self.device)
+        self.evicting_bytes = evicting_bytes(self.device)
+        self._evicting = torch.ones(self.evicting_bytes // 4, device=self.device)
         self._plain = torch.rand(2**20, device=self.device)
         self.log1p: list[float] = []
         self._ticks_per_s = 0.0
         self.bandwidth = self._bandwidth()
-
-    def _cache_bytes(self) -> int:
-        """Twice the last-level cache, within reason."""
-        if self.cuda:
-            return max(2 * torch.cuda.get_device_properties(self.device).L2_cache_size, 128 * 2**20)
-        sizes = [0]
-        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-            with contextlib.suppress(OSError, ValueError):
-                sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
-        return min(max(2 * max(sizes), 64 * 2**20), 256 * 2**20)
 
     def _bandwidth(self) -> float:
         """Bytes per second of a large copy, counting both the read and the write."""
@@ -75,8 +81,8 @@ class Machine:
         return 2 * nbytes(source) / statistics.median(times[2:])
 
     def flush(self) -> None:
-        """Evict the caches."""
-        self._flush.fill_(1.0)
+        """Evict the caches by reading: lines that were written would have to be written back while others are timed."""
+        self._evicting.sum()
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -134,22 +140,45 @@ class Machine:
                 self.synchronize()
         return {name: statistics.median(values) for name, values in times.items()}
 
-    def device_time(self, step: Callable[[], object], budget: Budget, rounds: int = 30) -> float:
-        """Microseconds of a step without launch overhead: replayed from a CUDA graph on a GPU, timed as it is on a CPU.
+    def copies(self, moved: int) -> int:
+        """How many copies of a step that moves so many bytes evict each other from the cache, within reason."""
+        return max(2, min(COPIES, -(-self.evicting_bytes // max(moved, 1)) + 1))
+
+    def device_time(self, steps: Sequence[Callable[[], object]], budget: Budget, rounds: int = 30) -> float:
+        """Seconds per step without launch overhead: all of them are replayed from one CUDA graph.
+
+        The steps are copies of one, each on memory of its own, so that none finds its inputs in the cache.
 
         Raises:
-            RuntimeError: the step can't be captured.
+            RuntimeError: the steps can't be captured.
         """
-        if not self.cuda:
-            return 1e6 * statistics.median([self.time([step])[0] for _ in range(3)])
-        replay = Graph(step, device=self.device)
+
+        def all_steps() -> None:
+            for step in steps:
+                step()
+
+        self._require_capturable(steps[0])
+        replay = Graph(all_steps, device=self.device)
+        # Several replays between two events, since the gaps around a single short one would count too. Where the
+        # copies are fewer than ten, each moves so much that they are cold in every replay.
+        repeats = max(1, 10 // len(steps))
         times: list[float] = []
         for _ in range(max(rounds, 3)):
             if budget.used > 0.97 and len(times) >= 3:
                 break
-            # Ten replays between two events: the gaps around a single one would count too.
-            times += self.time([lambda: [replay() for _ in range(10)]])
-        return 1e5 * statistics.median(times)
+            times += self.time([lambda: [replay() for _ in range(repeats)]])
+        return statistics.median(times) / (repeats * len(steps))
+
+    def _require_capturable(self, step: Callable[[], object]) -> None:
+        """Raise RuntimeError if the step makes the host wait. A capture would find out too, but not end cleanly."""
+        step()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            self.synchronize()
 
     def memory(self, run: Callable[[], object]) -> int | None:
         """Peak of what a run allocates on the device, in bytes, results included."""

@@ -18,7 +18,7 @@ import gfl_ops
 import inputs
 import report
 from clock import Machine, nbytes
-from harness import Bench, Case, Result, Run
+from harness import Bench, Case, Result
 
 FP32 = torch.float32
 
@@ -32,8 +32,8 @@ class Goal:
         make: the case.
         ratios: provider -> how many times as fast the native kernel should be.
         batch, dtype: of the case, for the table.
-        moved: counts the bytes of a case that have to move, for a limit on the device's time.
-        times: that limit, as a multiple of the time that a copy of as many bytes takes,
+        times: a limit on the device's time, as a multiple of the time that a copy of as many bytes takes as have to
+            move,
         extra: plus this many microseconds.
     """
 
@@ -42,7 +42,6 @@ class Goal:
     ratios: dict[str, float] = field(default_factory=dict)
     batch: int = 2
     dtype: str = "fp32"
-    moved: Callable[[Case], int] | None = None
     times: float = 0.0
     extra: float = 0.0
 
@@ -76,12 +75,8 @@ def wanted(given: argparse.Namespace, name: str) -> bool:
     return any(name.startswith(prefix) for prefix in given.goals or ("",))
 
 
-def median(result: Result | None) -> float | None:
-    return result.total.median if result is not None and result.total is not None else None
-
-
 def measure(given: argparse.Namespace, goals: Iterable[Goal], bench: Bench) -> tuple[list[Result], list[Reached]]:
-    """Time the wanted goals and compare; on a GPU the native kernels by the device's own time."""
+    """Time the wanted goals and compare."""
     results: list[Result] = []
     lines: list[Reached] = []
     for goal in goals:
@@ -91,42 +86,34 @@ def measure(given: argparse.Namespace, goals: Iterable[Goal], bench: Bench) -> t
         got = bench.run(case, goal.dtype, goal.batch, (*goal.ratios, "native"), not given.no_compile)
         print(f"\n{report.section(goal.dtype, goal.batch, bench.machine)}\n{report.block(got)}", flush=True)
         results += got
-        lines += judge(goal, case, got, bench)
+        lines += judge(goal, got, bench.machine)
     return results, lines
 
 
-def judge(goal: Goal, case: Case, results: list[Result], bench: Bench) -> Iterator[Reached]:
+def judge(goal: Goal, results: list[Result], machine: Machine) -> Iterator[Reached]:
+    """Limits and ratios, by the device's own time where there is one."""
     found = {r.provider: r for r in results}
-    ours, why = median(found.get("native")), found["native"].reason if "native" in found else ""
-    limited = goal.moved is not None or goal.extra > 0
-    if ours is not None and (bench.machine.cuda or limited):
-        ours, why = device_time(case, ours, bench)
-    if limited:
-        floor = 0.0 if goal.moved is None else 1e6 * goal.moved(case) / bench.machine.bandwidth
+    native = found.get("native")
+    ours, why = milliseconds(native)
+    if goal.times or goal.extra:
+        moved = 0 if native is None else native.bytes.get("both", native.bytes.get("forward", 0))
+        floor = 1e6 * moved / machine.bandwidth
         got = None if ours is None else 1e3 * ours
         yield Reached(goal.name, "", goal.times * floor + goal.extra, got, ours, why=why)
     for provider, want in goal.ratios.items():
-        theirs = found.get(provider)
-        other = median(theirs)
-        reasons = "; ".join(filter(None, (why, theirs.reason if theirs is not None else "")))
+        other, reason = milliseconds(found.get(provider))
+        reasons = "; ".join(filter(None, (why, reason)))
         yield Reached(goal.name, provider, want, other / ours if ours and other else None, ours, other, reasons)
 
 
-def device_time(case: Case, ours: float, bench: Bench) -> tuple[float, str]:
-    """Milliseconds of a forward and backward on the device alone, and a note where it can't be captured."""
-    run = Run(case, case.ours, "native", case.inputs)
-
-    def step() -> None:
-        run.prepare()
-        for part in run.steps():
-            part()
-
-    try:
-        with gfl_ops.set_backend("native"), torch.set_grad_enabled(bool(case.gradients)):
-            return bench.machine.device_time(step, bench.budget, bench.rounds) / 1e3, ""
-    except RuntimeError as error:
-        bench.machine.synchronize()
-        return ours, f"it can't be captured: {str(error).splitlines()[0][:120]}; timed outside a graph"
+def milliseconds(result: Result | None) -> tuple[float | None, str]:
+    """The device's own time of a result, or else the median; and a note."""
+    if result is None or result.total is None:
+        return None, "" if result is None else result.reason
+    if result.device_ms is not None:
+        return result.device_ms, ""
+    note = f"{result.provider} outside a graph: {result.not_in_graph}" if result.not_in_graph else ""
+    return result.total.median, note
 
 
 def table(lines: list[Reached]) -> str:
@@ -175,12 +162,15 @@ def many_rows(scene: inputs.Scene, rows: int) -> Case:
     return replace(case, inputs=given, what=f"{rows}×{given['pred'].shape[1]} logits")
 
 
-def head_with_assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
+def head_with_assignment(
+    scene: inputs.Scene, objects: int, seed: int, dtype: torch.dtype = FP32, channels_last: bool = False
+) -> Case:
     """From maps and boxes to the three losses, with their gradients on the maps."""
-    case = cases.make("gfl_loss", scene, FP32, "cpu")[0]
+    case = cases.make("gfl_loss", scene, dtype, "cpu")[0]
     boxes, labels = crowd(scene.batch, objects, scene.size, seed)
     sizes, strides = inputs.level_sizes(scene.size), [float(s) for s in inputs.STRIDES]
-    maps = {name: case.inputs[name] for name in ("cls_scores", "reg_preds")}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = {n: [m.contiguous(memory_format=layout) for m in case.inputs[n]] for n in ("cls_scores", "reg_preds")}
 
     def ours(cls_scores: list[Tensor], reg_preds: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
         assigned = gfl_ops.atss_assign(sizes, strides, gt_boxes.float(), gt_labels)
@@ -191,9 +181,11 @@ def head_with_assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
         return formulas.head.gfl_loss(cls_scores, reg_preds, strides, assigned, matched, gt_boxes, inputs.REG_MAX)
 
     given = maps | {"gt_boxes": boxes, "gt_labels": labels}
+    # Of the distributions only the positives' have to be read, of which there are few.
+    reads = nbytes([maps["cls_scores"], boxes, labels])
     return replace(
         case, name="head loss", what=f"assignment and loss, {scene.batch}×{objects} objects", inputs=given, ours=ours,
-        peers={"eager": eager}, dense=None, reads=None,
+        peers={"eager": eager}, dense=None, reads=reads,
     )  # fmt: skip
 
 
@@ -206,21 +198,3 @@ def assignment(scene: inputs.Scene, objects: int, seed: int) -> Case:
 
 def postprocess(scene: inputs.Scene) -> Case:
     return cases.make("postprocess", scene, FP32, "cpu")[0]
-
-
-def both_ways(case: Case) -> int:
-    """Bytes: inputs read once, and gradients written once for those that need one."""
-    return nbytes(case.inputs) + nbytes([case.inputs[name] for name in case.gradients])
-
-
-def maps_of(case: Case) -> int:
-    """Bytes: the class maps both ways, and the gradient of the distributions, nearly all of it zeros."""
-    return 2 * nbytes(case.inputs["cls_scores"]) + nbytes(case.inputs["reg_preds"])
-
-
-def scores_of(case: Case) -> int:
-    return nbytes(case.inputs["cls_scores"])
-
-
-def boxes_of(case: Case) -> int:
-    return nbytes(case.inputs) + 16 * len(case.inputs["pred"])

@@ -2,9 +2,9 @@
 """Check, then time: providers of one computation side by side, on the same inputs, in one interleaved run.
 
 A provider is first compared with an oracle: the reference in fp64 on the same rounded inputs, or, for decisions (which
-box, which location), the reference itself. One that disagrees is reported as wrong and not timed. The others take
-turns, so that a disturbance of the machine hits all of them; the caches are flushed before each turn. A plain log1p is
-timed between them.
+box, which location), the reference itself or a quicker form of it. One that disagrees is reported as wrong and not
+timed. The others take turns, so that a disturbance of the machine hits all of them; the caches are flushed before each
+turn. A plain log1p is timed between them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Case:
         dense: the form that torch.compile makes the most of; without one the eager provider, if that is the reference.
         gradients: names of the inputs that need a gradient; none means forward only.
         agree: for decisions: (got, want) -> share of them that differ.
+        oracle: for decisions: what they are compared with, where the reference would take long.
         reads: bytes that must be read, where that is less than all inputs.
     """
 
@@ -61,6 +62,7 @@ class Case:
     dense: Callable[..., Any] | None = None
     gradients: tuple[str, ...] = ()
     agree: Callable[[Any, Any], float] | None = None
+    oracle: Callable[..., Any] | None = None
     reads: int | None = None
 
     @property
@@ -84,7 +86,11 @@ class Timing:
 
 @dataclass
 class Result:
-    """The outcome of one provider on one case; `status` is "timed", "wrong", "failed" or "skipped"."""
+    """The outcome of one provider on one case; `status` is "timed", "wrong", "failed" or "skipped".
+
+    `device_ms` is the device's own time of both directions, in a CUDA graph, or `not_in_graph` the reason why it was
+    not measured.
+    """
 
     stem: str
     name: str
@@ -103,6 +109,8 @@ class Result:
     bytes: dict[str, int] = field(default_factory=dict)
     gb_per_s: float | None = None
     floor_share: float | None = None
+    device_ms: float | None = None
+    not_in_graph: str = ""
     memory: int | None = None
     launches: int | None = None
 
@@ -161,12 +169,20 @@ class Run:
     def steps(self) -> list[Callable[[], None]]:
         return [self.forward, self.backward] if self.case.gradients else [self.forward]
 
-    def once(self) -> tuple[Any, list[Tensor]]:
-        """Results and gradients."""
+    def all_steps(self) -> None:
         self.prepare()
         with torch.set_grad_enabled(bool(self.case.gradients)):
             for step in self.steps():
                 step()
+
+    def copy(self) -> Run:
+        """The same on other memory."""
+        inputs = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, self.inputs)
+        return Run(self.case, self.call, self.backend, inputs)
+
+    def once(self) -> tuple[Any, list[Tensor]]:
+        """Results and gradients."""
+        self.all_steps()
         zeros = [torch.zeros_like(v) if g is None else g for v, g in zip(self.leaves, self.gradients)]
         return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, self.results), zeros
 
@@ -199,6 +215,7 @@ class Bench:
         seconds: aimed at per case.
         slow: a turn that takes more seconds runs once.
         host_ahead: on a GPU, hide the host's launches behind the device's work; False times from call to result.
+        graphs: on a GPU, also time each provider in a CUDA graph, where it can be captured.
     """
 
     def __init__(
@@ -209,9 +226,10 @@ class Bench:
         seconds: float = 1.0,
         slow: float = SLOW,
         host_ahead: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.machine, self.budget, self.rounds, self.seconds, self.slow = machine, budget, rounds, seconds, slow
-        self.host_ahead = host_ahead
+        self.host_ahead, self.graphs = host_ahead, graphs and machine.cuda
 
     def providers(self, case: Case, compiled: bool) -> Iterator[tuple[str, Callable[..., Any] | None, str, str]]:
         """(name, call or None, backend, why it does not run)."""
@@ -244,7 +262,8 @@ class Bench:
             return self._run(case, dtype, batch, only, compiled)
 
     def _run(self, case: Case, dtype: str, batch: int, only: Sequence[str], compiled: bool) -> list[Result]:
-        oracle = Run(case, case.ours, "reference", case.inputs if case.agree else double(case.inputs))
+        inputs = case.inputs if case.agree else double(case.inputs)
+        oracle = Run(case, case.oracle or case.ours, "reference", inputs)
         want, want_gradients = oracle.once()
         results, runs = [], {}
         for name, call, backend, why in self.providers(case, compiled):
@@ -264,7 +283,24 @@ class Bench:
                 self._count_bytes(case, result, want)
                 runs[name] = (run, result)
         self.time(runs)
+        for run, result in runs.values() if self.graphs else ():
+            self.time_in_graph(run, result)
         return results
+
+    def time_in_graph(self, run: Run, result: Result) -> None:
+        """Note the device's own time, of copies of the run that evict each other's inputs, or why there is none."""
+        total = result.total
+        if self.budget.used > 1.0 or (total is not None and total.median > 1e3 * self.slow):
+            result.not_in_graph = "no time left (--limit)" if self.budget.used > 1.0 else "too slow"
+            return
+        moved = result.bytes["both" if run.case.gradients else "forward"]
+        runs = [run.copy() for _ in range(self.machine.copies(moved))]
+        try:
+            steps = [one.all_steps for one in runs]
+            result.device_ms = 1e3 * self.machine.device_time(steps, self.budget, self.rounds)
+        except RuntimeError as error:
+            self.machine.synchronize()
+            result.not_in_graph = str(error).splitlines()[0][:120]
 
     def first(self, run: Run, result: Result) -> tuple[Any, list[Tensor]] | None:
         """Results and gradients of the first call; None if it fails, with the reason in `result`."""
@@ -287,15 +323,20 @@ class Bench:
         return relative(tensors(got) + gradients, tensors(want) + want_gradients), TOLERANCE[dtype]
 
     def _count_bytes(self, case: Case, result: Result, want: Any) -> None:
-        """The fewest bytes that must move: inputs read once, results and gradients written once."""
+        """The fewest bytes that must move: inputs read once, results and gradients written once.
+
+        Backward reads the inputs again, and what arrives for each result, except where all results are numbers: then
+        forward can write the gradient.
+        """
         read = nbytes(case.inputs) if case.reads is None else case.reads
         wide = 4 if result.dtype != "fp64" else 8
-        out = sum(t.numel() * (wide if t.is_floating_point() else t.element_size()) for t in tensors(want))
+        results = tensors(want)
+        out = sum(t.numel() * (wide if t.is_floating_point() else t.element_size()) for t in results)
         result.bytes["forward"] = read + out
         if case.gradients:
-            written = nbytes([case.inputs[n] for n in case.gradients])
-            result.bytes["backward"] = read + out + written
-            result.bytes["both"] = read + out + written
+            backward = read + out + nbytes([case.inputs[n] for n in case.gradients])
+            again = any(t.dim() for t in results)
+            result.bytes |= {"backward": backward, "both": backward + (read + out if again else 0)}
 
     def time(self, runs: dict[str, tuple[Run, Result]]) -> None:
         """Time the runs in turn and fill in their results; each has had its first call."""

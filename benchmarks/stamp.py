@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("gfl-ops", "torch", "triton", "torchvision", "numpy", "mmdet", "ultralytics")
 
 
-def stamp(known_gpu: str | None = None) -> dict[str, Any]:
-    """Machine, versions, commit, date and command; torch is asked for the GPU unless its name is given."""
+def stamp() -> dict[str, Any]:
+    """Machine, versions, commit, date and command."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(),
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": known_gpu or gpu(),
+        "gpu": gpu(),
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }

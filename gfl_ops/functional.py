@@ -8,8 +8,9 @@ from .ops.bins.ld import distillation_loss
 from .ops.boxes.distance import box_to_distance, distance_to_box
 from .ops.boxes.iou import box_iou_loss, giou_loss
 from .ops.head.atss import Assignment, atss_assign
-from .ops.head.gfl_loss import HeadLoss, gfl_loss, head_loss_norms
+from .ops.head.gfl_loss import HeadLoss, gfl_loss
 from .ops.head.group_norm_relu import group_norm_relu
+from .ops.head.head_loss_norms import head_loss_norms
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables: operators from the registry, frameworks from the examples.
+"""Write the README's tables: operators from the registry, frameworks from the examples, GPUs from benchmarks/results.
 
 With --check, fail if the README's tables are out of date.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gfl_ops.core.registry import SPECS, OpSpec
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 COMPAT = "gfl_ops.compat"
 
 
@@ -75,7 +78,36 @@ def frameworks() -> str:
     return "\n".join([*head, *(text for _, _, text in rows), ""])
 
 
-TABLES: dict[str, Callable[[], str]] = {"operators": operators, "frameworks": frameworks}
+def gpu(record: dict[str, Any]) -> list[str]:
+    """The rows of a GPU: a title, then whole detectors, then the goals of ``bench.py gpu``, each in one row."""
+    stamp = record["stamp"]
+    rows = [f"| **{stamp['gpu']}**, torch {stamp['versions']['torch']}, {stamp['date'][:10]}, {stamp['commit']} | |"]
+    for name, found in record["detectors"].items():
+        rows.append(f"| {name} | {found['images_per_second']:.4g} images/s |")
+    of_goal: dict[str, list[dict[str, Any]]] = {}
+    for goal in record["goals"].values():
+        if goal["got"] is not None:
+            of_goal.setdefault(goal["goal"], []).append(goal)
+    for name, found in of_goal.items():
+        texts = [f"{1e3 * found[0]['ours_ms']:.3g} µs"] if found[0]["ours_ms"] else []
+        for goal in found:
+            against, unit = (f" as fast as {goal['provider']}", "×") if goal["provider"] else ("", " µs")
+            texts.append(f"{goal['got']:.3g}{unit}{against} (goal {goal['want']:.3g})")
+        rows.append(f"| {name} | {'; '.join(texts)} |")
+    return rows
+
+
+def gpus() -> str:
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+    # Those of scripts/gpu_record.py; single benchmarks leave records of another form there.
+    rows = [row for record in records if "detectors" in record for row in gpu(record)]
+    if not rows:
+        return "Nothing has been timed on a GPU yet; `.ci/gpu 1` and `.ci/gpu 2` do so.\n"
+    head = ["`.ci/gpu 1` and `.ci/gpu 2` measured:", "", "| GPU and case | measured |", "|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+TABLES: dict[str, Callable[[], str]] = {"operators": operators, "frameworks": frameworks, "gpus": gpus}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import on_device
 import pytest
 import torch
 
@@ -54,6 +55,18 @@ def data() -> Path:
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test that makes its tensors on the CPU once more with the package's operators on the GPU."""
+    if request.param == "cpu":
+        yield
+        return
+    if "compile" in request.node.name:
+        pytest.skip("torch.compile does not look into a dispatch mode")
+    with on_device.OnDevice(torch.device(request.param)):
+        yield
 
 
 @pytest.fixture(params=["native", "triton", "reference"])

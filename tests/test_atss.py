@@ -13,6 +13,8 @@ from gfl_ops.core import backends
 from gfl_ops.core.random_inputs import boxes as draw_boxes
 from gfl_ops.core.registry import SPECS
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "atss", "cpu") is None else [])
 STRIDES = [8, 16, 32, 64, 128]
 SIZES = [(20, 30), (10, 15), (5, 8), (3, 4), (2, 2)]

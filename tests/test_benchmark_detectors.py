@@ -116,6 +116,36 @@ def test_networks_that_differ_are_not_timed(parts: Any, machine: Any, monkeypatc
         parts.command("detectors").measure(bench(parts, machine), "gfl_tiny", (64, 64), 1, "fp32", 1e9, False, 0)
 
 
+def test_files_to_boxes_are_timed_beside_reading_alone(tmp_path: Path) -> None:
+    words = ["files", "--model", "gfl_tiny", "--size", "64x96", "--images", "5", "--batch", "2"]
+    out, record = benchmark_modules.run_command(*words, folder=tmp_path)
+    assert "5 drawn images" in out and "img/s" in out and record["files"] == 5
+    rates = {r["provider"]: r["forward"]["median"] for r in record["results"]}
+    assert set(rates) == {"reading", "optimized"} and min(rates.values()) > 0
+
+
+def test_photos_are_taken_where_there_are_some(parts: Any, data: Path, tmp_path: Path) -> None:
+    found, what = parts.command("files").photos(data, tmp_path, 7, 0)
+    assert len(found) == 7 and what == "7 photos of COCO val2017" and not list(tmp_path.iterdir())
+
+
+def test_batches_that_lose_boxes_are_not_timed(parts: Any, machine: Any, tmp_path: Path) -> None:
+    command, folder = parts.command("files"), tmp_path / "files"
+    folder.mkdir()
+    given = parts.bench.parse(["files", "--model", "gfl_tiny", "--size", "64x64", "--device", "cpu", "--batch", "2"])
+    files, _ = command.photos(tmp_path, folder, 4, 0)
+    stream = command.gfl.Detector.stream
+
+    def losing(self: Any, sources: Any, **options: Any) -> Any:
+        return stream(self, sources[: max(1, len(sources) - 1)], **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.gfl.Detector, "stream", losing)
+        reading, ours = command.measure(bench(parts, machine), given, files)
+    assert ours.status == "wrong" and ours.total is None and reading.total is None
+    assert "wrong" in command.table([reading, ours], len(files))
+
+
 def test_the_command_times_every_precision(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH), "detectors", "--models", "gfl_tiny", "--size", "64x64", "--batch", "1"]
     command += ["--dtypes", "fp32", "bf16", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path)]

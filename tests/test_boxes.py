@@ -10,6 +10,8 @@ from torch import Tensor
 import gfl_ops
 from gfl_ops import box_to_distance, distance_to_box
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 NAN = float("nan")
 
 

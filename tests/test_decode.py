@@ -10,6 +10,8 @@ from torch import Tensor
 import gfl_ops
 from gfl_ops import decode, distance_to_box, integral
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 
 @pytest.fixture(params=["reference", "auto"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> str:

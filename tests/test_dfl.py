@@ -13,6 +13,8 @@ import gfl_ops
 from gfl_ops import distribution_focal_loss as dfl
 from gfl_ops.core import checks
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 INFINITY, NAN = float("inf"), float("nan")
 
 

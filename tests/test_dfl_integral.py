@@ -8,6 +8,8 @@ import torch
 
 import gfl_ops
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("out_of_range", ["clamp", "ignore"])

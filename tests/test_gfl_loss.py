@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ import gfl_ops
 from gfl_ops import Assignment
 from gfl_ops.core import backends
 from gfl_ops.core.random_inputs import boxes as draw_boxes
+
+pytestmark = pytest.mark.usefixtures("everywhere")
 
 BACKENDS = ["reference"] + (["native"] if backends.unavailable("native", "gfl_loss", "cpu") is None else [])
 STRIDES = [8.0, 16.0, 32.0]
@@ -193,6 +198,32 @@ def test_norms(backend: str, generator: torch.Generator) -> None:
         torch.testing.assert_close(scaled_grads[0], grads[0] * norms[0] / 3, rtol=1e-5, atol=1e-7)
     twice, _ = run(scores, distributions, assignment, gt, loss_weights=[2.0, 4.0, 0.5])
     torch.testing.assert_close(list(twice[:3]), [2 * v for v in losses[:3]], rtol=1e-6, atol=0)
+
+
+PROTECTED = """
+import ctypes, mmap, torch, gfl_ops
+page, side, channels = mmap.PAGESIZE, 6, mmap.PAGESIZE // 4
+memory = mmap.mmap(-1, page * side * side)
+# A location's logits are a page of memory.
+scores = torch.frombuffer(memory, dtype=torch.float32).view(1, side, side, channels).permute(0, 3, 1, 2)
+labels = torch.full((1, side * side), -1)
+labels[0, [3, 17, 30]] = torch.tensor([5, 0, channels - 1])
+labels[0, 9] = -2
+libc = ctypes.CDLL(None, use_errno=True)
+for location in (labels[0] < 0).nonzero().flatten().tolist():
+    assert libc.mprotect(ctypes.c_void_p(scores.data_ptr() + page * location), page, 0) == 0
+assignment = gfl_ops.Assignment(labels, (labels >= 0).long() - 1, torch.zeros(1, side * side))
+with gfl_ops.set_backend("native"):
+    print(gfl_ops.head_loss_norms([scores], assignment).tolist())
+"""
+
+
+@pytest.mark.skipif(backends.unavailable("native", "head_loss_norms", "cpu") is not None, reason="no native kernel")
+@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
+def test_norms_read_logits_of_positives_alone() -> None:
+    """Reading any other location ends the process."""
+    ran = subprocess.run([sys.executable, "-c", PROTECTED], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and ran.stdout.strip() == "[3.0, 1.5]", ran.stderr
 
 
 def test_the_whole_step_compiles_into_one_graph(generator: torch.Generator) -> None:

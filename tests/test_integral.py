@@ -11,6 +11,8 @@ import torch
 import gfl_ops
 from gfl_ops import integral
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 INFINITY, NAN = float("inf"), float("nan")
 
 

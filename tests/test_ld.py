@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import gfl_ops
 from gfl_ops.core import backends
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 BACKENDS = [b for b in ("native", "triton", "reference") if backends.unavailable(b, "ld", "cpu") is None]
 
 

@@ -13,6 +13,8 @@ import gfl_ops
 from gfl_ops.core import backends, random_inputs
 from gfl_ops.ops.boxes import box_ops
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 BACKENDS = [b for b in ("native", "reference") if backends.unavailable(b, "multiclass_nms", "cpu") is None]
 
 

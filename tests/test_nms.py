@@ -17,9 +17,11 @@ from gfl_ops.core import backends, random_inputs
 from gfl_ops.ops.boxes import box_ops
 from gfl_ops.ops.select.nms import NMS
 
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 BACKENDS = [b for b in ("native", "reference", "triton") if backends.unavailable(b, "nms", "cpu") is None]
 # The CUDA kernels, compiled for the host: the walk in panels, and a block a class.
-EVERYWHERE = [*BACKENDS, "cuda-panels", "cuda-classes"]
+EVERYWHERE = [*BACKENDS, "host-panels", "host-classes"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -60,8 +62,8 @@ Call = tuple[Tensor, Tensor, Tensor | None, float]
 
 
 def run(backend: str, boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float) -> Tensor:
-    if backend.startswith("cuda-"):
-        return cuda_sources.nms(boxes, scores, idxs, threshold, by_class=backend == "cuda-classes")
+    if backend.startswith("host-"):
+        return cuda_sources.nms(boxes, scores, idxs, threshold, by_class=backend == "host-classes")
     with gfl_ops.set_backend(backend):
         if idxs is None:
             return gfl_ops.nms(boxes, scores, threshold)

@@ -84,7 +84,7 @@ def test_the_tables_are_the_registry_s_and_the_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["benchmarks/bench_losses.py", "benchmarks/bench.py", "scripts/gpu_suite.py", "scripts/aot_report.py"]
+    "path", ["benchmarks/bench_losses.py", "benchmarks/bench.py", "scripts/gpu_record.py", "scripts/aot_report.py"]
 )
 def test_every_script_has_help(path: str) -> None:
     result = subprocess.run([sys.executable, str(ROOT / path), "--help"], capture_output=True, text=True, timeout=300)

@@ -16,7 +16,10 @@ import gfl_ops
 from gfl_ops import Detections
 from gfl_ops.core import backends
 
-pytestmark = pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
+pytestmark = [
+    pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing())),
+    pytest.mark.usefixtures("everywhere"),
+]
 
 # All candidates of a level, as the program that made the reference detections took them.
 EVERYTHING = {"reg_max": real_data.REG_MAX, "nms_pre": 0}

@@ -13,7 +13,7 @@ from torch import Tensor
 import formulas.head
 import gfl_ops
 from harness import Case
-from inputs import STRIDES, Scene, level_sizes
+from inputs import CLASSES, STRIDES, Scene, level_sizes
 
 from .common import accumulator
 
@@ -79,6 +79,22 @@ def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("gfl_loss", "gfl_loss", what, inputs, ours, peers, dense, gradients, reads=reads)
 
 
+def head_loss_norms(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    inputs = {
+        "cls_scores": [m.to(dtype) for m in scene.head.cls_scores],
+        "labels": scene.labels,
+        "matched": scene.matched,
+        "iou": scene.iou,
+    }
+
+    def ours(cls_scores: list[Tensor], labels: Tensor, matched: Tensor, iou: Tensor) -> Tensor:
+        return gfl_ops.head_loss_norms(cls_scores, gfl_ops.Assignment(labels, matched, iou))
+
+    reads = scene.labels.numel() * 16 + scene.positives * CLASSES * dtype.itemsize
+    what = f"{scene.batch} images, {scene.positives} positives"
+    yield Case("head_loss_norms", "head_loss_norms", what, inputs, ours, reads=reads)
+
+
 def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     """One layer of a head's tower: 256 channels in 32 groups, all levels."""
     channels, groups, generator = 256, 32, torch.Generator().manual_seed(0)
@@ -102,4 +118,9 @@ def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("group_norm_relu", label, what, inputs, ours, {"eager": eager}, eager, reached)
 
 
-MAKERS = {"atss": atss, "gfl_loss": gfl_loss, "group_norm_relu": group_norm_relu}
+MAKERS = {
+    "atss": atss,
+    "gfl_loss": gfl_loss,
+    "head_loss_norms": head_loss_norms,
+    "group_norm_relu": group_norm_relu,
+}

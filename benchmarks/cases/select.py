@@ -76,7 +76,7 @@ def suppression(count: int, clustered: bool, size: tuple[int, int], seed: int) -
     given = boxes_for_nms(count, clustered, size, seed) | {"iou_threshold": 0.6}
     return Case(
         "nms", f"batched_nms {count} {how}", f"{CLASSES} classes", given, gfl_ops.batched_nms,
-        torchvision_batched_nms(), agree=different_sets,
+        torchvision_batched_nms(), agree=different_sets, oracle=formulas.select.nms_by_class,
     )  # fmt: skip
 
 

@@ -31,6 +31,23 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return one_class(moved, scores, iou_threshold)
 
 
+def nms_by_class(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """The definition, for all boxes of a class at once: a box is kept if no better one that is kept overlaps it.
+
+    After k passes the first k boxes of every chain of overlaps are decided; then nothing changes any more.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    for label in idxs.unique():
+        ranked = order[idxs[order] == label]
+        better = (pairwise_iou(boxes[ranked], boxes[ranked]) > iou_threshold).triu(1)
+        alive, before = torch.ones_like(ranked, dtype=torch.bool), None
+        while before is None or not torch.equal(alive, before):
+            alive, before = ~(better & alive[:, None]).any(0), alive
+        kept[ranked[alive]] = True
+    return order[kept[order]]
+
+
 def multiclass_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, limit: int, one_class: Any = nms
 ) -> tuple[Tensor, Tensor, Tensor]:

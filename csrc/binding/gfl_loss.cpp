@@ -2,6 +2,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "gfl/head.h"
 #include "gfl/rows.h"
@@ -41,15 +42,66 @@ const void* number_on(const at::Tensor& like, const at::Tensor& number, const ch
   return number.const_data_ptr();
 }
 
-// Checked arguments. `in` points into the other members and into the tensors of the call.
-struct Arguments {
+const at::Tensor& check_first(at::TensorList cls_scores) {
+  TORCH_CHECK_VALUE(!cls_scores.empty(), "gfl: `cls_scores` must hold at least one level");
+  check_dim(cls_scores[0], 4, "cls_scores");
+  TORCH_CHECK_VALUE(cls_scores[0].size(1) > 0, "gfl: `cls_scores` must have at least one channel");
+  return cls_scores[0];
+}
+
+// What the losses and their norms read alike: the class logits, and which location has which class. `in` points into
+// the other members and into the tensors of the call.
+struct ClassMaps {
   const at::Tensor& first;
   std::vector<HeadLevel> levels;
-  at::Tensor labels_, matched_, gt_boxes_;
-  GflLossInput in;
+  at::Tensor labels_, matched_;
+  GflLossInput in{};
+
+  ClassMaps(at::TensorList cls_scores, const at::Tensor& labels, const at::Tensor& matched)
+      : first(check_first(cls_scores)) {
+    check_maps(cls_scores, first, first.size(1), "cls_scores");
+    for (const at::Tensor& cls : cls_scores) {
+      HeadLevel level{};
+      level.cls = cls.const_data_ptr();
+      level.height = cls.size(2);
+      level.width = cls.size(3);
+      copy_strides(cls, level.cls_stride);
+      levels.push_back(level);
+      in.locations += level.height * level.width;
+    }
+    in.images = first.size(0);
+    for (const auto& [t, name] : {std::pair{&labels, "labels"}, std::pair{&matched, "matched"}}) {
+      check_shape(*t, {in.images, in.locations}, name);
+      check_dtype(*t, at::kLong, name);
+      check_device(*t, first, name);
+    }
+    labels_ = labels.contiguous();
+    matched_ = matched.contiguous();
+    in.levels = levels.data();
+    in.level_count = static_cast<int64_t>(levels.size());
+    in.cls_dtype = dtype_of(first, "cls_scores");
+    in.classes = first.size(1);
+    in.labels = labels_.const_data_ptr<int64_t>();
+    in.matched = matched_.const_data_ptr<int64_t>();
+  }
+  ClassMaps(const ClassMaps&) = delete;
+  ClassMaps& operator=(const ClassMaps&) = delete;
+
+#if defined(GFL_WITH_CUDA)
+  void check_fits(bool fits, const char* op) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(!first.is_cuda() || fits, "gfl::", op, " on CUDA takes up to ", cuda::kGflLossMaxLevels,
+                                " levels and 2^31 locations, got ", in.level_count, " levels and ", in.locations,
+                                " locations");
+  }
+#endif
+};
+
+// Checked arguments of the losses.
+struct Arguments : ClassMaps {
+  at::Tensor gt_boxes_;
   GflLossScalars scalars;
 
-  explicit Arguments(GFL_LOSS_PARAMETERS) : first(check_first(cls_scores)) {
+  explicit Arguments(GFL_LOSS_PARAMETERS) : ClassMaps(cls_scores, labels, matched) {
     const size_t count = cls_scores.size();
     TORCH_CHECK_VALUE(reg_preds.size() == count && strides.size() == count && center_offset.size() == count,
                       "gfl: `reg_preds`, `strides` and `center_offset` must hold one item for each of ", count,
@@ -58,50 +110,26 @@ struct Arguments {
                       loss_weights.size());
     TORCH_CHECK_VALUE(reg_max >= 1 && reg_max < kMaxBins, "gfl: `reg_max` must be in [1, ", kMaxBins - 1, "], got ",
                       reg_max);
-    check_maps(cls_scores, first, first.size(1), "cls_scores");
     check_maps(reg_preds, first, 4 * (reg_max + 1), "reg_preds");
     const at::ScalarType acc = accumulator_of(first);
     TORCH_CHECK_TYPE(accumulator_of(reg_preds[0]) == acc,
                      "gfl: `reg_preds` must be fp64 if `cls_scores` are, and only then");
-    int64_t locations = 0;
     for (size_t l = 0; l < count; ++l) {
-      const at::Tensor &cls = cls_scores[l], &reg = reg_preds[l];
-      check_shape(reg, {cls.size(0), reg.size(1), cls.size(2), cls.size(3)}, "reg_preds");
-      HeadLevel level{};
-      level.cls = cls.const_data_ptr();
+      HeadLevel& level = levels[l];
+      const at::Tensor& reg = reg_preds[l];
+      check_shape(reg, {in.images, reg.size(1), level.height, level.width}, "reg_preds");
       level.reg = reg.const_data_ptr();
-      level.height = cls.size(2);
-      level.width = cls.size(3);
       level.stride = strides[l];
       level.offset = center_offset[l];
-      copy_strides(cls, level.cls_stride);
       copy_strides(reg, level.reg_stride);
-      levels.push_back(level);
-      locations += level.height * level.width;
-    }
-    const int64_t images = first.size(0);
-    for (const auto& [t, name] : {std::pair{&labels, "labels"}, std::pair{&matched, "matched"}}) {
-      check_shape(*t, {images, locations}, name);
-      check_dtype(*t, at::kLong, name);
-      check_device(*t, first, name);
     }
     check_dim(gt_boxes, 3, "gt_boxes");
-    check_shape(gt_boxes, {images, gt_boxes.size(1), 4}, "gt_boxes");
+    check_shape(gt_boxes, {in.images, gt_boxes.size(1), 4}, "gt_boxes");
     check_dtype(gt_boxes, acc, "gt_boxes");
     check_device(gt_boxes, first, "gt_boxes");
-    labels_ = labels.contiguous();
-    matched_ = matched.contiguous();
     gt_boxes_ = gt_boxes.contiguous();
-    in.levels = levels.data();
-    in.level_count = static_cast<int64_t>(count);
-    in.cls_dtype = dtype_of(first, "cls_scores");
     in.reg_dtype = dtype_of(reg_preds[0], "reg_preds");
-    in.images = images;
-    in.classes = first.size(1);
     in.reg_max = reg_max;
-    in.locations = locations;
-    in.labels = labels_.const_data_ptr<int64_t>();
-    in.matched = matched_.const_data_ptr<int64_t>();
     in.gt_boxes = gt_boxes_.const_data_ptr();
     in.gts = gt_boxes.size(1);
     in.beta = beta;
@@ -110,29 +138,17 @@ struct Arguments {
                cls_norm.has_value() ? number_on(first, *cls_norm, "cls_norm") : nullptr,
                box_norm.has_value() ? number_on(first, *box_norm, "box_norm") : nullptr};
 #if defined(GFL_WITH_CUDA)
-    TORCH_CHECK_NOT_IMPLEMENTED(!first.is_cuda() || cuda::gfl_loss_fits(in), "gfl::gfl_loss on CUDA takes up to ",
-                                cuda::kGflLossMaxLevels, " levels and 2^31 locations, got ", count, " levels and ",
-                                locations, " locations");
+    check_fits(cuda::gfl_loss_fits(in), "gfl_loss");
 #endif
   }
-  Arguments(const Arguments&) = delete;
-  Arguments& operator=(const Arguments&) = delete;
 
   GflLossGrads grads(const at::Tensor& cls, const at::Tensor& box, const at::Tensor& dfl) const {
     return {number_on(first, cls, "grad_cls"), number_on(first, box, "grad_box"), number_on(first, dfl, "grad_dfl")};
   }
-
- private:
-  static const at::Tensor& check_first(at::TensorList cls_scores) {
-    TORCH_CHECK_VALUE(!cls_scores.empty(), "gfl: `cls_scores` must hold at least one level");
-    check_dim(cls_scores[0], 4, "cls_scores");
-    TORCH_CHECK_VALUE(cls_scores[0].size(1) > 0, "gfl: `cls_scores` must have at least one channel");
-    return cls_scores[0];
-  }
 };
 
 #if defined(GFL_WITH_CUDA)
-at::Tensor workspace_for(const Arguments& a) {
+at::Tensor workspace_for(const ClassMaps& a) {
   return at::empty({static_cast<int64_t>(cuda::gfl_loss_workspace_bytes(a.in))}, a.first.options().dtype(at::kByte));
 }
 #endif
@@ -246,6 +262,21 @@ void gfl_loss_finish(at::TensorList grad_scores, at::TensorList grad_preds, cons
       [&](const ParallelFor& parallel) { cpu::gfl_loss_finish(a.in, factors, grads, gradients.data(), parallel); });
 }
 
+// Both norms, for one all-reduce.
+at::Tensor head_loss_norms_forward(at::TensorList cls_scores, const at::Tensor& labels, const at::Tensor& matched) {
+  ClassMaps a(cls_scores, labels, matched);
+  a.in.gts = std::numeric_limits<int64_t>::max();  // the boxes, which bound the slots, are not given
+#if defined(GFL_WITH_CUDA)
+  a.check_fits(cuda::head_loss_norms_fits(a.in), "head_loss_norms");
+#endif
+  at::Tensor norms = at::empty({2}, a.first.options().dtype(accumulator_of(a.first)));
+  const HeadNorms out{norms.mutable_data_ptr(), static_cast<char*>(norms.mutable_data_ptr()) + norms.element_size()};
+  run(a.first, GFL_CUDA_LAUNCH(head_loss_norms, a.in, workspace_for(a).mutable_data_ptr(), out),
+      [&](const ParallelFor& parallel) { cpu::head_loss_norms(a.in, out, parallel); });
+  return norms;
+}
+
+GFL_OPERATOR(head_loss_norms, head_loss_norms_forward)
 GFL_OPERATOR(gfl_loss_fwd_and_grad, gfl_loss_forward_and_gradient)
 GFL_OPERATOR(gfl_loss_finish, gfl_loss_finish)
 GFL_OPERATOR(gfl_loss_fwd, gfl_loss_forward)

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "head_tile.h"
@@ -60,6 +61,32 @@ template <class T> double largest_probability(const GflLossInput& in, const Head
     if (v > largest || v != v) largest = v;
   }
   return static_cast<double>(bernoulli_from_logit<acc_t<T>>(largest, 0).p);
+}
+
+// In order of image, then location.
+std::vector<HeadPositive> positives_of(const GflLossInput& in) {
+  std::vector<HeadPositive> found;
+  int64_t location = 0;
+  for (int64_t image = 0; image < in.images; ++image) {
+    for (int64_t l = 0; l < in.level_count; ++l) {
+      const HeadLevel& level = in.levels[l];
+      for (int64_t i = 0; i < level.height * level.width; ++i, ++location) {
+        const int64_t label = in.labels[location], slot = in.matched[location];
+        if (is_positive(in, label, slot))
+          found.push_back({image, l, i / level.width, i % level.width, location, label, slot});
+      }
+    }
+  }
+  return found;
+}
+
+// Σ max(positives of an image, 1).
+int64_t positives_norm(const GflLossInput& in, const std::vector<HeadPositive>& positives) {
+  std::vector<int64_t> per_image(static_cast<size_t>(in.images), 0);
+  for (const HeadPositive& p : positives) ++per_image[p.image];
+  int64_t count = 0;
+  for (const int64_t n : per_image) count += std::max<int64_t>(n, 1);
+  return count;
 }
 
 template <class T> struct Distributions {
@@ -268,8 +295,8 @@ void put_number(const GflLossInput& in, void* to, double value) {
 // One call: the positives with their terms, and the blocks of the pass over the logits.
 class HeadPass {
  public:
-  HeadPass(const GflLossInput& in, const ParallelFor& parallel) : in_(in), parallel_(parallel) {
-    find_positives();
+  HeadPass(const GflLossInput& in, const ParallelFor& parallel)
+      : in_(in), parallel_(parallel), positives_(positives_of(in)) {
     cut_blocks();
     terms_.resize(positives_.size());
     for_positives([this](int64_t begin, int64_t end) {
@@ -285,13 +312,10 @@ class HeadPass {
 
   // The factors of the gradients if 1 arrives.
   HeadScales scales(const GflLossScalars& scalars) const {
-    std::vector<int64_t> per_image(static_cast<size_t>(in_.images), 0);
-    for (const HeadPositive& p : positives_) ++per_image[p.image];
-    int64_t count = 0;
-    for (const int64_t n : per_image) count += std::max<int64_t>(n, 1);
     const double* w = scalars.loss_weights;
-    const double cls_norm =
-        scalars.cls_norm != nullptr ? number(in_, scalars.cls_norm) : static_cast<double>(std::max<int64_t>(count, 1));
+    const double cls_norm = scalars.cls_norm != nullptr
+                                ? number(in_, scalars.cls_norm)
+                                : static_cast<double>(std::max<int64_t>(positives_norm(in_, positives_), 1));
     // Not std::max, which would hide a NaN.
     const double box_norm = scalars.box_norm != nullptr ? number(in_, scalars.box_norm) : weight_ < 1 ? 1 : weight_;
     return {w[0] / cls_norm, w[1] / box_norm, w[2] / box_norm};
@@ -328,21 +352,6 @@ class HeadPass {
   }
 
  private:
-  // In order of image, then location.
-  void find_positives() {
-    int64_t location = 0;
-    for (int64_t image = 0; image < in_.images; ++image) {
-      for (int64_t l = 0; l < in_.level_count; ++l) {
-        const HeadLevel& level = in_.levels[l];
-        for (int64_t i = 0; i < level.height * level.width; ++i, ++location) {
-          const int64_t label = in_.labels[location], slot = in_.matched[location];
-          if (!is_positive(in_, label, slot)) continue;
-          positives_.push_back({image, l, i / level.width, i % level.width, location, label, slot});
-        }
-      }
-    }
-  }
-
   void cut_blocks() {
     for (int64_t image = 0; image < in_.images; ++image) {
       for (int64_t l = 0; l < in_.level_count; ++l) {
@@ -411,6 +420,18 @@ void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, co
                        const HeadGradients* gradients, const ParallelFor& parallel) {
   const HeadPass pass(in, parallel);
   pass.run(times(pass.scales(scalars), in, grads), nullptr, gradients);
+}
+
+void head_loss_norms(const GflLossInput& in, const HeadNorms& norms, const ParallelFor& parallel) {
+  const std::vector<HeadPositive> positives = positives_of(in);
+  std::vector<double> weights(positives.size());
+  parallel(static_cast<int64_t>(positives.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {
+    dispatch(in.cls_dtype, [&](auto t) {
+      for (int64_t i = begin; i < end; ++i) weights[i] = largest_probability<decltype(t)>(in, positives[i]);
+    });
+  });
+  put_number(in, norms.cls, static_cast<double>(positives_norm(in, positives)));
+  put_number(in, norms.box, std::accumulate(weights.begin(), weights.end(), 0.0));
 }
 
 }  // namespace gfl::cpu

@@ -23,6 +23,7 @@
 
 #include "background.h"
 #include "gfl_loss_positive.h"
+#include "gfl_loss_sums.h"
 #include "launch.h"
 #include "map_tile.h"
 
@@ -30,7 +31,6 @@ namespace gfl::cuda {
 namespace {
 
 constexpr int kWarps = kMapThreads / kWarp;
-constexpr int kSumThreads = 512;
 constexpr int kBackground = -1, kNotCounted = kHeadNotCounted;  // codes of locations without a class
 
 // The levels by value, and where each begins.
@@ -40,11 +40,6 @@ struct Head {
   int64_t start[kGflLossMaxLevels];   // first location
   int first_tile[kGflLossMaxLevels];  // counted from the last level
   int levels, tiles;
-};
-
-struct Partial {
-  double cls, box, dfl, weight;
-  int64_t count;
 };
 
 // What a block shares.
@@ -241,58 +236,6 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
   partials[at.image * head.tiles + int64_t(blockIdx.x) / in.images] = partial;
 }
 
-struct Sums {
-  double cls, box, dfl, weight;
-  int64_t positives, norm;
-};
-
-// Sums all tiles; the result is thread 0's. `norm` is Σ max(positives, 1) over the images.
-__device__ __forceinline__ Sums sum_partials(const Partial* partials, int64_t images, int tiles) {
-  constexpr int warps = kSumThreads / kWarp;
-  Sums* of_warp = shared<Sums>();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  Sums s{0, 0, 0, 0, 0, 0};
-  for (int64_t image = warp; image < images; image += warps) {
-    int64_t count = 0;
-    for (int tile = lane; tile < tiles; tile += kWarp) {
-      const Partial p = partials[image * tiles + tile];
-      s.cls += p.cls;
-      s.box += p.box;
-      s.dfl += p.dfl;
-      s.weight += p.weight;
-      count += p.count;
-    }
-    count = warp_sum(count);
-    s.positives += count;
-    s.norm += count > 1 ? count : 1;
-  }
-  s.cls = warp_sum(s.cls);
-  s.box = warp_sum(s.box);
-  s.dfl = warp_sum(s.dfl);
-  s.weight = warp_sum(s.weight);
-  if (lane == 0) of_warp[warp] = s;
-  __syncthreads();
-  if (threadIdx.x != 0) return s;
-  for (int w = 1; w < warps; ++w) {
-    s.cls += of_warp[w].cls;
-    s.box += of_warp[w].box;
-    s.dfl += of_warp[w].dfl;
-    s.weight += of_warp[w].weight;
-    s.positives += of_warp[w].positives;
-    s.norm += of_warp[w].norm;
-  }
-  return s;
-}
-
-struct Norms { double cls, box; };
-
-template <class A> __device__ __forceinline__ Norms norms_of(const GflLossScalars& scalars, const Sums& s) {
-  const A* cls = static_cast<const A*>(scalars.cls_norm);
-  const A* box = static_cast<const A*>(scalars.box_norm);
-  const double count = static_cast<double>(s.norm > 1 ? s.norm : 1), weight = s.weight < 1 ? 1 : s.weight;
-  return {cls != nullptr ? static_cast<double>(*cls) : count, box != nullptr ? static_cast<double>(*box) : weight};
-}
-
 template <class A>
 __global__ void __launch_bounds__(kSumThreads)
     gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars, GflLossOutput out) {
@@ -315,6 +258,15 @@ __global__ void __launch_bounds__(kSumThreads) gfl_loss_scale_kernel(const Parti
   const Norms norms = norms_of<A>(scalars, s);
   *scales = {scalars.loss_weights[0] / norms.cls, scalars.loss_weights[1] / norms.box,
              scalars.loss_weights[2] / norms.box};
+}
+
+template <class A>
+__global__ void __launch_bounds__(kSumThreads)
+    head_loss_norms_kernel(const Partial* partials, int64_t images, int tiles, HeadNorms norms) {
+  const Sums s = sum_partials(partials, images, tiles);
+  if (threadIdx.x != 0) return;
+  *static_cast<A*>(norms.cls) = static_cast<A>(s.norm);
+  *static_cast<A*>(norms.box) = static_cast<A>(s.weight);
 }
 
 int64_t tiles_of(const HeadLevel& level) { return (level.height * level.width + kMapTile - 1) / kMapTile; }
@@ -363,8 +315,6 @@ void launch_tiles(const GflLossInput& in, const Head& head, Part part, const Hea
   }
 }
 
-constexpr size_t kSumShared = sizeof(Sums) * (kSumThreads / kWarp);
-
 // Up to two launches: number and weights of the positives, unless both norms are given, and the factors from them.
 template <class T>
 void launch_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
@@ -384,10 +334,12 @@ void launch_sum(const GflLossInput& in, const Head& head, const GflLossScalars& 
 
 }  // namespace
 
-bool gfl_loss_fits(const GflLossInput& in) {
+bool head_loss_norms_fits(const GflLossInput& in) {
   return in.level_count <= kGflLossMaxLevels && in.locations < int64_t{1} << 31 && in.classes < int64_t{1} << 24 &&
-         in.gts < int64_t{1} << 31 && tiles_in(in) * in.images < int64_t{1} << 31;
+         tiles_in(in) * in.images < int64_t{1} << 31;
 }
+
+bool gfl_loss_fits(const GflLossInput& in) { return head_loss_norms_fits(in) && in.gts < int64_t{1} << 31; }
 
 size_t gfl_loss_workspace_bytes(const GflLossInput& in) {
   return sizeof(Partial) * static_cast<size_t>(tiles_in(in) * in.images);
@@ -442,6 +394,19 @@ cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scal
     using T = decltype(t);
     launch_scales<T>(in, head, scalars, partials, scales, stream);
     launch_tiles<T>(in, head, WithGradients{false}, scales, grads, false, nullptr, stream);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t head_loss_norms(const GflLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream) {
+  if (!head_loss_norms_fits(in)) return cudaErrorInvalidValue;
+  const Head head = head_of(in, nullptr);
+  Partial* partials = static_cast<Partial*>(workspace);
+  dispatch(in.cls_dtype, [&](auto t) {
+    using T = decltype(t);
+    launch_tiles<T>(in, head, NormsOnly{}, nullptr, {}, false, partials, stream);
+    GFL_LAUNCH(head_loss_norms_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials, in.images,
+               head.tiles, norms);
   });
   return cudaGetLastError();
 }

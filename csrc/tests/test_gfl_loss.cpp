@@ -2,6 +2,7 @@
 // The head's loss against plain loops in double, and its gradient against differences of those.
 #include "gfl/head.h"
 
+#include <limits>
 #include <memory>
 
 #include "gfl_loss_oracle.h"
@@ -73,6 +74,7 @@ struct Launch {
   void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
     CHECK_CUDA(cuda::gfl_loss_backward(in, scalars, grads, workspace.data(), scratch.data(), gradients, nullptr));
   }
+  void norms(const HeadNorms& out) { CHECK_CUDA(cuda::head_loss_norms(in, workspace.data(), out, nullptr)); }
 };
 #else
 struct Launch {
@@ -92,6 +94,7 @@ struct Launch {
   void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
     cpu::gfl_loss_backward(in, scalars, grads, gradients, parallel);
   }
+  void norms(const HeadNorms& out) { cpu::head_loss_norms(in, out, parallel); }
 };
 #endif
 
@@ -213,6 +216,16 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]),
         double(sums[2]));
   CHECK(losses[3] == sums[3] && losses[4] == sums[4], "%s: the norms depend on the norms", name);
+  // The norms alone, without distributions and boxes.
+  for (HeadLevel& level : levels) level.reg = nullptr;
+  GflLossInput classes_only = in;
+  classes_only.gt_boxes = nullptr;
+  classes_only.gts = std::numeric_limits<int64_t>::max();
+  Buffer<A> norms(2);
+  Launch(classes_only).norms({norms.data(), norms.data() + 1});
+  CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
+  CHECK(norms.read()[1] == sums[4], "%s: weights of %g alone, not %g", name, double(norms.read()[1]), double(sums[4]));
+  for (size_t l = 0; l < levels.size(); ++l) levels[l].reg = inputs.maps[2 * l + 1]->data();
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
   const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};

@@ -399,14 +399,18 @@ int main() {
     for_dtypes([&](auto t, DType dtype, double epsilon) {
       using T = decltype(t);
       for (const std::vector<double>& params : o->params) {
+        const bool fast = params.empty() || params[0] == o->params[0][0];
         if (Loss::summed) {
-          for (const Case& c : kRowCases) check<T>(*o, params, c, true, dtype, epsilon, draw);
+          for (const Case& c : kRowCases) {
+            // Of thousands of targets some lie so close to the probability that a difference crosses the kink.
+            if (!fast && c.dense && c.classes > 400) continue;
+            check<T>(*o, params, c, true, dtype, epsilon, draw);
+          }
         } else {
           for (const Case& c : kElementCases) check<T>(*o, params, c, false, dtype, epsilon, draw);
         }
         for (const ReducedCase& c : kReducedCases) {
           if (c.sparse && !Loss::summed) continue;
-          const bool fast = params.empty() || params[0] == o->params[0][0];
           if (!fast && c.locations > 60) continue;  // the general walk knows no tiles of runs
           check_reduced<T>(*o, params, c, dtype, epsilon, draw);
         }

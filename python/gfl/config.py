@@ -92,7 +92,7 @@ class TrainConfig:
     flip: float = _option(0.5, "probability of a horizontal flip")
     amp: Literal["none", "bf16", "fp16"] = _option("none", "automatic mixed precision")
     fold_norms: bool = _option(False, "fold the backbone's fixed batch norms into its convolutions: faster steps")
-    graph: bool = _option(False, "run each step as one CUDA graph per batch shape (one GPU; the first 16 shapes)")
+    graph: bool = _option(False, "run each step as one CUDA graph, padded to one of a few batch shapes (one GPU)")
     graph_slots: int = _option(100, "objects per image that a graph has room for; larger batches run without one")
     seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")

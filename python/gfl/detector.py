@@ -7,7 +7,8 @@ import dataclasses
 import glob
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import gfl_ops
-
 from . import checkpoint, draw
-from .config import ModelConfig
 from .data import transforms
 from .data.coco import coco_detection
 from .engine.distributed import choose_device
-from .engine.pipeline import Pipeline, fetch, testing
+from .engine.pipeline import Pipeline, Predictions, batches_by_shape, fetch, testing
 from .models.fused import FusedGFL
-from .models.gfl import GFL, locations
+from .models.gfl import GFL
+from .threads import MOST, cores, map_ahead
 
 # One image, unless it is the path of a folder or a glob pattern.
 Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
 # Of images in a folder; a file given by its name or by a glob may have any.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Batches that a GPU has queued while the host reads images and results.
+IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,19 @@ class Result:
     size: tuple[int, int]
     path: Path | None
     edges: draw.Edges | None
-    # Kept for images without a file only, so that a folder's results stay small.
+    # Of images without a file, or if requested, so that a folder's results stay small.
     _pixels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self) -> Image.Image:
-        """The image itself, upright; read again from its file if it has one."""
-        pixels = self._pixels if self.path is None else transforms.read_image(self.path)
+        """The image itself, upright; read again from its file unless its pixels were kept."""
+        pixels = self._pixels
         if pixels is None:
-            raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
+            if self.path is None:
+                raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
+            pixels = transforms.read_image(self.path)
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def draw(self, score_threshold: float = 0.3, *, scale: float = 1.0) -> Image.Image:
@@ -115,12 +118,12 @@ class Detector:
         score_threshold: detections at or below it are dropped; by default the model's test setting.
         batch_size: images per batch, all of the same padded size; by default 1 on the CPU, 8 on a GPU.
         optimize: run a copy of the network with its norms folded in (`gfl.models.fused`), wholly in `dtype`; on a GPU
-            as a CUDA graph per batch shape, with images resized there. Later changes of the weights have no effect.
-            In fp32 the scores differ by about 1e-5.
+            as a CUDA graph per batch shape, from its second use on, with images resized there. Later changes of the
+            weights have no effect. In fp32 the scores differ by about 1e-5.
         compile: with `optimize`, run the network by `torch.compile`: the first batch of each shape takes minutes.
 
     The model's test settings decide the size that images are scaled to. An image's result does not depend on the
-    others in the call.
+    others in the call. Threads may share a detector, and detectors a model; their batches take turns.
 
     Raises:
         ValueError: a file that is not a checkpoint; a device that is not there; another number of names than of
@@ -149,7 +152,9 @@ class Detector:
         if device is None and self.model is model:
             self.device = next(self.model.parameters()).device
         else:
-            self.device = choose_device(None if device is None else str(device))
+            # "cuda" is the current GPU, as in torch.
+            current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+            self.device = choose_device(None if device is None else str(device), current)
         self.dtype = torch.float32 if dtype is None else dtype
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"gfl.Detector: `dtype` must be torch.float32, bfloat16 or float16, got {dtype}")
@@ -192,7 +197,7 @@ class Detector:
             if Path(source).is_dir() or (glob.has_magic(str(source)) and not Path(source).is_file()):
 
                 def warn(_: Source, why: str) -> None:
-                    warnings.warn(why, stacklevel=4)
+                    warnings.warn(why, stacklevel=6)  # where the detector was called
 
                 return list(self.stream(find_images(source), edges=edges, on_error=warn))
         elif isinstance(source, Sequence):
@@ -205,38 +210,65 @@ class Detector:
         *,
         edges: bool = False,
         on_error: Callable[[Source, str], object] | None = None,
+        keep_pixels: bool = False,
     ) -> Iterator[Result]:
         """The results of single images, one after another in their order, so that few images are held at a time.
+
+        For a GPU files are read in threads, ahead of it.
 
         Args:
             sources: single images, as `__call__` takes them.
             edges: also keep the distributions.
             on_error: called with each source that can't be read and the reason; the source is then left out. By
                 default a ValueError is raised.
+            keep_pixels: hold the pixels of files in the results too, for pictures without reading them again.
         """
-        waiting: list[_Loaded] = []
-        running: list[_Started] = []
-        # Several batches, so that images of one padded size can be batched together.
-        limit = 1 if self.batch_size == 1 else 4 * self.batch_size
-        for source in sources:
-            try:
-                waiting.append(self._load(source))
-            except ValueError as error:
-                if on_error is None:
-                    raise
-                on_error(source, str(error))
-            if len(waiting) == limit:
-                # A GPU computes these while the results of the previous ones are read.
-                before, running = running, self._start(waiting, edges)
-                waiting = []
-                yield from self._finish(before)
-                if self.device.type != "cuda":
-                    yield from self._finish(running)
-                    running = []
-        yield from self._finish(running)
-        yield from self._finish(self._start(waiting, edges))
+        gpu = self.device.type == "cuda"
+        loaded = self._read(sources, on_error, keep_pixels, min(MOST, cores()) if gpu else 0)
+        running: deque[_Started] = deque()
+        finished: dict[int, Result] = {}
+        place = 0
+        # So many that most shapes come often enough to fill a batch.
+        for group in batches_by_shape(loaded, self._padded_size, self.batch_size, 4 * self.batch_size):
+            running += self._start(group, edges)
+            while len(running) > (IN_FLIGHT if gpu else 0):
+                finished |= self._finish(running.popleft())
+            while place in finished:
+                yield finished.pop(place)
+                place += 1
+        for started in running:
+            finished |= self._finish(started)
+        yield from (finished[place] for place in sorted(finished))
 
-    def _load(self, source: Source) -> _Loaded:
+    def _read(
+        self,
+        sources: Iterable[Source],
+        on_error: Callable[[Source, str], object] | None,
+        keep_pixels: bool,
+        threads: int,
+    ) -> Iterator[_Loaded]:
+        """The images that can be read; files in threads, what is in memory, which may be anyone's, in this one."""
+
+        def attempt(source: Source) -> _Loaded | ValueError:
+            try:
+                return self._load(source, keep_pixels)
+            except ValueError as error:
+                return error
+
+        def read(item: tuple[Source, _Loaded | ValueError | None]) -> tuple[Source, _Loaded | ValueError]:
+            source, known = item
+            return source, attempt(source) if known is None else known
+
+        items = ((s, None if isinstance(s, (str, os.PathLike)) else attempt(s)) for s in sources)
+        for source, loaded in map_ahead(read, items, threads):
+            if not isinstance(loaded, ValueError):
+                yield loaded
+            elif on_error is None:
+                raise loaded
+            else:
+                on_error(source, str(loaded))
+
+    def _load(self, source: Source, keep_pixels: bool) -> _Loaded:
         path = Path(source) if isinstance(source, (str, os.PathLike)) else None
         try:
             pixels = _pixels(source) if path is None else transforms.read_image(path)
@@ -245,47 +277,48 @@ class Detector:
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
         new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
-        return _Loaded(path, (height, width), new, pixels)
+        kept = pixels if path is None or keep_pixels else None
+        return _Loaded(path, (height, width), new, self._pipeline.stage(pixels), kept)
+
+    def _padded_size(self, one: _Loaded) -> tuple[int, ...]:
+        """In multiples of the model's divisor."""
+        return tuple(-(-side // self.model.test.size_divisor) for side in one.input_size)
 
     @torch.no_grad()
-    def _start(self, loaded: Sequence[_Loaded], edges: bool) -> list[_Started]:
-        """Batches of images of one padded size; on a GPU they are queued."""
-        divisor, config = self.model.test.size_divisor, self.model.config
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, one in enumerate(loaded):
-            groups.setdefault(tuple(-(-side // divisor) for side in one.input_size), []).append(i)
+    def _start(self, group: Sequence[tuple[int, _Loaded]], edges: bool) -> list[_Started]:
+        """Images of one padded size, each with its place among all; on a GPU they are queued."""
         started = []
-        for places in (g[i : i + self.batch_size] for g in groups.values() for i in range(0, len(g), self.batch_size)):
-            images = [loaded[i] for i in places]
-            with self._configured():
-                batch = self._pipeline.load([one.pixels for one in images], [one.input_size for one in images])
-                found = self._pipeline.run(batch)
-            # The maps are overwritten by the next batch.
-            read = _edges(found.reg_preds, found.detections.locations, config) if edges else None
-            started.append(_Started(images, places, fetch(found.detections), read))
+        with self._configured():
+            # Of a shape there are graphs of two batch sizes: a batch that is half empty costs more than single images.
+            graphed, full = self._pipeline.graphed(), 2 * len(group) > self.batch_size
+            rows = self.batch_size if graphed and full else 1 if graphed else len(group)
+            for first in range(0, len(group), rows):
+                places, images = zip(*group[first : first + rows])
+                sizes = [one.input_size for one in images]
+                batch = self._pipeline.load([one.staged for one in images], sizes, rows)
+                found = self._pipeline.run(batch, edges=edges)
+                started.append(_Started(images, places, fetch(found, self.device)))
         return started
 
-    def _finish(self, started: Sequence[_Started]) -> list[Result]:
-        """Their results, in the order in which the images were given."""
+    def _finish(self, started: _Started) -> dict[int, Result]:
+        """Its results by their places."""
         results: dict[int, Result] = {}
-        for part in started:
-            detections = part.wait()
-            for i, (one, count) in enumerate(zip(part.images, detections[3].tolist())):
-                boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
-                (height, width), (h, w) = one.size, one.input_size
-                factor = torch.tensor([w / width, h / height])
-                edges = None
-                if part.edges is not None:
-                    here = draw.Edges(*(value[i, :count].cpu() for value in part.edges))
-                    edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
-                # Boxes clipped to the scaled image may end an ulp outside the image after the division.
-                limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
-                boxes = torch.minimum(boxes / factor.repeat(2), limit)
-                names, ids = ([of[c] for c in labels.tolist()] for of in (self.classes, self.category_ids))
-                pixels = one.pixels if one.path is None else None
-                found = Result(boxes, scores, labels, names, ids, one.size, one.path, edges, pixels)
-                results[part.places[i]] = found
-        return [results[i] for i in sorted(results)]
+        detections, of_edges = started.wait()
+        for i, (place, one) in enumerate(zip(started.places, started.images)):
+            count = int(detections.count[i])
+            boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
+            (height, width), (h, w) = one.size, one.input_size
+            factor = torch.tensor([w / width, h / height])
+            edges = None
+            if of_edges is not None:
+                here = draw.Edges(*(value[i, :count].clone() for value in of_edges))
+                edges = here._replace(locations=here.locations / factor, bins=here.bins / factor)
+            # Boxes clipped to the scaled image may end an ulp outside the image after the division.
+            limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
+            boxes = torch.minimum(boxes / factor.repeat(2), limit)
+            names, ids = ([of[c] for c in labels.tolist()] for of in (self.classes, self.category_ids))
+            results[place] = Result(boxes, scores, labels, names, ids, one.size, one.path, edges, one.pixels)
+        return results
 
     @contextmanager
     def _configured(self) -> Iterator[None]:
@@ -304,24 +337,16 @@ class _Loaded(NamedTuple):
     path: Path | None
     size: tuple[int, int]
     input_size: tuple[int, int]
-    pixels: Tensor
+    staged: Tensor  # for the device
+    pixels: Tensor | None  # for the result
 
 
 class _Started(NamedTuple):
-    """A batch in flight: its images, their places among those started together, their edges if requested."""
+    """A batch in flight: its images, and their places among all."""
 
     images: Sequence[_Loaded]
-    places: list[int]
-    wait: Callable[[], gfl_ops.Detections]
-    edges: draw.Edges | None
-
-
-def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> draw.Edges:
-    """The distributions at the locations `found`, ``[B, K]``; what stands in unused slots means nothing."""
-    points, strides = locations(config, [(x.shape[2], x.shape[3]) for x in reg_preds], found.device)
-    place = found.clamp(min=0)
-    probabilities = gfl_ops.side_distributions(reg_preds, found, config.reg_max)
-    return draw.Edges(probabilities, points[place], strides.expand(-1, 2)[place])
+    places: Sequence[int]
+    wait: Callable[[], Predictions]
 
 
 def find_images(source: str | os.PathLike[str]) -> list[Path]:

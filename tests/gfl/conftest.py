@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_cuda
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from gfl.config import Config, preset
+from gfl.models import GFL, build
 
 CLASSES = ("disc", "box")
 SIDE = 64
@@ -86,3 +89,33 @@ def small(tmp_path: Path, generator: torch.Generator) -> Callable[..., Config]:
         )
 
     return make
+
+
+@pytest.fixture
+def model(generator: torch.Generator) -> GFL:
+    """A small network whose class logits spread enough for detections of every class."""
+    torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    config = preset("gfl_tiny").replace(num_classes=3, width=8, neck_channels=16, head_channels=16, head_groups=4)
+    model = build(config.model, config.test).eval()
+    with torch.no_grad():
+        model.bbox_head.gfl_cls.weight.normal_(std=0.5)
+        model.bbox_head.gfl_reg.weight.normal_(std=0.3)
+        model.bbox_head.gfl_cls.bias.fill_(-2)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, seed: int) -> Path:
+    """Photos of several sizes and both orientations, a file that is no photo, and one that is broken."""
+    rng = np.random.default_rng(seed)
+    for name, size in (("b.png", (80, 120)), ("a.jpg", (120, 80)), ("c.PNG", (64, 64)), ("d.bmp", (80, 120))):
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a photo")
+    (tmp_path / "inner").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.FakeCuda:
+    return fake_cuda.FakeCuda(monkeypatch)

@@ -20,36 +20,9 @@ SIZE = (100, 150)  # height, width
 
 
 @pytest.fixture
-def model(generator):
-    """A small network whose class logits spread enough for detections of every class."""
-    torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-    config = config_preset("gfl_tiny").replace(
-        num_classes=3, width=8, neck_channels=16, head_channels=16, head_groups=4
-    )
-    model = build(config.model, config.test).eval()
-    with torch.no_grad():
-        model.bbox_head.gfl_cls.weight.normal_(std=0.5)
-        model.bbox_head.gfl_reg.weight.normal_(std=0.3)
-        model.bbox_head.gfl_cls.bias.fill_(-2)
-    return model
-
-
-@pytest.fixture
 def photo(seed) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((SIZE[1], SIZE[0]), Image.Resampling.BICUBIC))
-
-
-@pytest.fixture
-def folder(tmp_path, seed):
-    """Photos of several sizes and both orientations, a file that is no photo, and one that is broken."""
-    rng = np.random.default_rng(seed)
-    for name, size in (("b.png", (80, 120)), ("a.jpg", (120, 80)), ("c.PNG", (64, 64)), ("d.bmp", (80, 120))):
-        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("not a photo")
-    (tmp_path / "inner").mkdir()
-    return tmp_path
 
 
 def same(a, b) -> bool:
@@ -269,16 +242,6 @@ def test_optimized_it_finds_the_same_and_keeps_its_settings(model, folder):
         torch.testing.assert_close(a.scores[:n], b.scores[:n], rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="`compile` goes with"):
         Detector(model, compile=True)
-
-
-def test_what_was_started_before_is_finished_first(model, folder, monkeypatch):
-    """The order of a GPU, where one group of images is computed while the next is read."""
-    detector = Detector(model)
-    want = detector.stream(find_images(folder))
-    detector.device = torch.device("cuda")  # of the stream alone: the engine has its own
-    got = detector.stream(find_images(folder))
-    monkeypatch.setattr(Detector, "_configured", lambda self: torch.no_grad())
-    assert [r.path for r in got] == [r.path for r in want] == find_images(folder)
 
 
 def test_streams_hold_few_images(model, folder):

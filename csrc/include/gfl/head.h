@@ -88,6 +88,8 @@ struct GflLossScalars {
 };
 struct GflLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };
 struct GflLossGrads { const void *cls, *box, *dfl; };  // null: 1
+// The sums that the losses are divided by: Σ max(positives of an image, 1) and Σ w.
+struct HeadNorms { void *cls, *box; };
 
 // The factors of the gradients: gradient of each loss · its weight / its norm.
 struct HeadScales { double cls, box, dfl; };
@@ -111,6 +113,8 @@ void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const Gfl
                      const HeadGradients* gradients, const ParallelFor& parallel);
 void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
                        const HeadGradients* gradients, const ParallelFor& parallel);
+// The norms alone, from the labels and the class logits of the positives; `reg`, `reg_max` and `gt_boxes` are not read.
+void head_loss_norms(const GflLossInput& in, const HeadNorms& norms, const ParallelFor& parallel);
 }  // namespace cpu
 
 #if defined(GFL_WITH_CUDA)
@@ -133,6 +137,10 @@ cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, co
 // Three launches, two with both norms given. `scales`: scratch memory on the device.
 cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
                               void* workspace, HeadScales* scales, const HeadGradients* gradients, cudaStream_t stream);
+// As `gfl_loss_fits`, for any number of boxes.
+bool head_loss_norms_fits(const GflLossInput& in);
+// Two launches. cudaErrorInvalidValue if `head_loss_norms_fits` is false.
+cudaError_t head_loss_norms(const GflLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream);
 }  // namespace cuda
 #endif
 

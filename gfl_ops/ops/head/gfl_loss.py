@@ -236,14 +236,14 @@ GFL_LOSS = register(
         fake=fake,
         samples=samples,
         summary="the whole head loss over all levels and images",
-        public=("gfl_loss", "head_loss_norms"),
+        public=("gfl_loss",),
         differentiable=("cls_scores", "reg_preds"),
         grad_outputs=(0, 1, 2),
     )
 )
 
 
-def _check_assignment(
+def check_assignment(
     op: str, assignment: Assignment | Sequence[Tensor], images: int, cells: int, device: Tensor
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(assignment, (tuple, list)) or len(assignment) < 2:
@@ -346,7 +346,7 @@ def gfl_loss(
     stride_list = check_strides(op, strides, len(cls_scores), "cls_scores")
     offsets = per_level(op, "center_offset", center_offset, len(cls_scores))
     cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
-    labels, matched = _check_assignment(op, assignment, images, cells, first)
+    labels, matched = check_assignment(op, assignment, images, cells, first)
     checks.tensor(op, "gt_boxes", gt_boxes)
     checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
     checks.same_device(op, "gt_boxes", gt_boxes, "cls_scores", first)
@@ -377,34 +377,3 @@ def gfl_loss(
         legacy,
     )
     return HeadLoss(cls, box, dfl, num_pos.detach(), box_weight.detach())
-
-
-def head_loss_norms(cls_scores: Sequence[Tensor], assignment: Assignment) -> Tensor:
-    """The two sums that `gfl_loss` divides by, before their means over ranks: one tensor for one all-reduce.
-
-    ``mean = all_reduce(head_loss_norms(...)) / ranks``, then ``gfl_loss(..., cls_norm=mean[0],
-    box_norm=mean[1].clamp(min=1))``, as mmdet 3.3.0's GFLHead does.
-
-    Args:
-        cls_scores: one tensor per level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
-        assignment: what `atss_assign` returned.
-
-    Returns:
-        fp32 (fp64 for fp64 maps) ``[2]`` on the maps' device: the sum over the images of max(positives, 1), and the sum
-        over the positives of the location's largest class probability.
-
-    There is no gradient.
-
-    Raises:
-        TypeError: a dtype or a type that is not taken.
-        ValueError: a shape or device outside the above.
-    """
-    op = "head_loss_norms"
-    images, classes = checks.maps(op, "cls_scores", cls_scores)
-    cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
-    labels, matched = _check_assignment(op, assignment, images, cells, cls_scores[0])
-    positive = (labels >= 0) & (labels < classes) & (matched >= 0)
-    acc = accumulator(cls_scores[0].dtype)
-    best = torch.cat([m.detach().amax(1).flatten(1) for m in cls_scores], 1).to(acc)
-    weight = torch.where(positive, best.sigmoid(), 0.0).sum()
-    return torch.stack([positive.sum(1).clamp(min=1).sum().to(acc), weight])

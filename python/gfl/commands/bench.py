@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """A case that can't run (memory, a missing package) is reported; the exit status is 1 if one failed."""
     import torch
 
-    from ..engine.distributed import choose_device
+    from ..engine.distributed import choose_device, current_device
 
     require_folder(options.json, options.plot)
     if options.seconds <= 0:
@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
     for case in cases:
         label = "{model} {size[0]}x{size[1]} {device.type} {dtype} batch {batch}".format(**case)
         try:
-            seconds = _times(options, **case)
+            with current_device(case["device"]):
+                seconds = _times(options, **case)
         except (RuntimeError, NotImplementedError) as error:
             print(f"{label}: {str(error).splitlines()[0]}")
             continue
@@ -108,7 +109,7 @@ def _cases(options: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
 def _times(
     options: argparse.Namespace, model: str, size: tuple[int, int], device: Any, dtype: str, batch: int
 ) -> list[float]:
-    """Seconds of each run after one that does not count, three at least."""
+    """Seconds of each run after those that do not count, three at least."""
     import torch
 
     from ..data import transforms
@@ -128,7 +129,8 @@ def _times(
     settings = {"score_threshold": threshold, "batch_size": batch, "optimize": True, "compile": options.compile}
     detector = Detector(network, device, getattr(torch, DTYPES[dtype]), **settings)
     now = time.process_time if options.clock == "cpu" else time.perf_counter
-    detector(list(images))
+    for _ in range(2):  # the second run of a batch captures its graph
+        detector(list(images))
     times: list[float] = []
     end = time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(times) < 3:

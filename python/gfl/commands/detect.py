@@ -7,10 +7,14 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import DTYPES
+
+if TYPE_CHECKING:
+    from ..detector import Result
 
 HELP = "detect objects in images: writes pictures and a COCO-format file"
 ANNOTATIONS = "detections.json"
@@ -34,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..detector import Detector, find_images
+    from ..threads import MOST, cores, map_ahead
 
     # A file that is named is taken whatever its suffix.
     found = ([Path(given)] if Path(given).is_file() else find_images(given) for given in options.images)
@@ -57,18 +62,18 @@ def run(options: argparse.Namespace) -> int:
         unreadable.append(why)
         print(why, file=sys.stderr)
 
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    used: set[str] = set()
-    for result in detector.stream(files, edges=options.edges, on_error=report):
-        name = stem = result.path.stem if result.path else "image"
-        numbers = itertools.count(2)
-        while name in used:  # images of one name in several folders
-            name = f"{stem}-{next(numbers)}"
-        used.add(name)
+    def write(named: tuple[str, Result]) -> tuple[str, Result]:
+        name, result = named
         result.draw(options.score).save(out / f"{name}.jpg", quality=92)
         if options.edges and len(result):
             result.draw_edges(0).save(out / f"{name}.edges.png")
+        return named
+
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results = _named(detector.stream(files, edges=options.edges, on_error=report, keep_pixels=True))
+    # This thread keeps the detector busy.
+    for name, result in map_ahead(write, results, min(MOST, cores())):
         height, width = result.size
         images.append({"id": len(images) + 1, "file_name": str(result.path), "height": height, "width": width})
         for one in result.to_coco(len(images)):
@@ -81,3 +86,15 @@ def run(options: argparse.Namespace) -> int:
     (out / ANNOTATIONS).write_text(json.dumps(content))
     print(f"{len(annotations)} objects in {len(images)} images, {len(unreadable)} unreadable -> {out / ANNOTATIONS}")
     return 0 if images else 1
+
+
+def _named(results: Iterator[Result]) -> Iterator[tuple[str, Result]]:
+    """Each result with a name for its pictures; images of one name may come from several folders."""
+    used: set[str] = set()
+    for result in results:
+        name = stem = result.path.stem if result.path else "image"
+        numbers = itertools.count(2)
+        while name in used:
+            name = f"{stem}-{next(numbers)}"
+        used.add(name)
+        yield name, result

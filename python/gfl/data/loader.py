@@ -8,7 +8,6 @@ be resumed there.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..threads import cores
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
 
@@ -235,7 +235,7 @@ class Loader:
         self._of_epoch = batches
         # The sampler is a list and not this object: in a reference cycle the workers would outlive it until killed.
         self._positions: list[tuple[int, list[int]]] = []
-        workers = min(workers, _cores())
+        workers = min(workers, cores())
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_size=None,
@@ -272,11 +272,6 @@ class Loader:
                 if self.dataset.pass_over(path):
                     warnings.warn(f"{reason}; it is passed over", stacklevel=2)
             yield batch
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(number: int) -> None:

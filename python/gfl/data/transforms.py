@@ -45,6 +45,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
             if size is not None and (upright.height, upright.width) != size and (stored.height, stored.width) == size:
                 upright = stored
             image = to_tensor(upright)
+    except MemoryError:
+        raise
     # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
     except Exception as error:
         raise UnreadableImage(f"{path} can't be decoded: {error}") from error

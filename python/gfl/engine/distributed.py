@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,28 +35,42 @@ class Process:
 def processes(device: str | None = None) -> Iterator[Process]:
     """Joins the group that ``torchrun`` started, NCCL on GPUs and gloo on CPUs, and leaves it at the end.
 
-    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors.
+    The device is `choose_device`'s, by default the GPU of this process's local rank, and so are the errors. Within, it
+    is torch's current one.
     """
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, default)) for name, default in single.items())
     where = choose_device(device, local)
     joined = world > 1 and not dist.is_initialized()
-    if joined:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield Process(rank, world, where)
-    finally:
-        if joined:
-            dist.destroy_process_group()
+    with current_device(where):
+        if joined and where.type == "cuda":
+            dist.init_process_group("nccl", device_id=where)
+        elif joined:
+            dist.init_process_group("gloo")
+        try:
+            yield Process(rank, world, where)
+        finally:
+            if joined:
+                dist.destroy_process_group()
+
+
+def current_device(device: torch.device | str) -> AbstractContextManager[object]:
+    """A context in which a GPU is torch's current device; nothing for a CPU.
+
+    Collectives of objects, barriers, events and pinned memory are the current device's, whatever their tensors are on.
+    """
+    where = torch.device(device)
+    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
 
 
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     """The device of that name; for None the GPU numbered `local_rank`, or the CPU where torch has no GPU.
 
-    It is a ValueError if torch does not know the device or this machine does not have it.
+    It is a ValueError if torch does not know the device or this machine does not have it. torch's current device stays
+    what it is.
     """
     if name is None:
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -68,5 +82,4 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"`device` is {device}, but there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
     return device

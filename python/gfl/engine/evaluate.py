@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import gfl_ops
 
 from ..config import Config
 from ..data.coco import Annotations, CocoDataset, coco_detection, read_annotations
-from ..data.loader import test_loader
+from ..data.loader import Batch, test_loader
 from ..data.transforms import normalise
-from .pipeline import testing
+from ..models.fused import FusedGFL
+from .distributed import current_device
+from .pipeline import InputBatch, Pipeline, fetch, testing
+from .step import on_device
 
 # In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -40,7 +44,7 @@ def evaluate(
             own mode and settings are restored.
         dataset: with as many classes as the model.
         config: sizes, batches and workers.
-        device: the model's.
+        device: the model's; if a GPU, collectives use it too.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -56,19 +60,15 @@ def evaluate(
     together = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     loader = test_loader(dataset, config, rank, world)
-    own: list[dict[str, Any]] = []
-    with testing(model, config.test), torch.no_grad():
+    with current_device(device), testing(model, config.test), torch.no_grad():
         hidden = None if progress and rank == 0 else True
-        for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
-            if batch.image_ids:
-                batch = batch.to(device)
-                images = normalise(batch.images, batch.image_sizes)
-                found = model(images, batch.image_sizes, batch.scale_factors)
-                own += to_results(found, batch.image_ids, dataset.category_ids)
+        batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden)
+        own = _detect(model, batches, torch.device(device), dataset.category_ids)
 
     everything: list[Any] = [(own, dataset.unreadable)] * world
     if together:
-        dist.all_gather_object(everything, (own, dataset.unreadable))
+        with current_device(device):
+            dist.all_gather_object(everything, (own, dataset.unreadable))
     for _, unreadable in everything:
         for path in sorted(unreadable):
             dataset.pass_over(path)
@@ -82,10 +82,36 @@ def evaluate(
         except Exception as error:
             outcome = [error]
     if together:
-        dist.broadcast_object_list(outcome, 0)
+        with current_device(device):
+            dist.broadcast_object_list(outcome, 0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0], results
+
+
+def _detect(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of all batches in COCO's format; a GPU computes one while those of the one before are read."""
+    pipeline = Pipeline(model, device, graphs=True) if isinstance(model, FusedGFL) else None
+
+    def start(batch: Batch) -> tuple[Callable[[], gfl_ops.Detections], list[int]]:
+        inputs = InputBatch(batch.images, batch.image_sizes, batch.scale_factors)
+        if pipeline is not None:
+            found = pipeline.run(inputs).detections
+        else:
+            found = model(normalise(*inputs[:2]), *inputs[1:])
+        return fetch(found, device), batch.image_ids
+
+    own: list[dict[str, Any]] = []
+    before: tuple[Callable[[], gfl_ops.Detections], list[int]] | None = None
+    for batch in chain(on_device((batch for batch in batches if batch.image_ids), device), [None]):
+        started = None if batch is None else start(batch)
+        if before is not None:
+            wait, image_ids = before
+            own += to_results(wait(), image_ids, category_ids)
+        before = started
+    return own
 
 
 def coco_metrics(

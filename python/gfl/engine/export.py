@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
+from ..models.layers import GroupNormReLU
+from .distributed import current_device
 
 MAPS, DECODED, DETECTIONS = "maps", "decoded", "detections"
 OPSET = 18
@@ -69,8 +71,11 @@ class Exportable(nn.Module):
     def __init__(self, model: GFL, size: tuple[int, int], outputs: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         network = FusedGFL(model)
-        # The head's own layers: its fused ones call operators of gfl_ops.
+        # The head's own layers share one convolution for the distributions of all levels.
         network.bbox_head = copy.deepcopy(model.bbox_head).eval()
+        for module in network.bbox_head.modules():
+            if isinstance(module, GroupNormReLU):
+                module.plain = True
         network.dtype = dtype
         self.network = network.to(dtype)
         config = self.config = model.config
@@ -255,7 +260,7 @@ def to_torch(
     """
     whole = Exportable(model, size, outputs, dtype).to(device)
     images, shapes = _example(batch, size)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), current_device(device):
         warnings.simplefilter("ignore")
         program = torch.export.export(whole, (images.to(device),), dynamic_shapes=shapes)
         if compiled:

@@ -4,27 +4,38 @@
 There the network is `models.fused.FusedGFL`. On a GPU everything from uint8 images to boxes is one CUDA graph per batch
 shape; images are copied from pinned memory and resized on a stream of their own while the batch before is computed, and
 the host waits for nothing but the detections.
+
+The shape is that of the images, padded to a multiple of 32 and no further: cells of the padding have logits too and
+count in the group norms, so that every box would depend on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import gfl_ops
 
-from ..config import InferenceConfig
+from ..config import InferenceConfig, ModelConfig
 from ..data import transforms
-from ..models.gfl import GFL
-from .graphs import GraphCache
+from ..draw import Edges
+from ..models.gfl import GFL, locations
+from .distributed import current_device
+from .graphs import GraphCache, host_waits
 
-# Batch shapes that a graph is kept for; they share their memory, which is that of the largest.
-GRAPHS = 8
+T = TypeVar("T")
+
+# Networks that are in use, or were; see `testing`.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 class InputBatch(NamedTuple):
@@ -32,24 +43,22 @@ class InputBatch(NamedTuple):
 
     images: Tensor  # uint8 [B, 3, H, W] on the device, padded right and below
     sizes: Tensor  # fp32 [B, 2], (height, width) without padding
+    scale_factors: Tensor | None = None  # fp32 [B, 2], (width, height) that boxes are divided by
 
 
 class Predictions(NamedTuple):
-    """Detections of a batch in the network's pixels, and the maps they were read from.
-
-    With graphs the maps are valid until the next batch starts.
-    """
+    """Detections of a batch in the network's pixels, or divided by its factors, and their edges if requested."""
 
     detections: gfl_ops.Detections
-    cls_scores: list[Tensor]
-    reg_preds: list[Tensor]
+    edges: Edges | None  # [B, K, …] each, in the network's pixels; unused slots mean nothing
 
 
 class Pipeline:
     """Runs a detector, any `GFL` on `device` and in evaluation, on batches of images.
 
-    Its settings in `test` may change between batches. With `graphs` a GPU has one CUDA graph per batch shape; with
-    `compile` the network's kernels are `torch.compile`'s, and the first batch of each shape takes minutes.
+    Its settings in `test` may change between batches. With `graphs` a GPU has one CUDA graph per batch shape, where
+    kernels serve that a graph can hold; with `compile` the network's kernels are `torch.compile`'s, and the first batch
+    of each shape takes minutes. Calls of several threads come one after another by `testing`.
     """
 
     def __init__(self, network: GFL, device: torch.device, *, graphs: bool = False, compile: bool = False) -> None:
@@ -57,76 +66,133 @@ class Pipeline:
         self.maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
         if compile:
             self.maps = torch.compile(network.predict_maps, dynamic=False)
-        self.graphs = GraphCache(GRAPHS) if graphs and device.type == "cuda" else None
+        self.graphs = GraphCache(device=device) if graphs and device.type == "cuda" else None
         self._copies = torch.cuda.Stream(device) if self.graphs is not None else None
+        self._done: torch.cuda.Event | None = None  # the last use of the graphs' memory
 
-    def load(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> InputBatch:
+    def graphed(self) -> bool:
+        """Whether batches run as graphs, by the backend that is set now."""
+        return self.graphs is not None and not host_waits(self.device, "postprocess")
+
+    def stage(self, image: Tensor) -> Tensor:
+        """An image of the CPU where `load` takes it from; for any thread."""
+        return image if self._copies is None else image.pin_memory()
+
+    def load(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], rows: int = 0) -> InputBatch:
         """Images uint8 ``[3, H, W]`` of the CPU on the device, resized to the (height, width) in `sizes` and padded.
 
-        With graphs this happens while the device computes.
+        With graphs this happens while the device computes, and empty images fill the batch up to `rows`.
         """
         divisor = self.network.test.size_divisor
         if self._copies is None:
             # Also on a GPU without graphs: results are to be the CPU's.
             resized = [transforms.resize(image, *size) for image, size in zip(images, sizes, strict=True)]
             return InputBatch(*(part.to(self.device) for part in transforms.pad(resized, divisor)))
-        with torch.cuda.stream(self._copies):
-            sent = [self._send(image) for image in images]
-            resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
-            batch, inner = transforms.pad(resized, divisor)
-            loaded = InputBatch(batch, self._send(inner))
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self._copies)
-        for tensor in loaded:
-            # Allocated on the other stream: its memory may be reused there only when this one is done with it.
-            tensor.record_stream(now)
+        with current_device(self.device):
+            with torch.cuda.stream(self._copies):
+                sent = [self._send(image) for image in images]
+                resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
+                resized += [sent[0].new_zeros(3, 1, 1)] * (rows - len(sent))
+                batch, inner = transforms.pad(resized, divisor)
+                loaded = InputBatch(batch, self._send(inner))
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self._copies)
+            for tensor in loaded[:2]:
+                # Allocated on the other stream: its memory may be reused there only when this one is done with it.
+                tensor.record_stream(now)
         return loaded
 
     def _send(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, batch: InputBatch) -> Predictions:
-        """Detections of a batch in pixels of the network's input; on a GPU they are queued, not there yet."""
-        if self.graphs is None:
-            return self._predict(*batch)
-        found: Predictions = self.graphs.run(self._predict, *batch, key=dataclasses.astuple(self.network.test))
-        # The next run writes to the same places.
-        return found._replace(detections=gfl_ops.Detections(*(x.clone() for x in found.detections)))
+    def run(self, batch: InputBatch, *, edges: bool = False) -> Predictions:
+        """Detections of a batch; on a GPU they are queued, not there yet."""
+        function, inputs = partial(self._predict, edges=edges), [x for x in batch if x is not None]
+        with current_device(self.device):
+            if self.graphs is None or not self.graphed():
+                return function(*inputs)
+            # Graphs share memory, and threads may have streams of their own.
+            now = torch.cuda.current_stream(self.device)
+            if self._done is not None:
+                now.wait_event(self._done)
+            key = (gfl_ops.get_backend(), edges, *dataclasses.astuple(self.network.test))
+            # The next run writes to the same places.
+            found: Predictions = tree_map_only(Tensor, torch.clone, self.graphs.run(function, *inputs, key=key))
+            self._done = now.record_event()
+            return found
 
-    def _predict(self, images: Tensor, sizes: Tensor) -> Predictions:
+    def _predict(
+        self, images: Tensor, sizes: Tensor, scale_factors: Tensor | None = None, *, edges: bool
+    ) -> Predictions:
         maps = self.maps(transforms.normalise(images, sizes))
-        return Predictions(self.network.read_maps(*maps, sizes), *maps)
+        found = self.network.read_maps(*maps, sizes, scale_factors)
+        return Predictions(found, _edges(maps[1], found.locations, self.network.config) if edges else None)
+
+
+def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> Edges:
+    """The distributions at the locations `found`, ``[B, K]``."""
+    points, strides = locations(config, [(x.shape[2], x.shape[3]) for x in reg_preds], found.device)
+    place = found.clamp(min=0)
+    probabilities = gfl_ops.side_distributions(reg_preds, found, config.reg_max)
+    return Edges(probabilities, points[place], strides.expand(-1, 2)[place])
 
 
 @contextmanager
 def testing(model: Any, test: InferenceConfig) -> Iterator[None]:
-    """The model in evaluation by the settings `test`, if it has such; afterwards it is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    before = getattr(model, "test", None)
-    model.eval()
-    if before is not None:
-        model.test = test
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """The model in evaluation by the settings `test`, if it has such; afterwards it is as before.
+
+    One thread at a time is within: modes, settings and the memory of graphs are the model's, not a thread's.
+    """
+    with _LOCKS.setdefault(model, threading.RLock()):
+        modes = [(module, module.training) for module in model.modules()]
+        before = getattr(model, "test", None)
+        model.eval()
         if before is not None:
-            model.test = before
+            model.test = test
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if before is not None:
+                model.test = before
 
 
-def fetch(detections: gfl_ops.Detections) -> Callable[[], gfl_ops.Detections]:
-    """Starts to copy detections to the CPU; what it returns waits for them and gives them."""
-    if not detections.boxes.is_cuda:
-        return lambda: detections
-    pinned = gfl_ops.Detections(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in detections))
-    for mine, given in zip(pinned, detections):
-        mine.copy_(given, non_blocking=True)
-    copied = torch.cuda.current_stream(detections.boxes.device).record_event()
+def fetch(found: T, device: torch.device) -> Callable[[], T]:
+    """Starts to copy tensors from the device to the CPU; what it returns waits for them all at once and gives them."""
+    if device.type != "cuda":
+        return lambda: found
 
-    def wait() -> gfl_ops.Detections:
+    def copy(x: Tensor) -> Tensor:
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+    with current_device(device):
+        copies: T = tree_map_only(Tensor, copy, found)
+        copied = torch.cuda.current_stream(device).record_event()
+
+    def wait() -> T:
         copied.synchronize()
-        return pinned
+        return copies
 
     return wait
+
+
+def batches_by_shape(
+    items: Iterable[T], shape: Callable[[T], Hashable], size: int, span: int
+) -> Iterator[list[tuple[int, T]]]:
+    """Up to `size` items of one shape at a time, each with its position.
+
+    None is held back until more than `span` further ones have come, so that few are in memory and results can be put in
+    order.
+    """
+    waiting: dict[Hashable, list[tuple[int, T]]] = {}
+    for place, item in enumerate(items):
+        group = waiting.setdefault(shape(item), [])
+        group.append((place, item))
+        if len(group) == size:
+            yield waiting.pop(shape(item))
+        # The first one in the dictionary has waited longest.
+        while waiting and place - next(iter(waiting.values()))[0][0] >= span:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()

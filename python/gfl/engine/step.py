@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step: losses, gradients, new weights, all queued on the device; the host reads nothing back.
 
-On a GPU the whole step may be a CUDA graph per batch shape: images, sizes and objects are copied to fixed places, the
-objects of an image into a fixed number of slots, and one launch does the rest, assignment included.
+On a GPU the whole step may be a CUDA graph per batch shape, of which padding leaves few: images, sizes and objects are
+copied to fixed places, the objects of an image into a fixed number of slots, and one launch does the rest, assignment
+included.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -19,14 +21,14 @@ from torch.optim import Optimizer
 from ..config import TrainConfig
 from ..data.loader import Batch
 from ..data.transforms import normalise
+from ..models.autotune import CudnnTuning
 from ..models.gfl import GFL
-from .graphs import GraphCache
+from .graphs import GraphCache, few_shapes, host_waits
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Batch shapes that get a graph, the first ones that come; they share their memory. A batch of another shape is queued
-# kernel by kernel.
-GRAPHS = 16
+# The operators of a step, which a graph holds only if kernels run them.
+GRAPHED = ("atss", "gfl_loss", "group_norm_relu")
 
 
 class Step:
@@ -43,20 +45,30 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.sums = torch.zeros(len(LOSSES), device=device)
         self.graphs: GraphCache | None = None
+        self._tuning = CudnnTuning()
         if settings.graph:
             check_graph(settings, device, network is not model)
-            self.graphs = GraphCache(GRAPHS, evict=False, warm_up=lambda: preserve_training_state(self))
+            if without := host_waits(device, *GRAPHED):
+                why = f"{', '.join(without)} run on the reference or with GFL_OPS_CHECK=1, which makes the host wait"
+                warnings.warn(f"gfl: `graph` has no effect: {why}: see `gfl doctor`", RuntimeWarning, stacklevel=2)
+            else:
+                self.graphs = GraphCache(device=device, warm_up=lambda: preserve_training_state(self))
 
     def __call__(self, batch: Batch, rate: float) -> None:
         """One step at a learning rate."""
         self.set_rate(rate)
-        if self.graphs is not None and max(batch.counts, default=0) <= self.settings.graph_slots:
-            objects = slots(batch, self.settings.graph_slots)
-            self.graphs.run(self.compute, batch.images, batch.image_sizes, *objects)
-            return
-        with self._precision(batch.images.device):
-            losses = self.network(normalise(batch.images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
-        self._descend(losses)
+        images = batch.images
+        graphed = self.graphs is not None and max(batch.counts, default=0) <= self.settings.graph_slots
+        if graphed:
+            images = few_shapes(images, self.settings.train_long_side, self.model.test.size_divisor)
+        with torch.cuda.device_of(images), self._tuning(images):
+            if self.graphs is not None and graphed:
+                objects = slots(batch, self.settings.graph_slots)
+                self.graphs.run(self.compute, images, batch.image_sizes, *objects)
+                return
+            with self._precision(images.device):
+                losses = self.network(normalise(images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
+            self._descend(losses)
 
     def set_rate(self, rate: float) -> None:
         """A graph reads the rate from a tensor, which is filled without waiting."""
@@ -73,11 +85,10 @@ class Step:
         self._descend(losses)
 
     def _precision(self, device: torch.device) -> torch.autocast:
+        # Casts of weights are kept until the context ends, so that a layer of five levels casts its own once, and a
+        # graph, which holds the whole context, casts them anew in each run.
         amp = self.settings.amp
-        # A graph casts the weights anew in each run.
-        return torch.autocast(
-            device.type, PRECISION.get(amp), enabled=amp in PRECISION, cache_enabled=self.graphs is None
-        )
+        return torch.autocast(device.type, PRECISION.get(amp), enabled=amp in PRECISION)
 
     def _descend(self, losses: dict[str, Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)

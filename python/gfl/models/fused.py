@@ -4,7 +4,10 @@
 What is folded, in fp64, before weights are rounded to the type they are used in:
 
 - a batch norm into the convolution before it;
-- ReLU, and the sum of a block or of the pyramid, into the convolution's call, where oneDNN or cuDNN has one for it;
+- a shortcut's bias into that of the branch that it is added to; a bias of zeros is dropped, since it costs a GPU a
+  launch;
+- ReLU, and the sum of a block or of the pyramid, into the convolution's call, where oneDNN has one for it, or where
+  cuDNN has one that is faster than separate calls;
 - a level's `Scale` into that level's own copy of the distributions' convolution: 0.6 MB for five levels, since one
   shared convolution can't have five factors. The towers' weights stay shared.
 
@@ -18,17 +21,18 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-import gfl_ops
-
+from .autotune import CudnnTuning, Fastest
 from .deform import DeformConv2d
 from .gfl import GFL
 from .head import GFLHead
+from .layers import Conv, TowerLayer
 from .resnet import Block, ResNet
 from .winograd import Winograd, sizes_of, tiles_in
 
@@ -52,28 +56,32 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple
 
 
 class FusedConv(nn.Module):
-    """A convolution with bias, a summand and ReLU in one call where there is one."""
+    """A convolution with bias, a summand and ReLU in one call where there is one; the shape of the filters is `conv`'s.
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0, groups: int = 1, relu: bool = False
-    ) -> None:
+    A bias of zeros is the same as none.
+    """
+
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, relu: bool = False) -> None:
         super().__init__()
-        self.stride, self.padding, self.groups, self.relu = (stride, stride), (padding, padding), groups, relu
+        stride, padding = conv.stride[0], int(conv.padding[0])
+        self.stride, self.padding, self.groups, self.relu = (stride, stride), (padding, padding), conv.groups, relu
         self.weight = nn.Buffer(weight.detach().float().contiguous(memory_format=torch.channels_last))
-        self.bias = nn.Buffer(bias.detach().float().contiguous())
+        self.bias = None if bias is None or not bias.any() else nn.Buffer(bias.detach().float().contiguous())
         self._onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        self._cudnn = True
+        self._fastest = Fastest()
         self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._winograd: Winograd | None = None
-        kind = (*weight.shape[2:], stride, padding, groups)
+        kind = (*weight.shape[2:], stride, padding, conv.groups)
         self._fits_winograd = weight.shape[1] >= MIN_CHANNELS and kind == (3, 3, 1, 1, 1)
 
     @staticmethod
-    def of(conv: nn.Module, norm: nn.Module | None = None, relu: bool = False) -> FusedConv:
-        """A convolution, the batch norm after it, and ReLU."""
+    def of(
+        conv: nn.Module, norm: nn.Module | None = None, relu: bool = False, more_bias: Tensor | None = None
+    ) -> FusedConv:
+        """A convolution, the batch norm after it, a bias that is added to its own, and ReLU."""
         assert isinstance(conv, nn.Conv2d)
         weight, bias = folded(conv.weight, conv.bias, norm)
-        return FusedConv(weight, bias, conv.stride[0], int(conv.padding[0]), conv.groups, relu)
+        return FusedConv(conv, weight, bias if more_bias is None else bias + more_bias, relu)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         """relu(convolution(x) + bias + summand), of ``[B, C, H, W]``."""
@@ -84,11 +92,18 @@ class FusedConv(nn.Module):
         if not torch.compiler.is_compiling():
             if x.device.type == "cpu" and x.dtype == torch.float32 and self._onednn:
                 return self._by_onednn(x, summand)
-            if x.device.type == "cuda" and self.relu and (found := self._by_cudnn(x, summand)) is not None:
-                return found
+            if x.device.type == "cuda" and self.relu:
+                return self._by_the_faster(x, summand)
+        return self._separately(x, summand)
+
+    def _separately(self, x: Tensor, summand: Tensor | None) -> Tensor:
         y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         y = y if summand is None else y + summand
         return y.relu_() if self.relu else y
+
+    def _by_the_faster(self, x: Tensor, summand: Tensor | None) -> Tensor:
+        ways = {"separate": partial(self._separately, x, summand), "fused": partial(self._by_cudnn, x, summand)}
+        return self._fastest((x.device, x.shape, x.dtype, summand is None), ways)
 
     def uses_winograd(self, maps: Sequence[Tensor]) -> bool:
         """Whether `levels` of these maps is one call, whatever the number of outputs: filters are read once for all.
@@ -127,18 +142,12 @@ class FusedConv(nn.Module):
             x, summand, weight, self.bias, *where, "add", None, last, [], None
         )
 
-    def _by_cudnn(self, x: Tensor, summand: Tensor | None) -> Tensor | None:
-        """None where cuDNN has no such call for these shapes or this type; it is not tried again."""
-        if not self._cudnn:
-            return None
+    def _by_cudnn(self, x: Tensor, summand: Tensor | None) -> Tensor:
+        """Raises RuntimeError where cuDNN has no such call for these shapes or this type."""
         where = (self.stride, self.padding, (1, 1), self.groups)
-        try:
-            if summand is None:
-                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *where)
-            return torch.cudnn_convolution_add_relu(x, self.weight, summand, 1.0, self.bias, *where)
-        except RuntimeError:
-            self._cudnn = False
-            return None
+        if summand is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *where)
+        return torch.cudnn_convolution_add_relu(x, self.weight, summand, 1.0, self.bias, *where)
 
 
 class FusedDeform(nn.Module):
@@ -155,51 +164,58 @@ class FusedDeform(nn.Module):
         return self.conv(x).add_(self.bias).relu_()
 
 
-def _fuse_norm(parent: nn.Module, conv: str, norm: str, relu: bool = True) -> None:
-    """Puts one module in the place of a convolution and its norm, as `layers.conv_norm` calls it."""
+class ScaledConv(nn.Module):
+    """The distributions' convolution of all levels, with a factor for each."""
+
+    def __init__(self, conv: nn.Conv2d, factors: Sequence[float]) -> None:
+        super().__init__()
+        self.factors, self.shared = factors, FusedConv.of(conv)
+        weight, bias = folded(conv.weight, conv.bias, None)
+        self.scaled = nn.ModuleList(FusedConv(conv, weight * factor, bias * factor) for factor in factors)
+
+    def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The convolution of each map times the level's factor."""
+        if self.shared.uses_winograd(maps):
+            return [x.mul_(factor) for x, factor in zip(self.shared.levels(maps), self.factors, strict=True)]
+        return [conv(x) for conv, x in zip(self.scaled, maps, strict=True)]
+
+
+def _fuse_norm(parent: nn.Module, conv: str, norm: str, more_bias: Tensor | None = None) -> None:
+    """Puts one module in the place of a convolution, its norm and ReLU, as `layers.conv_norm` calls it."""
     layer, norm_layer = getattr(parent, conv), getattr(parent, norm)
-    deformable = isinstance(layer, DeformConv2d)
-    setattr(parent, conv, FusedDeform(layer, norm_layer) if deformable else FusedConv.of(layer, norm_layer, relu))
+    if isinstance(layer, DeformConv2d):
+        setattr(parent, conv, FusedDeform(layer, norm_layer))
+    else:
+        setattr(parent, conv, FusedConv.of(layer, norm_layer, True, more_bias))
     setattr(parent, norm, nn.Identity())
 
 
-class FusedLayer(nn.Module):
-    """A layer of a tower: convolution, group norm and ReLU of all levels."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.conv = FusedConv.of(layer.get_submodule("conv"))
-        norm = layer.get_submodule("gn")
-        assert isinstance(norm, nn.GroupNorm)
-        self.norm = norm
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        norm = self.norm
-        return gfl_ops.group_norm_relu(self.conv.levels(maps), norm.num_groups, norm.weight, norm.bias, norm.eps)
+def _fuse_block(block: Block) -> None:
+    shortcut_bias = None
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        assert isinstance(conv, nn.Conv2d)
+        weight, shortcut_bias = folded(conv.weight, conv.bias, norm)
+        block.downsample = nn.Sequential(FusedConv(conv, weight, None), nn.Identity())
+    last = len(block.pairs())
+    for number in range(1, last + 1):
+        _fuse_norm(block, f"conv{number}", f"bn{number}", shortcut_bias if number == last else None)
 
 
-class FusedHead(nn.Module):
-    """A `GFLHead`, all levels in one call per layer where the device allows it."""
-
-    def __init__(self, head: GFLHead) -> None:
-        super().__init__()
-        self.head = head
-        self.cls_convs = nn.Sequential(*map(FusedLayer, head.cls_convs))
-        self.reg_convs = nn.Sequential(*map(FusedLayer, head.reg_convs))
-        self.gfl_cls = FusedConv.of(head.gfl_cls)
-        self.gfl_reg = FusedConv.of(head.gfl_reg)
-        self.factors = [float(scale.get_parameter("scale").detach()) for scale in head.scales]
-        weight, bias = folded(head.gfl_reg.weight, head.gfl_reg.bias, None)
-        self.scaled = nn.ModuleList(FusedConv(weight * f, bias * f, padding=1) for f in self.factors)
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        cls_scores = self.gfl_cls.levels(self.cls_convs(maps))
-        features = self.reg_convs(maps)
-        if self.gfl_reg.uses_winograd(features):
-            reg_preds = [x.mul_(factor) for x, factor in zip(self.gfl_reg.levels(features), self.factors, strict=True)]
-        else:
-            reg_preds = [conv(x) for conv, x in zip(self.scaled, features, strict=True)]
-        return [self.head.rescored(c, r) for c, r in zip(cls_scores, reg_preds)], reg_preds
+def _fuse_head(head: GFLHead, dtype: torch.dtype) -> GFLHead:
+    fused = copy.deepcopy(head)
+    for layer in (*fused.cls_convs, *fused.reg_convs):
+        assert isinstance(layer, TowerLayer)
+        layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
+    fused.to(dtype)
+    factors = [float(scale.get_parameter("scale").detach()) for scale in head.scales]
+    fused.scales = nn.ModuleList(nn.Identity() for _ in factors)
+    # The last layers, in fp32 instead of bf16, of whose 8 bits many scores would be equal.
+    precise = torch.float32 if dtype == torch.bfloat16 else dtype
+    fused.gfl_cls = FusedConv.of(head.gfl_cls).to(precise)  # type: ignore[assignment]
+    fused.gfl_reg = ScaledConv(head.gfl_reg, factors).to(precise)  # type: ignore[assignment]
+    fused.reg_conf = None if head.reg_conf is None else copy.deepcopy(head.reg_conf).to(precise)
+    return fused
 
 
 class FusedGFL(GFL):
@@ -207,7 +223,7 @@ class FusedGFL(GFL):
 
     In fp32 its maps differ from the model's by about 1e-4 of their standard deviation. It holds copies: weights that
     change later are not seen, settings in `test` are. A backbone of timm stays as it is. `dtype` is that of weights and
-    maps; softmax, ranking and boxes are fp32 in any case.
+    features; with bf16 the last layers and their logits are fp32. Softmax, ranking and boxes are fp32 in any case.
     """
 
     @torch.no_grad()
@@ -216,16 +232,17 @@ class FusedGFL(GFL):
         self._config, self.test, self.dtype = model.config, model.test, dtype
         self.backbone, self.neck = copy.deepcopy(model.backbone), copy.deepcopy(model.neck)
         for module in list(self.backbone.modules()):
-            for number in (1, 2, 3) if isinstance(module, (ResNet, Block)) else ():
-                if hasattr(module, f"conv{number}"):
-                    _fuse_norm(module, f"conv{number}", f"bn{number}")
-            if isinstance(module, Block) and module.downsample is not None:
-                _fuse_norm(module.downsample, "0", "1", relu=False)
-        for name in ("lateral_convs", "fpn_convs"):
-            convs = self.neck.get_submodule(name).children()
-            setattr(self.neck, name, nn.ModuleList(FusedConv.of(layer.get_submodule("conv")) for layer in convs))
-        self.bbox_head = FusedHead(copy.deepcopy(model.bbox_head))  # type: ignore[assignment]
-        self.to(dtype).eval().requires_grad_(False)
+            if isinstance(module, ResNet):
+                _fuse_norm(module, "conv1", "bn1")
+            elif isinstance(module, Block):
+                _fuse_block(module)
+        for layer in (*self.neck.lateral_convs, *self.neck.fpn_convs):
+            assert isinstance(layer, Conv)
+            layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
+        self.to(dtype)
+        self.bbox_head = _fuse_head(model.bbox_head, dtype)
+        self._tuning = CudnnTuning()
+        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FusedGFL:
         """Always in evaluation."""
@@ -233,4 +250,8 @@ class FusedGFL(GFL):
         return self
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return super().predict_maps(images.to(self.dtype, memory_format=torch.channels_last))
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        if torch.compiler.is_compiling():
+            return super().predict_maps(images)
+        with torch.cuda.device_of(images), self._tuning(images):
+            return super().predict_maps(images)

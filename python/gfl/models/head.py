@@ -14,7 +14,7 @@ from torch.nn import functional
 import gfl_ops
 
 from ..config import ModelConfig
-from .layers import Conv, Scale
+from .layers import Scale, TowerLayer, in_own_precision, over_levels
 
 # Initial probability of an object at a location: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
@@ -40,6 +40,8 @@ def joint_logit(class_logit: Tensor, quality_logit: Tensor) -> Tensor:
 class GFLHead(nn.Module):
     """Two towers of convolutions, shared by all levels; each level has its own factor for the distributions' logits.
 
+    A layer is computed for all levels before the next one, so that its norm and activation are one call.
+
     With ``config.quality_branch`` the class probabilities are multiplied by a quality, which a small network predicts
     from the four highest probabilities of each side's distribution and their mean (Generalized Focal Loss V2, arXiv
     2011.12885). Weights start normal with deviation 0.01, biases at 0, except the class logits' for a probability of
@@ -50,8 +52,8 @@ class GFLHead(nn.Module):
         super().__init__()
         self.reg_max, groups = config.reg_max, config.head_groups
         widths = [config.neck_channels] + [config.head_channels] * config.head_convs
-        self.cls_convs = nn.Sequential(*(Conv(i, o, groups=groups) for i, o in pairwise(widths)))
-        self.reg_convs = nn.Sequential(*(Conv(i, o, groups=groups) for i, o in pairwise(widths)))
+        self.cls_convs = nn.Sequential(*(TowerLayer(*of, groups) for of in pairwise(widths)))
+        self.reg_convs = nn.Sequential(*(TowerLayer(*of, groups) for of in pairwise(widths)))
         self.gfl_cls = nn.Conv2d(widths[-1], config.num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(widths[-1], 4 * (self.reg_max + 1), 3, padding=1)
         self.scales = nn.ModuleList([Scale() for _ in config.strides])
@@ -71,17 +73,20 @@ class GFLHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """``[B, inputs, H, W]`` per level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
-        cls_scores, reg_preds = [], []
-        for x, scale in zip(maps, self.scales, strict=True):
-            reg_preds.append(scale(self.gfl_reg(self.reg_convs(x))))
-            cls_scores.append(self.rescored(self.gfl_cls(self.cls_convs(x)), reg_preds[-1]))
-        return cls_scores, reg_preds
+        reg_preds = self._last(self.gfl_reg, self.reg_convs(maps))
+        reg_preds = [scale(x) for scale, x in zip(self.scales, reg_preds, strict=True)]
+        cls_scores = self._last(self.gfl_cls, self.cls_convs(maps))
+        return [self.rescored(c, r) for c, r in zip(cls_scores, reg_preds, strict=True)], reg_preds
+
+    def _last(self, layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits. Those that are detected by are as precise as the layer's weights: in bf16 many would be equal."""
+        return over_levels(layer, maps) if self.training else in_own_precision(layer, maps)
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
         """A level's class logits, multiplied in probability by the quality if there is such a branch."""
         if self.reg_conf is None:
             return cls_score
-        return joint_logit(cls_score, self.reg_conf(self._peaks(reg_pred))).to(cls_score.dtype)
+        return joint_logit(cls_score, *self._last(self.reg_conf, [self._peaks(reg_pred)])).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
         """Each side's highest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""

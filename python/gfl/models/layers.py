@@ -3,27 +3,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import gfl_ops
+
 
 class Conv(nn.Module):
-    """A convolution with a bias; with `groups` without one, and followed by a group norm of so many and a ReLU.
+    """A convolution with a bias; the input is padded so that stride 1 keeps its size."""
 
-    The input is padded so that stride 1 keeps its size.
-    """
-
-    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 0) -> None:
+    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=groups == 0)
-        self.gn = nn.GroupNorm(groups, outputs) if groups else None
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        """The convolution of `x`, plus `summand` if given, then norm and ReLU if there are any."""
+        """The convolution of `x`, plus `summand` if given."""
         x = self.conv(x)
-        x = x if summand is None else x + summand
-        return x if self.gn is None else self.gn(x).relu_()
+        return x if summand is None else x + summand
+
+
+class GroupNormReLU(nn.GroupNorm):
+    """Group norm and ReLU of all levels of a pyramid at once.
+
+    With `plain` it is made of torch's own operators, for programs that run without this package.
+    """
+
+    plain = False
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        if self.plain:
+            return [torch.relu(super(GroupNormReLU, self).forward(x)) for x in maps]
+        return gfl_ops.group_norm_relu(maps, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class TowerLayer(nn.Module):
+    """A 3x3 convolution without bias, group norm and ReLU, of all levels of a pyramid."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.gn = GroupNormReLU(groups, outputs)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return self.gn(over_levels(self.conv, maps))
+
+
+def over_levels(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """A convolution of each map; in one call if it has `levels` (see `models.fused`)."""
+    together = getattr(conv, "levels", None)
+    return [conv(x) for x in maps] if together is None else together(maps)
+
+
+def in_own_precision(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """`over_levels` in the dtype of the weights, whatever that of the maps is and autocast would take."""
+    dtype, kind = next(chain(conv.parameters(), conv.buffers())).dtype, maps[0].device.type
+    maps = [x.to(dtype) for x in maps]
+    if not torch.is_autocast_enabled(kind):
+        return over_levels(conv, maps)
+    with torch.autocast(kind, enabled=False):
+        return over_levels(conv, maps)
 
 
 class Scale(nn.Module):

@@ -92,3 +92,12 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("--models", "--batch", "--size", "--device", "--dtype", "--clock", "--compile", "bench.py detectors"):
         assert word in out
+
+
+def test_what_the_first_runs_prepare_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run of a batch chooses algorithms, the second one captures its graph."""
+    call, calls = gfl.detector.Detector.__call__, []
+    monkeypatch.setattr(gfl.detector.Detector, "__call__", lambda *given: calls.append(0) or call(*given))
+    assert main([*QUICK, "--json", str(tmp_path / "out.json")]) == 0
+    (timing,) = json.loads((tmp_path / "out.json").read_text())["timings"]
+    assert len(calls) == timing["runs"] + 2

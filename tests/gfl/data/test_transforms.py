@@ -210,6 +210,17 @@ def test_undecodable(kind: str, tmp_path: Path, generator: torch.Generator) -> N
         transforms.read_image(file)
 
 
+def test_no_memory_is_not_undecodable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(Image.Image, "load", full)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(MemoryError):
+        transforms.read_image(tmp_path / "photo.png")
+
+
 def test_missing_file_is_not_undecodable(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
         transforms.read_image(tmp_path / "absent.jpg")

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_cuda
 import pytest
 import real_data
 import torch
@@ -26,6 +27,7 @@ from gfl import checkpoint, cli, models
 from gfl.config import Config, preset
 from gfl.data.coco import CocoDataset, read_annotations
 from gfl.engine import evaluate
+from gfl.models.fused import FusedGFL
 
 Draw = Callable[[int], CocoDataset]
 real = pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
@@ -144,6 +146,29 @@ def test_a_detector_from_files_to_figures(draw: Draw, stub: ModuleType) -> None:
         assert found["bbox"] == pytest.approx(a["bbox"], abs=2)
     chosen = evaluate.coco_metrics(data.annotations, detections, data.image_ids[:3])
     assert chosen["AP50"] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_a_folded_network_is_a_graph_and_is_read_once_per_batch(
+    draw: Draw, cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    data = draw(7)
+    config = preset("gfl_tiny").replace(num_classes=3, workers=0, short_side=64, long_side=64, test_batch_size=2)
+    config = config.replace(width=8, neck_channels=8, head_channels=8, head_convs=1, head_groups=4)
+    torch.manual_seed(seed)
+    model = models.build(config.model).eval()
+    torch.nn.init.constant_(model.bbox_head.gfl_cls.bias, -1.5)
+    wanted, on_cpu = evaluate.evaluate(FusedGFL(model), data, config, "cpu")
+    wait = fake_cuda.FakeEvent.synchronize
+    monkeypatch.setattr(fake_cuda.FakeEvent, "synchronize", lambda event: cuda.note("wait") or wait(event))
+    metrics, found = evaluate.evaluate(FusedGFL(model), data, config, "cuda:1")
+    # 3 whole batches of one shape, of which the second is captured, and half a batch.
+    assert len(cuda.captures) == 1 and cuda.captures[0]["device"] == 1
+    assert found == on_cpu and len(found) > 20 and metrics == pytest.approx(wanted, nan_ok=True)
+    # A batch and its five tensors are queued before the host waits, once, for the one before.
+    order = [action.what for action in cuda.actions if action.what in ("fetch", "wait")]
+    assert order == [*["fetch"] * 10, "wait", *["fetch"] * 5, "wait", *["fetch"] * 5, "wait", "wait"]
+    assert {action.stream.device.index for action in cuda.actions if action.what != "to"} == {1}
 
 
 def test_undecodable_images_count_as_missed(draw: Draw, stub: ModuleType) -> None:

@@ -7,8 +7,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from gfl.config import Config
 from gfl.data import transforms
 from gfl.data.loader import validation_dataset
 from gfl.engine.evaluate import evaluate
-from gfl.engine.graphs import GraphCache
 from gfl.engine.pipeline import Pipeline, fetch
 from gfl.engine.train import LAST, train
 from gfl.models.fused import FusedGFL
@@ -49,7 +48,7 @@ def test_resizing_on_the_device_is_within_a_level_of_the_cpus(
 
 
 def test_settings_are_part_of_what_is_recorded(
-    small: Callable[..., Config], generator: torch.Generator, recording: Callable[..., Any]
+    small: Callable[..., Config], generator: torch.Generator, cuda: fake_cuda.FakeCuda
 ) -> None:
     """A threshold that changes between two batches of one shape must not meet the other's recording."""
     from gfl.models import build
@@ -57,23 +56,26 @@ def test_settings_are_part_of_what_is_recorded(
     config = small(num_classes=2)
     model = FusedGFL(build(config.model, config.test))
     torch.nn.init.normal_(model.bbox_head.gfl_cls.bias, generator=generator)
-    pipeline = Pipeline(model, torch.device("cpu"), graphs=True)
-    assert pipeline.graphs is None
-    pipeline.graphs = GraphCache(8, record=recording)
+    assert Pipeline(model, torch.device("cpu"), graphs=True).graphs is None
+    pipeline = Pipeline(model, torch.device("cuda:1"), graphs=True)
     batch = pipeline.load(random_images(generator, (64, 64)), [(64, 64)])
     everything = pipeline.run(batch).detections
-    model.test.score_threshold = float(everything.scores[0, 0])
-    fewer = pipeline.run(batch).detections
-    assert int(fewer.count) < int(everything.count) and len(pipeline.graphs) == 2
-    model.test.score_threshold = 0.05
-    assert torch.equal(pipeline.run(batch).detections.boxes, everything.boxes) and len(pipeline.graphs) == 2
+    low, high = model.test.score_threshold, float(everything.scores[0, 0])
+    for threshold in (low, high, high):
+        model.test.score_threshold = threshold
+        fewer = pipeline.run(batch).detections
+    assert int(fewer.count) < int(everything.count) and len(cuda.captures) == 2
+    model.test.score_threshold = low
+    found, edges = pipeline.run(batch, edges=True)
+    assert edges is not None and torch.equal(found.boxes, everything.boxes) and len(cuda.captures) == 2
+    assert torch.equal(pipeline.run(batch).detections.boxes, everything.boxes) and len(cuda.captures) == 2
 
 
 def test_detections_of_the_cpu_are_there_at_once() -> None:
     detections = gfl_ops.Detections(
         torch.rand(1, 2, 4), torch.rand(1, 2), torch.zeros(1, 2).long(), torch.ones(1), torch.zeros(1, 2)
     )
-    assert all(a is b for a, b in zip(fetch(detections)(), detections))
+    assert all(a is b for a, b in zip(fetch(detections, torch.device("cpu"))(), detections))
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_a_graph_finds_what_the_plain_model_finds_cuda(trained: tuple[Path, Conf
     images = [str(dataset.path(i)) for i in range(len(dataset))]
     plain = Detector(file, "cuda", batch_size=1)(images)
     detector = Detector(file, "cuda", optimize=True, batch_size=2)
-    for _ in range(2):
+    for _ in range(3):
         for one, other in zip(plain, detector(images)):
             n = min(len(one), len(other))
             # TF32 in both, in other orders.
@@ -134,10 +136,11 @@ def test_nothing_waits_for_the_gpu_but_the_detections_cuda(
     network = FusedGFL(checkpoint.model_from(trained[0])[0]).cuda()
     pipeline = Pipeline(network, torch.device("cuda"), graphs=True)
     given, sizes = random_images(generator, (50, 60), (60, 50)), [(64, 64)] * 2
-    pipeline.run(pipeline.load(given, sizes))
+    for _ in range(2):  # as it is, and captured
+        pipeline.run(pipeline.load(given, sizes))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        wait = fetch(pipeline.run(pipeline.load(given, sizes)).detections)
+        wait = fetch(pipeline.run(pipeline.load(given, sizes)).detections, pipeline.device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert wait().boxes.device.type == "cpu"

@@ -3,21 +3,30 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real_data
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfl.config import Config
 from gfl.data.loader import Batch, training_dataset, training_loader
+from gfl.data.transforms import keep_ratio_size
+from gfl.engine import step as step_module
 from gfl.engine.graphs import GraphCache
-from gfl.engine.step import Step, on_device, preserve_training_state, slots
+from gfl.engine.step import GRAPHED, Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
+from gfl_ops.core import backends
 
 Small = Callable[..., Config]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs and streams need one")
@@ -36,6 +45,19 @@ class Reads(TorchDispatchMode):
         name = function.__name__.split(".")[0]
         if name in self.WAITING:
             self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions by the memory that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.split(".")[0] == "_to_copy":
+            self.of[args[0].data_ptr()] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -112,8 +134,8 @@ def test_batches_with_more_objects_than_slots_go_without_a_graph(
 ) -> None:
     config = small(graph_slots=2)
     recorded, plain = new_step(config, seed), new_step(config, seed)
-    recorded.graphs = GraphCache(16, evict=False, record=recording)
-    given = list(batches(config))
+    recorded.graphs = GraphCache(16, record=recording)
+    given = list(batches(config)) * 2
     for batch in given:
         recorded(batch, 0.01)
         plain(batch, 0.01)
@@ -122,12 +144,83 @@ def test_batches_with_more_objects_than_slots_go_without_a_graph(
     assert all(torch.equal(a, b) for a, b in zip(state(recorded), state(plain), strict=True))
 
 
+@pytest.mark.skipif(real_data.missing() is not None, reason=str(real_data.missing()))
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_random_scales_need_few_graphs(
+    batch_size: int, small: Small, seed: int, recording: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5000 photos of the real data's sizes at the paper's short sides of 480 to 800, in batches of one orientation."""
+    step = new_step(small(train_long_side=1333, graph_slots=1), seed)
+    made: list[tuple[int, ...]] = []
+    step.graphs = GraphCache(record=lambda function, inputs: made.append(tuple(inputs[0].shape)) or function)
+    computed: list[int] = []
+    monkeypatch.setattr(step, "compute", lambda images, *rest: computed.append(images[0, 0].numel()))
+    content, draw = json.loads(real_data.annotations().read_text()), random.Random(seed)
+    photos = draw.choices([(image["height"], image["width"]) for image in content["images"]], k=5000)
+    photos.sort(key=lambda size: size[0] > size[1])
+    groups = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
+    given = 0
+    for group in draw.sample(groups, len(groups)):
+        sizes = [keep_ratio_size(*size, draw.randint(480, 800), 1333) for size in group]
+        height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
+        batch = Batch(torch.zeros(1, 1, height, width, dtype=torch.uint8), *[torch.zeros(1, 2)] * 3, *[None] * 4)
+        batch = replace(batch, boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), counts=[0])
+        step(batch, 0.0)
+        given += height * width
+    assert len(made) <= 25 and len(made) == len(set(made))
+    assert sum(computed) < 1.25 * given
+
+
 def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
     step = new_step(small(), seed)
     rate = torch.tensor(0.0)
     step.optimizer.param_groups[0]["lr"] = rate
     step.set_rate(0.25)
     assert step.optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+
+
+@pytest.mark.parametrize("stem", GRAPHED)
+def test_a_graph_is_made_only_where_kernels_run_the_step(
+    stem: str, small: Small, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "check_graph", lambda *_: None)
+    monkeypatch.setattr(step_module, "GraphCache", lambda *_, **__: "graphs")
+    assert new_step(small(graph=True), seed).graphs == "graphs"
+    serving = backends.serving
+    by_reference = lambda name, device: "reference" if name == stem else serving(name, device)  # noqa: E731
+    monkeypatch.setattr(backends, "serving", by_reference)
+    with pytest.warns(RuntimeWarning, match=f"`graph` has no effect: {stem} run on the reference"):
+        assert new_step(small(graph=True), seed).graphs is None
+
+
+def test_a_graph_casts_each_weight_once(small: Small, seed: int, recording: Callable[..., Any]) -> None:
+    """The towers' weights are used at every level."""
+    config = small(amp="bf16")
+    step, batch = new_step(config, seed), next(batches(config))
+    step.graphs = GraphCache(record=recording)
+    weights = [p for name, p in step.model.bbox_head.named_parameters() if name.endswith("conv.weight")]
+    with Casts() as casts:
+        step(batch, 0.01)
+    assert weights and [casts.of[w.data_ptr()] for w in weights] == [1] * len(weights)
+
+
+def test_the_algorithms_of_a_step_are_tuned_by_its_shape(small: Small, seed: int) -> None:
+    config = small()
+    step, log = new_step(config, seed), []
+
+    @contextmanager
+    def tuning(images: Tensor) -> Iterator[None]:
+        log.append(images.shape)
+        before = step.sums.clone()
+        yield
+        # Forward and backward were within.
+        assert not torch.equal(step.sums, before)
+
+    step._tuning = tuning  # type: ignore[assignment]
+    given = list(batches(config))
+    for batch in given:
+        step(batch, 0.01)
+    assert log == [batch.images.shape for batch in given]
 
 
 def test_slots(generator: torch.Generator) -> None:
@@ -167,9 +260,10 @@ def test_a_graph_trains_as_single_kernels_do_cuda(amp: str, small: Small, seed: 
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
         settings = config.replace(graph=graph, graph_slots=8)
         steps.append(Step(model, model, optimizer, settings.train, torch.device("cuda")))
-    for batch in on_device(batches(config), torch.device("cuda")):
-        for step in steps:
-            step(batch, 0.01)
+    for _ in range(2):
+        for batch in on_device(batches(config), torch.device("cuda")):
+            for step in steps:
+                step(batch, 0.01)
     single, graphed = steps
     assert graphed.graphs
     for a, b in zip(single.model.parameters(), graphed.model.parameters(), strict=True):

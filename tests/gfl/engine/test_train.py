@@ -348,3 +348,32 @@ def test_no_weights_means_that_all_is_trained(small: Small, tmp_path: Path) -> N
     used = preset(str(tmp_path / "run" / CONFIG)).model
     assert used.frozen_stages == -1 and not used.norm_eval
     assert "no stage is frozen and the batch norms are trained" in (tmp_path / "run" / TEXT).read_text()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_optimizer_of_a_graph_can_be_captured_and_reads_its_rate_from_a_tensor(
+    optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a GPU by name: what is asked for there is made on the CPU."""
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: made(value))
+    config = small(optimizer=optimizer)
+    found = []
+    for graph in (False, True):
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(model.weight, 0.5)
+        torch.nn.init.zeros_(model.bias)
+        built = training._optimizer(model, config.replace(graph=graph), torch.device("cuda"))
+        for group in built.param_groups:
+            assert isinstance(group["lr"], torch.Tensor) == graph
+            # Where an optimizer has the option, it refuses to be captured without it.
+            assert group.get("capturable", True) or not graph
+            assert group["fused"]
+        for rate in (0.1, 0.02):
+            for group in built.param_groups:
+                group["lr"] = group["lr"].fill_(rate) if graph else rate
+            built.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            built.step()
+        found.append(model.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)

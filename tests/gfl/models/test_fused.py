@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -107,13 +109,26 @@ def test_half_precision_is_as_near_as_autocast(dtype: torch.dtype, seed: int) ->
     got = FusedGFL(model, dtype).predict_maps(images)
     with torch.autocast("cpu", dtype):
         mixed = model.predict_maps(images)
-    assert all(m.dtype == dtype for m in got[0] + got[1])
+    last = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert all(m.dtype == last for m in got[0] + got[1])
     # Over all levels: the norm of the last one, a single cell, magnifies what rounding leaves by chance.
     for maps in zip(want, got, mixed, strict=True):
         exact, found, rounded = (torch.cat([m.float().flatten() for m in levels]) for levels in maps)
         error, other = ((x - exact).abs().mean() for x in (found, rounded))
         # Autocast keeps norms in fp32; folding rounds once where it rounds twice. Neither may lose a digit.
         assert error <= 2 * other + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["basic", "quality"])
+@torch.no_grad()
+def test_logits_in_bf16_do_not_tie(kind: str, seed: int) -> None:
+    """In steps of 2⁻⁸ thousands of candidates would share a few hundred scores, and their order would be arbitrary."""
+    model, images = detector(seed, **KINDS[kind]), torch.randn(1, 3, 96, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.predict_maps(images)
+    for cls_scores, reg_preds in (mixed, FusedGFL(model, torch.bfloat16).predict_maps(images)):
+        for logits in (cls_scores[0], reg_preds[0]):
+            assert logits.dtype == torch.float32 and logits.unique().numel() > 0.9 * logits.numel()
 
 
 @torch.no_grad()
@@ -195,9 +210,41 @@ def test_the_head_is_a_call_a_layer_and_norms_and_activations_are_gone(
     # 20 of the backbone, 8 of the neck, two towers of two layers and an output for each of five levels.
     assert plain.count["convolution"] == 20 + 8 + 5 * 6
     assert not any("batch_norm" in name for name in few.count) and not few.count["convolution"]
-    # And a norm with its ReLU for each of the towers' layers, where the plain head has one a level.
+    # And a norm with its ReLU for each of the towers' layers, as in the plain head.
     assert len(filters) == 6 and sum(n for name, n in few.count.items() if "group_norm" in name) == 4
-    assert plain.count["native_group_norm"] == 20
+    assert sum(n for name, n in plain.count.items() if "group_norm" in name) == 4
+
+
+def test_biases_of_zeros_are_dropped_and_a_shortcut_s_is_its_branch_s(seed: int) -> None:
+    model = detector(seed, backbone="resnet50", width=16)
+    fused = FusedGFL(model)
+    towers = (*fused.bbox_head.cls_convs, *fused.bbox_head.reg_convs)
+    assert len(towers) == 4 and all(layer.conv.bias is None for layer in towers)
+    pairs = zip(model.backbone.stages(), fused.backbone.stages(), strict=True)
+    for plain, folded_block in (pair for stages in pairs for pair in zip(*stages, strict=True)):
+        biases = [plain.bn3.bias - plain.bn3.weight * plain.bn3.running_mean / (plain.bn3.running_var + 1e-5).sqrt()]
+        if plain.downsample is not None:
+            assert folded_block.downsample[0].bias is None
+            norm = plain.downsample[1]
+            biases.append(norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
+        torch.testing.assert_close(folded_block.conv3.bias, sum(biases).detach(), rtol=0, atol=1e-5)
+    nn.init.zeros_(model.neck.lateral_convs[0].conv.bias)
+    assert FusedGFL(model).neck.lateral_convs[0].conv.bias is None
+
+
+@torch.no_grad()
+def test_its_convolutions_run_while_cudnn_is_tuned_for_the_input(seed: int) -> None:
+    fused, log = FusedGFL(detector(seed)), []
+
+    @contextmanager
+    def tuning(images: Tensor) -> Iterator[None]:
+        with Calls() as calls:
+            yield
+        log.append((images.shape, sum(n for name, n in calls.count.items() if "convolution" in name)))
+
+    fused._tuning = tuning  # type: ignore[assignment]
+    fused.predict_maps(torch.randn(2, 3, 96, 96))
+    assert log[0][0] == (2, 3, 96, 96) and log[0][1] > 20
 
 
 def test_what_it_holds_is_not_trained(seed: int) -> None:

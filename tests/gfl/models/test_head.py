@@ -1,15 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quality branch of Generalized Focal Loss V2 against its formula."""
+"""The head's layers against torch's own, and the quality branch of Generalized Focal Loss V2 against its formula."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl_ops
 from gfl.models import create_model
-from gfl.models.head import joint_logit
+from gfl.models.head import GFLHead, joint_logit
+
+
+class Calls(TorchDispatchMode):
+    """The operators that ran, and the dtypes and layouts of their maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append((function.__name__.split(".")[0], args[0] if args else None))
+        return function(*args, **(kwargs or {}))
+
+
+def level_by_level(head: GFLHead, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The head by torch's own group norm."""
+    cls_scores, reg_preds = [], []
+    for x, scale in zip(maps, head.scales, strict=True):
+        features = [x, x]
+        for number, tower in enumerate((head.cls_convs, head.reg_convs)):
+            for layer in tower:
+                norm = layer.gn
+                y = functional.group_norm(layer.conv(features[number]), norm.num_groups, norm.weight, norm.bias)
+                features[number] = y.relu()
+        reg_preds.append(scale(head.gfl_reg(features[1])))
+        cls_scores.append(head.rescored(head.gfl_cls(features[0]), reg_preds[-1]))
+    return cls_scores, reg_preds
+
+
+@pytest.mark.parametrize("quality", [False, True])
+def test_maps_and_gradients_are_those_of_torch_s_group_norm(quality: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    head = create_model("gfl_tiny", num_classes=3, width=16, quality_branch=quality).bbox_head
+    for name, parameter in head.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.05 if name.endswith("conv.weight") else 0.3)
+    channels = head.gfl_cls.in_channels
+    maps = [torch.randn(2, channels, *size, requires_grad=True) for size in ((12, 20), (6, 10), (3, 5), (2, 3), (1, 2))]
+    leaves = [*maps, *head.parameters()]
+    found = []
+    for forward in (head, lambda maps: level_by_level(head, maps)):
+        cls_scores, reg_preds = forward(maps)
+        loss = sum((m * torch.linspace(-1, 1, m.shape[3])).sum() for m in (*cls_scores, *reg_preds))
+        found.append(([*cls_scores, *reg_preds], torch.autograd.grad(loss, leaves)))
+    # fp32 sums of a few thousand terms in another order, through two norms.
+    for got, want in zip(*found, strict=True):
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * float(w.detach().abs().max()))
+
+
+def test_a_layer_is_one_norm_for_all_levels_and_copies_no_map_under_autocast(seed: int) -> None:
+    torch.manual_seed(seed)
+    head = create_model("gfl_tiny", num_classes=3, width=16).bbox_head.to(memory_format=torch.channels_last)
+    sizes = ((12, 20), (6, 10), (3, 5), (2, 3), (1, 2))
+    maps = [torch.randn(2, head.gfl_cls.in_channels, *s).contiguous(memory_format=torch.channels_last) for s in sizes]
+    halves = [m.bfloat16() for m in maps]
+    with torch.autocast("cpu", torch.bfloat16):
+        (y, *_), _ = head.train()(halves)
+        with Calls() as calls:
+            head(halves)
+    norms = [given for name, given in calls.found if "group_norm" in name]
+    assert len(norms) == len(head.cls_convs) + len(head.reg_convs)
+    for given in norms:
+        assert [m.shape[2:] for m in given] == [torch.Size(s) for s in sizes]
+        assert all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in given)
+    # Weights are cast; no map is cast or copied.
+    copied = [given.shape for name, given in calls.found if name in ("_to_copy", "clone", "copy_") and given.dim() == 4]
+    assert y.dtype == torch.bfloat16 and all(shape[2:] in ((3, 3), (1, 1)) for shape in copied)
 
 
 def test_the_joint_logit_is_that_of_the_product(generator: torch.Generator) -> None:
@@ -40,8 +112,8 @@ def test_scores_are_class_times_quality(seed: int) -> None:
         head = model.bbox_head
         for level, x in enumerate(maps):
             features = x
-            for conv in head.cls_convs:
-                features = conv(features)
+            for layer in head.cls_convs:
+                (features,) = layer([features])
             b, _, h, w = x.shape
             probability = distributions[level].view(b, 4, 17, h, w).softmax(2)
             greatest = probability.sort(2, descending=True).values[:, :, :4]
@@ -80,8 +152,8 @@ def test_the_second_version_trains_and_finds_by_the_paper_s_formulas(seed: int) 
     joint, logits, levels = [], [], []
     first, _, second = head.reg_conf
     for x in model.neck(model.backbone(images)):
-        score = head.gfl_cls(head.cls_convs[0](x)).sigmoid().permute(0, 2, 3, 1)
-        side = head.gfl_reg(head.reg_convs[0](x)).permute(0, 2, 3, 1).unflatten(-1, (4, 17))
+        score = head.gfl_cls(head.cls_convs[0]([x])[0]).sigmoid().permute(0, 2, 3, 1)
+        side = head.gfl_reg(head.reg_convs[0]([x])[0]).permute(0, 2, 3, 1).unflatten(-1, (4, 17))
         best = side.softmax(-1).sort(-1, descending=True).values[..., :4]
         statistics = torch.cat([best, best.mean(-1, keepdim=True)], -1).flatten(-2)
         hidden = (statistics @ first.weight.flatten(1).t() + first.bias).clamp(min=0)
