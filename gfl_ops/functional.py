@@ -11,6 +11,7 @@ from .ops.head.atss import Assignment, atss_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.head.head_loss_norms import head_loss_norms
+from .ops.head.task_aligned import TaskAlignedAssignment, task_aligned_assign
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
@@ -26,6 +27,7 @@ __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
+    "TaskAlignedAssignment",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -50,5 +52,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "soft_target_bce",
+    "task_aligned_assign",
     "varifocal_loss",
 ]

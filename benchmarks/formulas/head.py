@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,6 +64,43 @@ def atss(
         results.append((labels, torch.where(taken, matched, -1), torch.where(taken, best, 0.0)))
     labels, matched, best = (torch.stack(parts) for parts in zip(*results))
     return labels, matched, best
+
+
+def task_aligned(
+    scores: Tensor, boxes: Tensor, points: Tensor, gt_boxes: Tensor, gt_labels: Tensor, min_side: float, topk: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As YOLOv8 to 26 train, the whole batch at once: metrics and masks are ``[B, G, A]`` matrices."""
+    real = (gt_labels >= 0)[..., None]
+    middle, side = (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2, gt_boxes[..., 2:] - gt_boxes[..., :2]
+    half = side.clamp(min=min_side)[:, :, None] / 2
+    margin = half - (points - middle[:, :, None]).abs()
+    inside = (margin.amin(-1) > 1e-9) & real
+    image, slot, place = inside.nonzero(as_tuple=True)
+    iou = complete_iou(boxes[image, place], gt_boxes[image, slot]).clamp(min=0)
+    found = scores[image, place, gt_labels[image, slot]].to(iou.dtype)
+    overlap, metric = torch.zeros(inside.shape, device=boxes.device), torch.zeros(inside.shape, device=boxes.device)
+    overlap[inside], metric[inside] = iou, found.sqrt() * iou.pow(6)
+    chosen = torch.zeros_like(inside).scatter_(2, metric.topk(topk, 2).indices, True) & inside
+    several = chosen.sum(1, keepdim=True) > 1
+    best = torch.zeros_like(inside).scatter_(1, overlap.argmax(1, keepdim=True), True)
+    chosen = torch.where(several, best, chosen)
+    positive, matched = chosen.any(1), chosen.byte().argmax(1)
+    metric, overlap = metric * chosen, overlap * chosen
+    score = (metric * overlap.amax(2, keepdim=True) / (metric.amax(2, keepdim=True) + 1e-9)).amax(1)
+    matched = torch.where(positive, matched, -1)
+    return torch.where(positive, gt_labels.gather(1, matched.clamp(min=0)), -1), matched, score
+
+
+def complete_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """CIoU of each pair, as ultralytics has it."""
+    size_a, size_b = a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]
+    common = (torch.min(a[:, 2:], b[:, 2:]) - torch.max(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    iou = common / (size_a.prod(1) + size_b.prod(1) - common + eps)
+    whole = (torch.max(a[:, 2:], b[:, 2:]) - torch.min(a[:, :2], b[:, :2])).square().sum(1) + eps
+    apart = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]).square().sum(1) / 4
+    turn = torch.atan(size_a[:, 0] / (size_a[:, 1] + eps)) - torch.atan(size_b[:, 0] / (size_b[:, 1] + eps))
+    v = 4 / math.pi**2 * turn.square()
+    return iou - apart / whole - v * v / (1 - iou + v + eps)
 
 
 def gfl_loss(

@@ -15,6 +15,7 @@ under autocast; NMS compares classes and takes no boxes at all; ATSS breaks ties
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.head.atss import centres
 from ..ops.select.postprocess import MAX_LEVELS
 from ._patch import Change, Patch, Replaced, graft
+from ._task_aligned import NO_OVERLAP, mmdet_assign, mmyolo_forward
 
 __all__ = ["patch", "unpatch"]
 
@@ -39,8 +41,6 @@ _LOSSES = (
     "KnowledgeDistillationKLDivLoss",
 )
 _BOX_LOSSES = ("GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss")
-# What mmdet's assigner gives as the overlap of a prior without a box.
-_NO_OVERLAP = -100000000.0
 
 
 def batched_nms_by(original: Any) -> Any:
@@ -159,7 +159,7 @@ def assign_by(original: Any) -> Any:
         return AssignResult(
             len(boxes),
             matched + 1,
-            torch.where(positive, overlap, _NO_OVERLAP),
+            torch.where(positive, overlap, NO_OVERLAP),
             labels=torch.where(positive, labels[matched.clamp(min=0)].long(), -1),
         )
 
@@ -249,7 +249,7 @@ def _plan() -> Iterator[Change]:
     import mmcv.ops
     from mmdet.models import losses as their_losses
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.task_modules.assigners import ATSSAssigner
+    from mmdet.models.task_modules.assigners import ATSSAssigner, TaskAlignedAssigner
 
     for name in (*_LOSSES, *_BOX_LOSSES, "IoULoss"):
         needed = ["forward", "_loss"]
@@ -261,9 +261,25 @@ def _plan() -> Iterator[Change]:
     yield Change("mmcv.ops.batched_nms", mmcv.ops, "batched_nms", batched_nms_by(original), everywhere=True)
     assigner = "mmdet.models.task_modules.assigners.atss_assigner.ATSSAssigner"
     yield Change(assigner, ATSSAssigner, "assign", assign_by(ATSSAssigner.assign))
+    assigner = "mmdet.models.task_modules.assigners.task_aligned_assigner.TaskAlignedAssigner"
+    yield Change(assigner, TaskAlignedAssigner, "assign", mmdet_assign(TaskAlignedAssigner.assign))
     head = gfl_head.GFLHead
     predict = predict_by(head.predict_by_feat, head._predict_by_feat_single)
     yield Change("mmdet.models.dense_heads.gfl_head.GFLHead.predict_by_feat", head, "predict_by_feat", predict)
+    if batch := _mmyolo_assigner():
+        label = "mmyolo.models.task_modules.assigners.batch_task_aligned_assigner.BatchTaskAlignedAssigner"
+        yield Change(label, batch, "forward", mmyolo_forward(batch.forward))
+
+
+def _mmyolo_assigner() -> Any:
+    """mmyolo's BatchTaskAlignedAssigner; None without mmyolo, and where it refuses the installed mmcv."""
+    if importlib.util.find_spec("mmyolo") is None:
+        return None
+    try:
+        from mmyolo.models.task_modules.assigners import BatchTaskAlignedAssigner
+    except (AssertionError, ImportError):
+        return None
+    return BatchTaskAlignedAssigner
 
 
 _PATCH = Patch(_plan)
@@ -275,9 +291,10 @@ def patch() -> Replaced:
     Returns:
         The names of what is replaced, a list: the losses `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`,
         `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`
-        and `IoULoss`, `Integral`, mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner` and GFLHead's
-        prediction. As a context manager (``with patch():``) it is undone at the end of the block. A call while all is
-        replaced changes nothing, at the end of its block neither.
+        and `IoULoss`, `Integral`, mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner`, TOOD's
+        `TaskAlignedAssigner`, GFLHead's prediction and, where mmyolo is installed, its `BatchTaskAlignedAssigner`. As
+        a context manager (``with patch():``) it is undone at the end of the block. A call while all is replaced
+        changes nothing, at the end of its block neither.
 
     Raises:
         ImportError: mmdet or mmcv is not installed; nothing is replaced then.

@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmdet.models.dense_heads import GFLHead
-from mmdet.models.task_modules.assigners import ATSSAssigner
+from mmdet.models.task_modules.assigners import ATSSAssigner, TaskAlignedAssigner
 from mmdet.registry import MODELS, TASK_UTILS
 
 from .. import losses
+from ._task_aligned import mmdet_assign
 from .mmdet import assign_by, predict_by
 
 PREFIX = "Fused"
@@ -27,6 +28,12 @@ class FusedATSSAssigner(ATSSAssigner):
     """mmdet's ATSSAssigner with its `assign` served by `gfl_ops.atss_assign`."""
 
     assign = assign_by(ATSSAssigner.assign)
+
+
+class FusedTaskAlignedAssigner(TaskAlignedAssigner):
+    """mmdet's TaskAlignedAssigner with its `assign` served by `gfl_ops.task_aligned_assign`."""
+
+    assign = mmdet_assign(TaskAlignedAssigner.assign)
 
 
 class FusedGFLHead(GFLHead):
@@ -43,4 +50,5 @@ for _name in losses.__all__:
     if _name != "Integral":
         MODELS.register_module(name=PREFIX + _name, module=getattr(losses, _name))
 MODELS.register_module(module=FusedGFLHead)
-TASK_UTILS.register_module(module=FusedATSSAssigner)
+for _assigner in (FusedATSSAssigner, FusedTaskAlignedAssigner):
+    TASK_UTILS.register_module(module=_assigner)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="import-not-found,import-untyped"
-"""ultralytics' `DFLoss`, `BboxLoss`, `DFL` and `non_max_suppression`, by ours; and ultralytics with ours inside.
+"""ultralytics' losses, decoding, suppression and task-aligned assigner, by ours; and ultralytics with ours inside.
 
 All of it can be used without ultralytics. ``patch()`` lets an installed ultralytics (8.3 and 8.4) call it, models and
 checkpoints stay as they are; ``unpatch()`` takes it out again.
@@ -23,8 +23,18 @@ from ..functional import batched_nms, distribution_focal_loss, integral
 from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.boxes.iou import pairs
 from ._patch import Change, Patch, Replaced, graft
+from ._task_aligned import TaskAlignedAssigner, ultralytics_forward
 
-__all__ = ["DFL", "BboxLoss", "DFLoss", "complete_iou_loss", "non_max_suppression", "patch", "unpatch"]
+__all__ = [
+    "DFL",
+    "BboxLoss",
+    "DFLoss",
+    "TaskAlignedAssigner",
+    "complete_iou_loss",
+    "non_max_suppression",
+    "patch",
+    "unpatch",
+]
 
 # How far a target stays below the last bin.
 _MARGIN = 0.01
@@ -298,12 +308,14 @@ def _decode_by(original: Any) -> Any:
 
 def _plan() -> Iterator[Change]:
     from ultralytics.nn.modules import block
-    from ultralytics.utils import loss
+    from ultralytics.utils import loss, tal
 
     if not hasattr(loss, "DFLoss"):
         raise ImportError("gfl_ops.compat.ultralytics.patch: this ultralytics has no DFLoss; 8.3 is the oldest served")
     yield from graft(loss.DFLoss, DFLoss, ["__call__"])
     yield from graft(loss.BboxLoss, BboxLoss)
+    assigner = tal.TaskAlignedAssigner
+    yield Change("ultralytics.utils.tal.TaskAlignedAssigner", assigner, "forward", ultralytics_forward(assigner))
     yield Change("ultralytics.nn.modules.block.DFL", block.DFL, "forward", _decode_by(block.DFL.forward))
     try:
         from ultralytics.utils import nms as holder
@@ -318,18 +330,25 @@ def _plan() -> Iterator[Change]:
 _PATCH = Patch(_plan)
 
 
-def patch() -> Replaced:
+def patch(loss: bool = False) -> Replaced:
     """Let ultralytics call ours, from now on and for models built before.
 
+    Args:
+        loss: only False: ultralytics' detection loss calls our parts one after another.
+
     Returns:
-        The names of what is replaced, a list: `DFLoss`, `BboxLoss`, `DFL` and `non_max_suppression`, the last wherever
-        it was imported to. As a context manager (``with patch():``) it is undone at the end of the block. A call while
+        The names of what is replaced, a list: `DFLoss`, `BboxLoss`, `TaskAlignedAssigner`, `DFL` and
+        `non_max_suppression`, the last wherever it was imported to. The assigners of rotated boxes, poses and masks
+        stay ultralytics'. As a context manager (``with patch():``) it is undone at the end of the block. A call while
         all is replaced changes nothing, at the end of its block neither. Rotated and end-to-end boxes, and export,
         go on to ultralytics' own code, without its time limit.
 
     Raises:
         ImportError: ultralytics is not installed, or before 8.3; nothing is replaced then.
+        NotImplementedError: `loss` is True.
     """
+    if loss:
+        raise NotImplementedError(checks.message("compat.ultralytics.patch", "loss", "must be False", loss))
     return _PATCH.apply()
 
 

@@ -16,8 +16,9 @@ from ..core import checks
 from ..core.dtypes import accumulator
 from ..functional import distribution_focal_loss, integral, varifocal_loss
 from ..ops.boxes.iou import pairs
+from ._task_aligned import YOLOv6Assigner as TaskAlignedAssigner
 
-__all__ = ["BboxLoss", "VarifocalLoss", "integral"]
+__all__ = ["BboxLoss", "TaskAlignedAssigner", "VarifocalLoss", "integral"]
 
 # How far a target stays below the last bin, and what their GIoU adds to areas.
 _MARGIN = 0.01

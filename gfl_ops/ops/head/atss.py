@@ -249,6 +249,19 @@ def per_level(op: str, argument: str, value: object, levels: int) -> list[float]
     return [float(v) for v in values]
 
 
+def check_level_sizes(op: str, level_sizes: object) -> list[int]:
+    """Heights and widths of all levels, one after another."""
+    if not isinstance(level_sizes, (tuple, list)):
+        rule = "must be a list of (height, width) pairs"
+        raise TypeError(checks.message(op, "level_sizes", rule, type(level_sizes).__name__))
+    for item in level_sizes:
+        if not isinstance(item, (tuple, list, torch.Size)) or len(item) != 2:
+            raise ValueError(checks.message(op, "level_sizes", "must hold (height, width) pairs", repr(item)))
+        for size in item:
+            checks.number(op, "level_sizes", size, 0, integer=True)
+    return [size for item in level_sizes for size in item]
+
+
 def check_strides(op: str, strides: object, levels: int, of: str) -> list[float]:
     if not isinstance(strides, (tuple, list)):
         raise TypeError(checks.message(op, "strides", "must be a list of numbers", type(strides).__name__))
@@ -314,14 +327,7 @@ def atss_assign(
         Differs from mmdet's, which leaves the order of equal distances to its sort.
     """
     op = "atss_assign"
-    if not isinstance(level_sizes, (tuple, list)):
-        rule = "must be a list of (height, width) pairs"
-        raise TypeError(checks.message(op, "level_sizes", rule, type(level_sizes).__name__))
-    for item in level_sizes:
-        if not isinstance(item, (tuple, list, torch.Size)) or len(item) != 2:
-            raise ValueError(checks.message(op, "level_sizes", "must hold (height, width) pairs", repr(item)))
-        for size in item:
-            checks.number(op, "level_sizes", size, 0, integer=True)
+    flat = check_level_sizes(op, level_sizes)
     levels = len(level_sizes)
     stride_list = check_strides(op, strides, levels, "level_sizes")
     offsets = per_level(op, "center_offset", center_offset, levels)
@@ -337,7 +343,6 @@ def atss_assign(
         valid_sizes = valid_sizes.detach().float()
     checks.number(op, "topk", topk, 1, integer=True)
     checks.number(op, "anchor_scale", anchor_scale, 0, exclusive=True)
-    flat = [size for item in level_sizes for size in item]
     return Assignment(
         *ATSS(
             device_type(gt_boxes),

@@ -110,9 +110,10 @@ def test_an_evaluation_s_collectives_are_on_the_model_s_gpu(cuda: FakeCuda, monk
 
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     monkeypatch.setattr(evaluate, "test_loader", lambda *_: [])
-    dataset: Any = SimpleNamespace(classes=["a"], unreadable={}, image_ids=[])
+    monkeypatch.setattr(evaluate, "_detect", lambda *_: used.append(cuda.current) or [])
+    dataset: Any = SimpleNamespace(classes=["a"], category_ids=[1], unreadable={}, image_ids=[])
     metrics, _ = evaluate.evaluate(torch.nn.Identity(), dataset, Config(), "cuda:3", progress=False)
-    assert metrics == {"AP": 0.5} and used == [3, 3] and cuda.current == 0
+    assert metrics == {"AP": 0.5} and used == [3, 3, 3] and cuda.current == 0
 
 
 def test_a_benchmark_runs_with_its_gpu_current(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The task-aligned assigners of ultralytics, YOLOv6, mmyolo and mmdet against ours, on drawn and on real boxes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peers import mmdet_stub
+from real_data import annotations, category_ids, missing
+from torch import Tensor
+
+from gfl_ops.compat import mmdet as compat_mmdet
+from gfl_ops.compat import ultralytics as compat
+from gfl_ops.compat import yolov6 as compat_yolov6
+from gfl_ops.core.random_inputs import boxes as draw_boxes
+from gfl_ops.ops.head.task_aligned_reference import locations
+
+CPU = torch.device("cpu")
+STRIDES, SIDE = [8, 16, 32], 320
+FLAT = [SIDE // s for s in STRIDES for _ in (0, 1)]
+POINTS = locations(FLAT, STRIDES, [0.5] * 3, CPU)
+Given = list[Tensor]
+
+pytestmark = pytest.mark.peers
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    reason = f"{package} is not installed (tests/support/peers/requirements.txt, requirements_alone.txt)"
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    yield
+    compat.unpatch()
+    compat_mmdet.unpatch()
+
+
+def predictions(gt: Tensor, labels: Tensor, classes: int, g: torch.Generator) -> Given:
+    """As the assigners take them: scores, boxes near those that contain the location, points, labels, boxes, mask."""
+    images, slots = labels.shape
+    chosen = torch.randint(0, slots, (images, len(POINTS)), generator=g)
+    near = gt.gather(1, chosen[..., None].expand(-1, -1, 4))
+    inside = ((near[..., :2] < POINTS) & (near[..., 2:] > POINTS)).all(-1, keepdim=True)
+    side = torch.exp(torch.randn(images, len(POINTS), 2, generator=g) * 0.7 + 3)
+    boxes = torch.where(
+        inside, near + torch.randn(near.shape, generator=g) * 4, torch.cat([POINTS - side, POINTS + side], -1)
+    )
+    scores = torch.rand(images, len(POINTS), classes, generator=g) ** 3
+    mask = (labels >= 0)[..., None].float()
+    return [scores, boxes, POINTS, labels.clamp(min=0)[..., None].float(), gt * mask, mask]
+
+
+def drawn(g: torch.Generator, slots: int = 30, classes: int = 12) -> Given:
+    gt = draw_boxes(3 * slots, CPU, torch.float32, g, extent=float(SIDE)).reshape(3, slots, 4)
+    labels = torch.randint(0, classes, (3, slots), generator=g)
+    labels[1, slots // 2 :], labels[2] = -1, -1
+    return predictions(gt, labels, classes, g)
+
+
+def real(g: torch.Generator) -> Given:
+    """The objects of 47 photos of COCO val2017, each photo stretched to a square."""
+    if reason := missing():
+        pytest.skip(reason)
+    content = json.loads(annotations().read_text())
+    classes = {c: i for i, c in enumerate(category_ids())}
+    found: dict[int, list[tuple[int, list[float]]]] = {image["id"]: [] for image in content["images"]}
+    scale = {image["id"]: (SIDE / image["width"], SIDE / image["height"]) for image in content["images"]}
+    for item in content["annotations"]:
+        (x, y, w, h), (sx, sy) = item["bbox"], scale[item["image_id"]]
+        found[item["image_id"]].append((classes[item["category_id"]], [x * sx, y * sy, (x + w) * sx, (y + h) * sy]))
+    slots = max(map(len, found.values()))
+    gt, labels = torch.zeros(len(found), slots, 4), torch.full((len(found), slots), -1)
+    for b, objects in enumerate(found.values()):
+        for j, (label, box) in enumerate(objects):
+            gt[b, j], labels[b, j] = torch.tensor(box), label
+    return predictions(gt, labels, 80, g)
+
+
+SCENES = {"drawn": drawn, "real": real}
+scenes = pytest.mark.parametrize("scene", SCENES)
+
+
+def by_lower_index(x: Tensor, k: int, dim: int = -1, largest: bool = True, **others: Any) -> Any:
+    """torch.topk with ties by the lower index, as on CUDA."""
+    values, indices = x.sort(dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+
+def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float = 2e-6) -> None:
+    """Equal decisions; scores up to the rounding of a sixth power."""
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        torch.testing.assert_close(g, w, rtol=0, atol=tolerance if g.is_floating_point() else 0)
+
+
+def ultralytics_assigner(**options: Any) -> Any:
+    # It asks the network at import otherwise.
+    os.environ.setdefault("YOLO_OFFLINE", "true")
+    os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
+    from ultralytics.utils.tal import TaskAlignedAssigner
+
+    return TaskAlignedAssigner(**options)
+
+
+@needs("ultralytics")
+@scenes
+@pytest.mark.parametrize(("topk", "topk2"), [(10, None), (7, 1), (13, 3)], ids=str)
+def test_ultralytics(
+    scene: str, topk: int, topk2: int | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = SCENES[scene](generator)
+    options = {"topk": topk, "topk2": topk2, "num_classes": given[0].shape[-1], "alpha": 0.5, "stride": STRIDES}
+    theirs, ours = ultralytics_assigner(**options), compat.TaskAlignedAssigner(**options)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "topk", by_lower_index)
+        want = theirs(*given)
+    assert int(want[3].sum()) > 30
+    check(ours(*given), want)
+    with compat.patch(loss=False):
+        check(theirs(*given), want)
+    # torch's own order of ties on a CPU moves none but positives without a score.
+    plain = theirs(*given)
+    moved = (plain[3] != want[3]) | (want[3] & (plain[4] != want[4]))
+    assert not (plain[2].amax(-1)[moved] > 0).any() and not (want[2].amax(-1)[moved] > 0).any()
+    torch.testing.assert_close(plain[2], want[2], rtol=0, atol=0)
+
+
+@needs("ultralytics")
+def test_ultralytics_where_metrics_tie(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores and boxes of equal size, as a new head predicts; objects at whole cells, some of them the same."""
+    scores, _, points, labels, gt, mask = drawn(generator)
+    gt = (gt / 16).round() * 16
+    gt[0, 5:10] = gt[0, :5]
+    boxes = torch.cat([points - 20, points + 20], -1).expand(3, -1, -1).contiguous()
+    scores = torch.full_like(scores, 0.25)
+    # A box of few locations, of which the first ones have no score.
+    gt[0, 12] = torch.tensor([0.0, 0, 24, 24])
+    scores[0, :3] = scores[0, 100:300] = 0
+    options = {"topk": 10, "num_classes": scores.shape[-1], "alpha": 0.5, "stride": STRIDES}
+    given = [scores, boxes, points, labels, gt, mask]
+    monkeypatch.setattr(torch, "topk", by_lower_index)
+    want = ultralytics_assigner(**options)(*given)
+    assert (want[3] & (want[2].amax(-1) == 0)).any(), "no positive without a score"
+    check(compat.TaskAlignedAssigner(**options)(*given), want)
+
+
+@needs("ultralytics")
+def test_ultralytics_without_objects(generator: torch.Generator) -> None:
+    given = drawn(generator)
+    for slots in (0, 4):
+        empty = [*given[:3], *(x[:, :slots] * 0 for x in given[3:])]
+        options = {"num_classes": 12, "stride": STRIDES}
+        check(compat.TaskAlignedAssigner(**options)(*empty), ultralytics_assigner(**options)(*empty), 0)
+
+
+@needs("ultralytics")
+def test_ultralytics_subclasses_keep_their_own(generator: torch.Generator) -> None:
+    ultralytics_assigner()
+    from ultralytics.utils import tal
+
+    class Own(tal.TaskAlignedAssigner):
+        def iou_calculation(self, gt_bboxes: Tensor, pd_bboxes: Tensor) -> Tensor:
+            return torch.full_like(gt_bboxes[..., 0], 0.5)
+
+    given = drawn(generator)
+    module = Own(num_classes=12, stride=STRIDES)
+    want = module(*given)
+    with compat.patch(loss=False):
+        check(module(*given), want, 0)
+
+
+@needs("yolov6")
+@scenes
+def test_yolov6(scene: str, generator: torch.Generator) -> None:
+    from yolov6.assigners.tal_assigner import TaskAlignedAssigner
+
+    given = SCENES[scene](generator)
+    options = {"topk": 13, "num_classes": given[0].shape[-1]}
+    want = TaskAlignedAssigner(**options)(*given)
+    got = compat_yolov6.TaskAlignedAssigner(**options)(*given)
+    scored = want[3] & (want[2].amax(-1) > 0)
+    assert torch.equal(got[3] & (got[2].amax(-1) > 0), scored) and int(scored.sum()) > 100
+    check(tuple(x[scored] for x in got), tuple(x[scored] for x in want))
+
+
+def mmyolo_assigner(**options: Any) -> Any:
+    mmdet_stub.install()
+    import mmcv
+
+    with pytest.MonkeyPatch.context() as its_number:
+        its_number.setattr(mmcv, "__version__", "2.0.1")
+        from mmyolo.models.task_modules.assigners import BatchTaskAlignedAssigner
+    return BatchTaskAlignedAssigner(**options)
+
+
+@needs("mmyolo")
+@scenes
+@pytest.mark.parametrize("use_ciou", [False, True])
+def test_mmyolo(scene: str, use_ciou: bool, generator: torch.Generator) -> None:
+    scores, boxes, points, labels, gt, mask = SCENES[scene](generator)
+    module = mmyolo_assigner(num_classes=scores.shape[-1], topk=10, alpha=0.5, beta=6.0, eps=1e-9, use_ciou=use_ciou)
+    given = (boxes, scores, torch.cat([points, points], 1), labels, gt, mask)
+    want = module(*given)
+    with compat_mmdet.patch() as names:
+        assert names[-1].endswith("BatchTaskAlignedAssigner")
+        got = module(*given)
+    assert list(got) == list(want)
+    scored = want["fg_mask_pre_prior"] & (want["assigned_scores"].amax(-1) > 0)
+    assert torch.equal(got["fg_mask_pre_prior"] & (got["assigned_scores"].amax(-1) > 0), scored)
+    check(tuple(got[k][scored] for k in want), tuple(want[k][scored] for k in want), 2e-5)
+
+
+@needs("mmdet")
+@scenes
+def test_mmdet(scene: str, generator: torch.Generator) -> None:
+    mmdet_stub.install()
+    import mmdet.models  # noqa: F401
+    from mmdet.models.task_modules.assigners import TaskAlignedAssigner
+    from mmengine.structures import InstanceData
+
+    scores, boxes, points, labels, gt, mask = SCENES[scene](generator)
+    module, priors = TaskAlignedAssigner(topk=13), torch.cat([points - 4, points + 4], 1)
+    for b in range(len(scores)):
+        real_ones = mask[b, :, 0] > 0
+        predicted = InstanceData(priors=priors, bboxes=boxes[b], scores=scores[b])
+        truth = InstanceData(bboxes=gt[b, real_ones], labels=labels[b, real_ones, 0].long())
+        want = module.assign(predicted, truth)
+        with compat_mmdet.patch():
+            got = module.assign(predicted, truth)
+        parts = ("gt_inds", "labels", "max_overlaps", "assign_metrics")
+        check(tuple(getattr(got, k) for k in parts), tuple(getattr(want, k) for k in parts))
+        assert got.num_gts == want.num_gts and (got.gt_inds.any() or not real_ones.any())
