@@ -267,9 +267,8 @@ cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* 
     GFL_LAUNCH(atss_candidates_kernel, grid, dim3(static_cast<unsigned>(in.level_count * kWarp)),
                shared_bytes(capacity), stream, in, levels, capacity, reinterpret_cast<unsigned long long*>(matched));
   }
-  const int64_t blocks = (count + kUnpackThreads - 1) / kUnpackThreads;
-  GFL_LAUNCH(atss_unpack_kernel, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), dim3(kUnpackThreads), 0,
-             stream, in, levels, labels, matched, iou);
+  GFL_LAUNCH(atss_unpack_kernel, strided_grid(count, kUnpackThreads), dim3(kUnpackThreads), 0, stream, in, levels,
+             labels, matched, iou);
   return cudaGetLastError();
 }
 

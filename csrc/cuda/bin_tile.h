@@ -14,7 +14,6 @@ namespace gfl::cuda {
 constexpr int kTileThreads = 128;
 constexpr int kTilesPerSm = 8;            // minBlocksPerSM of __launch_bounds__; without it ptxas spills on sm_90
 constexpr size_t kTileBytes = 48 * 1024;  // the default limit of dynamic shared memory per block
-constexpr int64_t kMaxTiles = 1 << 16;    // blocks; more tiles are looped over
 
 struct TileShape {
   int rows, pitch;  // rows ≤ kTileThreads, a multiple of 4
@@ -29,10 +28,7 @@ template <class A> TileShape tile_shape(const BinRows& v) {
   return shape;
 }
 
-inline dim3 tile_grid(const BinRows& v, const TileShape& shape) {
-  const int64_t tiles = (v.rows() + shape.rows - 1) / shape.rows;
-  return dim3(static_cast<unsigned>(tiles < kMaxTiles ? tiles : kMaxTiles));
-}
+inline dim3 tile_grid(const BinRows& v, const TileShape& shape) { return strided_grid(v.rows(), shape.rows); }
 
 template <class A> struct BinTile {
   int64_t* offsets;  // [rows] where each row begins in memory

@@ -46,10 +46,9 @@ static __global__ void find_segments_kernel(ClassSegments segments) {
 inline unsigned find_segments(const ClassSegments& segments, cudaStream_t stream) {
   if (segments.label == nullptr) return 1;
   cudaMemsetAsync(segments.number, 0, sizeof(unsigned long long), stream);
-  const int64_t blocks = (segments.count + 255) / 256;
-  GFL_LAUNCH(find_segments_kernel, dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096)), dim3(256), 0, stream,
-             segments);
-  return static_cast<unsigned>(segments.count < 1024 ? segments.count : 1024);
+  GFL_LAUNCH(find_segments_kernel, strided_grid(segments.count, 256), dim3(256), 0, stream, segments);
+  constexpr int64_t most = kMaxBlocks < 1024 ? kMaxBlocks : 1024;
+  return static_cast<unsigned>(segments.count < most ? segments.count : most);
 }
 
 }  // namespace gfl::cuda

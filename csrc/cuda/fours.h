@@ -11,12 +11,8 @@
 namespace gfl::cuda {
 
 constexpr int kFoursThreads = 256;
-constexpr int64_t kFoursMaxBlocks = 1 << 16;
 
-inline dim3 fours_grid(int64_t rows) {
-  const int64_t blocks = (rows + kFoursThreads - 1) / kFoursThreads;
-  return dim3(static_cast<unsigned>(blocks < kFoursMaxBlocks ? blocks : kFoursMaxBlocks));
-}
+inline dim3 fours_grid(int64_t rows) { return strided_grid(rows, kFoursThreads); }
 
 template <class T> bool dense_fours(const void* data, int64_t stride_outer, int64_t stride_inner) {
   return is_aligned<kVecBytes<T, 4>>(data) && stride_outer % 4 == 0 && stride_inner % 4 == 0;

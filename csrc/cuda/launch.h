@@ -4,6 +4,25 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
+namespace gfl {
+
+// Blocks of a kernel that strides over the rest of its work: enough to fill any GPU. Few on the host, so that they go
+// round more than once on inputs of a test's size.
+#if defined(GFL_CUDA_ON_HOST)
+constexpr int64_t kMaxBlocks = 2;
+#else
+constexpr int64_t kMaxBlocks = 1 << 16;
+#endif
+
+inline dim3 strided_grid(int64_t count, int64_t per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+}
+
+}  // namespace gfl
+
 #if !defined(GFL_CUDA_ON_HOST)
 
 // A kernel whose template arguments hold a comma is passed in parentheses: GFL_LAUNCH((kernel<float, 4>), …).

@@ -58,11 +58,6 @@ template <class T> Plan plan_of(const LdInput& in, const void* grad_pred) {
   return plan;
 }
 
-dim3 grid_of(int64_t rows, int rows_per_block) {
-  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-  return dim3(static_cast<unsigned>(blocks < kMaxTiles ? blocks : kMaxTiles));
-}
-
 // Calls visit(row, first bin, elements) for this thread's runs of a tile whose bins lie side by side. In a dense tile a
 // run may extend over the end of a row.
 template <int run, class Visit>
@@ -283,12 +278,12 @@ cudaError_t ld_forward(const LdInput& in, void* loss, cudaStream_t stream) {
     using A = acc_t<T>;
     const Plan plan = plan_of<T>(in, nullptr);
     if (plan.tile_rows == 0) {
-      GFL_LAUNCH(ld_long_forward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
-                 LdScale<A>(in), static_cast<A*>(loss));
+      GFL_LAUNCH(ld_long_forward_kernel<T>, strided_grid(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream,
+                 in, LdScale<A>(in), static_cast<A*>(loss));
       return;
     }
     const size_t bytes = size_t(plan.tile_rows) * plan.pitch * 2 * sizeof(A);
-    GFL_LAUNCH(ld_forward_kernel<T>, grid_of(in.rows, plan.tile_rows), dim3(kTileThreads), bytes, stream, in, plan,
+    GFL_LAUNCH(ld_forward_kernel<T>, strided_grid(in.rows, plan.tile_rows), dim3(kTileThreads), bytes, stream, in, plan,
                LdScale<A>(in), static_cast<A*>(loss));
   });
   return cudaGetLastError();
@@ -301,13 +296,13 @@ cudaError_t ld_backward(const LdInput& in, const void* grad_loss, void* grad_pre
     using A = acc_t<T>;
     const Plan plan = plan_of<T>(in, grad_pred);
     if (plan.tile_rows == 0) {
-      GFL_LAUNCH(ld_long_backward_kernel<T>, grid_of(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream, in,
-                 LdScale<A>(in), static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred));
+      GFL_LAUNCH(ld_long_backward_kernel<T>, strided_grid(in.rows, kTileThreads / kWarp), dim3(kTileThreads), 0, stream,
+                 in, LdScale<A>(in), static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred));
       return;
     }
     const size_t bytes = size_t(plan.tile_rows) * plan.pitch * 2 * sizeof(A);
-    GFL_LAUNCH(ld_backward_kernel<T>, grid_of(in.rows, plan.tile_rows), dim3(kTileThreads), bytes, stream, in, plan,
-               LdScale<A>(in), static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred));
+    GFL_LAUNCH(ld_backward_kernel<T>, strided_grid(in.rows, plan.tile_rows), dim3(kTileThreads), bytes, stream, in,
+               plan, LdScale<A>(in), static_cast<const A*>(grad_loss), static_cast<T*>(grad_pred));
   });
   return cudaGetLastError();
 }

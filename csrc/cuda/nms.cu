@@ -309,9 +309,7 @@ cudaError_t nms(const NmsInput& in, const int64_t* classes, const int64_t* order
     using T = decltype(t);
     using A = acc_t<T>;
     const Scratch<A> scratch = place<A>(workspace, in.count, classes != nullptr);
-    const int64_t blocks = (in.count + 255) / 256;
-    GFL_LAUNCH(gather_kernel<T>, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), dim3(256), 0, stream, in,
-               classes, order, scratch, keep);
+    GFL_LAUNCH(gather_kernel<T>, strided_grid(in.count, 256), dim3(256), 0, stream, in, classes, order, scratch, keep);
     for (int64_t next = 0; next < in.count; next += kPanel) {
       const int64_t later = next == 0 ? 0 : (in.count - next + kColumns - 1) / kColumns * kTiles;
       GFL_LAUNCH(overlap_kernel<A>, dim3(static_cast<unsigned>(kTriangle + later)), dim3(kThreads), sizeof(Staged<A>),

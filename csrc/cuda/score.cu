@@ -28,7 +28,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kAhead = 4;  // runs that a lane fetches before it uses the first, on the fast path
-constexpr int64_t kMaxBlocks = 1 << 16;
 
 // minBlocksPerSM for __launch_bounds__; without it ptxas spills on sm_90.
 template <class T> constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 3;
@@ -40,11 +39,6 @@ int lanes_for(const ScoreInput& in, int64_t runs) {
   int lanes = kWarp;
   while (lanes > 1 && (runs + lanes - 1) / lanes * lanes - runs > runs / 8) lanes /= 2;
   return lanes;
-}
-
-dim3 grid_for(int64_t count, int64_t per_block) {
-  const int64_t blocks = (count + per_block - 1) / per_block;
-  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
 }
 
 // Calls visit(elements, first class) for the runs of a lane.
@@ -193,7 +187,7 @@ cudaError_t score_rows(const ScoreInput& in, const void* grad_loss, void* loss, 
                              (in.label != nullptr || is_aligned(in.target));
         const int lanes = lanes_for(in, in.classes / (vectors ? run : 1));
         const auto launch = [&](auto forward, auto backward) {
-          const dim3 grid = grid_for(in.locations, kThreads / lanes), block(kThreads);
+          const dim3 grid = strided_grid(in.locations, kThreads / lanes), block(kThreads);
           if (loss != nullptr) GFL_LAUNCH(forward, grid, block, 0, stream, in, params, lanes, static_cast<A*>(loss));
           else
             GFL_LAUNCH(backward, grid, block, 0, stream, in, params, lanes, static_cast<const A*>(grad_loss),
@@ -220,7 +214,7 @@ cudaError_t score_elements(const ScoreInput& in, const void* grad_loss, int64_t 
     dispatch_loss<T>(in, [&](auto params) {
       using Params = decltype(params);
       if constexpr (has_elements<typename Params::Loss>) {
-        const dim3 grid = grid_for(in.locations, kThreads), block(kThreads);
+        const dim3 grid = strided_grid(in.locations, kThreads), block(kThreads);
         if (loss != nullptr) {
           GFL_LAUNCH((score_elements_forward_kernel<T, Params>), grid, block, 0, stream, in, params,
                      static_cast<A*>(loss));

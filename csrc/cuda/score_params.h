@@ -6,18 +6,19 @@
 
 namespace gfl::cuda {
 
-// The fast path knows its loss when it is compiled; the general one holds the loss's index.
+// The fast path knows its loss when it is compiled; the general one holds the loss's index among those of one form.
 template <class Loss_> struct FastPath : FastParams<Loss_> { using Loss = Loss_; };
-struct GeneralLoss;
-template <class A> struct General : GeneralParams<A> {
-  using Loss = GeneralLoss;
+template <bool summed> struct GeneralLoss;
+template <class A, bool summed> struct General : GeneralParams<A> {
+  using Loss = GeneralLoss<summed>;
   int loss;
 };
-struct GeneralLoss {
-  template <class A> static __device__ __forceinline__ Term<A> term(const General<A>& params, A x, A t) {
-    return ScoreLosses::term(params.loss, params, x, t);
+template <bool summed_> struct GeneralLoss {
+  static constexpr bool summed = summed_;
+  template <class A> static __device__ __forceinline__ Term<A> term(const General<A, summed>& params, A x, A t) {
+    return ScoreLosses::term<summed>(params.loss, params, x, t);
   }
-  template <class A> static __device__ __forceinline__ Term<A> background(const General<A>& params, A x) {
+  template <class A> static __device__ __forceinline__ Term<A> background(const General<A, summed>& params, A x) {
     return term(params, x, A(0));
   }
 };
@@ -25,8 +26,6 @@ struct GeneralLoss {
 // Which form a loss has besides the reduced one: one number per row, perhaps with labels, or one per element.
 template <class Loss> constexpr bool has_rows = Loss::summed;
 template <class Loss> constexpr bool has_elements = !Loss::summed;
-template <> constexpr bool has_rows<GeneralLoss> = true;
-template <> constexpr bool has_elements<GeneralLoss> = true;
 
 // Calls f(parameters) for the loss of `in` over elements of T.
 template <class T, class F> void dispatch_loss(const ScoreInput& in, const F& f) {
@@ -36,7 +35,7 @@ template <class T, class F> void dispatch_loss(const ScoreInput& in, const F& f)
     if constexpr (sizeof(T) < 8) {
       if (is_fast<Loss>(in)) return f(FastPath<Loss>{fast_params<Loss>(in)});
     }
-    f(General<A>{general_params<A>(in), index});
+    f(General<A, Loss::summed>{general_params<A>(in), index});
   });
 }
 

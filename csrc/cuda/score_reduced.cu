@@ -15,6 +15,8 @@
 // bit for bit: every sum has a fixed order.
 #include "gfl/score.h"
 
+#include <algorithm>
+
 #include "launch.h"
 #include "map_tile.h"
 #include "score_params.h"
@@ -28,7 +30,7 @@ constexpr int kWarps = kMapThreads / kWarp;
 constexpr int kSumThreads = 512;
 constexpr int kNoLabel = -1;
 // Blocks of a backward pass that most likely returns at once: enough to fill any GPU, few enough to cost little.
-constexpr int64_t kFinishBlocks = 1024;
+constexpr int64_t kFinishBlocks = kMaxBlocks < 1024 ? kMaxBlocks : 1024;
 
 // minBlocksPerSM for __launch_bounds__: the most for which ptxas spills nothing.
 template <class Loss> constexpr int kBlocksOfLoss = 3;
@@ -174,7 +176,7 @@ void reduce(const ScoreInput& in, const ScoreScale& scale, const void* grad_loss
   using A = acc_t<T>;
   const int64_t tiles = tiles_of(in), blocks = tiles * in.images;
   if (blocks == 0) return;
-  const dim3 grid(static_cast<unsigned>(grad_stored && blocks > kFinishBlocks ? kFinishBlocks : blocks));
+  const dim3 grid(static_cast<unsigned>(grad_stored ? std::min(blocks, kFinishBlocks) : blocks));
   const Layout layout{{grad_stride[0], grad_stride[1], grad_stride[2]}};
   dispatch_loss<T>(in, [&](auto params) {
     using Params = decltype(params);

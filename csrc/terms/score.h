@@ -275,11 +275,11 @@ template <class... Loss> struct ScoreLossList {
     return ((++index, std::strcmp(name, Loss::name) == 0 && (f(Loss{}, index), true)) || ...);
   }
   template <class F> static void for_each(const F& f) { (f(Loss{}), ...); }
-  // The term of loss number `index`, which is not known before the program runs.
-  template <class P, class V> static GFL_TERM Term<V> term(int index, const P& params, V pred, V t) {
+  // The term of loss number `index`, which is not known before the program runs, among those that are `summed` or not.
+  template <bool summed, class P, class V> static GFL_TERM Term<V> term(int index, const P& params, V pred, V t) {
     Term<V> result{};
     int i = 0;
-    ((index == i++ ? (void)(result = Loss::term(params, pred, t)) : void()), ...);
+    ((index == i++ && Loss::summed == summed ? (void)(result = Loss::term(params, pred, t)) : void()), ...);
     return result;
   }
 };

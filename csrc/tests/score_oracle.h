@@ -33,7 +33,7 @@ const Oracle kOracles[] = {
      },
      0},
     {"focal",
-     {{2, 0.25}, {1.5, 0.6}, {3, -1}},
+     {{2, 0.25}, {1.5, 0.6}, {3, -1}, {2, -1}, {1, 0.3}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score&) {
        const long double alpha = params[1], hit = s.p * t + (1 - s.p) * (1 - t);
        const long double balance = alpha < 0 ? 1 : alpha * t + (1 - alpha) * (1 - t);
@@ -41,14 +41,14 @@ const Oracle kOracles[] = {
      },
      0.001},
     {"vfl",
-     {{2, 0.75, 1}, {1.5, 0.4, 1}, {2, 0.75, 0}},
+     {{2, 0.75, 1}, {1.5, 0.4, 1}, {2, 0.75, 0}, {3, 0.4, 0}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score&) {
        if (t > 0) return (params[2] != 0 ? t : 1) * s.bce(t);
        return params[1] * std::pow(std::fabs(s.p - t), (long double)params[0]) * s.bce(t);
      },
      -0.001},
     {"mal",
-     {{1.5}, {2.5}},
+     {{1.5}, {2.5}, {1}, {2}},
      [](const std::vector<double>& params, const Score& s, long double t, const Score& constant) {
        if (t > 0) return s.bce(std::pow(t, (long double)params[0]));
        return std::pow(constant.p, (long double)params[0]) * s.bce(0);

@@ -49,13 +49,17 @@ void boxes(Generator& generator, DType dtype, int64_t outer, int64_t inner, bool
   expect_close(grad_points.read(), want_points, 2 * rounding(dtype), "distance_to_box, gradient of the points");
 }
 
-void distances(Generator& generator, DType dtype, int64_t n, bool clamped) {
+// Boxes with `gap` unused numbers after each.
+void distances(Generator& generator, DType dtype, int64_t outer, int64_t inner, bool clamped, int64_t gap) {
+  const int64_t n = outer * inner, row = 4 + gap;
   const size_t count = static_cast<size_t>(n);
   FloatBuffer points(dtype, uniforms(generator, 2 * count, 0, 100));
-  FloatBuffer box(dtype, uniforms(generator, 4 * count, 0, 100)), grad(dtype, uniforms(generator, 4 * count, -1, 1));
+  FloatBuffer box(dtype, uniforms(generator, static_cast<size_t>(row) * count, 0, 100));
+  FloatBuffer grad(dtype, uniforms(generator, 4 * count, -1, 1));
   FloatBuffer result(dtype, 4 * count), grad_points(dtype, 2 * count), grad_boxes(dtype, 4 * count);
   const double upper = 29.9;
-  const BoxToDistanceInput in{dtype, 1, n, points.data(), box.data(), {0, 2}, {0, 4}, clamped, upper};
+  const BoxToDistanceInput in{dtype,   outer, inner, points.data(), box.data(), {2 * inner, 2}, {row * inner, row},
+                              clamped, upper};
   GFL_RUN(n, box_to_distance_forward, in, result.data());
   GFL_RUN(n, box_to_distance_backward, in, grad.data(), grad_points.data(), grad_boxes.data());
   const std::vector<double> p = points.read(), b = box.read(), g = grad.read();
@@ -64,7 +68,8 @@ void distances(Generator& generator, DType dtype, int64_t n, bool clamped) {
     for (int side = 0; side < 4; ++side) {
       const size_t k = static_cast<size_t>(4 * i + side);
       const double sign = side < 2 ? -1 : 1;
-      const double x = rounded_to(dtype, sign * (b[k] - p[static_cast<size_t>(2 * i + side % 2)]));
+      const double x =
+          rounded_to(dtype, sign * (b[static_cast<size_t>(row * i + side)] - p[static_cast<size_t>(2 * i + side % 2)]));
       want[k] = clamped ? held(x, 0, rounded_to(dtype, upper)) : x;
       want_boxes[k] = want[k] == x ? sign * g[k] : 0;
       want_points[static_cast<size_t>(2 * i + side % 2)] -= want_boxes[k];
@@ -84,8 +89,12 @@ int main() {
       boxes(generator, dtype, 1, 0, limited);
       boxes(generator, dtype, 1, 1, limited);
       boxes(generator, dtype, 3, 37, limited);
-      distances(generator, dtype, 0, limited);
-      distances(generator, dtype, 111, limited);
+      boxes(generator, dtype, 1, 2100, limited);
+      for (const int64_t gap : {0, 1}) {
+        distances(generator, dtype, 1, 0, limited, gap);
+        distances(generator, dtype, 1, 2111, limited, gap);
+        distances(generator, dtype, 3, 37, limited, gap);
+      }
     }
   }
   return result("boxes");

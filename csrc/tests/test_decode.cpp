@@ -91,6 +91,8 @@ int main() {
     compare(generator, planar_layout(2, 35, 4, 17), dtype, Sharing::none, true);
     compare(generator, planar_layout(3, 13, 4, 17), dtype, Sharing::grid, true);
     compare(generator, planar_layout(2, 5, 4, 8), dtype, Sharing::grid, false);
+    compare(generator, planar_layout(2, 5, 4, 20), dtype, Sharing::grid, true);
+    compare(generator, dense_layout(5, 4, 19), dtype, Sharing::none, true);
     compare(generator, dense_layout(9, 4, 129), dtype, Sharing::none, true);
   }
   return result("decode");

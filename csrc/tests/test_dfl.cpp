@@ -196,6 +196,8 @@ int main() {
     compare(generator, planar_layout(1, 131, 1, 17), dtype, false, false, true);
     compare(generator, planar_layout(1, 31, 1, 17), dtype, true, false, false);
     compare(generator, dense_layout(41, 1, 2), dtype, false, true, false);
+    compare(generator, planar_layout(1, 35, 1, 20), dtype, false, true, true);
+    compare(generator, dense_layout(35, 1, 19), dtype, false, false, true);
     compare(generator, dense_layout(67, 1, 129), dtype, false, false, true);
     compare(generator, dense_layout(35, 1, 129), dtype, true, false, false);
   }

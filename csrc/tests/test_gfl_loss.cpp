@@ -390,6 +390,11 @@ int main() {
     const Case c = draw_case(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 7, 2.0, false, channels_last);
     check<float>(c, DType::f32, 1e-5, "aligned f32", false);
     check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);
+    // As many classes as a thread has accesses in flight.
+    const Case wide = draw_case(draw, {{16, 16}}, 72, 3, 2.0, false, channels_last);
+    check<float>(wide, DType::f32, 1e-5, "many classes f32", false);
+    check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
+    check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
   }
   return gfl::testing::result("gfl_loss");
 }

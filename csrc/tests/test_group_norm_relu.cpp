@@ -80,7 +80,8 @@ Levels normalised(const Shape& s, const Levels& x, const std::vector<double>& st
 
 std::vector<double> statistics_by_loops(const Shape& s, const Levels& x, double eps) {
   const size_t count = s.locations.size() * static_cast<size_t>(s.images * s.groups);
-  std::vector<double> n(count), mean(count), squares(count), result(2 * count);
+  std::vector<double> n(count), result(2 * count);
+  std::vector<long double> mean(count), squares(count);  // sums of tens of thousands
   for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
     n[group_index(s, l, b, c)] += 1;
     mean[group_index(s, l, b, c)] += x[l][at];
@@ -91,8 +92,8 @@ std::vector<double> statistics_by_loops(const Shape& s, const Levels& x, double 
     squares[g] += (x[l][at] - mean[g]) * (x[l][at] - mean[g]);
   });
   for (size_t g = 0; g < count; ++g) {
-    result[2 * g] = mean[g];
-    result[2 * g + 1] = n[g] == 0 ? 0 : 1 / std::sqrt(squares[g] / n[g] + eps);
+    result[2 * g] = static_cast<double>(mean[g]);
+    result[2 * g + 1] = n[g] == 0 ? 0 : static_cast<double>(1 / std::sqrt(squares[g] / n[g] + eps));
   }
   return result;
 }
@@ -113,7 +114,8 @@ Results by_loops(const Shape& s, const Levels& x, const Levels& grad_y, const st
   r.grad_x = x;
   r.grad_weight.assign(weight.size(), 0);
   r.grad_bias.assign(weight.size(), 0);
-  std::vector<double> n(r.statistics.size() / 2), sum(n.size()), product(n.size());
+  std::vector<double> n(r.statistics.size() / 2);
+  std::vector<long double> sum(n.size()), product(n.size());
   for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
     const size_t channel = static_cast<size_t>(c), group = group_index(s, l, b, c);
     const double value = xhat[l][at] * weight[channel] + bias[channel];
@@ -127,8 +129,9 @@ Results by_loops(const Shape& s, const Levels& x, const Levels& grad_y, const st
   });
   for_values(s, [&](size_t l, int64_t b, int64_t c, size_t at) {
     const size_t group = group_index(s, l, b, c);
-    r.grad_x[l][at] = r.statistics[2 * group + 1] * (weight[static_cast<size_t>(c)] * g[l][at] - sum[group] / n[group] -
-                                                     xhat[l][at] * product[group] / n[group]);
+    const long double without = (sum[group] + xhat[l][at] * product[group]) / n[group];
+    r.grad_x[l][at] =
+        static_cast<double>(r.statistics[2 * group + 1] * (weight[static_cast<size_t>(c)] * g[l][at] - without));
   });
   return r;
 }
@@ -265,6 +268,11 @@ int main() {
       // A layout per level, odd channels, gaps between rows, no ReLU.
       {{70, 35}, 2, 21, 7, {true, false}, 3, true, 0.3, 1.5},
       {{70, 130}, 1, 24, 3, {false, true}, 8, false, 0.3, 1.5},
+      // Several turns of a warp over a channel, with a remainder, and of a thread over its locations.
+      {{2400, 300}, 1, 6, 3, {true, true}, 0, true, 0.3, 1.5},
+      {{1501, 299}, 1, 8, 2, {true, false}, 0, true, 0.3, 1.5},
+      {{33000}, 1, 2, 1, {true}, 0, true, 0.3, 1.5},
+      {{33000}, 1, 8, 2, {false}, 0, true, 0.3, 1.5},
       // A channel per group, and one group of more channels than a slab or a warp has.
       {{33}, 1, 72, 72, {false}, 0, true, 0.3, 1.5},
       {{33}, 1, 136, 1, {true}, 0, true, 0.3, 1.5},
@@ -273,9 +281,15 @@ int main() {
   };
   for (const DType dtype : gfl::testing::kDTypes) {
     for (const Shape& shape : shapes) {
+      // The tolerance of the parameters' gradients is for sums of a thousand terms.
+      if (dtype == DType::f64 && shape.locations[0] > 10000) continue;
       test(generator, shape, dtype, gfl::testing::accumulator_of(dtype));
     }
-    test(generator, shapes[3], dtype, dtype);
+    // Parameters of another dtype than the maps', in either layout.
+    for (const DType parameters : gfl::testing::kDTypes) {
+      if (gfl::testing::accumulator_of(parameters) != gfl::testing::accumulator_of(dtype)) continue;
+      for (const size_t shape : {2, 3}) test(generator, shapes[shape], dtype, parameters);
+    }
   }
   // A mean of a thousand deviations: E[x²] − E[x]² in fp32 would lose 6 % of the variance.
   for (const bool planar : {true, false}) {

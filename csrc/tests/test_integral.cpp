@@ -100,6 +100,8 @@ int main() {
     compare(generator, planar_layout(2, 35, 4, 17), dtype);
     compare(generator, planar_layout(3, 1, 4, 8), dtype);
     compare(generator, dense_layout(5, 4, 2), dtype);
+    compare(generator, planar_layout(2, 5, 4, 20), dtype);
+    compare(generator, dense_layout(5, 4, 19), dtype);
     compare(generator, dense_layout(9, 4, 129), dtype);
     compare(generator, planar_layout(2, 5, 4, 129), dtype);
 #if !defined(GFL_TEST_CUDA)

@@ -132,6 +132,21 @@ template <class T> void check(const Kind& kind, int64_t rows, DType dtype, doubl
   CHECK(widened(loss_again.read()) == got, "%s: the loss depends on the strides", name);
   CHECK(widened(grad_again.read()) == got_pred, "%s: the gradient depends on the strides", name);
 
+  // Targets and gradients that begin at an odd element.
+  std::vector<A> behind(1);
+  behind.insert(behind.end(), target_rounded.begin(), target_rounded.end());
+  const Buffer<A> odd_target(behind);
+  Buffer<T> odd_pred(rows * 4 + 1);
+  Buffer<A> odd_grad(rows * 4 + 1), odd_loss(rows);
+  const IouInput odd{strided.data() + 1, dtype, 9, 2, odd_target.data() + 1, rows, name, 1e-6, kind.parameter};
+  GFL_RUN(rows, iou_forward, odd, odd_loss.data());
+  backward(odd, grad.data(), odd_pred.data() + 1, odd_grad.data() + 1);
+  const std::vector<double> shifted_pred = widened(odd_pred.read()), shifted_target = widened(odd_grad.read());
+  CHECK(widened(odd_loss.read()) == got, "%s: the loss depends on the address", name);
+  CHECK(std::equal(got_pred.begin(), got_pred.end(), shifted_pred.begin() + 1), "%s: grad_pred at odd places", name);
+  CHECK(std::equal(got_target.begin(), got_target.end(), shifted_target.begin() + 1), "%s: grad_target at odd places",
+        name);
+
   const double chain = sizeof(A) == 8 ? 1e-8 : 3e-5;
   for (int64_t row = 0; row < rows; ++row) {
     Real sides[8], alpha = 0, ignored;

@@ -149,7 +149,8 @@ int main() {
     const auto run = [&](const Layout& pred, const Layout& teacher, size_t shift = 0) {
       compare(generator, pred, teacher, dtype, temperatures[turn++ % 3], shift);
     };
-    for (const int64_t rows : {0, 1, 37, 128, 130}) run(dense_layout(rows, 1, 17), dense_layout(rows, 1, 17));
+    for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 37, 128, 130})
+      run(dense_layout(rows, 1, 17), dense_layout(rows, 1, 17));
     for (const int64_t bins : {1, 2, 3, 16, 32, 33, 64, 65, 80}) {
       run(dense_layout(21, 1, bins), dense_layout(21, 1, bins));
       run(padded_layout(21, 1, bins), planar_layout(1, 21, 1, bins));

@@ -11,8 +11,10 @@ namespace {
 using namespace gfl;
 using namespace gfl::testing;
 
-template <class T>
-void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double threshold, bool planes, Generator& g) {
+// Boxes in T, scores in S.
+template <class T, class S = T>
+void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double threshold, bool planes, DType score_dtype,
+           Generator& g) {
   const int64_t columns = per_class ? 4 * classes : 4;
   std::vector<double> drawn, drawn_scores;
   for (int64_t i = 0; i < rows * columns; ++i) drawn.push_back(g.uniform(-100, 100));
@@ -20,8 +22,10 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
     drawn_scores.push_back(g.integer(0, 9) == 0 ? std::numeric_limits<double>::quiet_NaN()
                                                 : static_cast<double>(g.integer(0, 10)) / 10);
   }
-  const std::vector<T> boxes = rounded<T>(drawn), scores = rounded<T>(drawn_scores);
-  const Buffer<T> given_boxes(boxes), given_scores(scores);
+  const std::vector<T> boxes = rounded<T>(drawn);
+  const std::vector<S> scores = rounded<S>(drawn_scores);
+  const Buffer<T> given_boxes(boxes);
+  const Buffer<S> given_scores(scores);
   // `planes`: the same memory read as the transpose of a matrix, columns first.
   const MulticlassInput in{given_boxes.data(),
                            dtype,
@@ -29,7 +33,7 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
                            planes ? rows : 1,
                            per_class,
                            given_scores.data(),
-                           dtype,
+                           score_dtype,
                            planes ? 1 : classes,
                            planes ? rows : 1,
                            rows,
@@ -41,7 +45,7 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < classes; ++c) {
       const double score = wide_scores[static_cast<size_t>(planes ? c * rows + i : i * classes + c)];
-      if (!(score > static_cast<double>(static_cast<acc_t<T>>(threshold)))) continue;
+      if (!(score > static_cast<double>(static_cast<acc_t<S>>(threshold)))) continue;
       want_scores.push_back(score);
       want_labels.push_back(c);
       for (int64_t j = 0; j < 4; ++j) {
@@ -59,7 +63,8 @@ void check(DType dtype, int64_t rows, int64_t classes, bool per_class, double th
 #endif
   CHECK(count == static_cast<int64_t>(want_scores.size()), "%lld candidates, expected %zu",
         static_cast<long long>(count), want_scores.size());
-  Buffer<T> got_boxes(static_cast<size_t>(4 * count)), got_scores(static_cast<size_t>(count));
+  Buffer<T> got_boxes(static_cast<size_t>(4 * count));
+  Buffer<S> got_scores(static_cast<size_t>(count));
   Buffer<int64_t> labels(static_cast<size_t>(count));
 #if defined(GFL_TEST_CUDA)
   CHECK_CUDA(
@@ -81,18 +86,36 @@ int main() {
     for (const bool planes : {false, true}) {
       for (const double threshold : {0.3, 1.0, -1.0}) {
         for (const int64_t rows : {0, 1, 17}) {
-          check<float>(DType::f32, rows, 3, per_class, threshold, planes, g);
-          check<double>(DType::f64, rows, 1, per_class, threshold, planes, g);
-          check<half_t>(DType::f16, rows, 5, per_class, threshold, planes, g);
-          check<bfloat16_t>(DType::bf16, rows, 2, per_class, threshold, planes, g);
+          check<float>(DType::f32, rows, 3, per_class, threshold, planes, DType::f32, g);
+          check<double>(DType::f64, rows, 1, per_class, threshold, planes, DType::f64, g);
+          check<half_t>(DType::f16, rows, 5, per_class, threshold, planes, DType::f16, g);
+          check<bfloat16_t>(DType::bf16, rows, 2, per_class, threshold, planes, DType::bf16, g);
         }
       }
     }
   }
+  // Every dtype of boxes with every dtype of scores.
+  const auto mixed = [&](auto box, DType dtype) {
+    using T = decltype(box);
+    for (const bool per_class : {false, true}) {
+      for (const double threshold : {0.3, -1.0}) {
+        check<T, float>(dtype, 139, 59, per_class, threshold, per_class, DType::f32, g);
+        check<T, double>(dtype, 139, 59, per_class, threshold, per_class, DType::f64, g);
+        check<T, half_t>(dtype, 139, 59, per_class, threshold, !per_class, DType::f16, g);
+        check<T, bfloat16_t>(dtype, 139, 59, per_class, threshold, !per_class, DType::bf16, g);
+      }
+    }
+  };
+  mixed(float{}, DType::f32);
+  mixed(double{}, DType::f64);
+  mixed(half_t{}, DType::f16);
+  mixed(bfloat16_t{}, DType::bf16);
   // Candidates of several blocks, and the last of them not whole.
   for (const double threshold : {0.85, -1.0}) {
-    check<float>(DType::f32, 700, 20, false, threshold, false, g);
-    check<half_t>(DType::f16, 139, 59, true, threshold, true, g);
+    check<float>(DType::f32, 700, 20, false, threshold, false, DType::f32, g);
+    check<half_t>(DType::f16, 139, 59, true, threshold, true, DType::f16, g);
+    check<bfloat16_t>(DType::bf16, 139, 59, false, threshold, false, DType::bf16, g);
+    check<double>(DType::f64, 139, 59, true, threshold, false, DType::f64, g);
   }
   return result("multiclass_nms");
 }

@@ -141,6 +141,8 @@ const Case kRowCases[] = {
     {"runs of 16 bytes", 70, 16},
     {"many runs", 5, 400},
     {"dense runs", 33, 24, false, true},
+    {"many dense runs", 5, 1040, false, true},
+    {"many runs, many rows", 70, 1040},
     {"over a block, transposed", 300, 8, false, false, true},
 };
 const Case kElementCases[] = {
@@ -151,6 +153,8 @@ const Case kElementCases[] = {
     {"activated", 37, 1, true, true},
     {"one gradient", 37, 1, false, true, false, true},
     {"two blocks", 600, 1, false, true, false, true},
+    {"turns of the grid", 2700, 1, false, true},
+    {"turns of the grid, activated", 2700, 1, true, true},
 };
 
 // --- down to one number ----------------------------------------------------------------------------------------------
@@ -342,6 +346,9 @@ const ReducedCase kReducedCases[] = {
     {"planar, gradient turned", 2, 144, 8, true, true, true, false, Layout::planar, true},
     {"dense, turned", 2, 144, 16, false, true, true, false, Layout::rows, true},
     {"dense planar, turned", 2, 40, 8, false, true, true, false, Layout::planar, true},
+    {"many runs", 1, 130, 72, true, true},
+    {"many planar runs", 1, 256, 72, true, true, true, false, Layout::planar},
+    {"many dense runs", 1, 136, 72, false, true},
     {"activated", 1, 40, 8, true, true, true, true},
     {"dense, activated", 1, 40, 8, false, true, true, true},
 };
@@ -392,14 +399,19 @@ int main() {
     for_dtypes([&](auto t, DType dtype, double epsilon) {
       using T = decltype(t);
       for (const std::vector<double>& params : o->params) {
+        const bool fast = params.empty() || params[0] == o->params[0][0];
         if (Loss::summed) {
-          for (const Case& c : kRowCases) check<T>(*o, params, c, true, dtype, epsilon, draw);
+          for (const Case& c : kRowCases) {
+            // Of thousands of targets some lie so close to the probability that a difference crosses the kink.
+            if (!fast && c.dense && c.classes > 400) continue;
+            check<T>(*o, params, c, true, dtype, epsilon, draw);
+          }
         } else {
           for (const Case& c : kElementCases) check<T>(*o, params, c, false, dtype, epsilon, draw);
         }
         for (const ReducedCase& c : kReducedCases) {
           if (c.sparse && !Loss::summed) continue;
-          if (&params != &o->params[0] && c.locations > 60) continue;  // the general walk knows no tiles of runs
+          if (!fast && c.locations > 60) continue;  // the general walk knows no tiles of runs
           check_reduced<T>(*o, params, c, dtype, epsilon, draw);
         }
       }

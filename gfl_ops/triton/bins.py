@@ -21,8 +21,8 @@ A program holds whole rows, padded to a power of two of bins: BLOCK_M rows, or B
 does in turn; the second axis of the grid walks over a leading dimension that can't be folded, the image of a permuted
 ``[B, 4(R+1), H, W]``. Bytes per element of each tensor of logits: forward sizeof(pred), backward twice that for `pred`
 (the softmax is recomputed). Accumulator A: fp32, fp64 for fp64. Repeatable bit for bit: a row is reduced by one fixed
-tree. decode has no fused multiply-adds, so that a side is clipped here where it is on every backend; the temperature of
-ld is compiled in."""
+tree. Without fused multiply-adds, so that a side is clipped here where it is on every backend; the temperature of ld is
+compiled in."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _sides(
     width = launch.power_of_two(reg_max + 1)
     block = launch.rows_per_program(at.inner, width)
     constants = {
-        "BOX": box, "CLIP": limit is not None, "BLOCK_L": block, "BINS": width, "enable_fp_fusion": not box,
+        "BOX": box, "CLIP": limit is not None, "BLOCK_L": block, "BINS": width,
     }  # fmt: skip
     return (launch.programs(at.inner, block), at.outer), tensors, (at.inner, reg_max, *strides), constants
 

@@ -42,8 +42,8 @@ def launch(kernel: Any, grid: int | tuple[int, int], like: Tensor, *args: Any, *
     axes = (grid,) if isinstance(grid, int) else grid
     if 0 in axes:
         return
-    # Explicit, since Triton's default changes: contraction is off only where a decision depends on it.
-    constants.setdefault("enable_fp_fusion", True)
+    # Two kernels would contract one expression differently, and lanes that hold the same row its sum of products.
+    constants["enable_fp_fusion"] = False
     if _recorded is not None:
         _recorded.append(Launch(kernel, axes, args, constants))
         return

@@ -158,7 +158,7 @@ def nms_forward(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshol
     counts = torch.empty(n, dtype=torch.int64, device=boxes.device)  # kept boxes per segment or panel
     constants = {
         "THRESHOLD": rounded(iou_threshold, boxes.dtype), "OFFSET": 1.0 if legacy else 0.0, "TILE": TILE,
-        "num_warps": 8, "enable_fp_fusion": False,
+        "num_warps": 8,
     }  # fmt: skip
     large = [] if n <= CHAIN else [(0, n)]
     if large and idxs is not None:

@@ -186,8 +186,7 @@ def score_elements_kernel(
 def _term(stem: str, params: Sequence[float], activated: bool) -> dict[str, Any]:
     exponent, second, third = (*params, 0.0, 0.0, 0.0)[:3]
     options = {"TERM": getattr(terms, stem), "EXPONENT": exponent, "SECOND": second, "THIRD": third}
-    # Contraction is off, so that a stored gradient and one computed again have the same bits.
-    return {**options, "ACTIVATED": activated, "enable_fp_fusion": False}
+    return {**options, "ACTIVATED": activated}
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:

@@ -55,7 +55,12 @@ def log_complement(p):
     d = 1.0 - u
     # d is p as rounded into u; the quotient undoes that rounding (Kahan), and is 1 where p was lost altogether.
     lost = d == 0.0
-    return tl.where(lost, -p, tl.log(u) * (p / tl.where(lost, 1.0, d)))
+    d = tl.where(lost, 1.0, d)
+    if p.dtype == tl.float64:
+        ratio = p / d
+    else:
+        ratio = tl.div_rn(p, d)  # a bare division may be off by 2 ulp
+    return tl.where(lost, -p, tl.log(u) * ratio)
 
 
 @triton.jit
