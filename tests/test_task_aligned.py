@@ -109,7 +109,7 @@ def test_it_is_the_definition(backend: str, topk: int, topk2: int, min_side: flo
         assert torch.equal(got.labels[image], labels) and torch.equal(got.matched[image], matched)
         # Rounding of a sixth power.
         torch.testing.assert_close(got.scores[image], scores, rtol=2e-5, atol=1e-7)
-    assert (got.labels >= 0).sum() > 10
+    assert (got.labels >= 0).sum() > 3
 
 
 @pytest.mark.skipif(not NATIVE, reason="the extension is not built")
@@ -227,7 +227,7 @@ def test_arc_tangent_and_power() -> None:
         ({"scores": torch.zeros(2, 3)}, ValueError, r"`scores` must have shape \[B, A, C\]"),
         ({"scores": torch.zeros(1, 126, 4).long()}, TypeError, "`scores` must have one of the dtypes"),
         ({"boxes": torch.zeros(1, 125, 4)}, ValueError, r"`boxes` must have shape \[B, A, 4\] = \[1, 126, 4\]"),
-        ({"level_sizes": [(8, 12)]}, ValueError, "`strides` must hold one number for each of `level_sizes`, 1"),
+        ({"level_sizes": [(8, 12)]}, ValueError, "`strides` must hold one number per level, 1"),
         ({"level_sizes": [(8, 12), (4, 6), (2, 4)]}, ValueError, "`level_sizes` must have the A = 126 cells"),
         ({"level_sizes": None}, TypeError, "`level_sizes` must be a list"),
         ({"gt_boxes": torch.zeros(2, 2, 4)}, ValueError, r"`gt_boxes` must have shape \[B, G, 4\]"),

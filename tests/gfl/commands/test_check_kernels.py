@@ -45,7 +45,7 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "current_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(kernel_check, "ensure_checked", found.append)
-    monkeypatch.setattr(checkpoint, "model_from", lambda source: (None, preset("gfl_tiny"), None, None))
+    monkeypatch.setattr(checkpoint, "model_from", lambda *_, **__: (None, preset("gfl_tiny"), None, None))
     monkeypatch.setattr(loader, "validation_dataset", lambda config: None)
     monkeypatch.setattr(evaluation, "_check_classes", lambda *_: None)
     monkeypatch.setattr(train, "train", used)
