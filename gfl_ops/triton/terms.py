@@ -53,13 +53,10 @@ def log_complement(p):
     """log(1 − p) for a probability p, −inf at 1."""
     u = 1.0 - p
     d = 1.0 - u
-    # d is p as rounded into u; the quotient undoes that rounding (Kahan), and is 1 where p was lost altogether.
+    # d is p as rounded into u; the quotient p / d undoes that rounding (Kahan), and is 1 where p was lost altogether.
+    # Written as 1 + (p − d) / d, whose difference is exact: Triton's division may be off by 2 ulp.
     lost = d == 0.0
-    d = tl.where(lost, 1.0, d)
-    if p.dtype == tl.float64:
-        ratio = p / d
-    else:
-        ratio = tl.div_rn(p, d)  # a bare division may be off by 2 ulp
+    ratio = 1.0 + (p - d) / tl.where(lost, 1.0, d)
     return tl.where(lost, -p, tl.log(u) * ratio)
 
 

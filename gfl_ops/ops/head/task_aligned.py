@@ -35,28 +35,46 @@ def fake(scores: Tensor, boxes: Tensor, *others: Any) -> tuple[Tensor, Tensor, T
     return labels, torch.empty_like(labels), scores.new_empty(shape, dtype=torch.float32)
 
 
+_ULTRALYTICS = (10, 10, 0.5, 6.0, 16.0, 1e-9, "ultralytics", True)
+
+
+def _objects(images: int, slots: int, classes: int, extent: float, at: torch.device, generator: torch.Generator) -> Any:
+    found = draw_boxes(images * slots, at, torch.float32, generator, extent=extent).reshape(images, slots, 4)
+    return found, torch.randint(-1, classes, (images, slots), generator=generator).to(at)
+
+
+def _predictions(
+    gt_boxes: Tensor, points: Tensor, classes: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Scores, and boxes near those that contain the location."""
+    device, images, count = gt_boxes.device, gt_boxes.shape[0], len(points)
+    wild = normal((images, count, 4), device, torch.float32, generator, 6.0) + points.repeat(1, 2)
+    boxes = wild + torch.tensor([-15.0, -15, 15, 15], device=device)
+    if gt_boxes.shape[1]:
+        chosen = torch.randint(0, gt_boxes.shape[1], (images, count), generator=generator).to(device)
+        near = gt_boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
+        inside = (points > near[..., :2]) & (points < near[..., 2:])
+        close = near + normal((images, count, 4), device, torch.float32, generator, 3.0)
+        boxes = torch.where(inside.all(-1, keepdim=True), close, boxes)
+    return uniform((images, count, classes), device, dtype, generator), boxes
+
+
+def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    sizes, strides, half = [80, 80, 40, 40, 20, 20], [8.0, 16.0, 32.0], [0.5] * 3
+    gt_boxes, labels = _objects(2, 100, 80, 640.0, device, generator)
+    scores, boxes = _predictions(gt_boxes, locations(sizes, strides, half, device), 80, dtype, generator)
+    yield Sample("b2-g100-a8400", (scores, boxes, sizes, strides, half, None, gt_boxes, labels, *_ULTRALYTICS))
+
+
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     sizes, strides, half = [12, 16, 6, 8, 3, 4], [8.0, 16.0, 32.0], [0.5] * 3
     classes = 5
-    ultralytics = (10, 10, 0.5, 6.0, 16.0, 1e-9, "ultralytics", True)
 
     def objects(images: int, slots: int) -> tuple[Tensor, Tensor]:
-        found = draw_boxes(images * slots, device, torch.float32, generator, extent=120.0).reshape(images, slots, 4)
-        labels = torch.randint(-1, classes, (images, slots), generator=generator).to(device)
-        return found, labels
+        return _objects(images, slots, classes, 120.0, device, generator)
 
     def predictions(gt_boxes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and boxes near those that contain the location."""
-        images, count = gt_boxes.shape[0], len(points)
-        wild = normal((images, count, 4), device, torch.float32, generator, 6.0) + points.repeat(1, 2)
-        boxes = wild + torch.tensor([-15.0, -15, 15, 15], device=device)
-        if gt_boxes.shape[1]:
-            chosen = torch.randint(0, gt_boxes.shape[1], (images, count), generator=generator).to(device)
-            near = gt_boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
-            inside = (points > near[..., :2]) & (points < near[..., 2:])
-            close = near + normal((images, count, 4), device, torch.float32, generator, 3.0)
-            boxes = torch.where(inside.all(-1, keepdim=True), close, boxes)
-        return uniform((images, count, classes), device, dtype, generator), boxes
+        return _predictions(gt_boxes, points, classes, dtype, generator)
 
     def grid(gt_boxes: Tensor) -> tuple[Any, ...]:
         scores, boxes = predictions(gt_boxes, locations(sizes, strides, half, device))
@@ -64,7 +82,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
 
     for images, slots in ((2, 0), (1, 1), (2, 7), (1, 60)):
         gt_boxes, labels = objects(images, slots)
-        yield Sample(f"b{images}-g{slots}", (*grid(gt_boxes), gt_boxes, labels, *ultralytics))
+        yield Sample(f"b{images}-g{slots}", (*grid(gt_boxes), gt_boxes, labels, *_ULTRALYTICS))
     gt_boxes, labels = objects(2, 24)
     given = grid(gt_boxes)
     others = {
@@ -82,22 +100,22 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
         yield Sample(name, (*given, gt_boxes, labels, *options))
     # Class planes as a head has them, and predictions that are equal over and over.
     planes = given[0].transpose(1, 2).contiguous().transpose(1, 2)
-    yield Sample("class-planes", (planes, *given[1:], gt_boxes, labels, *ultralytics))
+    yield Sample("class-planes", (planes, *given[1:], gt_boxes, labels, *_ULTRALYTICS))
     coarse, rounded = (given[0] * 3).round() / 3, gt_boxes.div(8).round() * 8
     centre = locations(sizes, strides, half, device).repeat(1, 2)
     alike = (centre + torch.tensor([-12.0, -12, 12, 12], device=device)).expand(2, -1, 4)
     for name in ("ultralytics", "yolov6", "mmdet"):
         options = (10, 4 if name == "ultralytics" else 10, 0.5, 6.0, 0.0, 1e-9, name, name == "ultralytics")
         yield Sample(f"ties-{name}", (coarse, alike, *given[2:], rounded, labels, *options))
-    yield Sample("no-score", (coarse * 0, *given[1:], gt_boxes, labels, *ultralytics))
+    yield Sample("no-score", (coarse * 0, *given[1:], gt_boxes, labels, *_ULTRALYTICS))
     # Other grids, and points in any order.
     scattered = uniform((61, 2), device, torch.float32, generator, 0.0, 120.0)
     for name, points in (("points", scattered), ("grid-points", locations(sizes, strides, half, device))):
         scores, boxes = predictions(gt_boxes, points)
-        yield Sample(name, (scores, boxes, [], [], [], points, gt_boxes, labels, *ultralytics))
+        yield Sample(name, (scores, boxes, [], [], [], points, gt_boxes, labels, *_ULTRALYTICS))
     odd = [1, 30, 0, 5, 7, 3, 1, 1], [4.0, 8.0, 24.0, 100.0], [0.0, 0.5, 0.25, 0.5]
     scores, boxes = predictions(gt_boxes, locations(*odd, device))
-    yield Sample("odd-grids", (scores, boxes, *odd, None, gt_boxes, labels, *ultralytics))
+    yield Sample("odd-grids", (scores, boxes, *odd, None, gt_boxes, labels, *_ULTRALYTICS))
     nan, inf = float("nan"), float("inf")
     strange = torch.tensor(
         [
@@ -130,6 +148,7 @@ TASK_ALIGNED = register(
         reference=reference,
         fake=fake,
         samples=samples,
+        large=large,
         summary="task-aligned assignment of YOLOv8 to 26, YOLOv6, PP-YOLOE and TOOD",
         public=("task_aligned_assign",),
     )
