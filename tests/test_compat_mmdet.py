@@ -23,9 +23,7 @@ from gfl_ops.core.random_inputs import boxes as draw_boxes
 
 pytestmark = pytest.mark.peers
 if importlib.util.find_spec("mmdet") is None:
-    pytest.skip(
-        "mmdet is not installed; tests/support/peers/requirements.txt says what is needed", allow_module_level=True
-    )
+    pytest.skip("mmdet is not installed; see tests/support/peers/requirements.txt", allow_module_level=True)
 
 mmdet_stub.install()
 import mmcv.ops  # noqa: E402
