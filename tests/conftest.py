@@ -44,6 +44,16 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def no_backend_stays() -> Iterator[None]:
+    """A test that leaves its backend set would change every test after it."""
+    before = gfl_ops.get_backend()
+    yield
+    after = gfl_ops.get_backend()
+    gfl_ops.set_backend(before)
+    assert after == before, f"the test left set_backend({after!r}) behind"
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real photos, annotations and head outputs."""

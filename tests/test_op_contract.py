@@ -299,7 +299,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
         {"reference": lambda x, y, factor: x.t(), "fake": lambda x, y, factor: x.t()},
         "a result is an argument",
     ),
-    "in place": ({"reference": _in_place}, "is changed|mutate"),
+    "in place": ({"reference": _in_place}, "is changed|mutate|modified by an inplace"),
     "repeatability": ({"reference": _unrepeatable}, "^n[17]"),
 }
 

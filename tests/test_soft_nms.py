@@ -145,7 +145,7 @@ BOXES, SCORES, IDXS = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=to
         ({"boxes": BOXES.int()}, TypeError, "`boxes` must have one of the dtypes"),
         ({"scores": SCORES[:2]}, ValueError, r"`scores` must have shape \[N\] = \[3\], got \[2\]"),
         ({"idxs": IDXS[:2]}, ValueError, r"`idxs` must have shape \[N\] = \[3\], got \[2\]"),
-        ({"idxs": SCORES}, TypeError, "`idxs` must have one of the dtypes"),
+        ({"idxs": SCORES.to(torch.complex64)}, TypeError, "`idxs` must have one of the dtypes"),
         ({"iou_threshold": float("nan")}, ValueError, "`iou_threshold` must not be NaN"),
         ({"sigma": 0.0}, ValueError, "`sigma` must be > 0, got 0.0"),
         ({"sigma": "x"}, TypeError, "`sigma` must be a number"),
