@@ -30,6 +30,8 @@ LESS = {
     r"group_norm_relu_\w+_kernel": (0.6, _CASES),
     r"(soft_nms|multiclass_gather|gather)_kernel": (0.52, _CASES),
     r"(ld_\w+|box_to_distance_\w+|postprocess_select|bins_\w+)_kernel": (0.7, _CASES),
+    r"task_aligned_write_kernel": (0.27, _CASES),
+    r"(task_aligned_\w+|head_loss_norms)_kernel": (0.72, _CASES),
     r"(distance_to_box_\w+|gfl_loss_tile|multiclass_count|overlap|postprocess_\w+)_kernel": (0.82, _CASES),
 }
 TIMEOUT = 400
