@@ -313,7 +313,7 @@ def model_from(
         if assumed and strict:
             raise ValueError(f"{assumed}; `config` must be given, a preset or a file (--config NAME|FILE)")
         if assumed:
-            warnings.warn(f"{place}{assumed}: taken are the defaults; give `config`", stacklevel=2)
+            warnings.warn(f"{place}{assumed}: the defaults are taken; give `config`", stacklevel=2)
         if not found.model.backbone.startswith(models.TIMM):
             # Before memory is taken for what a file claims.
             with torch.device("meta"):

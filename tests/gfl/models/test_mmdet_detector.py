@@ -194,7 +194,8 @@ def test_a_checkpoint_of_the_real_one_loads(pair: Pair, tmp_path: Path) -> None:
     meta = {"mmengine_version": "0.10.7", "dataset_meta": {"classes": names}}
     hub = {"log_scalars": {"train/loss": HistoryBuffer([1.0, 0.5], [1, 1])}, "resumed_keys": {}}
     torch.save({"meta": meta, "state_dict": pair.theirs.state_dict(), "message_hub": hub}, path)
-    model, config, classes, _ = model_from(path)
+    with pytest.warns(UserWarning, match="the defaults are taken"):
+        model, config, classes, _ = model_from(path)
     assert config.model == pair.ours.config and classes == list(names)
     weights, expected = model.state_dict(), pair.theirs.state_dict()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
