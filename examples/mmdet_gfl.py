@@ -7,7 +7,7 @@ Or: in a config, `custom_imports = dict(imports=["gfl_ops.compat.mmdet_patch"])`
     `custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])`
 Replaces: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
     `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`,
-    `GFLHead.predict_by_feat`
+    `TaskAlignedAssigner`, `GFLHead.predict_by_feat`
 """
 
 from pathlib import Path

@@ -15,6 +15,7 @@ import re
 import threading
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -196,7 +197,9 @@ def _globals(path: Path) -> set[str]:
                 pickles = [io.BytesIO(archive.read(name))]
         pickles[0].seek(0)
         operations = (found for one in pickles for found in pickletools.genops(one))
-        return {str(argument).replace(" ", ".") for code, argument, _ in operations if code.name == "GLOBAL"}
+        asked = (str(argument).split(" ") for code, argument, _ in operations if code.name == "GLOBAL")
+        # torch writes Python 2's names of modules, such as `__builtin__`.
+        return {f"{IMPORT_MAPPING.get(module, module)}.{name}" for module, name in asked}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -383,3 +384,18 @@ def test_safetensors(model: GFL, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"x\.safetensors: truncated"):
         checkpoint.read(path)
+
+
+def test_log_histories_that_name_their_methods_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmengine's keep their own methods, which pickle writes as calls of getattr by Python 2's name."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    source = "class HistoryBuffer:\n    def mean(self): pass\n"
+    exec(source, module.__dict__)
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    history = module.HistoryBuffer()
+    history.methods = {"mean": module.HistoryBuffer.mean}
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "message_hub": {"loss": history}}, tmp_path / "epoch_1.pth")
+    content = checkpoint.read(tmp_path / "epoch_1.pth")
+    assert torch.equal(content["state_dict"]["weight"], torch.ones(2))
