@@ -156,7 +156,8 @@ def _sides(
     tensors = (pred, *places, *unread)
     strides = (*at.strides, *[0] * (2 * len(unread)), *(tensors[i].stride(-1) for i in (0, 1, 3)))
     width = launch.power_of_two(reg_max + 1)
-    block = launch.rows_per_program(at.inner, width)
+    # Boxes of twice as many rows would spill registers on sm_80.
+    block = launch.rows_per_program(at.inner, width, 512 if box else 1024)
     constants = {
         "BOX": box, "CLIP": limit is not None, "BLOCK_L": block, "BINS": width,
     }  # fmt: skip
