@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,9 +221,10 @@ with gfl_ops.set_backend("native"):
 
 @pytest.mark.skipif(backends.unavailable("native", "head_loss_norms", "cpu") is not None, reason="no native kernel")
 @pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
-def test_norms_read_logits_of_positives_alone() -> None:
+def test_norms_read_logits_of_positives_alone(tmp_path: Path) -> None:
     """Reading any other location ends the process."""
-    ran = subprocess.run([sys.executable, "-c", PROTECTED], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROTECTED]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ran.returncode == 0 and ran.stdout.strip() == "[3.0, 1.5]", ran.stderr
 
 

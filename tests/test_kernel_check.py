@@ -330,7 +330,7 @@ def test_a_wrong_kernel_of_the_cpu_is_known_to_the_next_import(tmp_path: Path) -
     for off, backend in (("1", "reference"), ("0", "native")):
         environment = {**os.environ, "GFL_OPS_SELF_CHECK": off}
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path
         )
         assert done.stdout.strip() == backend, done.stderr
         assert ("please report" in done.stderr) == (backend == "reference")
