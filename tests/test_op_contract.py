@@ -113,10 +113,12 @@ def uninitialised_is_nan() -> Iterator[None]:
 
 @every_rung
 def test_strides_are_of_no_account(rung: Rung, seed: int, uninitialised_is_nan: None) -> None:
+    samples = rung.full_samples(seed)
     # A norm over one channel that is expanded over its map has no variance: its gradient is rounding, times 316.
-    samples = [s for s in rung.full_samples(seed) if not s.id.startswith("a-channel-a-group")]
+    varied = [s for s in samples if not s.id.startswith("a-channel-a-group")]
     for i, layout in enumerate(contract.LAYOUTS):
-        contract.check_layouts(rung, samples[(seed + 7 * i) % len(samples)], layout, seed)
+        fit = varied if layout.startswith("expanded") else samples
+        contract.check_layouts(rung, fit[(seed + 7 * i) % len(fit)], layout, seed)
 
 
 @differentiable_rungs
