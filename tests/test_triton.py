@@ -284,4 +284,5 @@ def test_group_norm_keeps_a_small_eps_in_fp64(generator: torch.Generator) -> Non
     x = normal((1, 4, 3, 3), CPU, torch.float64, generator) * 1e-9
     args = ([x], torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), 2, 1e-5, False)
     got, want = torch.ops.gfl_triton.group_norm_relu_fwd(*args)[0][0], SPECS["group_norm_relu"].reference(*args)[0][0]
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    # Where x meets the mean, the difference keeps the rounding of its terms and not of itself.
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
