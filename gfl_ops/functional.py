@@ -12,6 +12,7 @@ from .ops.head.gfl_loss import HeadLoss, gfl_loss
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.head.head_loss_norms import head_loss_norms
 from .ops.head.task_aligned import TaskAlignedAssignment, task_aligned_assign
+from .ops.head.yolo_loss import YoloLoss, yolo_loss
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
@@ -28,6 +29,7 @@ __all__ = [
     "Detections",
     "HeadLoss",
     "TaskAlignedAssignment",
+    "YoloLoss",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -54,4 +56,5 @@ __all__ = [
     "soft_target_bce",
     "task_aligned_assign",
     "varifocal_loss",
+    "yolo_loss",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peers import mmdet_stub
+from peers.compare import by_lower_index
 from real_data import annotations, category_ids, missing
 from torch import Tensor
 
@@ -86,12 +87,6 @@ def real(g: torch.Generator) -> Given:
 
 SCENES = {"drawn": drawn, "real": real}
 scenes = pytest.mark.parametrize("scene", SCENES)
-
-
-def by_lower_index(x: Tensor, k: int, dim: int = -1, largest: bool = True, **others: Any) -> Any:
-    """torch.topk with ties by the lower index, as on CUDA."""
-    values, indices = x.sort(dim=dim, descending=largest, stable=True)
-    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
 
 def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float = 2e-6) -> None:

@@ -17,11 +17,12 @@ TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
 
 
-def run(name: str, tmp_path: Path, **environment: str) -> str:
+def run(name: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     """What the example prints. mmcv-lite has no compiled extension: mmdet_stub stands in for it where that is so."""
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(TESTS / 'support')!r});"
         "from peers import mmdet_stub; mmdet_stub.install();"
+        f"sys.argv[1:] = {list(arguments)!r};"
         f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -78,6 +79,23 @@ def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
     )
     assert len(ours) == len(theirs) >= 3
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.peers
+def test_a_training_of_ultralytics(data: Path, tmp_path: Path) -> None:
+    """On real photos: the losses of six steps are those of ultralytics."""
+    if importlib.util.find_spec("ultralytics") is None:
+        pytest.skip("ultralytics is not installed (tests/support/peers/requirements.txt)")
+    folder = str(data / "coco_val2017_47")
+    printed = run("ultralytics_train.py", tmp_path, folder, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
+    assert ".v8DetectionLoss" in printed
+    ours, theirs = (
+        [float(x) for x in re.findall(r"[\[ ](\d+\.\d+)", line)]
+        for line in printed.splitlines()
+        if line.startswith("losses with")
+    )
+    assert len(ours) == len(theirs) == 6
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_every_example_is_run_here() -> None:

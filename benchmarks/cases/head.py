@@ -148,10 +148,34 @@ def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("group_norm_relu", label, what, inputs, ours, {"eager": eager}, eager, reached)
 
 
+def yolo_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    """With the assignment, and as many bins as the scene's head has."""
+    head = scene.head
+    bins = head.reg_max + 1
+    inputs = {
+        "reg_preds": [m.to(dtype) for m in head.reg_preds],
+        "cls_scores": [m.to(dtype) for m in head.cls_scores],
+        "gt_boxes": scene.gt_boxes,
+        "gt_labels": scene.gt_labels,
+    }
+
+    def ours(reg_preds: list[Tensor], cls_scores: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return tuple(gfl_ops.yolo_loss(reg_preds, cls_scores, head.strides, gt_boxes, gt_labels, bins=bins))[:3]
+
+    def eager(reg_preds: list[Tensor], cls_scores: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas.head.yolo_loss(reg_preds, cls_scores, head.strides, gt_boxes, gt_labels, bins)
+
+    reads = sum(m.numel() * m.element_size() for name in ("reg_preds", "cls_scores") for m in inputs[name])
+    gradients = ("cls_scores", "reg_preds")
+    what = f"{scene.batch} images, {int((scene.gt_labels >= 0).sum())} boxes"
+    yield Case("yolo_loss", "yolo_loss", what, inputs, ours, {"eager": eager}, None, gradients, reads=reads)
+
+
 MAKERS = {
     "atss": atss,
     "gfl_loss": gfl_loss,
     "head_loss_norms": head_loss_norms,
     "group_norm_relu": group_norm_relu,
     "task_aligned": task_aligned,
+    "yolo_loss": yolo_loss,
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss against plain loops in double, and its gradient against differences of those.
+// The losses of GFL and YOLO heads against plain loops in double, and their gradients against differences of those.
 #include "gfl/head.h"
 
 #include <limits>
@@ -163,9 +163,10 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
 }
 
 template <class T>
-Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& scales, std::vector<HeadLevel> levels,
-        std::vector<HeadGradients> gradients, const std::vector<Map<T>>& cls, const std::vector<Map<T>>& reg,
-        std::vector<Map<T>>& grad_cls, std::vector<Map<T>>& grad_reg, const char* name) {
+Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<acc_t<T>>& scores,
+        const HeadScales& scales, std::vector<HeadLevel> levels, std::vector<HeadGradients> gradients,
+        const std::vector<Map<T>>& cls, const std::vector<Map<T>>& reg, std::vector<Map<T>>& grad_cls,
+        std::vector<Map<T>>& grad_reg, const char* name) {
   using A = acc_t<T>;
   DeviceMaps<T> inputs, cls_out, reg_out;
   for (size_t l = 0; l < levels.size(); ++l) {
@@ -178,13 +179,15 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   const size_t locations = static_cast<size_t>(in.images * in.locations);
   const Buffer<int64_t> labels(std::vector<int64_t>(in.labels, in.labels + locations));
   const Buffer<int64_t> matched(std::vector<int64_t>(in.matched, in.matched + locations));
-  const Buffer<A> device_boxes(boxes), one(std::vector<A>{1});
+  const Buffer<A> device_boxes(boxes), device_scores(scores), one(std::vector<A>{1});
   const Buffer<A> grads(
       std::vector<A>{static_cast<A>(scales.cls), static_cast<A>(scales.box), static_cast<A>(scales.dfl)});
   in.levels = levels.data();
   in.labels = labels.data();
   in.matched = matched.data();
   in.gt_boxes = device_boxes.data();
+  in.scores = device_scores.data();
+  const bool yolo = in.kind == HeadLossKind::yolo;
   Launch launch(in);
   Buffer<A> out(5), again(5);
   const auto output = [](Buffer<A>& to) {
@@ -211,6 +214,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
     norm += static_cast<double>(std::max<int64_t>(positives, 1));
   }
   const double weight = std::max(static_cast<double>(sums[4]), 1.0);
+  if (yolo) norm = weight;
   CHECK(close(losses[0], 0.5 * sums[0] / norm, 1e-6, 0), "%s: cls %g of %g", name, double(losses[0]), double(sums[0]));
   CHECK(close(losses[1], 2 * sums[1] / weight, 1e-6, 0), "%s: box %g of %g", name, double(losses[1]), double(sums[1]));
   CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]),
@@ -221,10 +225,13 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   GflLossInput classes_only = in;
   classes_only.gt_boxes = nullptr;
   classes_only.gts = std::numeric_limits<int64_t>::max();
-  Buffer<A> norms(2);
-  Launch(classes_only).norms({norms.data(), norms.data() + 1});
-  CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
-  CHECK(norms.read()[1] == sums[4], "%s: weights of %g alone, not %g", name, double(norms.read()[1]), double(sums[4]));
+  if (!yolo) {
+    Buffer<A> norms(2);
+    Launch(classes_only).norms({norms.data(), norms.data() + 1});
+    CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
+    CHECK(norms.read()[1] == sums[4], "%s: weights of %g alone, not %g", name, double(norms.read()[1]),
+          double(sums[4]));
+  }
   for (size_t l = 0; l < levels.size(); ++l) levels[l].reg = inputs.maps[2 * l + 1]->data();
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
@@ -261,7 +268,7 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
   for (size_t l = 0; l < c.sizes.size(); ++l) {
     const auto [h, w] = c.sizes[l];
-    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), 0.0});
+    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), c.yolo ? 0.5 : 0.0});
     gradients.push_back({grad_cls[l].data.data(), grad_reg[l].data.data(), {}, {}});
     std::copy_n(cls[l].stride, 4, levels[l].cls_stride);
     std::copy_n(reg[l].stride, 4, levels[l].reg_stride);
@@ -270,16 +277,29 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
   std::vector<A> boxes;
   for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
-  const GflLossInput in{levels.data(),   static_cast<int64_t>(levels.size()),
-                        dtype,           dtype,
-                        c.images,        c.classes,
-                        c.reg_max,       c.locations(),
-                        c.labels.data(), c.matched.data(),
-                        boxes.data(),    c.gts,
-                        c.beta,          c.legacy};
+  const std::vector<A> scores = rounded<A>(c.scores);
+  for (size_t i = 0; i < scores.size(); ++i) c.scores[i] = static_cast<double>(scores[i]);
+  const GflLossInput in{levels.data(),
+                        static_cast<int64_t>(levels.size()),
+                        dtype,
+                        dtype,
+                        c.images,
+                        c.classes,
+                        c.reg_max,
+                        c.locations(),
+                        c.labels.data(),
+                        c.matched.data(),
+                        boxes.data(),
+                        c.gts,
+                        c.beta,
+                        c.legacy,
+                        c.yolo ? HeadLossKind::yolo : HeadLossKind::gfl,
+                        nullptr,
+                        static_cast<double>(c.sizes[0].first) * c.stride(0),
+                        static_cast<double>(c.sizes[0].second) * c.stride(0)};
 
   const HeadScales scales{0.7, -1.3, 2.1};
-  const Got got = run<T>(in, boxes, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
+  const Got got = run<T>(in, boxes, scores, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
   std::vector<HeadTerms> frozen;
   const Losses want = by_loops(c, frozen);
   double weight = 0;
@@ -368,6 +388,19 @@ Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, 
   return c;
 }
 
+Case draw_yolo(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t bins,
+               bool channels_last) {
+  Case c = draw_case(draw, std::move(sizes), classes, bins - 1, 2.0, false, channels_last);
+  c.yolo = true;
+  for (int64_t i = 0; i < c.images * c.locations(); ++i) c.scores.push_back(draw.uniform());
+  // Without bins, distances on both sides of their targets, none so close that a difference crosses it.
+  if (bins == 1) {
+    for (std::vector<double>& map : c.reg)
+      for (double& v : map) v = std::fabs(v) * 3 + 0.3;
+  }
+  return c;
+}
+
 }  // namespace
 
 int main() {
@@ -395,6 +428,19 @@ int main() {
     check<float>(wide, DType::f32, 1e-5, "many classes f32", false);
     check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
     check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
+  }
+  for (const bool channels_last : {false, true}) {
+    for (const int64_t bins : {16, 1}) {
+      const Case c = draw_yolo(draw, {{9, 8}, {3, 5}, {1, 1}}, channels_last ? 7 : 131, bins, channels_last);
+      check<double>(c, DType::f64, 1e-7, "YOLO f64");
+      check<float>(c, DType::f32, 1e-5, "YOLO f32");
+      check<half_t>(c, DType::f16, 1e-4, "YOLO f16");
+      check<bfloat16_t>(c, DType::bf16, 1e-3, "YOLO bf16");
+    }
+    const Case aligned = draw_yolo(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 8, channels_last);
+    check<float>(aligned, DType::f32, 1e-5, "aligned YOLO f32", false);
+    check<half_t>(aligned, DType::f16, 1e-4, "aligned YOLO f16", false);
+    check<bfloat16_t>(aligned, DType::bf16, 1e-3, "aligned YOLO bf16", false);
   }
   return gfl::testing::result("gfl_loss");
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import task_aligned_assign
-from ..ops.head.task_aligned_reference import overlap
+from ..ops.head.task_aligned_reference import overlap, scores_in_double
 
 # What mmdet's assigners give as the overlap of a prior without a box.
 NO_OVERLAP = -100000000.0
@@ -58,25 +58,19 @@ def dense_targets(
     learnt = found.scores.to(dtype)
     if dtype == torch.float64:
         score = pred_scores.gather(2, target[..., None])[..., 0]
-        learnt = _scores_in_double(score, pred_boxes, boxes, positive, slot, gt_boxes.shape[1], options)
+        kind = options.get("overlap", "iou" if options.get("variant") == "yolov6" else "ciou")
+        learnt = scores_in_double(
+            "ciou" if kind == "ciou" else "clipped_iou",
+            score,
+            pred_boxes,
+            boxes,
+            positive,
+            slot,
+            gt_boxes.shape[1],
+            *(options[name] for name in ("alpha", "beta", "eps")),
+        )
     scores = learnt.new_zeros((*target.shape, classes)).scatter_(2, target[..., None], learnt[..., None])
     return Targets(target, boxes, scores, positive, slot)
-
-
-def _scores_in_double(
-    score: Tensor, pred: Tensor, gt: Tensor, positive: Tensor, slot: Tensor, slots: int, options: dict[str, Any]
-) -> Tensor:
-    """The scores that positives are to learn, ``[B, A]``, in the dtypes and by the functions of the frameworks; for
-    training in fp64, which would show the rounding of `task_aligned_assign`'s."""
-    kind = options.get("overlap", "iou" if options.get("variant") == "yolov6" else "ciou")
-    reached = overlap("ciou" if kind == "ciou" else "clipped_iou", gt, pred, torch.atan)
-    reached = torch.where(positive, reached, 0.0)
-    metric = torch.where(positive, score.pow(options["alpha"]) * reached.pow(options["beta"]), 0.0)
-
-    def largest(x: Tensor) -> Tensor:
-        return x.new_zeros((len(x), slots)).scatter_reduce(1, slot, x, "amax").gather(1, slot)
-
-    return metric * largest(reached) / (largest(metric) + options["eps"])
 
 
 class TaskAlignedAssigner(nn.Module):
@@ -184,22 +178,26 @@ def _enlarges(theirs: Any, side: float) -> bool:
         return bool(theirs.select_candidates_in_gts(*arguments[:2]).any())
 
 
+def enlarges(theirs: Any) -> bool | None:
+    """Whether their assigner makes any side at least the second stride, as 8.4 does; 8.3 leaves boxes as they are. None
+    for those in between, where only sides below the first stride became that long, which ours does not do."""
+    small, middling = (_enlarges(theirs(num_classes=1), side) for side in (6.0, 12.0))
+    return small if small == middling else None
+
+
 def ultralytics_forward(theirs: Any) -> Callable[..., Any]:
     """A `forward` for their class: ours for upright boxes, their own for what a subclass defines anew."""
-    original = theirs.forward
+    original, enlarged = theirs.forward, enlarges(theirs)
     steps = {name: value for name, value in vars(theirs).items() if callable(value) and name != "forward"}
     del steps["__init__"]
-    # With strides of 8, 16 and 32: 8.3 leaves boxes as they are, 8.4 makes any side at least 16; in between only sides
-    # below 8 became 16, which ours does not do.
-    small, middling = (_enlarges(theirs(num_classes=1), side) for side in (6.0, 12.0))
 
     @torch.no_grad()
     def forward(self: Any, *arguments: Any, **extra: Any) -> Any:
         """Their call and results."""
         plain = all(getattr(type(self), name) is value for name, value in steps.items())
-        if not plain or extra or len(arguments) != 6 or small != middling:
+        if not plain or extra or len(arguments) != 6 or enlarged is None:
             return original(self, *arguments, **extra)
-        return _ultralytics(self, float(self.stride_val) if small else 0.0, *arguments)
+        return _ultralytics(self, float(self.stride_val) if enlarged else 0.0, *arguments)
 
     return forward
 

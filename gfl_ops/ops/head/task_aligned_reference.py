@@ -81,6 +81,37 @@ def overlap(kind: str, gt: Tensor, pred: Tensor, atan: Callable[[Tensor], Tensor
     return torch.where(value > 0, value, 0.0)
 
 
+def scores_in_double(
+    kind: str,
+    score: Tensor,
+    pred: Tensor,
+    gt: Tensor,
+    positive: Tensor,
+    slot: Tensor,
+    slots: int,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> Tensor:
+    """The scores that positives are to learn, ``[B, A]``, in the dtypes and by the functions of the frameworks; for
+    training in fp64, which would show the rounding of `task_aligned_assign`'s.
+
+    Args:
+        kind: of `overlap`.
+        score: ``[B, A]``, of the class to learn.
+        pred, gt: ``[B, A, 4]``.
+        positive: ``[B, A]``, which locations learn a box.
+        slot: ``[B, A]``, in [0, slots).
+    """
+    reached = torch.where(positive, overlap(kind, gt, pred, torch.atan), 0.0)
+    metric = torch.where(positive, score.pow(alpha) * reached.pow(beta), 0.0)
+
+    def largest(x: Tensor) -> Tensor:
+        return x.new_zeros((len(x), slots)).scatter_reduce(1, slot, x, "amax").gather(1, slot)
+
+    return metric * largest(reached) / (largest(metric) + eps)
+
+
 def inside(points: Tensor, gt_boxes: Tensor, min_side: float, margin: float) -> Tensor:
     """Which points ``[A, 2]`` lie in which boxes ``[G, 4]``, each side at least `min_side`: ``[G, A]``."""
     low, high = gt_boxes[:, :2], gt_boxes[:, 2:]
