@@ -4,7 +4,7 @@
 The folder has `images` and a file instances_*.json as COCO has it. The same steps with our operators and without.
 
 Framework: ultralytics 8.3, 8.4, training
-Replaces: the whole detection loss, `v8DetectionLoss`, besides the above
+Replaces: the whole detection loss, `v8DetectionLoss`, besides what the next row names
 """
 
 import json

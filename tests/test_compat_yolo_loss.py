@@ -238,11 +238,12 @@ def assert_same_curve(ours: list[float], theirs: list[float]) -> None:
 MODELS = ["yolov8n.yaml", "yolo11n.yaml", *(["yolo26n.yaml"] if V84 else [])]
 
 
-@pytest.mark.parametrize(("dtype", "lr"), [(torch.float64, 0.01), (torch.float32, 0.0005)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("yaml", MODELS)
-def test_fifty_steps_of_training(yaml: str, dtype: torch.dtype, lr: float, seed: int) -> None:
-    """From the same seed, patched and unpatched. In fp32 a last bit, whoever's it is, grows with the learning rate."""
-    assert_same_curve(*both(lambda: curve(yaml, dtype, lr, seed, 50)))
+def test_fifty_steps_of_training(yaml: str, dtype: torch.dtype, seed: int) -> None:
+    """From the same seed, patched and unpatched, at a learning rate where a training follows from its start: at 0.01,
+    weights that are moved by 1e-10 of themselves change a loss by 1e-3 after 20 steps, in fp64 too."""
+    assert_same_curve(*both(lambda: curve(yaml, dtype, 0.0001, seed, 50)))
 
 
 def test_a_compiled_model_trains_the_same(seed: int) -> None:
@@ -250,4 +251,4 @@ def test_a_compiled_model_trains_the_same(seed: int) -> None:
         torch._dynamo.reset()
         return torch.compile(model, backend="aot_eager")
 
-    assert_same_curve(*both(lambda: curve("yolov8n.yaml", torch.float64, 0.01, seed, 10, compiled)))
+    assert_same_curve(*both(lambda: curve("yolov8n.yaml", torch.float64, 0.0001, seed, 10, compiled)))

@@ -20,12 +20,16 @@ template <class Head_, class A> struct General : GeneralParams<A> {
 // Calls f with the form of the parameters for elements of T.
 template <class Head, class T, class F> void dispatch_terms(double exponent, const F& f) {
   using Loss = typename Head::Score;
-  if constexpr (sizeof(T) < 8) {
-    if (Loss::params == 0 || exponent == FastPath<Head>::exponent) return f(FastPath<Head>{});
+  if constexpr (sizeof(T) < 8 && Loss::params == 0) {
+    f(FastPath<Head>{});
+  } else {
+    if constexpr (sizeof(T) < 8) {
+      if (exponent == FastPath<Head>::exponent) return f(FastPath<Head>{});
+    }
+    General<Head, acc_t<T>> general{};
+    general.exponent = static_cast<acc_t<T>>(exponent);
+    f(general);
   }
-  General<Head, acc_t<T>> general{};
-  general.exponent = static_cast<acc_t<T>>(exponent);
-  f(general);
 }
 
 template <class Params, class A> __device__ __forceinline__ Term<A> background_term(const Params& params, A x) {
