@@ -62,13 +62,16 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Images and annotations in COCO format."""
+    """Images and annotations: COCO's files by their names, or whatever format is found in `data`."""
 
-    data: str = _option(".", "folder of the data set; paths of annotations and images are relative to it", "DIR")
+    data: str = _option(
+        ".", "folder or data.yaml of the data set; its format is found unless COCO's files are there", "DIR|FILE"
+    )
     train_annotations: str = _option("annotations/instances_train2017.json", "training annotations", "FILE")
     train_images: str = _option("train2017", "training images", "DIR")
     val_annotations: str = _option("annotations/instances_val2017.json", "validation annotations ('': none)", "FILE")
     val_images: str = _option("val2017", "validation images", "DIR")
+    val_share: float = _option(0.2, "share of the images held out where a format is found without validation data")
     keep_empty: bool = _option(False, "train on images without objects too, as pure background")
     workers: int = _option(4, "data-loading processes per training process; 0: load in the process itself")
 
@@ -272,16 +275,29 @@ def preset(name: str) -> Config:
     if not path.is_file():
         meant = did_you_mean(name, PRESETS)
         raise ValueError(f"gfl: `config` must be one of {known} or a TOML, YAML or JSON file, got {name!r}{meant}")
-    module, function = PARSERS.get(path.suffix, ("json", "loads"))
+    try:
+        return Config.from_dict(parse_file(path))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
+
+
+def parse_file(path: Path) -> Any:
+    """The contents of a TOML, YAML or JSON file, by its suffix.
+
+    Raises:
+        ValueError: it is not what its suffix says.
+        RuntimeError: a YAML file, and PyYAML is not installed.
+    """
+    module, function = PARSERS.get(path.suffix.lower(), ("json", "loads"))
     try:
         parse = getattr(importlib.import_module(module), function)
     except ImportError:
-        raise RuntimeError(f"{name}: YAML files need PyYAML: pip install pyyaml") from None
+        raise RuntimeError(f"{path}: YAML files need PyYAML: pip install pyyaml") from None
     content = files.read_bytes(path, LARGEST_FILE)
     try:
-        return Config.from_dict(parse(content.decode("utf-8")))
+        return parse(content.decode("utf-8-sig"))
     except Exception as error:  # each parser has its own kind
-        raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
+        raise ValueError(str(error)) from None
 
 
 LARGEST_FILE = 2**24

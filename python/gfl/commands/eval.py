@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
         files.write_json(options.output, values, indent=2)
     say(f"{len(detections)} detections, {len(data.image_ids)} images")
-    for problem, number in data.problems.items():
-        say(f"{number} {problem}")
+    for line in data.problems.lines():
+        say(line)
     say(evaluate.table(metrics))
     if options.per_class:
         whole: Any = getattr(data, "annotations", data)
@@ -95,7 +95,7 @@ def _of_checkpoint(options: argparse.Namespace) -> Found | None:
     config = configuration.overrides(stored, options)
     root = Path(config.data.data)
     _check_outputs(options, *(root / getattr(config.data, name) for name in ("val_annotations", "val_images")))
-    data = validation_dataset(config)
+    data = validation_dataset(config, classes)
     _check_classes(options.checkpoint, classes, data)
     check_kernels(options.device)
     with processes(options.device) as process:

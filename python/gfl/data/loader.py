@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..threads import cores
+from . import sources
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
 from .values import ImageId
@@ -72,16 +73,18 @@ class Batch:
 
 def training_dataset(config: Config) -> CocoDataset:
     """The images to train on, as `config.data` says; without those that have no object, unless ``keep_empty``."""
-    data, root = config.data, Path(config.data.data)
-    return CocoDataset(root / data.train_annotations, root / data.train_images, keep_empty=data.keep_empty)
+    found = sources.dataset(config.data, "train")
+    assert found is not None
+    return found
 
 
-def validation_dataset(config: Config) -> CocoDataset:
-    """The images to evaluate on, all of the annotation file; ValueError if `val_annotations` is empty."""
-    data, root = config.data, Path(config.data.data)
-    if not data.val_annotations:
-        raise ValueError("`val_annotations` is empty: there is nothing to evaluate on")
-    return CocoDataset(root / data.val_annotations, root / data.val_images)
+def validation_dataset(config: Config, classes: Sequence[str] | None = None) -> CocoDataset:
+    """The images to evaluate on, with a model's classes; ValueError if there are none, as of ``val_annotations = ''``."""
+    found = sources.dataset(config.data, "val", classes)
+    if found is None:
+        empty = "`val_annotations` is empty" if not config.data.val_annotations else f"{config.data.data} has no val part"
+        raise ValueError(f"{empty}: there is nothing to evaluate on")
+    return found
 
 
 def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

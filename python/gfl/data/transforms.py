@@ -22,6 +22,7 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 # Bytes of an image file, of which the largest photos have a tenth.
 LARGEST_FILE = 2**29
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap height and width
 _TURN = Image.Transpose
 TURNS = {

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from .. import backbone_weights, checkpoint, files, models
 from ..config import SECTION_OF, Config, TrainConfig
+from ..data import sources
 from ..data.coco import CocoDataset
-from ..data.loader import training_dataset, training_loader, validation_dataset
+from ..data.loader import training_dataset, training_loader
 from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
@@ -109,12 +110,12 @@ class Training:
         _check(settings)
         self.data = training_dataset(config)
         self.digest = self.data.digest()
-        self.validation = validation_dataset(config) if config.data.val_annotations else None
+        self.validation = sources.dataset(config.data, "val", self.data.classes)
         notes, classes = [], self.data.classes
         if self.validation is not None and self.validation.classes != classes:
             raise ValueError(
-                f"gfl: the classes of {config.data.val_annotations} are {', '.join(self.validation.classes)}; those of "
-                f"{config.data.train_annotations} are {', '.join(classes)}"
+                f"gfl: the classes of {self.validation.annotations.path} are {', '.join(self.validation.classes)}; those "
+                f"of {self.data.annotations.path} are {', '.join(classes)}"
             )
         if config.model.num_classes != len(classes):
             config = config.replace(num_classes=len(classes))
@@ -128,7 +129,7 @@ class Training:
             if saved["meta"]["classes"] != classes:
                 raise ValueError(
                     f"{out / LAST} was trained on the classes {', '.join(saved['meta']['classes'])}; "
-                    f"{config.data.train_annotations} has {', '.join(classes)}"
+                    f"{self.data.annotations.path} has {', '.join(classes)}"
                 )
             model = models.build(before.model, config.test)
         self.config = config = dataclasses.replace(config, model=model.config)
@@ -311,7 +312,7 @@ class Training:
         ]
         for kind, dataset in (("training", data), ("validation", self.validation)):
             if dataset is not None:
-                lines += [f"{kind} data: {count} {what}" for what, count in dataset.problems.items()]
+                lines += [f"{kind} data: {line}" for line in dataset.problems.lines()]
         return lines
 
 
