@@ -10,11 +10,13 @@ import threading
 from pathlib import Path
 
 import file_fuzz as fuzz
+import layout_writers
 import pytest
 import torch
 
 from gfl import checkpoint, files
 from gfl.config import Config, preset
+from gfl.data import layouts
 from gfl.data.coco import CocoDataset, read_annotations, read_detections
 from gfl.data.transforms import UnreadableImage, read_image
 from gfl.engine import evaluate
@@ -256,3 +258,29 @@ def test_deep_and_long_json(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"x\.json"):
             read_annotations(path)
     json.dumps(text)
+
+
+@pytest.mark.parametrize(
+    "format", ["coco_roboflow", "label_studio", "label_studio_min", "labelme", "voc", "cvat_xml", "csv_roboflow"]
+)
+def test_layouts(format: str, tmp_path: Path, draw: random.Random) -> None:
+    """A changed place of a labelling tool's file costs what it describes, or the data are refused by a named error."""
+    layout_writers.WRITERS[format](tmp_path)
+    (path, *_) = sorted(p for p in tmp_path.rglob("*") if p.suffix in (".json", ".xml", ".csv"))
+    whole = path.read_bytes()
+    if path.suffix == ".json":
+        cases = ((what, fuzz.written(c).encode()) for what, c in fuzz.changes(json.loads(whole), draw, 120))
+    else:
+        cases = fuzz.damages(whole, draw, 60)
+    taken = 0
+    for what, content in cases:
+        path.write_bytes(content)
+        try:
+            parts, _, _ = layouts.read(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error), what
+            continue
+        taken += 1
+        assert all(bool(a.boxes.isfinite().all()) for a in parts.values()), what
+    # Damage to one file of XML is damage to all of it.
+    assert taken > (0 if format == "cvat_xml" else 20)

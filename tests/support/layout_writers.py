@@ -76,7 +76,9 @@ def yolo_images_labels(root: Path) -> Path:
     for key, (part, _, _) in TRUTH.items():
         (root / "labels" / part).mkdir(parents=True, exist_ok=True)
         (root / "labels" / part / f"{key}.txt").write_text(yolo_lines(key))
-    text = f"path: /home/someone/set\ntrain: images/train\nval: images/val\nnames:\n  0: {CLASSES[0]}\n  1: {CLASSES[1]}\n"
+    text = (
+        f"path: /home/someone/set\ntrain: images/train\nval: images/val\nnames:\n  0: {CLASSES[0]}\n  1: {CLASSES[1]}\n"
+    )
     (root / "data.yaml").write_text(text)
     return root
 
@@ -90,7 +92,8 @@ def yolo_roboflow(root: Path) -> Path:
         label = root / places[part] / "labels" / f"{key}_jpg.rf.0123.txt"
         label.parent.mkdir(exist_ok=True)
         label.write_text(yolo_lines(key))
-    text = f"train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\nnames: ['{CLASSES[0]}', '{CLASSES[1]}']\n"
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\n"
+    text += f"names: ['{CLASSES[0]}', '{CLASSES[1]}']\n"
     (root / "data.yaml").write_text(text)
     (root / "README.roboflow.txt").write_text("exported\n")
     return root / "data.yaml"
@@ -165,9 +168,7 @@ def cvat_xml(root: Path) -> Path:
         head = f'<image id="{number}" name="{key}.jpg" subset="{part}" width="{width}" height="{height}">'
         images.append(f"{head}{inner}</image>")
     meta = f"<meta><job><labels>{labels}</labels></job></meta>"
-    (root / "annotations.xml").write_text(
-        f"<annotations><version>1.1</version>{meta}{''.join(images)}</annotations>"
-    )
+    (root / "annotations.xml").write_text(f"<annotations><version>1.1</version>{meta}{''.join(images)}</annotations>")
     return root
 
 

@@ -79,10 +79,12 @@ def training_dataset(config: Config) -> CocoDataset:
 
 
 def validation_dataset(config: Config, classes: Sequence[str] | None = None) -> CocoDataset:
-    """The images to evaluate on, with a model's classes; ValueError if there are none, as of ``val_annotations = ''``."""
+    """The images to evaluate on, with a model's classes; ValueError if there are none."""
     found = sources.dataset(config.data, "val", classes)
     if found is None:
-        empty = "`val_annotations` is empty" if not config.data.val_annotations else f"{config.data.data} has no val part"
+        empty = (
+            "`val_annotations` is empty" if not config.data.val_annotations else f"{config.data.data} has no val part"
+        )
         raise ValueError(f"{empty}: there is nothing to evaluate on")
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,10 +57,10 @@ def of_classes(annotations: Annotations, names: Sequence[str]) -> Annotations:
     return of_labels(annotations, [label for label, pair in pairs if not {*pair}.isdisjoint(names)])
 
 
-def without_ghosts(annotations: Annotations, keep: Collection[str] = ()) -> Annotations:
+def without_ghosts(annotations: Annotations, keep: Collection[str] = (), said: bool = True) -> Annotations:
     """Without categories that only name others' supercategory and have no box, as Roboflow's exports begin with.
 
-    Those whose names are in `keep`, a model's classes, stay.
+    Those whose names are in `keep`, a model's classes, stay. What is left out is counted if it is to be `said`.
     """
     a = annotations
     boxes = class_counts(a)
@@ -75,7 +75,8 @@ def without_ghosts(annotations: Annotations, keep: Collection[str] = ()) -> Anno
     if not ghosts:
         return a
     left = of_labels(a, [label for label in range(len(a.classes)) if label not in ghosts])
-    left.problems.note(f"classes that are supercategories without a box, left out: {names_of(a, ghosts)}", "", len(ghosts))
+    text = f"classes that are supercategories without a box, left out: {names_of(a, ghosts)}"
+    left.problems.note(text, "", len(ghosts) * said)
     return left
 
 
@@ -100,19 +101,20 @@ def hold_out(annotations: Annotations, shares: Sequence[float], seed: int = 0) -
     return parts
 
 
-def merged(parts: Sequence[tuple[Annotations, str | Path]], root: str | Path) -> Annotations:
+def merged(parts: Sequence[tuple[Annotations, str | Path]], root: str | Path, names: Iterable[str] = ()) -> Annotations:
     """All images of several annotations, each with its images' folder, as one whose names are relative to `root`.
 
-    Classes of one name become one; images and categories are numbered anew, in the order in which they come.
+    Classes of one name become one; images and categories are numbered anew, in the order in which they come, but those
+    of `names` first.
     """
-    classes: list[str] = []
-    for annotations, _ in parts:
-        classes += [name for name in annotations.distinct_names() if name not in classes]
-    problems, names, columns, offset = Problems(), [], [], 0
+    classes = list(names)
+    for a, _ in parts:
+        classes += [name for name in a.distinct_names() if name not in classes]
+    problems, file_names, columns, offset = Problems(), [], [], 0
     for a, images in parts:
         problems.add(a.problems)
         labels = torch.tensor([classes.index(name) for name in a.distinct_names()], dtype=torch.int64)
-        names += [os.path.relpath(os.path.join(images, name), root) for name in a.file_names]
+        file_names += [os.path.relpath(os.path.join(images, name), root) for name in a.file_names]
         columns.append((a.sizes, a.boxes, labels[a.labels], a.rows + offset, a.areas, a.crowd, a.ignored))
         offset += len(a.image_ids)
     sizes, boxes, targets, rows, areas, crowd, ignored = (torch.cat(column) for column in zip(*columns))
@@ -120,8 +122,8 @@ def merged(parts: Sequence[tuple[Annotations, str | Path]], root: str | Path) ->
         path=parts[0][0].path if len(parts) == 1 else Path(root),
         category_ids=list(range(1, len(classes) + 1)),
         classes=classes,
-        image_ids=list(range(1, len(names) + 1)),
-        file_names=names,
+        image_ids=list(range(1, len(file_names) + 1)),
+        file_names=file_names,
         sizes=sizes,
         boxes=boxes,
         labels=targets,
@@ -132,6 +134,19 @@ def merged(parts: Sequence[tuple[Annotations, str | Path]], root: str | Path) ->
         problems=problems,
         parents=[""] * len(classes),
     )
+
+
+def converted(annotations: Annotations, boxes: str) -> Annotations:
+    """With boxes that were "corners" (x1, y1, x2, y2) or "shares" of their image's sides as x, y, width, height."""
+    a = annotations
+    if boxes == "corners":
+        new = torch.cat([a.boxes[:, :2], a.boxes[:, 2:] - a.boxes[:, :2]], 1)
+    else:
+        new = a.boxes * a.sizes[a.rows].flip(1).repeat(1, 2)
+    left = {what: times for what, times in a.problems.items() if not what.startswith("boxes look like")}
+    problems = Problems(left)
+    problems.first = a.problems.first
+    return replace(a, boxes=new, areas=new[:, 2:].prod(1), problems=problems)
 
 
 def class_counts(annotations: Annotations) -> list[int]:

@@ -114,8 +114,8 @@ class Training:
         notes, classes = [], self.data.classes
         if self.validation is not None and self.validation.classes != classes:
             raise ValueError(
-                f"gfl: the classes of {self.validation.annotations.path} are {', '.join(self.validation.classes)}; those "
-                f"of {self.data.annotations.path} are {', '.join(classes)}"
+                f"gfl: the classes of {self.validation.annotations.path} are {', '.join(self.validation.classes)}; "
+                f"those of {self.data.annotations.path} are {', '.join(classes)}"
             )
         if config.model.num_classes != len(classes):
             config = config.replace(num_classes=len(classes))

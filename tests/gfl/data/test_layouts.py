@@ -48,11 +48,11 @@ def test_every_format_gives_the_same_boxes(format: str, tmp_path: Path) -> None:
     expected = [None] if format in ONE_PART else ["train", "val"]
     assert [boxes(parts[part or "train"]) for part in expected] == [truth(part) for part in expected], kind
     assert len(parts) == len(expected)
-    for annotations in parts.values():
-        names = [name for name in annotations.classes if name != "things"]
+    for a in parts.values():
+        names = [name for name in a.classes if name != "things"]
         assert names == list(written.CLASSES)
-        assert all((root / name).is_file() for name in annotations.file_names)
-        assert not annotations.problems, annotations.problems
+        assert all((root / name).is_file() for name in a.file_names)
+        assert not a.problems, a.problems
 
 
 @pytest.mark.parametrize("format", written.WRITERS)
@@ -98,7 +98,7 @@ def test_images_are_held_out_by_their_names(tmp_path: Path) -> None:
         train, val = sources.dataset(data, "train"), sources.dataset(data, "val")
         assert train is not None and len(train) == 5 - expected
         assert len(val) == expected if val is not None else expected == 0
-    with pytest.raises(ValueError, match="`val_share` must be at least 0 and below 1, got 1.0"):
+    with pytest.raises(ValueError, match=r"`val_share` must be at least 0 and below 1, got 1\.0"):
         sources.dataset(Config().replace(data=tmp_path, val_share=1).data, "train")
 
 
@@ -214,7 +214,7 @@ def test_files_of_one_image_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_lines_of_yolo(tmp_path: Path) -> None:
-    """An outline becomes the box around it; wrong lines, unknown classes and absent files cost no more than themselves."""
+    """An outline becomes the box around it; what is wrong costs no more than itself."""
     pytest.importorskip("yaml")
     written.yolo_images_labels(tmp_path)
     (tmp_path / "labels" / "train" / "a.txt").write_text(

@@ -22,6 +22,8 @@ FORMATS = (
     "YOLO (data.yaml, labels/*.txt), COCO (*.json; Roboflow's, CVAT's, Label Studio's too), CVAT XML, Pascal VOC XML, "
     "Label Studio JSON, LabelMe JSON, CSV"
 )
+# Files that an error may be about.
+MOST_TRIED = 20
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
 
 
@@ -47,8 +49,13 @@ def _in_folder(folder: Folder) -> Found:
     archives = [path.name for path in folder.files if path.suffix.lower() in ARCHIVES]
     if archives and not folder.images():
         raise ValueError(f"{folder.root}: unpack {archives[0]} first")
-    images = len(folder.images())
-    raise ValueError(f"{folder.root} has {images or 'no'} images and no annotations that are known: {FORMATS}")
+    images, broken = len(folder.images()), ""
+    for path in folder.of(".json", ".xml")[:MOST_TRIED]:
+        try:
+            read_json(path) if path.suffix.lower() == ".json" else xml_files.root_of(path)
+        except (OSError, ValueError) as error:
+            broken = f"; {error}"
+    raise ValueError(f"{folder.root} has {images or 'no'} images and no annotations that are known: {FORMATS}{broken}")
 
 
 def yolo_yaml(folder: Folder) -> Found | None:

@@ -62,8 +62,8 @@ def build(found: Found, folder: Folder, classes: Sequence[str] | None = None) ->
         content["annotations"] += [_annotation(one, image, size, numbers, entry.where) for one in entry.objects]
     results = {part: checked(found.path, content | {"categories": categories}) for part, content in parts.items()}
     next(iter(results.values())).problems.add(problems)
-    for annotations in results.values():
-        suspect(annotations)
+    for result in results.values():
+        suspect(result)
     return results
 
 
@@ -80,8 +80,8 @@ def _size(entry: Entry, path: Path) -> Size | str:
         stored, upright = stored_size(path)
     except UnreadableImage:
         return "images that can't be decoded, left out"
-    said = tuple(values.whole(side) for side in entry.size or (None, None))
-    if said == upright or None in said or min(said) < 1 or max(said) > MAX_SIDE:  # type: ignore[type-var]
+    said = tuple(side for one in entry.size or () if (side := values.whole(one)) and 1 <= side <= MAX_SIDE)
+    if said == upright or len(said) < 2:
         return upright
     if said == stored:
         return stored
@@ -122,7 +122,9 @@ def suspect(annotations: Annotations) -> None:
     limits = a.sizes[a.rows].flip(1).double()
     first, last = a.boxes[:, :2], a.boxes[:, 2:]
     if bool((a.boxes.abs() <= 1).all()):
-        a.problems.note("boxes look like shares of the image: pixels are meant (--boxes shares converts)", "", len(a.boxes))
+        a.problems.note(
+            "boxes look like shares of the image: pixels are meant (--boxes shares converts)", "", len(a.boxes)
+        )
     elif bool((last >= first).all() and (last <= limits + 1).all()):
         over = (first + last > limits + 1).any(1)
         if int(over.sum()) * 4 >= len(a.boxes):

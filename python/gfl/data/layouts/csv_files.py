@@ -47,7 +47,9 @@ def of_tables(tables: Mapping[Path, tuple[dict[str, int], list[list[str]]]], fol
             sides = [side for box in boxes if isinstance(box, list) for side in box if isinstance(side, float)]
             unit = 1.0 if sides and max(sides) <= 1.0 else 0.0
             if unit:
-                problems.note("boxes read as shares of their image, since no number in the file is above 1", path, len(boxes))
+                problems.note(
+                    "boxes read as shares of their image, since no number in the file is above 1", path, len(boxes)
+                )
             for (number, row), box in zip(_numbered(rows), boxes):
                 where = f"{path}:{number}"
                 if len(row) <= columns["name"] or not row[columns["name"]].strip():
@@ -75,7 +77,9 @@ def _cell(columns: Mapping[str, int], row: Sequence[str], key: str) -> str:
 
 def _box(columns: Mapping[str, int], row: Sequence[str]) -> list[float | str] | None:
     corners = "x1" in columns and "x2" in columns
-    cells = [_cell(columns, row, key) for key in (("x1", "y1", "x2", "y2") if corners else ("x", "y", "width", "height"))]
+    cells = [
+        _cell(columns, row, key) for key in (("x1", "y1", "x2", "y2") if corners else ("x", "y", "width", "height"))
+    ]
     if not any(cells):
         return None
     return of_corners(*cells) if corners else floats(cells)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..problems import Problems
+from ..values import number
 
 
 class Object(NamedTuple):
@@ -77,7 +78,7 @@ def of_points(points: Iterable[Sequence[Any]]) -> Any:
     try:
         xs, ys = zip(*((float(x), float(y)) for x, y in points))
         return of_corners(min(xs), min(ys), max(xs), max(ys))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -94,12 +95,10 @@ def turned(box: Any, degrees: Any, centre: bool) -> Any:
 
 
 def _numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return all(number(value) is not None for value in values)
 
 
-def one_by_one(
-    paths: Iterable[Path], read: Callable[[Path], Entry | None], problems: Problems
-) -> Iterator[Entry]:
+def one_by_one(paths: Iterable[Path], read: Callable[[Path], Entry | None], problems: Problems) -> Iterator[Entry]:
     """The entries of files with one image each; a file that can't be read costs its image, with a count."""
     for path in paths:
         try:

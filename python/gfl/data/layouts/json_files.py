@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from .. import values
 from ..coco import read_json
 from ..problems import Problems
 from ..transforms import IMAGE_SUFFIXES
-from .entry import Entry, Found, Object, floats, of_points, one_by_one, turned
+from .entry import Entry, Found, Object, floats, of_centre, of_points, one_by_one, turned
 from .folder import Folder, part_of
 
 LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
@@ -156,9 +157,9 @@ def _image_of(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _results(task: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Pairs of a result, which has the image's size, and its value; in JSON-MIN they are one."""
-    for annotation in task.get("annotations", task.get("completions")) or ():
+    for annotation in [*_list(task, "annotations"), *_list(task, "completions")]:
         if isinstance(annotation, Mapping) and not annotation.get("was_cancelled"):
-            for result in annotation.get("result") or ():
+            for result in _list(annotation, "result"):
                 if isinstance(result, Mapping) and isinstance(value := result.get("value"), Mapping):
                     yield result, value
     for key, results in task.items():
@@ -173,14 +174,15 @@ def _percent(value: Mapping[str, Any], size: tuple[Any, Any], where: str) -> Obj
     if "points" in value:
         return Object(names[0], of_points(value["points"]), 100.0, {"where": where})
     if "radiusX" in value:
-        x, y, rx, ry = (value.get(key) for key in ("x", "y", "radiusX", "radiusY"))
-        return Object(names[0], of_points([(x - rx, y - ry), (x + rx, y + ry)]), 100.0, {"where": where})
+        x, y, rx, ry = (values.number(floats([value.get(key)])[0]) for key in ("x", "y", "radiusX", "radiusY"))
+        box = None if rx is None or ry is None else of_centre(x, y, 2 * rx, 2 * ry)
+        return Object(names[0], box, 100.0, {"where": where})
     if not {"x", "y", "width", "height"} <= value.keys():
         return None
     box = floats(value[key] for key in ("x", "y", "width", "height"))
-    if value.get("rotation") and all(size):
+    height, width = (values.number(side) for side in size)
+    if value.get("rotation") and height and width and values.numbers(box, 4):
         # It turns in pixels, in which both directions are equally long.
-        height, width = size
         scale = [width / 100, height / 100] * 2
         box = turned([side * by for side, by in zip(box, scale)], value["rotation"], centre=False)
         return Object(names[0], box, 0.0, {"where": where})
@@ -205,16 +207,21 @@ def of_labelme(path: Path, folder: Folder) -> Entry:
             continue
         box = None
         if isinstance(points, list):
-            if kind == "circle" and len(points) == 2:
-                (x, y), (ex, ey) = points
-                radius = ((ex - x) ** 2 + (ey - y) ** 2) ** 0.5
-                points = [(x - radius, y - radius), (x + radius, y + radius)]
-            box = of_points(points)
+            box = _around_circle(points) if kind == "circle" else of_points(points)
         objects.append(Object(fields.get("label"), box, 0.0, {"where": str(path)}))
     size = (content.get("imageHeight"), content.get("imageWidth"))
     name = values.text(content.get("imagePath")) or ""
     image = folder.image(name, path.parent) or folder.image(path.stem, path.parent) or name
     return Entry(image, path.parent, str(path), objects, size, part_of(folder.words(path.parent)))
+
+
+def _around_circle(points: list[Any]) -> Any:
+    """Of its centre and a point on it."""
+    try:
+        (x, y), (ex, ey) = points
+        return of_centre(x, y, *[2 * math.hypot(ex - x, ey - y)] * 2)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _list(content: Any, key: str) -> Iterable[Any]:

@@ -92,9 +92,7 @@ def _voc(paths: list[Path], folder: Folder) -> Found:
                     lists[Path(line.split()[0]).stem] = path.stem
 
     def read(path: Path) -> Entry | None:
-        root = _root(path)
-        if root is None:
-            raise ValueError(f"{path} is not XML")
+        root = root_of(path)
         if root.tag != "annotation":
             return None
         objects = []
@@ -113,11 +111,19 @@ def _voc(paths: list[Path], folder: Folder) -> Found:
 
 
 def _root(path: Path) -> Element | None:
-    content = files.read_bytes(path, LARGEST_FILE)
-    # Entities could make gigabytes of a short file; no program writes any.
-    if b"<!ENTITY" in content:
+    try:
+        return root_of(path)
+    except (OSError, ValueError):
         return None
+
+
+def root_of(path: Path) -> Element:
+    """The outermost element; ValueError for a file that is no XML, or defines entities, as no tool does."""
+    content = files.read_bytes(path, LARGEST_FILE)
+    # Entities could make gigabytes of a short file.
+    if b"<!ENTITY" in content:
+        raise ValueError(f"{path} defines entities, which are not read")
     try:
         return ElementTree.fromstring(content)
-    except ElementTree.ParseError:
-        return None
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path} is not XML, or only its beginning: {error}") from None

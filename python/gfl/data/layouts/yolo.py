@@ -80,9 +80,13 @@ def _found(path: Path, folder: Folder, classes: dict[Any, str], listed: Any, lab
         for image, part in images.items():
             label = _label_of(image, folder, labels)
             without += label is None
-            yield Entry(image, image.parent, str(label), [] if label is None else list(_lines(label, problems)), part=part)
+            yield Entry(
+                image, image.parent, str(label), [] if label is None else list(_lines(label, problems)), part=part
+            )
         if images and without == len(images):
-            raise ValueError(f"{path}: none of {without} images has a label file, labels/NAME.txt or NAME.txt beside it")
+            raise ValueError(
+                f"{path}: none of {without} images has a label file, labels/NAME.txt or NAME.txt beside it"
+            )
         problems.note("images without a label file, taken for background", "", without)
 
     categories = [{"id": int(number), "name": name} for number, name in classes.items()]
