@@ -97,6 +97,12 @@ class TrainConfig:
     train_short_side: tuple[int, int] = _option((800, 800), "random short side in training, from N to N pixels", "N,N")
     train_long_side: int = _option(1333, "max long side in training, pixels")
     flip: float = _option(0.5, "probability of a horizontal flip")
+    augment: str = _option(
+        "",
+        "augmentation: finetune, or some of copypaste, mosaic, mixup, crop, jitter, color, FILE.py:FUNCTION; "
+        "NAME=P sets how often",
+        "NAME,…",
+    )
     amp: Literal["none", "bf16", "fp16"] = _option("none", "automatic mixed precision")
     fold_norms: bool = _option(False, "fold the backbone's fixed batch norms into its convolutions: faster steps")
     graph: bool = _option(False, "run each step as one CUDA graph, padded to one of a few batch shapes (one GPU)")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..threads import cores
-from . import sources
+from . import augment, sources
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
 from .values import ImageId
@@ -46,7 +46,7 @@ class Batch:
     labels: Tensor  # int64 [N]
     counts: list[int]  # objects of each image
     image_ids: list[ImageId]  # of the annotation file
-    original_sizes: list[tuple[int, int]]  # (height, width) of the image files
+    original_sizes: list[tuple[int, int]]  # (height, width) of the image files, in a training after `augment`
     # Files that can't be decoded, and why. A training batch has other images in their place; a test batch is shorter.
     unreadable: dict[Path, str] = field(default_factory=dict)
 
@@ -172,6 +172,9 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
     config: Config
     training: bool
 
+    def __post_init__(self) -> None:
+        self._steps = augment.parse(self.config.train.augment) if self.training else []
+
     def __getitem__(self, position: tuple[int, list[int]]) -> Batch | Exception:
         """The batch at a position, or the error: raised in a worker, its text would be buried in a traceback's."""
         try:
@@ -190,6 +193,7 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
                 except UnreadableImage as error:
                     unreadable[self.dataset.path(candidate)] = str(error)
                 else:
+                    sample = self._augmented(sample, epoch, candidate)
                     samples.append((sample, self._prepared(sample, epoch, candidate)))
                     break
             else:
@@ -209,6 +213,20 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
             [old.size for old, _ in samples],
             unreadable,
         )
+
+    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
+        if not self._steps:
+            return sample
+
+        def other(number: int) -> Sample:
+            # Where it can't be decoded the image itself is taken; a batch that it belongs to will report it.
+            try:
+                return self.dataset[number]
+            except UnreadableImage:
+                return sample
+
+        key = f"{self.config.train.seed} {epoch} {index}"
+        return augment.apply(self._steps, sample, key, other, len(self.dataset))
 
     def _prepared(self, sample: Sample, epoch: int, index: int) -> Sample:
         train, test = self.config.train, self.config.test
@@ -237,7 +255,7 @@ class Loader:
     """
 
     def __init__(self, reader: BatchReader, batches: Callable[[int], list[list[int]]], workers: int):
-        self.dataset = reader.dataset
+        self.dataset, self._reader = reader.dataset, reader
         self._of_epoch = batches
         # The sampler is a list and not this object: in a reference cycle the workers would outlive it until killed.
         self._positions: list[tuple[int, list[int]]] = []
@@ -262,6 +280,10 @@ class Loader:
             raise ValueError(f"an epoch has {len(batches)} batches, got `start_batch` = {start_batch}")
         self._positions[:] = [(epoch, batch) for batch in batches[start_batch:]]
         return self
+
+    def first(self) -> Batch:
+        """The next batch, read once more and here: to be looked at."""
+        return self._reader.read(*self._positions[0])
 
     def __len__(self) -> int:
         """Batches from the position to the end of the epoch."""

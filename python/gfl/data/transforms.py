@@ -173,9 +173,10 @@ def resize(image: Tensor, height: int, width: int, fp32: bool = False) -> Tensor
         return image
     given = image[None].float() if fp32 else image[None]
     if not fp32 and not image.is_cuda:
-        # A batch of one has any stride; by this one its memory format is seen and kept, which takes half the time here,
-        # and a tenth where the image is copied into a batch.
-        given = given.as_strided(given.shape, (image.numel(), *image.stride()))
+        # A batch of one may have any stride; by this one its memory format is seen and kept, which takes half the time
+        # here, and a tenth where the image is copied into a batch.
+        rows = max(length * stride for length, stride in zip(image.shape, image.stride()))
+        given = given.as_strided(given.shape, (rows, *image.stride()))
     resized = functional.interpolate(given, (height, width), mode="bilinear", align_corners=False)[0]
     return resized.round_().clamp_(0, 255).to(torch.uint8) if fp32 else resized
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import backbone_weights, checkpoint, files, models
+from .. import backbone_weights, checkpoint, draw, files, models
 from ..config import SECTION_OF, Config, TrainConfig
 from ..data import sources
 from ..data.coco import CocoDataset
@@ -27,7 +27,7 @@ from ..data.loader import training_dataset, training_loader
 from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
-from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
+from .folder import BATCH, BEST, CONFIG, LAST, PREVIOUS, saved_training
 from .log import EVALUATIONS, STEPS, RunLog
 from .step import LOSSES, Step, on_device
 
@@ -46,10 +46,10 @@ def train(
     """Trains a detector, or resumes a training, and evaluates it.
 
     The folder `out` gets ``last.pt``, which `resume` starts from; ``previous.pt``, the one before it; ``best.pt``, the
-    weights of the highest AP; ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, if the package
-    tensorboard is installed, its files. A training that is killed at any moment and resumed ends with the weights of
-    one that was not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads
-    that torch used, which is set again.
+    weights of the highest AP; ``config.json``; ``train_batch.jpg``, a picture of the first batch; ``train.log``,
+    ``steps.csv``, ``evaluations.csv`` and, if the package tensorboard is installed, its files. A training that is
+    killed at any moment and resumed ends with the weights of one that was not, bit for bit on a CPU: a checkpoint holds
+    the position among the batches, and the number of threads that torch used, which is set again.
 
     Started by ``torchrun``, the processes share each batch, and their losses are those of one process with the whole
     batch; but batch norms that are trained see their process's share, and the box losses' normaliser is at least 1 per
@@ -155,6 +155,9 @@ class Training:
             self.log.say(line)
         if saved is None and process.main:
             config.save(out / CONFIG)
+            # What is wrong with an image is said in the training itself.
+            with suppress(ValueError, OSError), files.replacing(out / BATCH) as part:
+                draw.draw_batch(self.loader.first(), self.data.annotations.distinct_names()).save(part)
 
     def run(self) -> dict[str, float]:
         """The rest of the training."""
