@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from .. import draw
+from .. import draw, files
 from ..threads import MOST, cores, map_ahead
 from .coco import Annotations
 from .problems import Problems
 from .subsets import class_counts
-from .transforms import UnreadableImage, read_image
+from .transforms import read_image
 
 # The annotations of each part, and the folder of its images.
 Parts = Mapping[str, tuple[Annotations, Path]]
@@ -74,13 +75,8 @@ def duplicates(parts: Parts, problems: Problems) -> Iterator[tuple[str, str]]:
     """Pairs of images, of two parts or of one, that are the same or look the same in small; counts unreadable ones."""
     places = [(part, images / name) for part, (a, images) in parts.items() for name in a.file_names]
 
-    def read(place: tuple[str, Path]) -> Tensor | None:
-        try:
-            return _small(place[1])
-        except (UnreadableImage, OSError):
-            return None
-
-    found = list(map_ahead(read, places, min(cores(), MOST)))
+    reading = map_ahead(lambda place: _small(place[1]), places, min(cores(), MOST))
+    found = list(tqdm(reading, "comparing", len(places), leave=False, disable=None))
     for (_, path), small in zip(places, found):
         if small is None:
             problems.note("images that can't be decoded", path)
@@ -145,11 +141,17 @@ def _typical(a: Annotations, number: int) -> list[int]:
     return sorted(chosen)
 
 
-def _small(path: Path) -> Tensor:
-    """fp32 of an image in `SMALL`×`SMALL` pixels, each the mean of its part of the image."""
-    pixels = read_image(path).permute(1, 2, 0).numpy()
-    photo = Image.fromarray(pixels).resize((SMALL, SMALL), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(photo, np.float32).reshape(-1))
+def _small(path: Path) -> Tensor | None:
+    """fp32 of an image in `SMALL`×`SMALL` pixels, each the mean of its part of the image; None if it has none."""
+    try:
+        with files.open_regular(path) as file, Image.open(file) as photo:
+            photo.draft("RGB", (8 * SMALL, 8 * SMALL))  # of a JPEG file as few pixels as will do
+            small = photo.convert("RGB").resize((SMALL, SMALL), Image.Resampling.BOX)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's decoders raise many types on broken files.
+        return None
+    return torch.from_numpy(np.asarray(small, np.float32).reshape(-1))
 
 
 def _cut(name: str, room: int) -> str:

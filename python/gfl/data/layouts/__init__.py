@@ -37,6 +37,10 @@ def read(source: str | Path, classes: Sequence[str] | None = None) -> tuple[dict
         OSError: it is not there, or can't be read.
     """
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        raise ValueError(f"unpack {path} first")
     folder = Folder(path if path.is_dir() else path.parent)
     found = _in_folder(folder) if path.is_dir() else _of_file(path, folder)
     return build(found, folder, classes), folder.root, found.kind
@@ -79,10 +83,6 @@ def _of_file(path: Path, folder: Folder) -> Found:
         found = xml_files.find(only)
     elif suffix == ".csv":
         found = csv_files.find(only)
-    elif suffix in ARCHIVES:
-        raise ValueError(f"unpack {path} first")
-    elif not path.exists():
-        raise FileNotFoundError(f"{path} is not there")
     if found is None:
         raise ValueError(f"{path} is in no format that is known: {FORMATS}")
     return found
