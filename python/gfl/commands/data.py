@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"`--out` {options.out} is there already and not empty: choose another folder")
     if options.sheet:
-        files.check_output(options.sheet, "--sheet", options.sources, Path(options.sheet).suffix)
+        # Its own name is no input, also in the folder that is looked at.
+        inputs = [] if Path(options.sheet).name == SHEET else options.sources
+        files.check_output(options.sheet, "--sheet", inputs, Path(options.sheet).suffix)
     parts = _parts(options)
     for line in report.class_table(parts):
         say(line)

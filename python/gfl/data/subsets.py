@@ -63,14 +63,14 @@ def without_ghosts(annotations: Annotations, keep: Collection[str] = (), said: b
     Those whose names are in `keep`, a model's classes, stay. What is left out is counted if it is to be `said`.
     """
     a = annotations
-    boxes = class_counts(a)
+    boxes, parents = class_counts(a), a.parents or [""] * len(a.classes)
     ghosts = [
         label
         for label, name in enumerate(a.classes)
         if not boxes[label]
         and name not in keep
-        and a.parents[label] != name
-        and any(parent == name for other, parent in enumerate(a.parents) if other != label)
+        and parents[label] != name
+        and any(parent == name for other, parent in enumerate(parents) if other != label)
     ]
     if not ghosts:
         return a

@@ -18,7 +18,6 @@ PREVIOUS = "previous.pt"
 DAMAGED = "damaged.pt"
 BEST = "best.pt"
 CONFIG = "config.json"
-BATCH = "train_batch.jpg"
 
 
 def saved_training(out: Path, resume: bool, process: Process) -> dict[str, Any] | None:

@@ -23,11 +23,12 @@ from .. import backbone_weights, checkpoint, draw, files, models
 from ..config import SECTION_OF, Config, TrainConfig
 from ..data import sources
 from ..data.coco import CocoDataset
+from ..data.layouts.folder import BATCH
 from ..data.loader import training_dataset, training_loader
 from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
-from .folder import BATCH, BEST, CONFIG, LAST, PREVIOUS, saved_training
+from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
 from .log import EVALUATIONS, STEPS, RunLog
 from .step import LOSSES, Step, on_device
 

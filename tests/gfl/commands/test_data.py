@@ -41,6 +41,15 @@ def test_a_table_and_a_sheet(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pictures:" not in "".join(said(capsys, "set", "--sheet", ""))
 
 
+def test_the_folder_that_one_is_in(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: the sheet that lies there by then is no image of the set."""
+    written.label_studio_yolo(Path("set"))
+    monkeypatch.chdir("set")
+    first, second = said(capsys, "."), said(capsys, ".")
+    assert first == second and first[0] == ".: YOLO text files; images: train 5"
+    assert Path("data_sheet.jpg").is_file()
+
+
 def test_problems_with_their_first_place_and_duplicates(capsys: pytest.CaptureFixture[str]) -> None:
     written.coco_roboflow(Path("set"))
     file = Path("set/train/_annotations.coco.json")

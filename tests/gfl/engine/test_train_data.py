@@ -14,7 +14,7 @@ from PIL import Image
 from gfl import checkpoint
 from gfl.cli import main
 from gfl.config import Config
-from gfl.engine.folder import BATCH
+from gfl.data.layouts.folder import BATCH
 from gfl.engine.train import LAST, train
 
 Small = Callable[..., Config]

@@ -17,6 +17,8 @@ PARTS |= {"test": "test", "testing": "test"}
 # What Label Studio puts before the name of an uploaded file.
 UPLOADED = re.compile(r"[0-9a-f]{8}-")
 SKIPPED = ("__MACOSX", "node_modules")
+# Pictures that `gfl data` and a training make, which are no images of the set.
+SHEET, BATCH = "data_sheet.jpg", "train_batch.jpg"
 DEEPEST = 8
 
 
@@ -41,7 +43,7 @@ class Folder:
             seen.add(real)
             folders[:] = [] if deep or again else sorted(f for f in folders if f[0] != "." and f not in SKIPPED)
             if not again:
-                self.files += [here / name for name in sorted(names) if name[0] != "."]
+                self.files += [here / name for name in sorted(names) if name[0] != "." and name not in (SHEET, BATCH)]
         for path in self.files:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 self._images.setdefault(path.stem.lower(), []).append(path)
