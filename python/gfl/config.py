@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Images and annotations: COCO's files by their names, or whatever format is found in `data`."""
+    """Images and annotations: COCO's files, or the format found in the folder."""
 
     data: str = _option(
         ".", "folder or data.yaml of the data set; its format is found unless COCO's files are there", "DIR|FILE"

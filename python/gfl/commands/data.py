@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Parts = dict[str, tuple[Annotations, Path]]
 
-HELP = "look at a data set of any known format; split, filter or merge data sets"
+HELP = "look at data sets of any known format; split, filter, merge them"
 EPILOG = """\
   gfl data photos                      # a table, problems, a sheet of pictures
   gfl data photos --split 0.8,0.2 --out set
