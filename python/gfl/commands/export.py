@@ -10,6 +10,8 @@ from .. import files
 from . import DTYPES, add_config, given_config, parse_size
 
 HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
+# Of the formats' files.
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aotinductor": ".pt2"}
 EPILOG = """\
 The input `images` is fp32 [B, 3, H, W]: RGB, resized without antialiasing,
 minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
@@ -41,8 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained model: this package's, mmdet's or GFocal's")
     add_config(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    formats = ("onnx", "torch-export", "aotinductor")
-    parser.add_argument("--format", choices=formats, default="onnx", help="file format [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="file format [%(default)s]")
     parser.add_argument("--size", metavar="HxW", help="input size, multiples of 32 [the model's test size]")
     parser.add_argument("--batch", default="1", metavar="N|any", help="images per call [%(default)s]")
     outputs = ("maps", "decoded", "detections")
@@ -58,7 +60,12 @@ def run(options: argparse.Namespace) -> int:
     from ..engine import export
     from ..engine.distributed import choose_device
 
-    suffix = ".onnx" if options.format == "onnx" else ".pt2"
+    suffix = SUFFIXES[options.format]
+    if options.out.suffix.lower() != suffix:
+        others = ", ".join(f"{name} for {own}" for name, own in SUFFIXES.items())
+        raise ValueError(f"`--out` must end in {suffix} for --format {options.format}, got {options.out} ({others})")
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"{options.out} is there already: choose another name, or add --overwrite")
     files.check_output(options.out, "--out", [options.checkpoint, options.config], suffix)
     batch = None if options.batch == "any" else int(options.batch) if options.batch.isdigit() else 0
     if batch is not None and batch < 1:
