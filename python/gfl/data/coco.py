@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import files
 from . import values
+from .cache import ImageCache
 from .transforms import ConflictingOrientations, UnreadableImage, read_image, stored_size
 from .values import ImageId
 
@@ -296,6 +297,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.image_ids = [annotations.image_ids[i] for i in chosen.tolist()]
         self._names = [annotations.file_names[i] for i in chosen.tolist()]
         self._upright: bool | None = None
+        self.cache: ImageCache | None = None
         self._require_images()
 
     def __len__(self) -> int:
@@ -312,10 +314,18 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.problems["images that can't be decoded, passed over"] += new
         return new
 
+    def labels_of(self, index: int) -> Tensor:
+        """The classes of an image's targets, int64 ``[n]``."""
+        return self._labels[self._first[index] : self._last[index]]
+
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
-        image = read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        def read() -> Tensor:
+            return read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        image = read() if self.cache is None else self.cache.get(index, read)
         boxes, labels = (part[self._first[index] : self._last[index]].clone() for part in (self._boxes, self._labels))
         return Sample(image, boxes, labels, self.image_ids[index], (height, width))
 
