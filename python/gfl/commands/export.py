@@ -25,6 +25,10 @@ minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
               NonMaxSuppression; else the candidates before NMS, boxes
               [B, K, 4], scores and labels [B, K]
 
+With --input uint8 the inputs are `pixels`, RGB as image libraries give them,
+and `sizes`, each image's (height, width) without its padding; nothing is left
+to normalise: examples/onnx_detect.py.
+
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
 all nodes from there on under its metadata key `integral_nodes`: give these to
 onnxruntime's quantize_static as nodes_to_exclude.
@@ -49,6 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", default="1", metavar="N|any", help="images per call [%(default)s]")
     outputs = ("maps", "decoded", "detections")
     parser.add_argument("--outputs", choices=outputs, help="see below [detections; decoded for larger batches]")
+    inputs = "fp32: normalised images; uint8: pixels [B, H, W, 3] and sizes [B, 2], ONNX only"
+    parser.add_argument("--input", choices=("fp32", "uint8"), default="fp32", help=f"{inputs} [%(default)s]")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="network precision [%(default)s]")
     parser.add_argument("--device", default="cpu", help="device of a torch program: cpu, cuda, … [%(default)s]")
 
@@ -64,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out.suffix.lower() != suffix:
         others = ", ".join(f"{name} for {own}" for name, own in SUFFIXES.items())
         raise ValueError(f"`--out` must end in {suffix} for --format {options.format}, got {options.out} ({others})")
+    if options.input == "uint8" and options.format != "onnx":
+        raise ValueError("`--input` uint8 is for --format onnx")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} is there already: choose another name, or add --overwrite")
     files.check_output(options.out, "--out", [options.checkpoint, options.config], suffix)
@@ -77,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = getattr(torch, DTYPES[options.dtype])
     settings = {"batch": batch, "outputs": outputs, "dtype": dtype}
     if options.format == "onnx":
-        export.to_onnx(model, options.out, size, classes=classes, **settings)
+        export.to_onnx(model, options.out, size, classes=classes, pixels=options.input == "uint8", **settings)
     else:
         compiled, device = options.format == "aotinductor", choose_device(options.device)
         export.to_torch(model, options.out, size, compiled=compiled, device=device, **settings)
