@@ -39,6 +39,7 @@ def results(out: Path) -> Image.Image:
     axes[1].plot(steps["step"], steps["lr"], label="learning rate")
     for name in ("AP", "AP50", "AP75"):
         axes[2].plot(evaluations["step"], evaluations[name], marker=".", label=name)
+    axes[2].set_ylim(0, 1.02)
     for one in axes:
         one.set_xlabel("step")
         one.legend()
@@ -144,7 +145,7 @@ def labels(data: CocoDataset) -> Image.Image:
 
 def training_batch(batch: Batch, names: Sequence[str]) -> Image.Image:
     """A batch's first images as the network sees them, with their objects."""
-    shown = []
+    shown, batch = [], batch.to("cpu")
     for image, (height, width), target in zip(batch.images[:SHOWN], batch.image_sizes.int().tolist(), batch.targets):
         pixels = Image.fromarray(image[:, :height, :width].permute(1, 2, 0).contiguous().numpy())
         shown.append(_drawn(pixels, target["boxes"], target["labels"].tolist(), names))

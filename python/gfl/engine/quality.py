@@ -56,6 +56,7 @@ def curves(evaluation: Any) -> Curves:
     count = reached.sum(1)
     last = (count - 1).clamp(min=0)
     found = precision.gather(0, last)
-    # Above the highest score nothing is found, and nothing is wrong.
-    result = Curves(torch.where(count > 0, found, 1.0), last.double() / (len(precision) - 1))
+    # Above the highest score nothing is found and nothing wrong; but a class that is never found has no precision.
+    nothing = (count[:1] > 0).double()
+    result = Curves(torch.where(count > 0, found, nothing), last.double() / (len(precision) - 1))
     return Curves(*(curve.masked_fill(absent, math.nan) for curve in result))

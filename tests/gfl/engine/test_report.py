@@ -115,4 +115,7 @@ def test_points_of_a_curve() -> None:
     assert THRESHOLDS[50] == 0.5 and at == pytest.approx([1, 0.5, 2 / 3])
     assert made.recall[70, 0, 0] == 0 and made.f1[70, 0, 0] == 0
     assert made.best() == pytest.approx({"precision": 0.75, "recall": 0.75, "F1": 0.75, "threshold": 0.0})
+    tables["precision"][:], tables["scores"][:] = 0.0, 0.0  # objects, of which none is found
+    missed = curves(SimpleNamespace(eval={name: table.numpy() for name, table in tables.items()}))
+    assert missed.best() == {"precision": 0, "recall": 0, "F1": 0, "threshold": 0}
     assert all(value != value for value in Curves(made.precision[:, 1:], made.recall[:, 1:]).best().values())
