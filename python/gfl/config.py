@@ -288,6 +288,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 8,
         "keep_empty": True,
         "eval_every": 5,
+        **({"augment": "finetune"} if "augment" in SECTION_OF else {}),
     }
 }
 

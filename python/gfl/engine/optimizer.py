@@ -79,6 +79,10 @@ class Average(AveragedModel):
         # The counter is on the CPU; what torch passes here may be on a GPU, and reading it would wait.
         count = int(self.n_averaged)
         weight = 1 - min(self.decay, (1 + count) / (10 + count))
+        # torch passes values of one type at a time: one call for all, and counters as they are.
+        mine, new = list(averaged), list(current)
         with torch.no_grad():
-            for mine, new in zip(averaged, current, strict=True):
-                mine.lerp_(new, weight) if mine.is_floating_point() else mine.copy_(new)
+            if mine[0].is_floating_point():
+                torch._foreach_lerp_(mine, new, weight)
+            else:
+                torch._foreach_copy_(mine, new)

@@ -32,7 +32,7 @@ TITLES = {
     "confusion.png": "What objects are found as",
     "predictions.jpg": "Validation images",
     "labels.png": "Training data",
-    "training_batch.jpg": "A training batch",
+    "train_batch.jpg": "A training batch",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #262a33 }
@@ -44,7 +44,7 @@ MISSING = "no pictures of curves: matplotlib is not installed (pip install 'gfl-
 
 def begin(out: Path, data: CocoDataset, batch: Batch) -> dict[str, Image.Image]:
     """Writes the pictures of the training data and returns them by their names."""
-    drawn = {"training_batch.jpg": pictures.training_batch(batch, data.classes)}
+    drawn = {"train_batch.jpg": pictures.training_batch(batch, data.classes)}
     return _write(out, drawn | _plots({"labels.png": lambda: pictures.labels(data)}))
 
 

@@ -53,9 +53,9 @@ def train(
 
     The folder `out` gets ``last.pt``, which `resume` starts from; ``previous.pt``, the one before it; ``best.pt``, the
     weights of the highest AP; ``config.json``; ``train.log``, ``steps.csv``, ``evaluations.csv`` and, if the package
-    tensorboard is installed, its files. A training that is killed at any moment and resumed ends with the weights of
-    one that was not, bit for bit on a CPU: a checkpoint holds the position among the batches, and the number of threads
-    that torch used, which is set again.
+    tensorboard is installed, its files; pictures, all of them in ``report.html``. A training that is killed at any
+    moment and resumed ends with the weights of one that was not, bit for bit on a CPU: a checkpoint holds the position
+    among the batches, and the number of threads that torch used, which is set again.
 
     Started by ``torchrun``, the processes share each batch, and their losses are those of one process with the whole
     batch; but batch norms that are trained see their process's share, and the box losses' normaliser is at least 1 per

@@ -268,6 +268,18 @@ def test_a_cache_reads_each_image_once(file: bool, tmp_path: Path, generator: to
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("file", [True, False])
+def test_workers_fill_the_same_cache(file: bool, small: Small, tmp_path: Path) -> None:
+    config = small(workers=2)
+    plain, cached = training_dataset(config), training_dataset(config)
+    cached.cache = ImageCache(cached.sizes, tmp_path / "pixels" if file else None)
+    loader = training.training_loader(cached, config)
+    for epoch in range(2):
+        want = training.training_loader(plain, config.replace(workers=0), epoch)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(loader.at(epoch), want, strict=True))
+        assert bool(cached.cache.there.all())
+
+
 def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`cache` needs 1536.0 GiB for decoded images, .* set it to ram or none"):
         ImageCache(torch.tensor([[2**20, 2**19]]), tmp_path / "pixels")

@@ -46,8 +46,8 @@ def test_the_network_is_the_checkpoints_it_starts_from(small: Small, tmp_path: P
 @pytest.mark.slow
 def test_a_hundred_images_are_enough(tmp_path: Path, draw_data_set: Callable[..., Path]) -> None:
     """The command of docs/training.md on drawn images, evaluated on others."""
-    for name, images in (("train", 100), ("val", 40)):
-        draw_data_set(tmp_path / name, images, torch.Generator().manual_seed(images))
+    for seed, (name, images) in enumerate((("train", 100), ("val", 40))):
+        draw_data_set(tmp_path / name, images, torch.Generator().manual_seed(seed))
     words = ["train", "--recipe", "finetune", "--config", "gfl_tiny", "--backbone-weights", "none", "--workers", "0"]
     for part in ("train", "val"):
         words += [f"--{part}-annotations", f"{part}/annotations.json", f"--{part}-images", f"{part}/images"]

@@ -72,7 +72,7 @@ def test_without_matplotlib_there_is_a_page_all_the_same(
 ) -> None:
     monkeypatch.setattr(report, "has_plots", lambda: False)
     train(small(epochs=1, val_annotations=""), tmp_path / "run", device="cpu")
-    assert (tmp_path / "run" / report.REPORT).exists() and (tmp_path / "run" / "training_batch.jpg").exists()
+    assert (tmp_path / "run" / report.REPORT).exists() and (tmp_path / "run" / "train_batch.jpg").exists()
     assert not list((tmp_path / "run").glob("*.png"))
     assert report.MISSING in (tmp_path / "run" / "train.log").read_text()
 
