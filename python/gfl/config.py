@@ -85,15 +85,27 @@ class TrainConfig:
     )
     init: str = _option("", "checkpoint to start from, without its class layer if the class count differs", "FILE")
     epochs: int = _option(12, "passes over the training images")
+    steps: int = _option(0, "length of the training in steps, in place of epochs (0: by epochs)")
     lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
     schedule: Literal["step", "cosine"] = _option("step", "learning-rate schedule after the warm-up")
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "optimizer")
     lr: float = _option(0.01, "learning rate for batches of 16 images; scaled linearly with batch_size")
     momentum: float = _option(0.9, "momentum of SGD, beta1 of AdamW")
     weight_decay: float = _option(1e-4, "weight decay")
-    warmup_steps: int = _option(500, "steps of linear warm-up, from a thousandth of the learning rate")
+    warmup_steps: int | None = _option(
+        None, "steps of linear warm-up from a thousandth of the rate; none: 500, at most a tenth of all steps", "N"
+    )
+    layer_decay: float = _option(1.0, "factor on the rate for each stage of the backbone, from the head down")
+    norm_decay: bool = _option(True, "weight decay on norms and biases too")
     clip_grad_norm: float = _option(0.0, "max gradient norm (0: off)")
-    batch_size: int = _option(16, "images per step, over all processes")
+    batch_size: int = _option(16, "images per step, over all processes; 0: as many as fit the GPU")
+    accumulate: int = _option(1, "parts that a batch is computed in, adding up gradients, to need less memory")
+    ema: float = _option(0.0, "decay of an average of the weights, to evaluate and keep in their place (0: off)")
+    patience: int = _option(0, "stop after this many evaluations without a higher AP (0: off)")
+    class_weights: str = _option("", "weights of the classes in their loss: one each, or balanced", "X,…|balanced")
+    repeat_threshold: float = _option(
+        0.0, "repeat images of classes that fewer than this share of the images have (0: off)"
+    )
     train_short_side: tuple[int, int] = _option((800, 800), "random short side in training, from N to N pixels", "N,N")
     train_long_side: int = _option(1333, "max long side in training, pixels")
     flip: float = _option(0.5, "probability of a horizontal flip")
@@ -107,11 +119,13 @@ class TrainConfig:
     fold_norms: bool = _option(False, "fold the backbone's fixed batch norms into its convolutions: faster steps")
     graph: bool = _option(False, "run each step as one CUDA graph, padded to one of a few batch shapes (one GPU)")
     graph_slots: int = _option(100, "objects per image that a graph has room for; larger batches run without one")
+    cache: Literal["none", "ram", "disk"] = _option("none", "where to keep decoded training images for later epochs")
+    compile: bool = _option(False, "compile the network by torch.compile")
     seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
     checkpoint_steps: int = _option(1000, "steps between checkpoints within an epoch; 0: only after each epoch")
     rank_timeout: float = _option(600.0, "seconds that processes wait for each other before they give up")
-    log_steps: int = _option(50, "steps between rows of the log")
+    log_steps: int = _option(50, "steps between lines of the log; at most an epoch")
 
 
 @dataclass
@@ -265,6 +279,26 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "gflv2_x101_32x4d_dcnv2_2x": partial(_paper, "resnext101_32x4d", 24, "v2", v2=True),
     "gfl_r18_1x": partial(_paper, "resnet18"),
     "gfl_tiny": _tiny,
+}
+
+
+# Fields by the name of a recipe, which changes those of a preset; for data of one's own, of hundreds or thousands of
+# images, the paper's schedule is too short and its rate falls in steps that such a training may not reach.
+RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "epochs": 50,
+        "schedule": "cosine",
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "clip_grad_norm": 10.0,
+        "norm_decay": False,
+        "ema": 0.999,
+        "batch_size": 8,
+        "keep_empty": True,
+        "eval_every": 5,
+        "augment": "finetune",
+    }
 }
 
 

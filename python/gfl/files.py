@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -210,6 +211,14 @@ def locked(folder: Path) -> Iterator[str]:
 def printable(text: object, keep: str = "") -> str:
     """Text without control characters, which could move a terminal's cursor: they are written as escapes."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
+def error_text(error: Exception) -> str:
+    """What went wrong, in one form whoever raised it: no name of the program before it, no number of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[:1].lower() + error.strerror[1:]
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return re.sub(r"^gfl( [a-z]+)?: ", "", str(error))
 
 
 def say(text: object, file: Any = None) -> None:

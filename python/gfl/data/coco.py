@@ -22,12 +22,12 @@ from torch import Tensor
 
 from .. import files
 from . import values
+from .cache import ImageCache
 from .problems import Problems
 from .transforms import ConflictingOrientations, UnreadableImage, read_image, stored_size
 from .values import ImageId
 
-# The image files whose contents are part of a data set's digest: all would take as long as an epoch.
-DIGESTED = 100
+DIGESTED = 100  # image files whose contents are part of a data set's digest: all would take as long as an epoch
 MAX_SIDE = 2**31 - 1
 PLACE = "_place"
 
@@ -308,6 +308,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.image_ids = [annotations.image_ids[i] for i in chosen.tolist()]
         self._names = [annotations.file_names[i] for i in chosen.tolist()]
         self._upright: bool | None = None
+        self.cache: ImageCache | None = None
         self._require_images()
 
     def __len__(self) -> int:
@@ -324,10 +325,18 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.problems.note("images that can't be decoded, passed over", path, int(new))
         return new
 
+    def labels_of(self, index: int) -> Tensor:
+        """The classes of an image's targets, int64 ``[n]``."""
+        return self._labels[self._first[index] : self._last[index]]
+
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
-        image = read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        def read() -> Tensor:
+            return read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        image = read() if self.cache is None else self.cache.get(index, read)
         boxes, labels = (part[self._first[index] : self._last[index]].clone() for part in (self._boxes, self._labels))
         return Sample(image, boxes, labels, self.image_ids[index], (height, width))
 

@@ -8,9 +8,10 @@ be resumed there.
 
 from __future__ import annotations
 
+import math
 import random
-import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..signals import leave_stopping_to_main
 from ..threads import cores
 from . import augment, sources
 from .coco import CocoDataset, Sample
@@ -56,6 +58,22 @@ class Batch:
         parts = zip(self.boxes.split(self.counts), self.labels.split(self.counts), strict=True)
         return [{"boxes": boxes, "labels": labels} for boxes, labels in parts]
 
+    def parts(self, number: int) -> list[Batch]:
+        """The same images in so many batches, as equal as possible; views, of the same height and width."""
+        if number == 1:
+            return [self]
+        images, result = len(self.counts), []
+        for part in range(number):
+            first, last = part * images // number, (part + 1) * images // number
+            objects = slice(sum(self.counts[:first]), sum(self.counts[:last]))
+            rows: dict[str, Any] = {
+                name: value[objects if name in ("boxes", "labels") else slice(first, last)]
+                for name, value in vars(self).items()
+                if name != "unreadable"
+            }
+            result.append(Batch(**rows))
+        return result
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -89,17 +107,41 @@ def validation_dataset(config: Config, classes: Sequence[str] | None = None) -> 
     return found
 
 
-def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def training_order(dataset: CocoDataset, seed: int, epoch: int, repeat_threshold: float = 0.0) -> list[int]:
+    """An epoch's images in random order, as indices; every epoch has the same number.
+
+    Each image comes once, or with a threshold t as often on average as LVIS has it (Gupta et al., arXiv 1908.03195):
+    the largest of its classes' max(1, √(t / f)), where f is the share of the images with that class.
+    """
+    order = list(range(len(dataset)))
+    draw = random.Random(f"order {seed} {epoch}")
+    if repeat_threshold > 0:
+        classes = [set(dataset.labels_of(index).tolist()) for index in order]
+        having = Counter(label for of_image in classes for label in of_image)
+        factor = {label: max(1.0, math.sqrt(repeat_threshold * len(order) / n)) for label, n in having.items()}
+        factors = [max((factor[label] for label in of_image), default=1.0) for of_image in classes]
+        # Thresholds one apart in the running sum, from a random start: each image its whole factor, and one more as
+        # often as the rest of it says.
+        scale, start, total, order = round(sum(factors)) / sum(factors), draw.random(), 0.0, []
+        for index, own in enumerate(factors):
+            before, total = total, total + own * scale
+            order += [index] * (math.floor(total + start) - math.floor(before + start))
+        order = (order + order[:1])[: round(sum(factors))]  # the last sum is rounded
+    draw.shuffle(order)
+    return order
+
+
+def training_batches(
+    dataset: CocoDataset, batch_size: int, seed: int, epoch: int, repeat_threshold: float = 0.0
+) -> list[list[int]]:
     """An epoch's batches, over all processes, as indices into the data set; a pure function of its arguments.
 
-    The images are shuffled, and dealt in this order to landscape and portrait batches, to pad little; what is left of
-    both at the end is put together. Every image comes once, except that the epoch's first images also fill the last
-    batch.
+    The images of `training_order` are dealt in this order to landscape and portrait batches, to pad little; what is
+    left of both at the end is put together. The epoch's first images also fill the last batch.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}")
-    order = list(range(len(dataset)))
-    random.Random(f"order {seed} {epoch}").shuffle(order)
+    order = training_order(dataset, seed, epoch, repeat_threshold)
     portrait = (dataset.sizes[:, 0] > dataset.sizes[:, 1]).tolist()
     batches: list[list[int]] = []
     groups: list[list[int]] = [[], []]
@@ -146,9 +188,11 @@ def training_loader(
     if not 0 <= train.flip <= 1:
         raise ValueError(f"`flip` must be in 0 to 1, got {train.flip}")
     share = train.batch_size // world
+    if share % train.accumulate:
+        raise ValueError(f"`accumulate` must divide the {share} images of a process's batch, got {train.accumulate}")
 
     def batches(epoch: int) -> list[list[int]]:
-        whole = training_batches(dataset, train.batch_size, train.seed, epoch)
+        whole = training_batches(dataset, train.batch_size, train.seed, epoch, train.repeat_threshold)
         return [batch[rank * share : (rank + 1) * share] for batch in whole]
 
     return Loader(BatchReader(dataset, config, training=True), batches, config.data.workers).at(epoch, start_batch)
@@ -281,10 +325,6 @@ class Loader:
         self._positions[:] = [(epoch, batch) for batch in batches[start_batch:]]
         return self
 
-    def first(self) -> Batch:
-        """The next batch, read once more and here: to be looked at."""
-        return self._reader.read(*self._positions[0])
-
     def __len__(self) -> int:
         """Batches from the position to the end of the epoch."""
         return len(self._positions)
@@ -303,6 +343,5 @@ class Loader:
 
 
 def _start_worker(number: int) -> None:
-    # Each worker has one core; and Ctrl-C reaches all processes, of which the main one ends the others.
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # each worker has one core
+    leave_stopping_to_main()

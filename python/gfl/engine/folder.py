@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import checkpoint, files
 from ..config import Config
+from ..files import error_text
 from .distributed import Process
 
 LAST = "last.pt"
@@ -72,9 +73,8 @@ def stored_config(out: Path) -> Config:
         for name in (LAST, PREVIOUS):  # A full disk may have cut the file.
             with suppress(OSError, ValueError, KeyError):
                 return Config.from_dict(checkpoint.read(out / name)["meta"]["config"])
-        raise ValueError(
-            f"{out} holds no training to resume: {CONFIG} is not there or can't be read ({error})"
-        ) from None
+        why = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error_text(error)})"
+        raise ValueError(f"{out} holds no training to resume: {CONFIG} {why}") from None
 
 
 def _read_config(path: Path) -> Config:

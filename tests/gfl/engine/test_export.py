@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,28 @@ def test_onnx_detections_of_real_photos_are_the_models(model: GFL, data: Path, t
     } == {""}
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     assert properties["classes"].split("\n") == ["a", "b", "c", "d", "e"] and properties["reg_max"] == "16"
+
+
+def test_onnx_of_pixels_normalises_and_the_example_runs_it(
+    model: GFL, data: Path, tmp_path: Path, seed: int, generator: torch.Generator
+) -> None:
+    needs_onnx()
+    file, (height, width) = tmp_path / "detector.onnx", SIZE
+    export.to_onnx(model, file, SIZE, outputs="detections", classes=["a", "b", "c", "d", "e"], pixels=True)
+    pixels = torch.randint(256, (1, height, width, 3), dtype=torch.uint8, generator=generator)
+    size = (80, 112)
+    batch = transforms.normalise(pixels.permute(0, 3, 1, 2), torch.tensor([size], dtype=torch.float32))
+    given = {"pixels": pixels.numpy(), "sizes": torch.tensor([size]).numpy()}
+    boxes, scores, labels = (torch.from_numpy(part) for part in session(file).run(None, given))
+    want = model(batch)
+    n = int(want.count) // 2
+    assert n > 2 and len(labels) == len(boxes)
+    torch.testing.assert_close(scores[:n], want.scores[0, :n], rtol=0, atol=1e-4)
+    photo = sorted((data / "coco_val2017_47" / "images").iterdir())[seed % 47]
+    example = Path(__file__).parents[3] / "examples" / "onnx_detect.py"
+    words = [sys.executable, str(example), str(file), str(photo)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert re.match(r"[a-e] 0\.\d\d( -?\d+\.\d){4}\n", done.stdout)
 
 
 def test_onnx_in_half_precision_keeps_the_integral(model: GFL, tmp_path: Path, generator: torch.Generator) -> None:
