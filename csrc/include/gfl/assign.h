@@ -15,6 +15,27 @@ struct GridLevel {
   float offset;  // in cells
 };
 
+// What every assignment reads.
+struct AssignInput {
+  const GridLevel* levels;  // null: `points`
+  int64_t level_count;
+  const float* points;  // [locations, 2] (x, y), or null
+  int64_t locations;
+  const void* scores;  // [images, locations, classes] score_dtype
+  DType score_dtype;
+  int64_t score_stride[3];
+  const float* boxes;        // [images, locations, 4] xyxy
+  const float* gt_boxes;     // [images, gts, 4] xyxy
+  const int64_t* gt_labels;  // [images, gts]; outside [0, classes): no box
+  int64_t images, gts, classes;
+  int64_t topk;
+};
+
+struct AssignOutput {
+  int64_t *labels, *matched;  // [images, locations]: −1 where nothing is assigned
+  float* scores;              // [images, locations]: what the location is to learn, else 0
+};
+
 // ---- task-aligned assignment (arXiv 2108.07755) ----
 //
 //   metric = score[class of the box]^alpha · overlap^beta
@@ -36,19 +57,8 @@ enum class TaskAlignedOverlap : int32_t {
   iou = 2,          // I / max(union, 1e-6)
 };
 
-struct TaskAlignedInput {
-  const GridLevel* levels;  // null: `points`
-  int64_t level_count;
-  const float* points;  // [locations, 2] (x, y), or null
-  int64_t locations;
-  const void* scores;  // [images, locations, classes] score_dtype: probabilities
-  DType score_dtype;
-  int64_t score_stride[3];
-  const float* boxes;        // [images, locations, 4] xyxy
-  const float* gt_boxes;     // [images, gts, 4] xyxy
-  const int64_t* gt_labels;  // [images, gts]; outside [0, classes): no box
-  int64_t images, gts, classes;
-  int64_t topk, topk2;
+struct TaskAlignedInput : AssignInput {
+  int64_t topk2;
   double alpha, beta;  // >= 0, > 0
   float min_side;      // shorter sides count as this long where candidates are found; 0: boxes as they are
   float eps;
@@ -56,14 +66,9 @@ struct TaskAlignedInput {
   TaskAlignedOverlap overlap;
 };
 
-struct TaskAlignedOutput {
-  int64_t *labels, *matched;  // [images, locations]: −1 where nothing is assigned
-  float* scores;              // [images, locations]
-};
-
 namespace cpu {
 // Images [begin, end).
-void task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& out, int64_t begin, int64_t end);
+void task_aligned(const TaskAlignedInput& in, const AssignOutput& out, int64_t begin, int64_t end);
 }  // namespace cpu
 
 #if defined(GFL_WITH_CUDA)
@@ -75,8 +80,7 @@ bool task_aligned_fits(const TaskAlignedInput& in);
 // Scratch memory for the duration of a call, in any state, aligned to 8.
 size_t task_aligned_workspace_bytes(const TaskAlignedInput& in);
 // Six graph nodes, seven if topk2 differs from topk. cudaErrorInvalidValue if `task_aligned_fits` is false.
-cudaError_t task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& out, void* workspace,
-                         cudaStream_t stream);
+cudaError_t task_aligned(const TaskAlignedInput& in, const AssignOutput& out, void* workspace, cudaStream_t stream);
 }  // namespace cuda
 #endif
 
