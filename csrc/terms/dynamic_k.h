@@ -14,8 +14,10 @@ GFL_ISA_OPEN
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <class V> struct IntegersOf { using type = decltype(V{} < V{}); };
-template <> struct IntegersOf<float> { using type = uint32_t; };
+template <class V> struct IntegersOf { using type = uint32_t; };
+#if defined(GFL_ISA)
+template <> struct IntegersOf<Floats> { using type = Bits; };
+#endif
 template <class V> using Integers = typename IntegersOf<V>::type;
 
 template <class V> GFL_HOST_DEVICE Integers<V> bits_of(const V& x) {
