@@ -25,7 +25,8 @@ minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
 
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
 all nodes from there on under its metadata key `integral_nodes`: give these to
-onnxruntime's quantize_static as nodes_to_exclude.
+onnxruntime's quantize_static as nodes_to_exclude. `detections` vary in number,
+which only its MinMax calibration takes; others need `decoded`.
 
   gfl export best.pt --out detector.onnx --size 800x1344
   gfl export best.pt --out detector.pt2 --format torch-export \\
