@@ -9,7 +9,7 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import did_you_mean
 from .files import printable, say
@@ -51,6 +51,9 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--") and (meant := did_you_mean(word.split("=")[0], known)):
                 self.error(f"unrecognized option {word}{meant}")
         return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 class Version(argparse.Action):
