@@ -26,7 +26,7 @@ from ..data.loader import training_dataset, training_loader, validation_dataset
 from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
-from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
+from .folder import BEST, CONFIG, LAST, PREVIOUS, restoring, saved_training
 from .log import EVALUATIONS, STEPS, RunLog
 from .step import LOSSES, Step, on_device
 
@@ -98,6 +98,11 @@ class Position:
     best: float = -1.0  # the highest AP
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.batch, self.step, self.evaluated)
+        if not all(type(n) is int and n >= 0 for n in counts) or not isinstance(self.best, (int, float)):
+            raise TypeError(f"no position of a training: {self}")
+
 
 class Training:
     """One training in one process; `train` says what it does."""
@@ -124,10 +129,11 @@ class Training:
             model = models.build(config.model, config.test)
             notes += _initial_weights(model, config.train)
         else:
-            before = Config.from_dict(saved["meta"]["config"])
-            if saved["meta"]["classes"] != classes:
+            with restoring(out / LAST):
+                before, names = Config.from_dict(saved["meta"]["config"]), list(map(str, saved["meta"]["classes"]))
+            if names != classes:
                 raise ValueError(
-                    f"{out / LAST} was trained on the classes {', '.join(saved['meta']['classes'])}; "
+                    f"{out / LAST} was trained on the classes {', '.join(names)}; "
                     f"{config.data.train_annotations} has {', '.join(classes)}"
                 )
             model = models.build(before.model, config.test)
@@ -148,7 +154,11 @@ class Training:
         self.position = Position()
         # Steps since the last row of the log, whose losses `step.sums` holds.
         self.summed = 0
-        notes += self._restore(saved, before) if saved is not None else self._describe()
+        if saved is None:
+            notes += self._describe()
+        else:
+            with restoring(out / LAST):
+                notes += self._restore(saved, before)
         self.log = RunLog(out, self.position.step, self.position.evaluated * self.steps_per_epoch, active=process.main)
         for line in notes:
             self.log.say(line)
@@ -293,7 +303,7 @@ class Training:
         self.step.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generator"])
         self.step.sums.copy_(state["sums"])
-        self.summed = state["summed"]
+        self.summed = int(state["summed"])
         self.position = Position(**state["position"])
         notes = [f"resuming after step {self.position.step} of {self.steps_per_epoch * self.config.train.epochs}"]
         if self.process.device.type == "cpu" and state["threads"] != torch.get_num_threads():
