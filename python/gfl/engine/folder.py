@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import checkpoint, files
 from ..config import Config
 from .distributed import Process
@@ -54,10 +56,12 @@ def restoring(path: Path) -> Iterator[None]:
     """Makes what a checkpoint lacks, or has in another form than is needed here, a ValueError that names it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        why = f"{type(error).__name__}: {files.shown(str(error))}"
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {files.shown(str(error))}"
         raise ValueError(
             f"{path}: what a training goes on from is not as this version needs it ({why}): `init` starts a new one "
             "from its weights"
