@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Usage and message in the form of all errors, and the status of a wrong command line."""
         self.print_usage(sys.stderr)
-        say(f"{self.prog}: {message}", sys.stderr)
+        say(f"{self.prog}: {printable(message)}", sys.stderr)
         raise SystemExit(2)
 
 

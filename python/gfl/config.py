@@ -167,7 +167,7 @@ class Config:
             ValueError: an unknown section or field, or a value that its type does not accept.
         """
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-            raise ValueError(f"gfl.Config: a dictionary of sections is needed, got {values!r:.80}")
+            raise ValueError(f"gfl.Config: a dictionary of sections is needed, got {files.shown(values)}")
         return replace(cls(), **values)
 
     def replace(self, **values: Any) -> Config:
@@ -210,21 +210,21 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{what} must be a section of fields, got {value!r:.80}")
+            raise ValueError(f"{what} must be a section of fields, got {files.shown(value)}")
         return replace(hint(), **value)
     if origin in (typing.Union, types.UnionType):  # always T | None
         return None if value is None or value == "none" else _convert(what, inner[0], value)
     if origin is tuple:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, Sequence):
-            raise ValueError(f"{what} must be a list of numbers, got {value!r}")
+            raise ValueError(f"{what} must be a list of numbers, got {files.shown(value)}")
         if inner[-1] is not Ellipsis and len(items) != len(inner):
-            raise ValueError(f"{what} must have {len(inner)} numbers, got {value!r}")
+            raise ValueError(f"{what} must have {len(inner)} numbers, got {files.shown(value)}")
         return tuple(_convert(what, inner[0], item) for item in items)
     if origin is Literal and value not in inner:
-        raise ValueError(f"{what} must be one of {', '.join(inner)}, got {value!r}")
+        raise ValueError(f"{what} must be one of {', '.join(inner)}, got {files.shown(value)}")
     if hint is bool and not isinstance(value, bool):
-        raise ValueError(f"{what} must be true or false, got {value!r}")
+        raise ValueError(f"{what} must be true or false, got {files.shown(value)}")
     if origin is Literal or hint is bool:
         return value
     try:
@@ -234,12 +234,13 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
         if isinstance(value, (bool, bytes)) or (hint is int and not isinstance(value, str) and int(value) != value):
             raise ValueError
         converted = hint(value)
-        if hint is float and not math.isfinite(converted):
+        if (hint is float and not math.isfinite(converted)) or (hint is int and not -(2**63) <= converted < 2**63):
             raise ValueError
         return converted
     except (TypeError, ValueError, OverflowError):
-        finite = " and finite" if hint is float and isinstance(value, float) else ""
-        raise ValueError(f"{what} must be of type {hint.__name__}{finite}, got {value!r:.80}") from None
+        limit = " and finite" if hint is float and isinstance(value, float) else ""
+        limit = " of 64 bits" if hint is int and type(value) is int else limit
+        raise ValueError(f"{what} must be of type {hint.__name__}{limit}, got {files.shown(value)}") from None
 
 
 def _paper(backbone: str = "resnet50", epochs: int = 12, dcn: str | None = None, *, v2: bool = False) -> Config:

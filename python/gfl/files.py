@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import secrets
 import socket
 import stat
@@ -122,7 +123,7 @@ def lines(path: Path) -> Iterator[Callable[[Any], None]]:
         if path.exists() and path.stat().st_size:
             say(f"what was found before is in {path}", sys.stderr)
         raise
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def check_output(
@@ -206,6 +207,15 @@ def locked(folder: Path) -> Iterator[str]:
         with suppress(OSError):
             path.unlink()
         file.close()
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 80
+
+
+def shown(value: object) -> str:
+    """A value for an error text, cut where it is long: a small YAML file can stand for billions of values."""
+    return _SHORT.repr(value)
 
 
 def printable(text: object, keep: str = "") -> str:

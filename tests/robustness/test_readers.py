@@ -138,6 +138,46 @@ def test_configurations(tmp_path: Path, draw: random.Random) -> None:
         stored_config(tmp_path)
 
 
+def test_a_small_configuration_that_stands_for_billions_of_values(tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    nested = ", ".join([f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(10)])
+    for place in ("[{}]", "model: [{}]", "model: {{backbone: [{}]}}", "train: {{epochs: [{}], lr: 1}}"):
+        (tmp_path / "config.yaml").write_text(place.format(nested))
+        with pytest.raises(ValueError, match=r"config\.yaml is not a configuration: gfl\."):
+            preset(str(tmp_path / "config.yaml"))
+
+
+def test_what_a_checkpoint_says_of_itself(tmp_path: Path, draw: random.Random) -> None:
+    """A changed value is taken, or refused with the file's name, before memory is taken for it."""
+    path = tmp_path / "last.pt"
+    weights = dict(build(SHAPE.model, SHAPE.test).state_dict())
+    sound = checkpoint.meta(SHAPE, ["a", "b"])
+    checkpoint.write(path, {"meta": sound, "state_dict": weights})
+    assert checkpoint.model_from(path).classes == ["a", "b"]
+    model = sound["config"]["model"]
+    chosen = [
+        *(
+            {**sound, "config": {**sound["config"], "model": {**model, name: value}}}
+            for name, value in (("neck_channels", 10**30), ("head_channels", 2**62), ("head_convs", 10**7))
+        ),
+        *({**sound, "classes": names} for names in (["a", 1], ["a"], ["a", "b", "c"], "ab", None)),
+        *({**sound, "category_ids": ids} for ids in ([1], [1, 2, 3], [1, "2"], [1.5, 2], "12")),
+    ]
+    for changed in chosen:
+        checkpoint.write(path, {"meta": changed, "state_dict": weights})
+        with pytest.raises(ValueError, match=r"last\.pt"):
+            checkpoint.model_from(path)
+    for what, changed in fuzz.changes({"meta": sound}, draw, 60):
+        torch.save({**changed, "state_dict": weights}, path)
+        try:
+            loaded = checkpoint.model_from(path, SHAPE if "meta" not in changed else None)
+        except ValueError as error:
+            assert "last.pt" in str(error), what
+        else:
+            count = loaded.config.model.num_classes
+            assert len(loaded.classes or range(count)) == len(loaded.category_ids or range(count)) == count, what
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["zip", "legacy"])
 def test_damaged_checkpoints(older: bool, tmp_path: Path, draw: random.Random) -> None:
     """A file of `write` is refused after any damage; others are refused or read as numbers, and nothing runs."""

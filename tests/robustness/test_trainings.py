@@ -97,6 +97,25 @@ def test_without_an_object_there_is_no_best(config: Config, tmp_path: Path, caps
     assert "no object to find" in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_a_state_of_another_form_is_refused_by_name(config: Config, tmp_path: Path) -> None:
+    """As of a version that kept less, or more, beside the weights."""
+    config, out = config.replace(epochs=1, val_annotations=""), tmp_path / "run"
+    train(config, out, device="cpu")
+    sound = checkpoint.read(out / folder.LAST)
+    state, optimizer = sound["training"], sound["optimizer"]
+    changes = [{"training": {k: v for k, v in state.items() if k != name}} for name in state]
+    changes += [{"training": {**state, "position": {**state["position"], "step": step}}} for step in ("7", -1, None)]
+    changes += [{"training": {**state, name: "\x1b[2J"}} for name in ("sums", "generator", "threads")]
+    changes += [{"training": [1]}, {"optimizer": "x"}, {"optimizer": {}}, {"meta": {}}, {"meta": None}]
+    changes += [{"optimizer": {**optimizer, "param_groups": groups}} for groups in ([], None, [{}])]
+    for change in changes:
+        checkpoint.write(out / folder.LAST, {**sound, **change})
+        with pytest.raises(ValueError, match=r"last\.pt"):
+            train(config, out, resume=True, device="cpu")
+    checkpoint.write(out / folder.LAST, sound)
+    train(config.replace(epochs=2), out, resume=True, device="cpu")
+
+
 @pytest.mark.parametrize("what", ["label", "box", "order", "pixels"])
 def test_data_that_changed_are_noticed(what: str, config: Config, tmp_path: Path) -> None:
     train(config.replace(epochs=1, val_annotations=""), tmp_path / "run", device="cpu")

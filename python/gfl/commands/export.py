@@ -31,7 +31,8 @@ to normalise: examples/onnx_detect.py.
 
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
 all nodes from there on under its metadata key `integral_nodes`: give these to
-onnxruntime's quantize_static as nodes_to_exclude.
+onnxruntime's quantize_static as nodes_to_exclude. `detections` vary in number,
+which only its MinMax calibration takes; others need `decoded`.
 
   gfl export best.pt --out detector.onnx --size 800x1344
   gfl export best.pt --out detector.pt2 --format torch-export \\

@@ -440,7 +440,7 @@ def _get(where: _Place, entry: Any, key: str, parse: Callable[[Any], Any], kind:
         raise ValueError(f"{where} has no `{key}`")
     if (value := parse(entry[key])) is None:
         kind = kind or (parse.__doc__ or "").partition(",")[0]
-        raise ValueError(f"{where}: `{key}` must be {kind}, got {entry[key]!r:.80}")
+        raise ValueError(f"{where}: `{key}` must be {kind}, got {files.shown(entry[key])}")
     return value
 
 

@@ -27,7 +27,7 @@ from . import report
 from .callbacks import Callback
 from .distributed import Process, processes
 from .evaluate import evaluate
-from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
+from .folder import BEST, CONFIG, LAST, PREVIOUS, restoring, saved_training
 from .log import EVALUATIONS, STEPS, Pace, RunLog
 from .optimizer import SCALE, Average, make_optimizer
 from .schedule import learning_rate, schedule_warnings, total_steps
@@ -108,6 +108,11 @@ class Position:
     stale: int = 0  # evaluations since then
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.batch, self.step, self.evaluated_step, self.stale)
+        if not all(type(n) is int and n >= 0 for n in counts) or not isinstance(self.best, (int, float)):
+            raise TypeError(f"no position of a training: {self}")
+
 
 class Training:
     """One training in one process; `train` says what it does."""
@@ -146,10 +151,11 @@ class Training:
             model = models.build(config.model, config.test)
             notes += initial_weights(model, config.train)
         else:
-            before = Config.from_dict(saved["meta"]["config"])
-            if saved["meta"]["classes"] != classes:
+            with restoring(out / LAST):
+                before, names = Config.from_dict(saved["meta"]["config"]), list(map(str, saved["meta"]["classes"]))
+            if names != classes:
                 raise ValueError(
-                    f"{out / LAST} was trained on the classes {', '.join(saved['meta']['classes'])}; "
+                    f"{out / LAST} was trained on the classes {', '.join(names)}; "
                     f"{self.data.annotations.path} has {', '.join(classes)}"
                 )
             model = models.build(before.model, config.test)
@@ -184,7 +190,11 @@ class Training:
         self.position = Position()
         # Steps since the last row of the log, whose losses `step.sums` holds.
         self.summed = 0
-        notes += self._restore(saved, before) if saved is not None else self._describe()
+        if saved is None:
+            notes += self._describe()
+        else:
+            with restoring(out / LAST):
+                notes += self._restore(saved, before)
         notes += schedule_warnings(self.steps_per_epoch, settings)
         self.log = RunLog(out, self.position.step, self.position.evaluated_step, active=process.main)
         for line in notes:
@@ -402,7 +412,7 @@ class Training:
         self.step.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generator"])
         self.step.sums.copy_(state["sums"])
-        self.summed = state["summed"]
+        self.summed = int(state["summed"])
         position = dict(state["position"])
         if "evaluated" in position:  # in epochs, as an earlier version wrote it
             position["evaluated_step"] = position.pop("evaluated") * self.steps_per_epoch

@@ -13,9 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfl import checkpoint
 from gfl.config import preset
 from gfl.data import transforms
+from gfl.data.coco import CocoDataset, coco_detection
+from gfl.data.loader import training_dataset, validation_dataset
+from gfl.demo.course import run_demo
 from gfl.engine import export
+from gfl.engine.evaluate import coco_metrics
 from gfl.models import GFL, build
 
 SIZE = (96, 128)
@@ -163,6 +168,49 @@ def test_onnx_in_half_precision_keeps_the_integral(model: GFL, tmp_path: Path, g
     # fp16 has 11 bits; logits of a few units pass some ten roundings.
     torch.testing.assert_close(scores, want_scores, rtol=0, atol=2e-2)
     assert (boxes - want_boxes).abs().mean() < 0.3
+
+
+@pytest.mark.slow
+def test_static_quantisation_keeps_the_average_precision(tmp_path: Path) -> None:
+    """To 8 bits in QDQ form, as the help says, of a detector that finds something."""
+    needs_onnx()
+    quantisation = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
+    threads = torch.get_num_threads()
+    try:
+        run_demo(tmp_path / "demo", iterations=500)
+    finally:
+        torch.set_num_threads(threads)
+    model, config, *_ = checkpoint.model_from(tmp_path / "demo" / "training" / "best.pt")
+    floating, whole = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    size = (config.test.short_side, config.test.long_side)
+    export.to_onnx(model, floating, size)
+    shown, held_out = training_dataset(config), validation_dataset(config)
+    calibration = iter([{"images": prepared(shown[i].image)} for i in range(32)])
+
+    class Reader(quantisation.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def get_next(self) -> Any:
+            return next(calibration, None)
+
+    excluded = session(floating).get_modelmeta().custom_metadata_map[export.INTEGRAL_NODES].split(",")
+    form = quantisation.QuantFormat.QDQ
+    quantisation.quantize_static(str(floating), str(whole), Reader(), quant_format=form, nodes_to_exclude=excluded)
+    assert whole.stat().st_size < 0.6 * floating.stat().st_size
+    before, after = (average_precision(session(file), held_out) for file in (floating, whole))
+    print(f"AP {before:.4f} in fp32, {after:.4f} in 8 bits")
+    assert before > 0.1 and abs(after - before) < 0.01
+
+
+def prepared(image: Tensor) -> Any:
+    return transforms.normalise(image[None], torch.tensor([image.shape[1:]], dtype=torch.float32)).numpy()
+
+
+def average_precision(run: Any, data: CocoDataset) -> float:
+    found = []
+    for sample in (data[i] for i in range(len(data))):
+        boxes, scores, labels = (part.tolist() for part in run.run(None, {"images": prepared(sample.image)}))
+        ids = [data.category_ids[label] for label in labels]
+        found += [coco_detection(sample.image_id, *one) for one in zip(ids, boxes, scores)]
+    return coco_metrics(data.annotations, found)["AP"]
 
 
 def test_a_program_runs_without_this_package(model: GFL, tmp_path: Path, generator: torch.Generator) -> None:
