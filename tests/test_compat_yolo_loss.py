@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers.compare import by_lower_index
+from peers.assignment_scenes import by_lower_index
 from torch import Tensor, nn
 
 from gfl_ops.compat import ultralytics as compat

@@ -39,9 +39,3 @@ def assert_as_exact(ours: Evaluated, theirs: Evaluated, truth: Evaluated, share:
         error, allowed = ((x.double() - t.double()).abs().max() for x in (a, b))
         bound = 2 * allowed + share * eps * scale
         assert error <= bound, f"result {i}: error {error:.3g}, theirs {allowed:.3g}, scale {scale:.3g}"
-
-
-def by_lower_index(x: Tensor, k: int, dim: int = -1, largest: bool = True, **others: Any) -> Any:
-    """torch.topk with ties by the lower index, as on CUDA."""
-    values, indices = x.sort(dim=dim, descending=largest, stable=True)
-    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
