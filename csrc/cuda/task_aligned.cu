@@ -356,10 +356,8 @@ cudaError_t task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& ou
     cleared = cudaMemsetAsync(workspace, 0, task_aligned_workspace_bytes(in), stream);
   }
   if (cleared != cudaSuccess) return cleared;
-  const dim3 boxes(static_cast<unsigned>(in.gts < 1024 ? in.gts : 1024),
-                   static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
-  const int64_t needed = (count + kLocationThreads - 1) / kLocationThreads;
-  const dim3 blocks(static_cast<unsigned>(needed < 65536 ? needed : 65536));
+  const dim3 boxes(strided_grid(in.gts, 1).x, static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
+  const dim3 blocks = strided_grid(count, kLocationThreads);
   if (in.gts > 0) {
     GFL_LAUNCH(task_aligned_candidates_kernel, boxes, dim3(kThreads), shared_bytes(call.topk), stream, call, levels,
                scratch);

@@ -24,6 +24,12 @@ template <class T> bool close_gradient(double got, double want, double epsilon, 
   return close(got, want, epsilon + kChain<T>, scale * (kChain<T> + epsilon * 1e-4));
 }
 
+// Where the exponential of a logit or a power of the score is subnormal in double, and 0 in float.
+double far_logit(Generator& draw) {
+  const double values[] = {-720, -460, -100, 100, 720};
+  return values[draw.integer(0, 5)];
+}
+
 ScoreInput input(const Oracle& o, const std::vector<double>& params, const void* pred, DType dtype, const void* target,
                  bool activated) {
   ScoreInput in{};
@@ -57,7 +63,7 @@ void run(const ScoreInput& in, bool rows, const void* grad, int64_t stride, void
 struct Case {
   std::string name;
   int64_t rows, classes;
-  bool activated = false, dense = false, transposed = false, broadcast = false;
+  bool activated = false, dense = false, transposed = false, broadcast = false, far = false;
 };
 
 template <class T>
@@ -68,8 +74,12 @@ void check(const Oracle& o, const std::vector<double>& params, const Case& c, bo
   std::vector<double> pred_values(count), target_values(c.dense ? count : c.rows),
       grad_values(c.broadcast ? 1 : c.rows);
   std::vector<int64_t> labels(c.rows);
-  for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
-  for (double& v : target_values) v = rows || draw.integer(0, 3) == 0 ? draw.uniform(0.05, 0.99) : o.negative;
+  for (double& v : pred_values) {
+    v = c.far ? far_logit(draw) : c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  }
+  // Far from 0 the score of a negative is 0, where a power bends.
+  const double negative = o.negative * (c.far ? 50 : 1);
+  for (double& v : target_values) v = rows || draw.integer(0, 3) == 0 ? draw.uniform(0.05, 0.99) : negative;
   for (double& v : grad_values) v = draw.normal(2);
   for (int64_t& l : labels) l = draw.integer(-2, c.classes + 3);
   const std::vector<T> pred_rounded = rounded<T>(pred_values);
@@ -144,6 +154,7 @@ const Case kRowCases[] = {
     {"many dense runs", 5, 1040, false, true},
     {"many runs, many rows", 70, 1040},
     {"over a block, transposed", 300, 8, false, false, true},
+    {"far from 0", 9, 37, false, false, false, false, true},
 };
 const Case kElementCases[] = {
     {"empty", 0, 1, false, true},
@@ -155,24 +166,21 @@ const Case kElementCases[] = {
     {"two blocks", 600, 1, false, true, false, true},
     {"turns of the grid", 2700, 1, false, true},
     {"turns of the grid, activated", 2700, 1, true, true},
+    {"far from 0", 257, 1, false, true, false, false, true},
 };
 
 // --- down to one number ----------------------------------------------------------------------------------------------
 
-enum class Layout {
-  rows,
-  padded,
-  planar,
-  sliced
-};  // class innermost, with a gap per row, location innermost, every second
+// Class innermost, with a gap per row, location innermost, every second.
+enum class Layout { rows, padded, planar, sliced };
 
+// `turned`: gradient and dense targets lie location innermost where the scores do not, and the other way round.
 struct ReducedCase {
   std::string name;
   int64_t images, locations, classes;
   bool sparse = true, weighted = false, normed = true, activated = false;
   Layout layout = Layout::rows;
-  bool turned =
-      false;  // gradient and dense targets lie location innermost where the scores do not, and the other way round
+  bool turned = false, far = false;
 };
 
 void strides_of(const ReducedCase& c, bool turned, int64_t (&stride)[3], int64_t& size) {
@@ -201,7 +209,9 @@ void check_reduced(const Oracle& o, const std::vector<double>& params, const Red
   };
   std::vector<double> pred_values(size), target_values(c.sparse ? rows : size), weight_values(rows);
   std::vector<int64_t> labels(rows);
-  for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  for (double& v : pred_values) {
+    v = c.far ? far_logit(draw) : c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  }
   for (double& v : target_values) v = c.sparse || draw.integer(0, 3) == 0 ? draw.uniform(0.02, 0.98) : 0.0;
   for (double& v : weight_values) v = draw.integer(0, 4) == 0 ? 0.0 : draw.uniform(0.1, 3);
   for (int64_t row = 0; row < rows; ++row) {  // the second half has none: there are tiles without a class
@@ -351,26 +361,42 @@ const ReducedCase kReducedCases[] = {
     {"many dense runs", 1, 136, 72, false, true},
     {"activated", 1, 40, 8, true, true, true, true},
     {"dense, activated", 1, 40, 8, false, true, true, true},
+    {"far from 0", 1, 40, 8, true, true, true, false, Layout::rows, false, true},
+    {"dense, far from 0", 1, 40, 8, false, true, true, false, Layout::rows, false, true},
 };
 
-// ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient.
-void check_extremes() {
-  const float infinity = std::numeric_limits<float>::infinity(), largest = std::numeric_limits<float>::max();
-  const Buffer<float> pred(std::vector<float>{1e4f, -1e4f, -infinity, infinity, infinity, -infinity});
-  const Buffer<float> target(std::vector<float>{0, 1, 0, 1, 0, 1}), grad(std::vector<float>(6, 1));
-  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0, 9, 0});
+// ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient; NaN spreads.
+template <class T> void check_extremes(DType dtype) {
+  using A = acc_t<T>;
+  const double infinity = HUGE_VAL;
+  const std::vector<T> values = rounded<T>({1e4, -1e4, -infinity, infinity, infinity, -infinity, NAN});
+  const A big = static_cast<A>(load(&values[0])), largest = std::numeric_limits<A>::max();
+  const std::vector<A> want{big, big, 0, 0, largest, largest}, want_grad{1, -1, 0, 0, 0, 0};
+  const size_t n = values.size();
+  const Buffer<T> pred(values);
+  const Buffer<A> target(std::vector<A>{0, 1, 0, 1, 0, 1, 0}), grad(std::vector<A>(n, 1));
+  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0, 9, 0, 9});
   for (const Oracle& o : kOracles) {
-    if (std::string(o.loss) == "focal" || std::string(o.loss) == "vfl") continue;  // have factors of their own
+    const bool rows =
+        std::string(o.loss) != "focal" && std::string(o.loss) != "vfl";  // these have factors of their own
     for (const std::vector<double>& params : o.params) {
-      ScoreInput in = input(o, params, pred.data(), DType::f32, target.data(), false);
+      ScoreInput in = input(o, params, pred.data(), dtype, target.data(), false);
       in.classes = in.stride[1] = in.stride[2] = 1;
-      in.locations = 6;
-      in.label = label.data();
-      Buffer<float> loss(6), grad_pred(6);
-      run(in, true, nullptr, 0, loss.data(), nullptr, nullptr);
-      run(in, true, grad.data(), 1, nullptr, grad_pred.data(), nullptr);
-      CHECK((loss.read() == std::vector<float>{1e4f, 1e4f, 0, 0, largest, largest}), "%s: extreme losses", o.loss);
-      CHECK((grad_pred.read() == std::vector<float>{1, -1, 0, 0, 0, 0}), "%s: extreme gradients", o.loss);
+      in.locations = static_cast<int64_t>(n);
+      in.label = rows ? label.data() : nullptr;
+      Buffer<A> loss(n);
+      Buffer<T> grad_pred(n);
+      run(in, rows, nullptr, 0, loss.data(), nullptr, nullptr);
+      run(in, rows, grad.data(), 1, nullptr, grad_pred.data(), nullptr);
+      const std::vector<double> got = widened(loss.read()), got_grad = widened(grad_pred.read());
+      CHECK(got[n - 1] != got[n - 1] && got_grad[n - 1] != got_grad[n - 1], "%s: a NaN is lost", o.loss);
+      for (size_t i = 0; i + 1 < n; ++i) {
+        CHECK(got[i] == got[i] && got_grad[i] == got_grad[i], "%s: a NaN of element %zu", o.loss, i);
+        if (!rows) continue;
+        CHECK(got[i] == static_cast<double>(want[i]), "%s: extreme loss %zu is %g", o.loss, i, got[i]);
+        CHECK(got_grad[i] == static_cast<double>(want_grad[i]), "%s: extreme gradient %zu is %g", o.loss, i,
+              got_grad[i]);
+      }
     }
   }
 }
@@ -418,6 +444,6 @@ int main() {
     });
   });
   CHECK(score_param_count("none of them") == -1, "a name that there is not");
-  check_extremes();
+  for_dtypes([](auto t, DType dtype, double) { check_extremes<decltype(t)>(dtype); });
   return result("score");
 }

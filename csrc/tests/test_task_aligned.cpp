@@ -161,9 +161,11 @@ template <class T> void compare(TaskAlignedInput in, const Scene& s, DType dtype
   }
 }
 
-Scene drawn(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool tied) {
+Scene drawn(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool tied, bool many_levels = false) {
   Scene s;
   s.levels = {{9, 13, 8, 0.5f}, {0, 4, 12, 0.5f}, {5, 7, 16, tied ? 0.0f : 0.5f}, {2, 3, 32, 0.5f}};
+  for (int i = 0; many_levels && i < 6; ++i)
+    s.levels.push_back({3, 2 + i % 2, 24 + 8.0f * static_cast<float>(i), 0.5f});
   for (const GridLevel& level : s.levels) {
     for (int64_t y = 0; y < level.height; ++y) {
       for (int64_t x = 0; x < level.width; ++x) {
@@ -201,6 +203,24 @@ Scene drawn(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool 
   s.gt_boxes[9] = NAN;
   s.gt_boxes[14] = INFINITY;
   return s;
+}
+
+TaskAlignedInput input_of(const Scene& s, int64_t images, int64_t gts, int64_t classes) {
+  TaskAlignedInput in{};
+  in.levels = s.levels.data();
+  in.level_count = static_cast<int64_t>(s.levels.size());
+  in.locations = static_cast<int64_t>(s.points.size() / 2);
+  in.score_stride[0] = in.locations * classes;
+  in.score_stride[1] = classes;
+  in.score_stride[2] = 1;
+  in.boxes = s.boxes.data();
+  in.gt_boxes = s.gt_boxes.data();
+  in.gt_labels = s.gt_labels.data();
+  in.images = images;
+  in.gts = gts;
+  in.classes = classes;
+  in.eps = 1e-9f;
+  return in;
 }
 
 void arithmetic() {
@@ -262,26 +282,13 @@ int main() {
         for (const auto variant :
              {TaskAlignedVariant::ultralytics, TaskAlignedVariant::yolov6, TaskAlignedVariant::mmdet}) {
           for (const bool grid : {true, false}) {
-            TaskAlignedInput in{};
-            in.levels = s.levels.data();
-            in.level_count = static_cast<int64_t>(s.levels.size());
-            in.points = grid ? nullptr : s.points.data();
-            in.locations = static_cast<int64_t>(s.points.size() / 2);
-            in.score_stride[0] = in.locations * classes;
-            in.score_stride[1] = classes;
-            in.score_stride[2] = 1;
-            in.boxes = s.boxes.data();
-            in.gt_boxes = s.gt_boxes.data();
-            in.gt_labels = s.gt_labels.data();
-            in.images = images;
-            in.gts = std::max<int64_t>(gts, 4);
-            in.classes = classes;
+            TaskAlignedInput in = input_of(s, images, std::max<int64_t>(gts, 4), classes);
+            if (!grid) in.points = s.points.data();
             in.topk = topk;
             in.topk2 = topk2;
             in.alpha = variant == TaskAlignedVariant::ultralytics ? 0.5 : 1;
             in.beta = topk == 13 ? 2.3 : 6;
             in.min_side = variant == TaskAlignedVariant::ultralytics && !tied ? 16.0f : 0.0f;
-            in.eps = 1e-9f;
             in.variant = variant;
             in.overlap = variant == TaskAlignedVariant::ultralytics || topk == 7 ? TaskAlignedOverlap::ciou
                          : variant == TaskAlignedVariant::yolov6                 ? TaskAlignedOverlap::clipped_iou
@@ -304,6 +311,21 @@ int main() {
         }
       }
     }
+  }
+  // More levels, locations and k than one turn of any loop takes, and exponents that no product gives.
+  const Scene wide = drawn(draw, 18, 5, classes, false, true);
+  for (const auto variant : {TaskAlignedVariant::ultralytics, TaskAlignedVariant::yolov6, TaskAlignedVariant::mmdet}) {
+    TaskAlignedInput in = input_of(wide, 18, 5, classes);
+    in.topk = 400;
+    in.topk2 = 150;
+    in.alpha = 0.7;
+    in.beta = 2.3;
+    in.min_side = variant == TaskAlignedVariant::ultralytics ? 16.0f : 0.0f;
+    in.variant = variant;
+    in.overlap = variant == TaskAlignedVariant::ultralytics ? TaskAlignedOverlap::ciou
+                 : variant == TaskAlignedVariant::yolov6    ? TaskAlignedOverlap::clipped_iou
+                                                            : TaskAlignedOverlap::iou;
+    compare<float>(in, wide, DType::f32, "wide");
   }
   CHECK(positives > 2000, "only %lld positives", static_cast<long long>(positives));
   CHECK(conflicts_of_nothing > 100, "only %lld of score 0", static_cast<long long>(conflicts_of_nothing));
