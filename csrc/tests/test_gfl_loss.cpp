@@ -246,8 +246,8 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   return {{double(sums[0]), double(sums[1]), double(sums[2])}, static_cast<int64_t>(sums[3]), double(sums[4])};
 }
 
-// The gradients' maps have the layout of the others, or the other one if `turned`; all have `gap` unused columns. R: the
-// dtype of the distributions.
+// The gradients' maps have the layout of the others, or the other one if `turned`; all have `gap` unused columns.
+// R: the dtype of the distributions.
 template <class T, class R = T>
 void check(Case c, DType dtype, double tolerance, const char* name, bool turned = true, int64_t gap = 0,
            DType reg_dtype = DType::f64) {

@@ -286,7 +286,7 @@ int main() {
     turns.push_back({{9600}, 1, 2, 1, {true}, 0, relu, 0.3, 1.5});
     turns.push_back({{70}, 1, 16, 2, {true}, 2, relu, 0.3, 1.5});
     turns.push_back({{70}, 1, 512, 1, {false}, 0, relu, 0.3, 1.5});
-    turns.push_back({{40}, 1, 512, 1, {false}, 1, relu, 0.3, 1.5});
+    turns.push_back({{43}, 1, 512, 1, {false}, 1, relu, 0.3, 1.5});
     turns.push_back({{9}, 1, 1024, 1, {false}, 1, relu, 0.3, 1.5});
     turns.push_back({{9}, 1, 1024, 1, {true}, 1, relu, 0.3, 1.5});
   }
