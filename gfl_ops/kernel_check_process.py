@@ -109,8 +109,8 @@ def _verdicts(names: list[str], device: str, end: float, threads: int) -> Iterat
 
 
 def _skipped(names: list[str], why: str) -> Iterator[Verdict]:
-    for name in names:
-        yield Verdict(*name.split(":"), SKIPPED, 0.0, why)
+    for stem, backend in (name.split(":") for name in names):
+        yield Verdict(stem, backend, SKIPPED, 0.0, why)
 
 
 def _process(names: list[str], device: str, end: float, threads: int) -> Iterator[Verdict]:
