@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "launch.h"
 #include "terms/assign.h"
 
 namespace gfl::cuda {
@@ -30,8 +31,7 @@ inline GridLevels grid_levels(const GridLevel* levels, int64_t count) {
 
 // A grid of blocks: boxes of an image by images.
 inline dim3 boxes_and_images(const AssignInput& in) {
-  return dim3(static_cast<unsigned>(in.gts < 1024 ? in.gts : 1024),
-              static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
+  return dim3(strided_grid(in.gts, 1).x, static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
 }
 
 // Cells of a level: `first` + row·pitch + column.

@@ -356,8 +356,7 @@ cudaError_t task_aligned(const TaskAlignedInput& in, const AssignOutput& out, vo
   }
   if (cleared != cudaSuccess) return cleared;
   const dim3 boxes = boxes_and_images(in);
-  const int64_t needed = (count + kLocationThreads - 1) / kLocationThreads;
-  const dim3 blocks(static_cast<unsigned>(needed < 65536 ? needed : 65536));
+  const dim3 blocks = strided_grid(count, kLocationThreads);
   if (in.gts > 0) {
     GFL_LAUNCH(task_aligned_candidates_kernel, boxes, dim3(kThreads), shared_bytes(call.topk), stream, call, levels,
                scratch);

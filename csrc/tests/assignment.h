@@ -111,9 +111,13 @@ struct Scene {
 };
 
 // At least four boxes, near which predictions lie but a few; `tied`: coordinates on a grid, and scores of three values.
-inline Scene drawn_scene(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool tied) {
+inline Scene drawn_scene(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool tied,
+                         bool many_levels = false) {
   Scene s;
   s.levels = {{9, 13, 8, 0.5f}, {0, 4, 12, 0.5f}, {5, 7, 16, tied ? 0.0f : 0.5f}, {2, 3, 32, 0.5f}};
+  for (int i = 0; many_levels && i < 6; ++i) {
+    s.levels.push_back({3, 2 + i % 2, 24 + 8.0f * static_cast<float>(i), 0.5f});
+  }
   for (const GridLevel& level : s.levels) {
     for (int64_t y = 0; y < level.height; ++y) {
       for (int64_t x = 0; x < level.width; ++x) {

@@ -215,6 +215,23 @@ int main() {
       }
     }
   }
+  // More levels, locations and k than one turn of any loop takes, and exponents that no product gives.
+  const Scene wide = gfl::testing::drawn_scene(draw, 18, 5, classes, false, true);
+  for (const auto variant : {TaskAlignedVariant::ultralytics, TaskAlignedVariant::yolov6, TaskAlignedVariant::mmdet}) {
+    TaskAlignedInput in{};
+    wide.enter(in, 18, 5, classes);
+    in.topk = 400;
+    in.topk2 = 150;
+    in.alpha = 0.7;
+    in.beta = 2.3;
+    in.min_side = variant == TaskAlignedVariant::ultralytics ? 16.0f : 0.0f;
+    in.eps = 1e-9f;
+    in.variant = variant;
+    in.overlap = variant == TaskAlignedVariant::ultralytics ? TaskAlignedOverlap::ciou
+                 : variant == TaskAlignedVariant::yolov6    ? TaskAlignedOverlap::clipped_iou
+                                                            : TaskAlignedOverlap::iou;
+    compare<float>(in, wide, DType::f32, "wide");
+  }
   CHECK(positives > 2000, "only %lld positives", static_cast<long long>(positives));
   CHECK(conflicts_of_nothing > 100, "only %lld of score 0", static_cast<long long>(conflicts_of_nothing));
   return gfl::testing::result("task_aligned");

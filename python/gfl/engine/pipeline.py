@@ -28,6 +28,7 @@ import gfl_ops
 from ..config import InferenceConfig, ModelConfig
 from ..data import transforms
 from ..draw import Edges
+from ..models.autotune import CudnnTuning
 from ..models.gfl import GFL, locations
 from .distributed import current_device
 from .graphs import GraphCache, host_waits
@@ -66,6 +67,8 @@ class Pipeline:
         self.maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
         if compile:
             self.maps = torch.compile(network.predict_maps, dynamic=False)
+        # Here and not in the network: a setting that a compiled network changes would break it into several graphs.
+        self._tuning = CudnnTuning()
         self.graphs = GraphCache(device=device) if graphs and device.type == "cuda" else None
         self._copies = torch.cuda.Stream(device) if self.graphs is not None else None
         self._done: torch.cuda.Event | None = None  # the last use of the graphs' memory
@@ -125,7 +128,9 @@ class Pipeline:
     def _predict(
         self, images: Tensor, sizes: Tensor, scale_factors: Tensor | None = None, *, edges: bool
     ) -> Predictions:
-        maps = self.maps(transforms.normalise(images, sizes))
+        normalised = transforms.normalise(images, sizes)
+        with self._tuning(normalised):
+            maps = self.maps(normalised)
         found = self.network.read_maps(*maps, sizes, scale_factors)
         return Predictions(found, _edges(maps[1], found.locations, self.network.config) if edges else None)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .autotune import CudnnTuning, Fastest
+from .autotune import Fastest
 from .deform import DeformConv2d
 from .gfl import GFL
 from .head import GFLHead
@@ -241,7 +241,6 @@ class FusedGFL(GFL):
             layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
         self.to(dtype)
         self.bbox_head = _fuse_head(model.bbox_head, dtype)
-        self._tuning = CudnnTuning()
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FusedGFL:
@@ -250,8 +249,4 @@ class FusedGFL(GFL):
         return self
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        images = images.to(self.dtype, memory_format=torch.channels_last)
-        if torch.compiler.is_compiling():
-            return super().predict_maps(images)
-        with torch.cuda.device_of(images), self._tuning(images):
-            return super().predict_maps(images)
+        return super().predict_maps(images.to(self.dtype, memory_format=torch.channels_last))

@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -230,21 +228,6 @@ def test_biases_of_zeros_are_dropped_and_a_shortcut_s_is_its_branch_s(seed: int)
         torch.testing.assert_close(folded_block.conv3.bias, sum(biases).detach(), rtol=0, atol=1e-5)
     nn.init.zeros_(model.neck.lateral_convs[0].conv.bias)
     assert FusedGFL(model).neck.lateral_convs[0].conv.bias is None
-
-
-@torch.no_grad()
-def test_its_convolutions_run_while_cudnn_is_tuned_for_the_input(seed: int) -> None:
-    fused, log = FusedGFL(detector(seed)), []
-
-    @contextmanager
-    def tuning(images: Tensor) -> Iterator[None]:
-        with Calls() as calls:
-            yield
-        log.append((images.shape, sum(n for name, n in calls.count.items() if "convolution" in name)))
-
-    fused._tuning = tuning  # type: ignore[assignment]
-    fused.predict_maps(torch.randn(2, 3, 96, 96))
-    assert log[0][0] == (2, 3, 96, 96) and log[0][1] > 20
 
 
 def test_what_it_holds_is_not_trained(seed: int) -> None:
