@@ -6,6 +6,7 @@
 #include "bins.h"
 #include "distance.h"
 #include "gfl/head.h"
+#include "grid.h"
 #include "iou.h"
 
 namespace gfl {
@@ -39,8 +40,8 @@ GFL_HOST_DEVICE HeadGeometry<A> head_geometry(const GflLossInput& in, const Head
   const A shift = in.legacy ? static_cast<A>((level.stride - 1) / 2) : A(0);
   const A offset = static_cast<A>(level.offset);
   HeadGeometry<A> g;
-  g.centre_x = ((static_cast<A>(p.column) + offset) * stride + shift) / stride;
-  g.centre_y = ((static_cast<A>(p.row) + offset) * stride + shift) / stride;
+  g.centre_x = cell_centre(static_cast<A>(p.column), offset, stride, shift) / stride;
+  g.centre_y = cell_centre(static_cast<A>(p.row), offset, stride, shift) / stride;
   const A* box = static_cast<const A*>(in.gt_boxes) + (p.image * in.gts + p.slot) * 4;
   for (int i = 0; i < 4; ++i) g.target[i] = box[i] / stride;
   return g;

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import task_aligned_assign
 from ..ops.head.task_aligned_reference import overlap
-
-# What mmdet's assigners give as the overlap of a prior without a box.
-NO_OVERLAP = -100000000.0
+from ._dynamic_k import NO_OVERLAP, plain_iou
 
 
 class Targets(NamedTuple):
@@ -135,6 +133,13 @@ class TaskAlignedAssigner(nn.Module):
         )
 
 
+def _without_objects(scores: Tensor, boxes: Tensor, background: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels, boxes, scores and mask of a batch without a slot, which have the scores' dtype there."""
+    first = scores[..., 0]
+    labels = torch.full_like(first, background)
+    return labels, torch.zeros_like(boxes), torch.zeros_like(scores), torch.zeros_like(first)
+
+
 def _ultralytics(
     settings: Any,
     min_side: float,
@@ -146,15 +151,8 @@ def _ultralytics(
     mask: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not gt_boxes.shape[1]:
-        first = scores[..., 0]
-        none = torch.zeros_like(first)
-        return (
-            torch.full_like(first, settings.num_classes),
-            torch.zeros_like(boxes),
-            torch.zeros_like(scores),
-            none > 0,
-            none,
-        )
+        *targets, none = _without_objects(scores, boxes, settings.num_classes)
+        return (*targets, none > 0, none)  # type: ignore[return-value]
     found = dense_targets(
         scores,
         boxes,
@@ -237,9 +235,7 @@ class YOLOv6Assigner(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels ``[B, A]``, boxes ``[B, A, 4]``, scores ``[B, A, C]`` and mask ``[B, A]`` of the targets."""
         if not gt_bboxes.shape[1]:
-            first = pd_scores[..., 0]
-            none = torch.zeros_like(first)
-            return torch.full_like(first, self.bg_idx), torch.zeros_like(pd_bboxes), torch.zeros_like(pd_scores), none
+            return _without_objects(pd_scores, pd_bboxes, self.bg_idx)
         options = {"topk": self.topk, "alpha": self.alpha, "beta": self.beta, "eps": self.eps, "variant": "yolov6"}
         found = dense_targets(
             pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, self.num_classes, **options
@@ -301,19 +297,10 @@ def mmdet_assign(original: Any) -> Callable[..., Any]:
     ) -> Any:
         """mmdet's call and its AssignResult with `assign_metrics`: 1-based box of each prior, 0 for none."""
         from mmdet.models.task_modules.assigners import AssignResult
-        from mmdet.models.task_modules.assigners.iou2d_calculator import BboxOverlaps2D
 
         priors, boxes, scores = pred_instances.priors, pred_instances.bboxes, pred_instances.scores
         truth, classes = gt_instances.bboxes, gt_instances.labels
-        ours = (
-            type(self.iou_calculator) is BboxOverlaps2D
-            and self.iou_calculator.dtype is None
-            and type(truth) is type(boxes) is Tensor
-            and truth.dtype == boxes.dtype == torch.float32
-            and len(truth)
-            and len(boxes)
-        )
-        if not ours:
+        if not plain_iou(self, boxes, truth):
             return original(self, pred_instances, gt_instances, gt_instances_ignore, alpha, beta)
         found = task_aligned_assign(
             scores[None],

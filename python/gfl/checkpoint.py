@@ -17,7 +17,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -319,10 +319,11 @@ def model_from(
             raise ValueError(f"{assumed}; `config` must be given, a preset or a file (--config NAME|FILE)")
         if assumed:
             warnings.warn(f"{place}{assumed}: the defaults are taken; give `config`", stacklevel=2)
-        if not found.model.backbone.startswith(models.TIMM):
-            # Before memory is taken for what a file claims.
-            with torch.device("meta"):
-                _compare(models.build(found.model), weights.state_dict)
+        if weights.classes is not None and weights.config and len(weights.classes) != found.model.num_classes:
+            raise ValueError(f"it names {len(weights.classes)} classes, its network has {found.model.num_classes}")
+        # Before memory is taken for what a file claims; some of timm's networks can't be built without.
+        with suppress(RuntimeError), torch.device("meta"):
+            _compare(models.build(found.model), weights.state_dict)
         model = models.build(found.model, found.test)
         load_weights(model, weights.state_dict)
     except ValueError as error:

@@ -75,13 +75,16 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Images and annotations in COCO format."""
+    """Images and annotations: COCO's files, or the format found in the folder."""
 
-    data: str = _option(".", "folder of the data set; paths of annotations and images are relative to it", "DIR")
+    data: str = _option(
+        ".", "folder or data.yaml of the data set; its format is found unless COCO's files are there", "DIR|FILE"
+    )
     train_annotations: str = _option("annotations/instances_train2017.json", "training annotations", "FILE")
     train_images: str = _option("train2017", "training images", "DIR")
     val_annotations: str = _option("annotations/instances_val2017.json", "validation annotations ('': none)", "FILE")
     val_images: str = _option("val2017", "validation images", "DIR")
+    val_share: float = _option(0.2, "share of the images held out where a format is found without validation data")
     keep_empty: bool = _option(False, "train on images without objects too, as pure background")
     workers: int = _option(4, "data-loading processes per training process; 0: load in the process itself")
 
@@ -95,27 +98,47 @@ class TrainConfig:
     )
     init: str = _option("", "checkpoint to start from, without its class layer if the class count differs", "FILE")
     epochs: int = _option(12, "passes over the training images")
+    steps: int = _option(0, "length of the training in steps, in place of epochs (0: by epochs)")
     lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
     schedule: Literal["step", "cosine"] = _option("step", "learning-rate schedule after the warm-up")
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "optimizer")
     lr: float = _option(0.01, "learning rate for batches of 16 images; scaled linearly with batch_size")
     momentum: float = _option(0.9, "momentum of SGD, beta1 of AdamW")
     weight_decay: float = _option(1e-4, "weight decay")
-    warmup_steps: int = _option(500, "steps of linear warm-up, from a thousandth of the learning rate")
+    warmup_steps: int | None = _option(
+        None, "steps of linear warm-up from a thousandth of the rate; none: 500, at most a tenth of all steps", "N"
+    )
+    layer_decay: float = _option(1.0, "factor on the rate for each stage of the backbone, from the head down")
+    norm_decay: bool = _option(True, "weight decay on norms and biases too")
     clip_grad_norm: float = _option(0.0, "max gradient norm (0: off)")
-    batch_size: int = _option(16, "images per step, over all processes")
+    batch_size: int = _option(16, "images per step, over all processes; 0: as many as fit the GPU")
+    accumulate: int = _option(1, "parts that a batch is computed in, adding up gradients, to need less memory")
+    ema: float = _option(0.0, "decay of an average of the weights, to evaluate and keep in their place (0: off)")
+    patience: int = _option(0, "stop after this many evaluations without a higher AP (0: off)")
+    class_weights: str = _option("", "weights of the classes in their loss: one each, or balanced", "X,…|balanced")
+    repeat_threshold: float = _option(
+        0.0, "repeat images of classes that fewer than this share of the images have (0: off)"
+    )
     train_short_side: tuple[int, int] = _option((800, 800), "random short side in training, from N to N pixels", "N,N")
     train_long_side: int = _option(1333, "max long side in training, pixels")
     flip: float = _option(0.5, "probability of a horizontal flip")
+    augment: str = _option(
+        "",
+        "augmentation: finetune, or some of copypaste, mosaic, mixup, crop, jitter, color, FILE.py:FUNCTION; "
+        "NAME=P sets how often",
+        "NAME,…",
+    )
     amp: Literal["none", "bf16", "fp16"] = _option("none", "automatic mixed precision")
     fold_norms: bool = _option(False, "fold the backbone's fixed batch norms into its convolutions: faster steps")
     graph: bool = _option(False, "run each step as one CUDA graph, padded to one of a few batch shapes (one GPU)")
     graph_slots: int = _option(100, "objects per image that a graph has room for; larger batches run without one")
+    cache: Literal["none", "ram", "disk"] = _option("none", "where to keep decoded training images for later epochs")
+    compile: bool = _option(False, "compile the network by torch.compile")
     seed: int = _option(0, "random seed (weights, shuffling, augmentation)")
     eval_every: int = _option(1, "epochs between evaluations; 0: only after the last")
     checkpoint_steps: int = _option(1000, "steps between checkpoints within an epoch; 0: only after each epoch")
     rank_timeout: float = _option(600.0, "seconds that processes wait for each other before they give up")
-    log_steps: int = _option(50, "steps between rows of the log")
+    log_steps: int = _option(50, "steps between lines of the log; at most an epoch")
 
 
 @dataclass
@@ -160,7 +183,7 @@ class Config:
             ValueError: an unknown section or field, or a value that its type does not accept.
         """
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-            raise ValueError(f"gfl.Config: a dictionary of sections is needed, got {values!r:.80}")
+            raise ValueError(f"gfl.Config: a dictionary of sections is needed, got {files.shown(values)}")
         return replace(cls(), **values)
 
     def replace(self, **values: Any) -> Config:
@@ -203,21 +226,21 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{what} must be a section of fields, got {value!r:.80}")
+            raise ValueError(f"{what} must be a section of fields, got {files.shown(value)}")
         return replace(hint(), **value)
     if origin in (typing.Union, types.UnionType):  # always T | None
         return None if value is None or value == "none" else _convert(what, inner[0], value)
     if origin is tuple:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, Sequence):
-            raise ValueError(f"{what} must be a list of numbers, got {value!r}")
+            raise ValueError(f"{what} must be a list of numbers, got {files.shown(value)}")
         if inner[-1] is not Ellipsis and len(items) != len(inner):
-            raise ValueError(f"{what} must have {len(inner)} numbers, got {value!r}")
+            raise ValueError(f"{what} must have {len(inner)} numbers, got {files.shown(value)}")
         return tuple(_convert(what, inner[0], item) for item in items)
     if origin is Literal and value not in inner:
-        raise ValueError(f"{what} must be one of {', '.join(inner)}, got {value!r}")
+        raise ValueError(f"{what} must be one of {', '.join(inner)}, got {files.shown(value)}")
     if hint is bool and not isinstance(value, bool):
-        raise ValueError(f"{what} must be true or false, got {value!r}")
+        raise ValueError(f"{what} must be true or false, got {files.shown(value)}")
     if origin is Literal or hint is bool:
         return value
     try:
@@ -227,12 +250,13 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
         if isinstance(value, (bool, bytes)) or (hint is int and not isinstance(value, str) and int(value) != value):
             raise ValueError
         converted = hint(value)
-        if hint is float and not math.isfinite(converted):
+        if (hint is float and not math.isfinite(converted)) or (hint is int and not -(2**63) <= converted < 2**63):
             raise ValueError
         return converted
     except (TypeError, ValueError, OverflowError):
-        finite = " and finite" if hint is float and isinstance(value, float) else ""
-        raise ValueError(f"{what} must be of type {hint.__name__}{finite}, got {value!r:.80}") from None
+        limit = " and finite" if hint is float and isinstance(value, float) else ""
+        limit = " of 64 bits" if hint is int and type(value) is int else limit
+        raise ValueError(f"{what} must be of type {hint.__name__}{limit}, got {files.shown(value)}") from None
 
 
 def _paper(backbone: str = "resnet50", epochs: int = 12, dcn: str | None = None, *, v2: bool = False) -> Config:
@@ -290,6 +314,26 @@ PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
+# Fields by the name of a recipe, which changes those of a preset; for data of one's own, of hundreds or thousands of
+# images, the paper's schedule is too short and its rate falls in steps that such a training may not reach.
+RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "epochs": 50,
+        "schedule": "cosine",
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "clip_grad_norm": 10.0,
+        "norm_decay": False,
+        "ema": 0.999,
+        "batch_size": 8,
+        "keep_empty": True,
+        "eval_every": 5,
+        "augment": "finetune",
+    }
+}
+
+
 def preset(name: str) -> Config:
     """The configuration of that name, or of that file: TOML, YAML (with PyYAML installed) or JSON, by its suffix.
 
@@ -303,16 +347,29 @@ def preset(name: str) -> Config:
     if not path.is_file():
         meant = did_you_mean(name, PRESETS)
         raise ValueError(f"gfl: `config` must be one of {known} or a TOML, YAML or JSON file, got {name!r}{meant}")
-    module, function = PARSERS.get(path.suffix, ("json", "loads"))
+    try:
+        return Config.from_dict(parse_file(path))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
+
+
+def parse_file(path: Path) -> Any:
+    """The contents of a TOML, YAML or JSON file, by its suffix.
+
+    Raises:
+        ValueError: it is not what its suffix says.
+        RuntimeError: a YAML file, and PyYAML is not installed.
+    """
+    module, function = PARSERS.get(path.suffix.lower(), ("json", "loads"))
     try:
         parse = getattr(importlib.import_module(module), function)
     except ImportError:
-        raise RuntimeError(f"{name}: YAML files need PyYAML: pip install pyyaml") from None
+        raise RuntimeError(f"{path}: YAML files need PyYAML: pip install pyyaml") from None
     content = files.read_bytes(path, LARGEST_FILE)
     try:
-        return Config.from_dict(parse(content.decode("utf-8")))
+        return parse(content.decode("utf-8-sig"))
     except Exception as error:  # each parser has its own kind
-        raise ValueError(f"gfl: {name} is not a configuration: {error}") from None
+        raise ValueError(str(error)) from None
 
 
 LARGEST_FILE = 2**24

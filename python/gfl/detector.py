@@ -32,7 +32,7 @@ from .threads import MOST, cores, map_ahead
 # One image, unless it is the path of a folder or a glob pattern.
 Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
 # Of images in a folder; a file given by its name or by a glob may have any.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = transforms.IMAGE_SUFFIXES
 # Batches that a GPU has queued while the host reads images and results.
 IN_FLIGHT = 2
 

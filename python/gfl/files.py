@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import reprlib
 import secrets
 import socket
 import stat
@@ -121,7 +123,7 @@ def lines(path: Path) -> Iterator[Callable[[Any], None]]:
         if path.exists() and path.stat().st_size:
             say(f"what was found before is in {path}", sys.stderr)
         raise
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def check_output(
@@ -207,9 +209,26 @@ def locked(folder: Path) -> Iterator[str]:
         file.close()
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 80
+
+
+def shown(value: object) -> str:
+    """A value for an error text, cut where it is long: a small YAML file can stand for billions of values."""
+    return _SHORT.repr(value)
+
+
 def printable(text: object, keep: str = "") -> str:
     """Text without control characters, which could move a terminal's cursor: they are written as escapes."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
+def error_text(error: Exception) -> str:
+    """What went wrong, in one form whoever raised it: no name of the program before it, no number of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[:1].lower() + error.strerror[1:]
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return re.sub(r"^gfl( [a-z]+)?: ", "", str(error))
 
 
 def say(text: object, file: Any = None) -> None:

@@ -126,6 +126,8 @@ def normalise(content: Mapping[str, Any]) -> Weights:
         if not isinstance(meta.get("config"), Mapping):
             raise ValueError("it has no configuration, which our own files have as meta.config")
         result.source, result.config = stated, Config.from_dict(meta["config"])
+        if "classes" in meta and result.classes is None:
+            raise ValueError("its meta.classes are not texts, one per class")
         result.category_ids = _category_ids(meta, result.classes)
         return result
     for system in ("mmengine", "mmdet"):
@@ -187,7 +189,8 @@ def _category_ids(meta: Mapping[str, Any], classes: list[str] | None) -> list[in
     ids = meta.get("category_ids")
     if ids is None:
         return None
-    if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids) or len(ids) != len(classes or ids):
+    whole = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
+    if not whole or classes is None or len(ids) != len(classes):
         raise ValueError("its meta.category_ids are not whole numbers, one per class")
     return list(ids)
 

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
             pictures.extend((f"{name}.jpg", f"{name}.edges.png"))
             yield name, result
 
-    with files.lines(out / PARTIAL) as add:
+    with files.locked(out), files.lines(out / PARTIAL) as add:
         results = detector.stream(paths, edges=options.edges, on_error=report, keep_pixels=True)
         # This thread keeps the detector busy.
         for name, result, failed in map_ahead(write, named(results, add), min(MOST, cores())):

@@ -10,6 +10,8 @@ from .. import files
 from . import DTYPES, add_config, given_config, parse_size
 
 HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
+# Of the formats' files.
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aotinductor": ".pt2"}
 EPILOG = """\
 The input `images` is fp32 [B, 3, H, W]: RGB, resized without antialiasing,
 minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
@@ -25,9 +27,14 @@ metadata. Outputs, in input pixels:
               NonMaxSuppression; else the candidates before NMS, boxes
               [B, K, 4], scores and labels [B, K]
 
+With --input uint8 the inputs are `pixels`, RGB as image libraries give them,
+and `sizes`, each image's (height, width) without its padding; nothing is left
+to normalise: examples/onnx_detect.py.
+
 The integral's softmax and matmul are fp32 in every file. An ONNX file lists
 all nodes from there on under its metadata key `integral_nodes`: give these to
-onnxruntime's quantize_static as nodes_to_exclude.
+onnxruntime's quantize_static as nodes_to_exclude. `detections` vary in number,
+which only its MinMax calibration takes; others need `decoded`.
 
   gfl export best.pt --out detector.onnx --size 800x1344
   gfl export best.pt --out detector.pt2 --format torch-export \\
@@ -43,12 +50,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained model: this package's, mmdet's or GFocal's")
     add_config(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
-    formats = ("onnx", "torch-export", "aotinductor")
-    parser.add_argument("--format", choices=formats, default="onnx", help="file format [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="file format [%(default)s]")
     parser.add_argument("--size", metavar="HxW", help="input size, multiples of 32 [the model's test size]")
     parser.add_argument("--batch", default="1", metavar="N|any", help="images per call [%(default)s]")
     outputs = ("maps", "decoded", "detections")
     parser.add_argument("--outputs", choices=outputs, help="see below [detections; decoded for larger batches]")
+    inputs = "fp32: normalised images; uint8: pixels [B, H, W, 3] and sizes [B, 2], ONNX only"
+    parser.add_argument("--input", choices=("fp32", "uint8"), default="fp32", help=f"{inputs} [%(default)s]")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="network precision [%(default)s]")
     parser.add_argument("--device", default="cpu", help="device of a torch program: cpu, cuda, … [%(default)s]")
 
@@ -60,7 +69,14 @@ def run(options: argparse.Namespace) -> int:
     from ..engine import export
     from ..engine.distributed import choose_device
 
-    suffix = ".onnx" if options.format == "onnx" else ".pt2"
+    suffix = SUFFIXES[options.format]
+    if options.out.suffix.lower() != suffix:
+        others = ", ".join(f"{name} for {own}" for name, own in SUFFIXES.items())
+        raise ValueError(f"`--out` must end in {suffix} for --format {options.format}, got {options.out} ({others})")
+    if options.input == "uint8" and options.format != "onnx":
+        raise ValueError("`--input` uint8 is for --format onnx")
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"{options.out} is there already: choose another name, or add --overwrite")
     files.check_output(options.out, "--out", [options.checkpoint, options.config], suffix)
     batch = None if options.batch == "any" else int(options.batch) if options.batch.isdigit() else 0
     if batch is not None and batch < 1:
@@ -72,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = getattr(torch, DTYPES[options.dtype])
     settings = {"batch": batch, "outputs": outputs, "dtype": dtype}
     if options.format == "onnx":
-        export.to_onnx(model, options.out, size, classes=classes, **settings)
+        export.to_onnx(model, options.out, size, classes=classes, pixels=options.input == "uint8", **settings)
     else:
         compiled, device = options.format == "aotinductor", choose_device(options.device)
         export.to_torch(model, options.out, size, compiled=compiled, device=device, **settings)

@@ -19,6 +19,8 @@ __all__ = ["GFL", "Backbone", "build", "create_model"]
 TIMM, SHUFFLENET = "timm:", "shufflenetv2"
 # What `gfl_ops` takes.
 MAX_LEVELS, MAX_REG_MAX = 8, 128
+# Beyond any network: what a file claims may not take all memory.
+MAX_CHANNELS, MAX_CONVS = 2**20, 64
 
 
 def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
@@ -68,8 +70,9 @@ def _check(config: ModelConfig) -> None:
     divides = nanodet or config.head_channels % max(config.head_groups, 1) == 0
     positive = ("width", "num_classes", "neck_channels", "head_channels", "head_groups", "topk")
     rules = [(name, getattr(config, name) >= 1, "must be >= 1") for name in positive]
+    rules += [(name, getattr(config, name) <= MAX_CHANNELS, f"must be <= {MAX_CHANNELS}") for name in positive]
     rules += [
-        ("head_convs", config.head_convs >= 0, "must be >= 0"),
+        ("head_convs", 0 <= config.head_convs <= MAX_CONVS, f"must be in [0, {MAX_CONVS}]"),
         ("anchor_scale", config.anchor_scale > 0, "must be > 0"),
         ("beta", config.beta >= 0, "must be >= 0"),
         ("reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]"),

@@ -37,6 +37,9 @@ class GFL(nn.Module):
         backbone: gives maps of strides 8, 16 and 32.
         config: of the network; defines neck and head. The attribute has the backbone's current frozen stages and norms.
         test: how boxes are read from the maps; the attribute may be changed at any time.
+
+    The attribute `class_weights`, fp32 ``[C]`` on the network's device or None, multiplies the gradient of each class's
+    logits, which is what weights of the classes in their loss do; the loss that is returned is without them.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
@@ -46,6 +49,7 @@ class GFL(nn.Module):
         self.backbone = backbone
         self.neck = NECKS[config.neck](backbone.channels, config.neck_channels, len(config.strides))
         self.bbox_head = HEADS[config.head](config)
+        self.class_weights: Tensor | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -153,6 +157,8 @@ class GFL(nn.Module):
         """
         config = self._config
         cls_scores, reg_preds = self.predict_maps(images)
+        if self.class_weights is not None:
+            cls_scores = [_scale_gradient(logits, self.class_weights) for logits in cls_scores]
         assignment = gfl_ops.atss_assign(
             [(m.shape[2], m.shape[3]) for m in cls_scores],
             config.strides,
@@ -186,6 +192,14 @@ class GFL(nn.Module):
         """
         _inputs.check_images("predict_maps", images)
         return self.bbox_head(self.neck(self.backbone(images)))
+
+
+def _scale_gradient(logits: Tensor, weights: Tensor) -> Tensor:
+    """The logits ``[B, C, H, W]``, whose gradient will be multiplied by ``[C]``, out of place."""
+    if logits.requires_grad:
+        logits = logits.view_as(logits)
+        logits.register_hook(lambda gradient: gradient * weights[:, None, None].to(gradient.dtype))
+    return logits
 
 
 def locations(

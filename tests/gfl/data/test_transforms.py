@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +235,53 @@ def test_exif_orientation(tmp_path: Path, generator: torch.Generator) -> None:
     assert torch.equal(transforms.read_image(file, (40, 60)), image)
     with pytest.raises(ValueError, match=r"turned.png is 40×60 pixels, its annotation file says 30×50"):
         transforms.read_image(file, (50, 30))
+
+
+def test_images_keep_their_memory_format(generator: torch.Generator) -> None:
+    """A resized image of a file is copied into a batch of the same format, which is many times as fast."""
+    image = random_image(generator, 40, 60).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    resized = transforms.resize(image, 50, 75)
+    assert resized.stride() == (1, 225, 3)
+    assert torch.equal(resized, transforms.resize(image.contiguous(), 50, 75))
+
+
+def test_jpeg_files_by_another_decoder(tmp_path: Path, generator: torch.Generator) -> None:
+    """simplejpeg gives pillow's pixels, and what it does not take is pillow's affair."""
+    pytest.importorskip("simplejpeg")
+    image = as_pillow(random_image(generator, 45, 67))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image.save(tmp_path / "plain.jpg")
+    image.save(tmp_path / "progressive.jpg", progressive=True, subsampling=2, quality=60)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("L").save(tmp_path / "grey.jpg")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes()[:-400])
+    for path in sorted(tmp_path.glob("*.jpg")):
+        results = []
+        for decoder in (transforms.simplejpeg, None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(transforms, "simplejpeg", decoder)
+                try:
+                    results.append(transforms.read_image(path))
+                except transforms.UnreadableImage as error:
+                    results.append(str(error))
+        assert type(results[0]) is type(results[1]), path
+        assert results[0] == results[1] if path.stem == "cut" else torch.equal(*results), path
+
+
+def test_a_decoder_that_refuses_or_is_absent(tmp_path: Path, generator: torch.Generator, monkeypatch) -> None:
+    as_pillow(random_image(generator, 40, 60)).save(tmp_path / "a.jpg")
+    given: list[int] = []
+
+    def decode_jpeg(content: bytes) -> np.ndarray:
+        given.append(len(content))
+        raise ValueError("Corrupt JPEG data")
+
+    monkeypatch.setattr(transforms, "simplejpeg", SimpleNamespace(decode_jpeg_header=decode_jpeg))
+    refused = transforms.read_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert torch.equal(refused, transforms.read_image(tmp_path / "a.jpg")) and len(given) == 1
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated jpeg", "truncated png", "broken png"])
