@@ -279,7 +279,7 @@ class Detector:
             raise ValueError(f"gfl: {path} can't be read: {error.strerror or error}") from error
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
-        new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
+        new = transforms.input_size((height, width), test.short_side, test.long_side, test)
         kept = pixels if path is None or keep_pixels else None
         return _Loaded(path, (height, width), new, self._pipeline.stage(pixels), kept)
 

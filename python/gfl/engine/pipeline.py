@@ -29,6 +29,7 @@ from ..config import InferenceConfig, ModelConfig
 from ..data import transforms
 from ..draw import Edges
 from ..models.autotune import CudnnTuning
+from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
 from .distributed import current_device
 from .graphs import GraphCache, host_waits
@@ -86,15 +87,16 @@ class Pipeline:
 
         With graphs this happens while the device computes, and empty images fill the batch up to `rows`.
         """
-        divisor = self.network.test.size_divisor
+        test = self.network.test
+        divisor, resize = test.size_divisor, partial(transforms.resize, stretch=test.resize == "stretch")
         if self._copies is None:
             # Also on a GPU without graphs: results are to be the CPU's.
-            resized = [transforms.resize(image, *size) for image, size in zip(images, sizes, strict=True)]
+            resized = [resize(image, *size) for image, size in zip(images, sizes, strict=True)]
             return InputBatch(*(part.to(self.device) for part in transforms.pad(resized, divisor)))
         with current_device(self.device):
             with torch.cuda.stream(self._copies):
                 sent = [self._send(image) for image in images]
-                resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
+                resized = [resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
                 resized += [sent[0].new_zeros(3, 1, 1)] * (rows - len(sent))
                 batch, inner = transforms.pad(resized, divisor)
                 loaded = InputBatch(batch, self._send(inner))
@@ -128,7 +130,7 @@ class Pipeline:
     def _predict(
         self, images: Tensor, sizes: Tensor, scale_factors: Tensor | None = None, *, edges: bool
     ) -> Predictions:
-        normalised = transforms.normalise(images, sizes)
+        normalised = transforms.normalise(images, sizes, self.network.config)
         with self._tuning(normalised):
             maps = self.maps(normalised)
         found = self.network.read_maps(*maps, sizes, scale_factors)
@@ -150,16 +152,18 @@ def testing(model: Any, test: InferenceConfig) -> Iterator[None]:
     One thread at a time is within: modes, settings and the memory of graphs are the model's, not a thread's.
     """
     with _LOCKS.setdefault(model, threading.RLock()):
-        modes = [(module, module.training) for module in model.modules()]
+        # A fused network is always in evaluation, and to ask its hundreds of modules takes milliseconds.
+        trained = [] if isinstance(model, FusedGFL) else [module for module in model.modules() if module.training]
         before = getattr(model, "test", None)
-        model.eval()
+        if trained:
+            model.eval()
         if before is not None:
             model.test = test
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in trained:
+                module.training = True
             if before is not None:
                 model.test = before
 

@@ -75,7 +75,7 @@ class Step:
                 alone = isinstance(self.network, DistributedDataParallel) and number < count
                 with self.network.no_sync() if alone else nullcontext():  # type: ignore[operator]
                     with self._precision(images.device):
-                        inputs = normalise(part.images, part.image_sizes)
+                        inputs = self._input(part.images, part.image_sizes)
                         losses = self.network(inputs, part.image_sizes, targets=part.targets)
                     self._backward({name: loss / count for name, loss in losses.items()} if count > 1 else losses)
             self._descend()
@@ -92,10 +92,13 @@ class Step:
     def compute(self, images: Tensor, image_sizes: Tensor, boxes: Tensor, labels: Tensor) -> None:
         """The step of a batch with its objects in `slots`; nothing in it makes the host wait."""
         with self._precision(images.device):
-            losses = self.model.padded_loss(normalise(images, image_sizes), boxes, labels, image_sizes)
+            losses = self.model.padded_loss(self._input(images, image_sizes), boxes, labels, image_sizes)
         self.optimizer.zero_grad(set_to_none=True)
         self._backward(losses)
         self._descend()
+
+    def _input(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        return normalise(images, image_sizes, self.model.config)
 
     def _precision(self, device: torch.device) -> torch.autocast:
         # Casts of weights are kept until the context ends, so that a layer of five levels casts its own once, and a
