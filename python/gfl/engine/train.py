@@ -23,7 +23,6 @@ from .. import backbone_weights, checkpoint, files, models
 from ..config import SECTION_OF, Config, TrainConfig
 from ..data.coco import CocoDataset
 from ..data.loader import training_dataset, training_loader, validation_dataset
-from ..foreign import check_start
 from .distributed import Process, processes
 from .evaluate import evaluate
 from .folder import BEST, CONFIG, LAST, PREVIOUS, saved_training
@@ -337,12 +336,7 @@ def _check(settings: TrainConfig) -> None:
 
 def _initial_weights(model: models.GFL, settings: TrainConfig) -> list[str]:
     if settings.init:
-        weights = checkpoint.normalise(checkpoint.read(settings.init))
-        try:
-            check_start(weights, model.config)
-            return checkpoint.load_weights(model, weights.state_dict, allow_new_head=True)
-        except ValueError as error:
-            raise ValueError(f"{settings.init}: {error}") from None
+        return checkpoint.start(model, settings.init)
     if not settings.backbone_weights:
         raise ValueError(
             "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "
