@@ -300,10 +300,10 @@ def model_from(
 ) -> Loaded:
     """The detector that a checkpoint holds.
 
-    `source` is a file, the name of published weights, or a file's contents. This package's files say their configuration, and so does a state dict that
-    one of its models gave. Of others (`normalise` lists them) the network is read off keys and shapes, and what these
-    can't tell, such as the groups of the head's norms, off `config`. Without it the defaults are taken with a warning
-    that names them, or with `strict` it is an error.
+    `source` is a file, the name of published weights, or a file's contents. This package's files say their
+    configuration, and so does a state dict that one of its models gave. Of others (`normalise` lists them) the network
+    is read off keys and shapes, and what these can't tell, such as the groups of the head's norms, off `config`.
+    Without it the defaults are taken with a warning that names them, or with `strict` it is an error.
 
     Raises:
         OSError: the file can't be read.

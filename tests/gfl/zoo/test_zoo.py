@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights by name, wherever a checkpoint is taken; their files have the published keys, from a local server."""
+"""Published weights by name, wherever a checkpoint is taken; a local server has files of the published keys."""
 
 from __future__ import annotations
 
