@@ -329,8 +329,8 @@ class Detector:
         max_detections: int | None,
     ) -> _Wanted:
         test = self.model.test
-        given = {"score_threshold": score_threshold if score_threshold is not None else self.score_threshold}
-        given["max_detections"] = max_detections
+        least = self.score_threshold if score_threshold is None else score_threshold
+        given: dict[str, Any] = {"score_threshold": least, "max_detections": max_detections}
         test = dataclasses.replace(test, **{name: value for name, value in given.items() if value is not None})
         without: tuple[int, ...] = ()
         if classes is not None:

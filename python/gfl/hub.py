@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
 
-try:
-    from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-except ImportError as error:
-    raise RuntimeError("the Hugging Face Hub needs huggingface_hub: pip install 'gfl-ops[hub]'") from error
 from torch import nn
 
 from .detector import Detector
 
+try:
+    hub: Any = importlib.import_module("huggingface_hub")
+except ImportError as error:
+    raise RuntimeError("the Hugging Face Hub needs huggingface_hub: pip install 'gfl-ops[hub]'") from error
+
+Mixin: Any = hub.PyTorchModelHubMixin
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TAGS = ["object-detection", "generalized-focal-loss"]
 
 
-class HubDetector(nn.Module, PyTorchModelHubMixin, library_name="gfl-ops", tags=TAGS, pipeline_tag="object-detection"):
+class HubDetector(nn.Module, Mixin, library_name="gfl-ops", tags=TAGS, pipeline_tag=TAGS[0]):  # type: ignore[call-arg]
     """A `gfl.Detector` with the mixin's `save_pretrained`, `push_to_hub` and `from_pretrained`.
 
     The weights' file says configuration and classes itself; config.json repeats the configuration for people.
@@ -51,5 +54,5 @@ class HubDetector(nn.Module, PyTorchModelHubMixin, library_name="gfl-ops", tags=
         path = folder / WEIGHTS
         if not folder.is_dir():
             how: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
-            path = Path(hf_hub_download(model_id, WEIGHTS, token=token, local_files_only=local_files_only, **how))
+            path = Path(hub.hf_hub_download(model_id, WEIGHTS, token=token, local_files_only=local_files_only, **how))
         return cls(Detector(path, **{name: value for name, value in options.items() if name in known}))

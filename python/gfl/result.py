@@ -104,8 +104,7 @@ class Result:
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
             row = range(len(self))[index]
-            box, score, label = (part[row].tolist() for part in (self.boxes, self.scores, self.labels))
-            return Detection(box, score, label, self.names[row])
+            return Detection(self.boxes[row].tolist(), self.scores[row].item(), int(self.labels[row]), self.names[row])
         rows = torch.arange(len(self))[index]
         names, ids = ([of[row] for row in rows.tolist()] for of in (self.names, self.category_ids))
         tensors = {name: getattr(self, name)[rows] for name in ("boxes", "scores", "labels")}

@@ -30,7 +30,7 @@ def lines_file(out: Path, rank: int) -> Path:
 
 def safe_name(text: str) -> str:
     """A text of any origin as the name of a file, which leads to no other folder."""
-    name = re.sub(r"[^\w.() +-]+", "_", text).strip(". ")
+    name = re.sub(r"[^\w.() +-]+|\.{2,}", "_", text).strip(". ")
     return name[:MAX_NAME] or "image"
 
 

@@ -102,7 +102,7 @@ def test_the_options(file: Path, folder: Path, out: Path, model) -> None:
 def test_names_of_classes_lead_nowhere_else(file: Path, folder: Path, out: Path) -> None:
     assert detect(file, out, folder / "a.jpg", "--crops", "--classes", "../cat") == 0
     assert [path.name for path in out.parent.iterdir()] == ["found"]
-    assert any(name.startswith("crops/_cat/a-") for name in tree(out))
+    assert any(name.startswith("crops/__cat/a-") for name in tree(out))
 
 
 @pytest.mark.parametrize(
