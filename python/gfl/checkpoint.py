@@ -270,16 +270,18 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
     model.load_state_dict({k: v for k, v in state_dict.items() if k not in skipped}, strict=False)
     if not skipped:
         return []
-    there, here = len(state_dict[CLASS_KEYS[0]]), len(model.state_dict()[CLASS_KEYS[0]])
+    # The layer may have other outputs too, as many in the file as in the model.
+    here = int(getattr(model, "config").num_classes)  # noqa: B009  # of an `nn.Module`
+    there = here + len(state_dict[skipped[0]]) - len(model.state_dict()[skipped[0]])
     return [f"the weights are for {there} classes, the model has {here}: its last class layer stays as it was"]
 
 
-def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> tuple[str, ...]:
+def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> list[str]:
     """The keys that a model does not take from these weights; ValueError if they are not this model's."""
     own = model.state_dict()
     differing = [k for k, v in state_dict.items() if k in own and _shape(v) != list(own[k].shape)]
-    other_classes = any(key in differing for key in CLASS_KEYS)
-    skipped = CLASS_KEYS if allow_new_head and other_classes else ()
+    other_classes = any(map(CLASS_KEYS.fullmatch, differing))
+    skipped = list(filter(CLASS_KEYS.fullmatch, own)) if allow_new_head and other_classes else []
     problems = [f"missing: {k}" for k in own if k not in state_dict and not k.endswith(CONSTANT)]
     problems += [f"unexpected: {k}" for k in state_dict if k not in own]
     for k in (k for k in differing if k not in skipped):

@@ -33,8 +33,12 @@ def _option(default: Any, help: str, metavar: str | None = None) -> Any:
 class ModelConfig:
     """The network, and the assignment and losses of its training."""
 
-    backbone: str = _option("resnet50", "resnet18/34/50/101, resnext101_32x4d, or timm:NAME for a timm model", "NAME")
-    width: int = _option(64, "channels of the backbone's stem and first stage; published ResNets have 64")
+    backbone: str = _option(
+        "resnet50", "resnet18/34/50/101, resnext101_32x4d, shufflenetv2, or timm:NAME for a timm model", "NAME"
+    )
+    width: int = _option(
+        64, "channels of the backbone's first stage; published ResNets have 64, ShuffleNetV2 116 (1.0x) or 176 (1.5x)"
+    )
     num_classes: int = _option(80, "object classes, without background; training takes it from the annotations")
     dcn: Literal["v1", "v2"] | None = _option(
         None, "deformable convolutions in the backbone (needs torchvision)", "v1|v2|none"
@@ -42,6 +46,10 @@ class ModelConfig:
     dcn_stages: tuple[int, ...] = _option((3, 4, 5), "backbone stages with deformable convolutions, among 2 to 5")
     frozen_stages: int = _option(1, "freeze the stem and this many backbone stages; -1: train the stem too")
     norm_eval: bool = _option(True, "fix the running statistics of the backbone's batch norms; weight and bias train")
+    neck: Literal["fpn", "ghost_pan"] = _option("fpn", "feature pyramid; ghost_pan is NanoDet-Plus's")
+    head: Literal["gfl", "nanodet_plus"] = _option(
+        "gfl", "convolutions shared by all levels, or for each level its own, depthwise separable ones (nanodet_plus)"
+    )
     neck_channels: int = _option(256, "channels of each pyramid level")
     head_channels: int = _option(256, "channels of the head's convolutions")
     head_convs: int = _option(4, "convolutions before each of the head's two outputs")
@@ -58,6 +66,11 @@ class ModelConfig:
     )
     quality_branch: bool = _option(False, "multiply class scores by a quality predicted from the distributions (V2)")
     legacy: bool = _option(False, "GFocal v1's geometry: centres at (s-1)/2 pixels, boxes one pixel wider")
+    mean: tuple[float, float, float] = _option(
+        (123.675, 116.28, 103.53), "subtracted from an image's red, green and blue, levels of 0 to 255", "X,X,X"
+    )
+    std: tuple[float, float, float] = _option((58.395, 57.12, 57.375), "what they are then divided by", "X,X,X")
+    channel_order: Literal["rgb", "bgr"] = _option("rgb", "order of the network's input channels")
 
 
 @dataclass
@@ -111,8 +124,11 @@ class TrainConfig:
 class InferenceConfig:
     """From images to boxes: resizing, thresholds, NMS."""
 
-    short_side: int = _option(800, "short side of the resized image, pixels")
-    long_side: int = _option(1333, "max long side of the resized image, pixels")
+    resize: Literal["keep_ratio", "stretch"] = _option(
+        "keep_ratio", "how images are resized, in training too; stretch: to short_side × long_side whatever their shape"
+    )
+    short_side: int = _option(800, "short side of the resized image, pixels (stretch: its height)")
+    long_side: int = _option(1333, "max long side of the resized image, pixels (stretch: its width)")
     size_divisor: int = _option(32, "batches are padded to multiples of this, pixels (in training too)")
     score_threshold: float = _option(0.05, "drop detections with this score or less")
     nms_pre: int = _option(1000, "candidates per level before NMS; 0: all")
@@ -251,6 +267,17 @@ def _tiny() -> Config:
     )
 
 
+def _nanodet_plus(size: int, width: int = 116, channels: int = 96) -> Config:
+    """NanoDet-Plus as its authors trained it, but for the augmentation: 300 epochs, batches of 96."""
+    model = Config().replace(backbone="shufflenetv2", width=width, neck="ghost_pan", head="nanodet_plus")
+    model = model.replace(frozen_stages=-1, norm_eval=False, neck_channels=channels, head_channels=channels)
+    model = model.replace(head_convs=2, reg_max=7, strides=(8, 16, 32, 64), channel_order="bgr")
+    sized = model.replace(resize="stretch", short_side=size, long_side=size, test_batch_size=8)
+    sized = sized.replace(train_short_side=(size, size), train_long_side=size, batch_size=96)
+    trained = sized.replace(optimizer="adamw", lr=0.001 / 6, weight_decay=0.05, clip_grad_norm=35.0)
+    return trained.replace(schedule="cosine", epochs=300, eval_every=10)
+
+
 # Whole detectors by name; each call gives a fresh configuration.
 PRESETS: dict[str, Callable[[], Config]] = {
     "gfl_r50_1x": _paper,
@@ -269,6 +296,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "gflv2_x101_32x4d_dcnv2_2x": partial(_paper, "resnext101_32x4d", 24, "v2", v2=True),
     "gfl_r18_1x": partial(_paper, "resnet18"),
     "gfl_tiny": _tiny,
+    "nanodet_plus_m_320": partial(_nanodet_plus, 320),
+    "nanodet_plus_m_416": partial(_nanodet_plus, 416),
+    "nanodet_plus_m_1.5x_320": partial(_nanodet_plus, 320, 176, 128),
+    "nanodet_plus_m_1.5x_416": partial(_nanodet_plus, 416, 176, 128),
 }
 
 

@@ -359,7 +359,7 @@ class Detector:
             pixels = in_memory(unread)
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
-        new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
+        new = transforms.input_size((height, width), test.short_side, test.long_side, test)
         kept = pixels if not isinstance(unread, Unread) or keep_pixels else None
         staged = self._pipeline.stage(pixels)
         return _Loaded(path, name, (height, width), new, staged, kept, time.perf_counter() - begun)

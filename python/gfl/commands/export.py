@@ -13,7 +13,9 @@ HELP = "export a trained detector to ONNX, torch.export or AOTInductor"
 EPILOG = """\
 The input `images` is fp32 [B, 3, H, W]: RGB, resized without antialiasing,
 minus the mean (123.675, 116.28, 103.53), divided by the standard deviation
-(58.395, 57.12, 57.375), zero-padded right and below. Outputs, in input pixels:
+(58.395, 57.12, 57.375), zero-padded right and below; or as the checkpoint's
+configuration says (NanoDet-Plus: BGR, stretched). An ONNX file has it in its
+metadata. Outputs, in input pixels:
 
   maps        class logits cls_scores0.. [B, C, h, w] and distribution logits
               reg_preds0.. [B, 4(R+1), h, w]

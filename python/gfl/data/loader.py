@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..config import Config
+from ..config import Config, InferenceConfig
 from ..threads import cores
 from .coco import CocoDataset, Sample
-from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
+from .transforms import UnreadableImage, flip_boxes, input_size, pad, resize, resize_boxes
 from .values import ImageId
 
 # Following images tried in place of one that can't be decoded, before giving up.
@@ -208,20 +208,20 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
     def _prepared(self, sample: Sample, epoch: int, index: int) -> Sample:
         train, test = self.config.train, self.config.test
         if not self.training:
-            return _resized(sample, test.short_side, test.long_side)
+            return _resized(sample, test.short_side, test.long_side, test)
         # Of a seeded generator only `random()` is the same in every Python.
         draw = random.Random(f"image {train.seed} {epoch} {index}").random
         low, high = train.train_short_side
-        sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side)
+        sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side, test)
         if draw() < train.flip:
             sample = sample._replace(image=sample.image.flip(2), boxes=flip_boxes(sample.boxes, sample.size[1]))
         return sample
 
 
-def _resized(sample: Sample, short_side: int, long_side: int) -> Sample:
-    size = keep_ratio_size(*sample.size, short_side, long_side)
+def _resized(sample: Sample, short_side: int, long_side: int, test: InferenceConfig) -> Sample:
+    size = input_size(sample.size, short_side, long_side, test)
     boxes = resize_boxes(sample.boxes, sample.size, size)
-    return sample._replace(image=resize(sample.image, *size), boxes=boxes, size=size)
+    return sample._replace(image=resize(sample.image, *size, stretch=test.resize == "stretch"), boxes=boxes, size=size)
 
 
 class Loader:

@@ -120,7 +120,7 @@ def _detect(
         if pipeline is not None:
             found = pipeline.run(inputs).detections
         else:
-            found = model(normalise(*inputs[:2]), *inputs[1:])
+            found = model(normalise(*inputs[:2], getattr(model, "config", None)), *inputs[1:])
         return fetch(found, device), batch.image_ids
 
     own: list[dict[str, Any]] = []

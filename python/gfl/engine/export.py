@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
+from ..models.head import GFLHead
 from ..models.layers import GroupNormReLU
 from .distributed import current_device
 
@@ -74,7 +74,8 @@ class Exportable(nn.Module):
         super().__init__()
         network = FusedGFL(model)
         # The head's own layers share one convolution for the distributions of all levels.
-        network.bbox_head = copy.deepcopy(model.bbox_head).eval()
+        if isinstance(model.bbox_head, GFLHead):
+            network.bbox_head = copy.deepcopy(model.bbox_head).eval()
         for module in network.bbox_head.modules():
             if isinstance(module, GroupNormReLU):
                 module.plain = True
@@ -91,7 +92,7 @@ class Exportable(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Of normalised RGB, fp32 ``[B, 3, H, W]``, zero in its padding."""
+        """Of normalised images, fp32 ``[B, 3, H, W]``, zero in its padding."""
         cls_scores, reg_preds = self.network.predict_maps(images)
         if self.outputs == MAPS:
             return (*(x.float() for x in cls_scores), *(x.float() for x in reg_preds))
@@ -144,7 +145,7 @@ def to_onnx(
 ) -> None:
     """Writes a detector as ONNX, of standard operators alone.
 
-    The input is `images`, fp32 ``[B, 3, H, W]``: normalised RGB, zero in the padding. `outputs` as for `Exportable`;
+    The input is `images`, fp32 ``[B, 3, H, W]``: normalised, zero in the padding. `outputs` as for `Exportable`;
     with "detections" ONNX's NonMaxSuppression follows, class by class, and the outputs are `boxes` ``[n, 4]``,
     `scores` ``[n]`` and `labels` ``[n]`` of the one image, the best first, n at most the model's `max_detections`.
 
@@ -252,8 +253,10 @@ def _describe(
     values = {
         "outputs": outputs,
         "size": f"{size[0]},{size[1]}",
-        "mean": ",".join(map(str, MEAN)),
-        "std": ",".join(map(str, STD)),
+        "mean": ",".join(map(str, model.config.mean)),
+        "std": ",".join(map(str, model.config.std)),
+        "channel_order": model.config.channel_order,
+        "resize": model.test.resize,
         INTEGRAL_NODES: ",".join(integral),
         "strides": ",".join(map(str, model.config.strides)),
         "reg_max": str(model.config.reg_max),

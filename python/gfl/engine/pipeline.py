@@ -86,15 +86,16 @@ class Pipeline:
 
         With graphs this happens while the device computes, and empty images fill the batch up to `rows`.
         """
-        divisor = self.network.test.size_divisor
+        test = self.network.test
+        divisor, resize = test.size_divisor, partial(transforms.resize, stretch=test.resize == "stretch")
         if self._copies is None:
             # Also on a GPU without graphs: results are to be the CPU's.
-            resized = [transforms.resize(image, *size) for image, size in zip(images, sizes, strict=True)]
+            resized = [resize(image, *size) for image, size in zip(images, sizes, strict=True)]
             return InputBatch(*(part.to(self.device) for part in transforms.pad(resized, divisor)))
         with current_device(self.device):
             with torch.cuda.stream(self._copies):
                 sent = [self._send(image) for image in images]
-                resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
+                resized = [resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
                 resized += [sent[0].new_zeros(3, 1, 1)] * (rows - len(sent))
                 batch, inner = transforms.pad(resized, divisor)
                 loaded = InputBatch(batch, self._send(inner))
@@ -139,7 +140,7 @@ class Pipeline:
         without: tuple[int, ...] = (),
     ) -> Predictions:
         begun = time.perf_counter()
-        cls_scores, reg_preds = self.maps(transforms.normalise(images, sizes))
+        cls_scores, reg_preds = self.maps(transforms.normalise(images, sizes, self.network.config))
         middle = time.perf_counter()
         if without:
             cls_scores = [scores.masked_fill(self._unwanted[without], -torch.inf) for scores in cls_scores]

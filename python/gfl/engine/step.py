@@ -67,7 +67,7 @@ class Step:
                 self.graphs.run(self.compute, images, batch.image_sizes, *objects)
                 return
             with self._precision(images.device):
-                losses = self.network(normalise(images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
+                losses = self.network(self._input(images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
             self._descend(losses)
 
     def set_rate(self, rate: float) -> None:
@@ -81,8 +81,11 @@ class Step:
     def compute(self, images: Tensor, image_sizes: Tensor, boxes: Tensor, labels: Tensor) -> None:
         """The step of a batch with its objects in `slots`; nothing in it makes the host wait."""
         with self._precision(images.device):
-            losses = self.model.padded_loss(normalise(images, image_sizes), boxes, labels, image_sizes)
+            losses = self.model.padded_loss(self._input(images, image_sizes), boxes, labels, image_sizes)
         self._descend(losses)
+
+    def _input(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        return normalise(images, image_sizes, self.model.config)
 
     def _precision(self, device: torch.device) -> torch.autocast:
         # Casts of weights are kept until the context ends, so that a layer of five levels casts its own once, and a

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from gfl.config import Config, ModelConfig
 from gfl.data import transforms
 
 ORIENTATION = 0x0112
@@ -54,6 +56,43 @@ def test_resize_is_bilinear(size: tuple[int, int], new: tuple[int, int], generat
     exact = bilinear(image.numpy().astype(float), *new)
     # Rounded once in either direction, with weights of 15 bits.
     assert np.abs(resized.numpy() - exact).max() < 1.01
+
+
+@pytest.mark.parametrize("fp32", [False, True], ids=["uint8", "fp32"])
+@pytest.mark.parametrize("size", [(48, 64), (37, 51), (1, 9), (90, 33)], ids=str)
+def test_stretching_samples_from_the_corner_without_a_shift(
+    size: tuple[int, int], fp32: bool, generator: torch.Generator
+) -> None:
+    """Row j of H' rows is the source's row j·H / H', between rows by distance, 0 beyond the last one."""
+    image, new = random_image(generator, *size), (41, 61)
+    framed = np.pad(image.numpy().astype(float), ((0, 0), (0, 1), (0, 1)))
+    rows, columns = (np.arange(side) * old / side for side, old in zip(new, size))
+    y, x = rows.astype(int), columns.astype(int)
+    fy, fx = (rows - y)[:, None], columns - x
+    above, below = (framed[:, y + i][:, :, x] * (1 - fx) + framed[:, y + i][:, :, x + 1] * fx for i in (0, 1))
+    resized = transforms.resize(image, *new, fp32=fp32, stretch=True)
+    assert resized.dtype == torch.uint8 and resized.shape == (3, *new)
+    # Rounded once in either direction, with weights of 15 bits.
+    assert np.abs(resized.numpy() - (above * (1 - fy) + below * fy)).max() < 1.01
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("new", [(416, 416), (192, 256), (720, 480)], ids=str)
+def test_stretching_is_opencvs_warp(new: tuple[int, int], generator: torch.Generator) -> None:
+    """OpenCV rounds a sample's place to a 32nd of a pixel, so that neighbours of little contrast are compared."""
+    cv2 = pytest.importorskip("cv2")
+    coarse = torch.rand(1, 3, 9, 11, generator=generator) * 255
+    image = torch.nn.functional.interpolate(coarse, (427, 640), mode="bilinear")[0].to(torch.uint8)
+    matrix = np.array([[new[1] / 640, 0, 0], [0, new[0] / 427, 0]])
+    theirs = torch.from_numpy(cv2.warpAffine(image.permute(1, 2, 0).numpy(), matrix, new[::-1])).permute(2, 0, 1)
+    inside = (transforms.resize(image, *new, stretch=True).int() - theirs.int())[:, :-2, :-2]
+    assert inside.abs().max() <= 2 and inside.abs().float().mean() < 0.5
+
+
+@pytest.mark.parametrize("resize, expected", [("keep_ratio", (300, 400)), ("stretch", (320, 400))])
+def test_images_keep_their_shape_unless_stretched(resize: str, expected: tuple[int, int]) -> None:
+    test = Config().replace(resize=resize).test
+    assert transforms.input_size((480, 640), 320, 400, test) == expected
 
 
 @pytest.mark.peers
@@ -110,6 +149,7 @@ def test_boxes_follow_the_image(generator: torch.Generator) -> None:
 
 def test_pad_and_normalise(generator: torch.Generator) -> None:
     images = [random_image(generator, 20, 33), random_image(generator, 31, 7)]
+    config = ModelConfig()
     batch, sizes = transforms.pad(images, 16)
     assert batch.shape == (2, 3, 32, 48) and sizes.tolist() == [[20, 33], [31, 7]]
     assert torch.equal(batch[0, :, :20, :33], images[0]) and batch[0, :, 20:].sum() + batch[0, :, :, 33:].sum() == 0
@@ -119,9 +159,13 @@ def test_pad_and_normalise(generator: torch.Generator) -> None:
     expected = torch.zeros(batch.shape, dtype=torch.float64)
     for row, image, (h, w) in zip(expected, images, sizes.int().tolist()):
         for c in range(3):
-            row[c, :h, :w] = (image[c].double() - transforms.MEAN[c]) / transforms.STD[c]
+            row[c, :h, :w] = (image[c].double() - config.mean[c]) / config.std[c]
     # Two roundings of values up to 3.
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
+    other = dataclasses.replace(config, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), channel_order="bgr")
+    blue_first = transforms.normalise(batch, sizes, other)
+    torch.testing.assert_close(blue_first[0, 0, :20, :33], (images[0][2].float() - 3) / 6)
+    torch.testing.assert_close(blue_first[1, 2, :31, :7], (images[1][0].float() - 1) / 4)
     floats = batch.float()
     transforms.normalise(floats, sizes)
     assert torch.equal(floats, before.float()), "the input was changed"

@@ -164,19 +164,23 @@ def test_a_norm_without_statistics_is_refused() -> None:
         FusedGFL(model)
 
 
-@pytest.mark.parametrize("relu", [False, True])
+# By oneDNN's names.
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "leaky_relu": lambda x: torch.where(x > 0, x, 0.1 * x)}
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("summand", [False, True])
 @pytest.mark.parametrize(("size", "stride", "channels"), [(3, 1, 64), (3, 2, 64), (1, 1, 16), (7, 2, 3)])
 def test_a_call_of_every_kind(
-    relu: bool, summand: bool, size: int, stride: int, channels: int, generator: torch.Generator
+    act: str, summand: bool, size: int, stride: int, channels: int, generator: torch.Generator
 ) -> None:
     conv = nn.Conv2d(channels, 64, size, stride, padding=size // 2)
     x = torch.randn(2, channels, 24, 20, generator=generator)
     want = conv.double()(x.double()).detach()
     more = torch.randn(want.shape, generator=generator) if summand else None
     want = want if more is None else want + more
-    found = FusedConv.of(conv, relu=relu)(x, more)
-    torch.testing.assert_close(found, (want.relu() if relu else want).float(), rtol=0, atol=2e-4)
+    found = FusedConv.of(conv, act=act)(x, more)
+    torch.testing.assert_close(found, ACTIVATIONS[act](want).float(), rtol=0, atol=2e-4)
 
 
 class Calls(TorchDispatchMode):
