@@ -79,7 +79,8 @@ def download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PARTIAL)
     with _locked(part) as file:
-        if path.exists():
+        if path.exists():  # Another process has done it while this one waited.
+            part.unlink(missing_ok=True)
             return
         digest = _hash(url)
         if not digest:

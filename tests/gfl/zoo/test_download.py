@@ -107,7 +107,7 @@ def test_of_many_processes_one_downloads(server: FileServer, cache: Path, conten
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0] * 4 and len(server.requests) == 1
-    assert cached(url).read_bytes() == content
+    assert cached(url).read_bytes() == content and len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["..", "%2e%2e", ".hidden", "", "a%5cb", "a%00b"])

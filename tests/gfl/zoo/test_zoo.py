@@ -139,3 +139,36 @@ def test_the_table(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         line.split()[0] for line in lines[1 : 1 + len(zoo.TABLE)]
     } == set(zoo.TABLE)
     assert re.search(r"^gfl_r50_1x +32\.44 M +217\.98 +800×1344 +40\.2 +130 MB", "\n".join(lines), flags=re.MULTILINE)
+
+
+def test_every_command_takes_a_name(
+    server: FileServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """With a small network in the place of a published one, since these run it."""
+    monkeypatch.chdir(tmp_path)
+    fields = {"width": 8, "neck_channels": 8, "head_channels": 8, "head_convs": 1, "head_groups": 2}
+    config = gfl.preset("gfl_tiny").replace(short_side=64, long_side=64, **fields)
+    monkeypatch.setitem(PRESETS, "gfl_small", lambda: config)
+    monkeypatch.setitem(zoo.TABLE, "gfl_small", zoo.TABLE["gfl_r50_1x"]._replace(preset="gfl_small"))
+    plain = {key: value.clone() for key, value in gfl.create_model("gfl_small").state_dict().items()}
+    torch.save({"state_dict": plain}, "x.pth")
+    name = publish("gfl_small", tmp_path / "x.pth", server.url(""), monkeypatch)
+    server.files[name] = (tmp_path / name).read_bytes()
+    Image.new("RGB", (64, 64)).save("a.png")
+    image = {"id": 1, "file_name": "a.png", "width": 64, "height": 64}
+    box = {"id": 1, "image_id": 1, "category_id": 19, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+    categories = [{"id": number, "name": text} for number, text in zoo.CATEGORIES.items()]
+    Path("a.json").write_text(json.dumps({"images": [image], "annotations": [box], "categories": categories}))
+    data = "--data . --val-annotations a.json --val-images . --workers 0"
+    for words in (
+        f"eval gfl_small {data} --device cpu",
+        "export gfl_small --out x.pt2 --format torch-export",
+        "detect gfl_small a.png --out found --score 0 --device cpu",
+        "convert gfl_small ours.pt",
+        f"train --config gfl_small --init gfl_small --out run {data} --train-annotations a.json --train-images . "
+        "--epochs 1 --lr-drops 9 --batch-size 1 --train-short-side 64,64 --train-long-side 64 --device cpu",
+    ):
+        assert main(words.split()) == 0, capsys.readouterr().err
+    found = json.loads(Path("found/detections.json").read_text())
+    assert {c["id"]: c["name"] for c in found["categories"]} == zoo.CATEGORIES
+    assert len(server.requests) == 1
