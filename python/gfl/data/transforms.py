@@ -199,11 +199,13 @@ def normalise(images: Tensor, image_sizes: Tensor, config: ModelConfig | None = 
         config: the network's, with `mean`, `std` and `channel_order`; by default those of ImageNet, RGB.
     """
     config = config or ModelConfig()
-    result = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    for channel, mean, std in zip(result.unbind(1), config.mean, config.std, strict=True):
+    bgr = config.channel_order == "bgr"
+    ordered = images.flip(1) if bgr else images
+    result = ordered.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    statistics = list(zip(config.mean, config.std, strict=True))[:: -1 if bgr else 1]
+    for channel, (mean, std) in zip(result.unbind(1), statistics, strict=True):
         channel.sub_(mean).div_(std)
     rows = torch.arange(images.shape[2], device=images.device)[None] < image_sizes[:, :1]
     columns = torch.arange(images.shape[3], device=images.device)[None] < image_sizes[:, 1:]
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    result.masked_fill_(~inside, 0)
-    return result.flip(1) if config.channel_order == "bgr" else result
+    return result.masked_fill_(~inside, 0)
