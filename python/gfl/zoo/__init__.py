@@ -79,7 +79,6 @@ TABLE = {
         ),
         Published("nanodet_plus_m_416", f"{NANODET}nanodet-plus-m_416_checkpoint.ckpt", 30.4),
     )
-    if entry.preset in PRESETS
 }
 
 
