@@ -15,7 +15,7 @@ from gfl_ops.core.registry import SPECS
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("docs/architecture.md", "docs/data.md", "CONTRIBUTING.md", "README.md")
 # What a build, a command or a user makes, and other projects' files.
-ELSEWHERE = re.compile(r"^(runs|mine|build|out|coco|annotations|found|/)")
+ELSEWHERE = re.compile(r"^(runs|mine|build|out|coco|annotations|found|detections/|/)")
 
 
 def read(name: str) -> str:

@@ -24,9 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import files, models
+from . import files, models, zoo
 from .config import Config
-from .foreign import CLASS_KEYS, FORMAT, configuration, normalise
+from .foreign import CLASS_KEYS, FORMAT, check_start, configuration, normalise
 from .foreign import Weights as Weights
 from .foreign import infer_model as infer_model
 
@@ -70,16 +70,18 @@ def meta(config: Config, classes: Sequence[str], category_ids: Sequence[int] | N
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint file, on the CPU, as they are; `normalise` makes sense of them.
 
+    `path` may be the name of published weights (`gfl.zoo`), which are downloaded the first time.
+
     Only data is read: a file that asks for a function or class beyond tensors and plain containers is refused, except
     for the few that training frameworks store beside the weights, which become inert objects. What a file says of
     itself is checked: the digest that `write` adds, and the checksums of an archive. Threads may read at once.
 
     Raises:
-        OSError: no such file, or it can't be read.
+        OSError: no such file, or it can't be read or downloaded.
         ValueError: truncated, damaged, not a checkpoint, or one that would run code. Names the file.
         RuntimeError: a safetensors file where that package is not installed.
     """
-    path = Path(path)
+    path = zoo.locate(path)
     files.open_regular(path).close()  # raises the OSError of a file that is not there or not readable
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -234,7 +236,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any], keep: str | 
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            metadata = {SAFETENSORS_KEY: json.dumps(content["meta"])}
+            metadata = {"format": "pt", SAFETENSORS_KEY: json.dumps(content["meta"])}
             weights = {key: value.contiguous() for key, value in content["state_dict"].items()}
             files.write(path, _safetensors(path).torch.save(weights, metadata))
             return
@@ -300,10 +302,10 @@ def model_from(
 ) -> Loaded:
     """The detector that a checkpoint holds.
 
-    `source` is a file, or its contents. This package's files say their configuration, and so does a state dict that
-    one of its models gave. Of others (`normalise` lists them) the network is read off keys and shapes, and what these
-    can't tell, such as the groups of the head's norms, off `config`. Without it the defaults are taken with a warning
-    that names them, or with `strict` it is an error.
+    `source` is a file, the name of published weights, or a file's contents. This package's files say their
+    configuration, and so does a state dict that one of its models gave. Of others (`normalise` lists them) the network
+    is read off keys and shapes, and what these can't tell, such as the groups of the head's norms, off `config`.
+    Without it the defaults are taken with a warning that names them, or with `strict` it is an error.
 
     Raises:
         OSError: the file can't be read.
@@ -311,6 +313,11 @@ def model_from(
             file that has its own. Names the file.
         RuntimeError: it needs a package that is not installed.
     """
+    published = zoo.find(source)
+    if published is not None:
+        if config is not None:
+            raise ValueError(f"{published.preset} is published with its configuration: leave `config` out")
+        config = published.config
     content, place = (source, "") if isinstance(source, Mapping) else (read(source), f"{os.fspath(source)}: ")
     try:
         weights = normalise(content)
@@ -328,4 +335,21 @@ def model_from(
         load_weights(model, weights.state_dict)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from None
-    return Loaded(model.eval(), found, weights.classes, weights.category_ids)
+    classes, ids = weights.classes, weights.category_ids
+    if published is not None:
+        classes = published.classes if classes is None else classes
+        ids = published.category_ids if classes == published.classes else ids
+    return Loaded(model.eval(), found, classes, ids)
+
+
+def start(model: models.GFL, source: str | os.PathLike[str]) -> list[str]:
+    """Gives a model the weights of a file or name; for other classes its class layer stays. Returns notes in lines.
+
+    The errors are those of `model_from`, and a ValueError if the file says that it is of another network.
+    """
+    weights = normalise(read(source))
+    try:
+        check_start(weights, model.config)
+        return load_weights(model, weights.state_dict, allow_new_head=True)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

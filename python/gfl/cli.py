@@ -15,7 +15,7 @@ from .config import did_you_mean
 from .files import error_text, printable, say
 
 # Modules of `gfl.commands`, in the order of the help.
-COMMANDS = ("data", "train", "eval", "detect", "export", "convert", "bench", "demo", "doctor")
+COMMANDS = ("detect", "models", "serve", "data", "train", "eval", "export", "convert", "bench", "demo", "doctor")
 # Of a program that a signal ended: 128 + SIGINT.
 INTERRUPTED = 130
 

@@ -96,7 +96,9 @@ class TrainConfig:
     backbone_weights: str = _option(
         "", "initial weights: torchvision, timm, a file, or none (from scratch); needed without --init", "NAME|FILE"
     )
-    init: str = _option("", "checkpoint to start from, without its class layer if the class count differs", "FILE")
+    init: str = _option(
+        "", "checkpoint or published model to start from; other classes get a new class layer", "NAME|FILE"
+    )
     epochs: int = _option(12, "passes over the training images")
     steps: int = _option(0, "length of the training in steps, in place of epochs (0: by epochs)")
     lr_drops: tuple[int, ...] = _option((8, 11), "epochs after which the learning rate is divided by 10 (step)")
@@ -259,11 +261,19 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
         raise ValueError(f"{what} must be of type {hint.__name__}{limit}, got {files.shown(value)}") from None
 
 
-def _paper(backbone: str = "resnet50", epochs: int = 12, dcn: str | None = None, *, v2: bool = False) -> Config:
+def _paper(
+    backbone: str = "resnet50",
+    epochs: int = 12,
+    dcn: str | None = None,
+    dcn_stages: tuple[int, ...] = (3, 4, 5),
+    *,
+    v2: bool = False,
+) -> Config:
     """A row of the tables of GFL (arXiv 2006.04388, table 8) or GFLv2 (arXiv 2011.12885); 2x is multi-scale."""
     return Config().replace(
         backbone=backbone,
         dcn=dcn,
+        dcn_stages=dcn_stages,
         epochs=epochs,
         lr_drops=(epochs * 2 // 3, epochs * 11 // 12),
         train_short_side=(480, 800) if epochs == 24 else (800, 800),
@@ -300,6 +310,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "gfl_r101_dcnv2_2x": partial(_paper, "resnet101", 24, "v2"),
     "gfl_x101_32x4d_2x": partial(_paper, "resnext101_32x4d", 24),
     "gfl_x101_32x4d_dcnv2_2x": partial(_paper, "resnext101_32x4d", 24, "v2"),
+    # As mmdet published them.
+    "gfl_r101_dcn": partial(_paper, "resnet101", 24, "v1"),
+    "gfl_x101_32x4d_dcn": partial(_paper, "resnext101_32x4d", 24, "v1", (4, 5)),
     "gflv2_r50_1x": partial(_paper, v2=True),
     "gflv2_r50_2x": partial(_paper, epochs=24, v2=True),
     "gflv2_r101_2x": partial(_paper, "resnet101", 24, v2=True),

@@ -105,18 +105,21 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = No
 
 
 @contextmanager
-def lines(path: Path) -> Iterator[Callable[[Any], None]]:
+def lines(path: Path, keep: bool = False) -> Iterator[Callable[[Any], None]]:
     """Gives a function that adds a value to a file as a line of JSON, at once, so that a run that ends loses nothing.
 
-    At the end of the block, when its contents are elsewhere, the file is removed; after an error it stays and is named.
+    At the end of the block, when its contents are elsewhere, the file is removed, unless it is to `keep`; after an
+    error it stays and is named.
     """
     path.unlink(missing_ok=True)
     try:
-        with path.open("x", encoding="ascii") as file:
+        with path.open("xb", buffering=0) as file:
 
             def add(value: Any) -> None:
-                file.write(json.dumps(value) + "\n")
-                file.flush()
+                # By one call of the system, so that no line is there by half.
+                line = f"{json.dumps(value)}\n".encode("ascii")
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
             yield add
     except BaseException:

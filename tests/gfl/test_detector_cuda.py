@@ -219,7 +219,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
     """The shapes of all batches and the sizes of their images; no network looks at them."""
     found: Batches = []
 
-    def predict(self: Any, images: Tensor, inner: Tensor, *, edges: bool) -> pipeline.Predictions:
+    def predict(
+        self: Any, images: Tensor, inner: Tensor, *, edges: bool, without: tuple[int, ...]
+    ) -> pipeline.Predictions:
         found.append((tuple(images.shape), inner.tolist()))
         rows = torch.zeros(len(images), 1)
         boxes, count = torch.zeros(len(images), 1, 4), torch.zeros(len(images), dtype=torch.int32)

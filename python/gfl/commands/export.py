@@ -65,9 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..checkpoint import model_from
-    from ..engine import export
-    from ..engine.distributed import choose_device
+    from ..detector import Detector
 
     suffix = SUFFIXES[options.format]
     if options.out.suffix.lower() != suffix:
@@ -81,17 +79,12 @@ def run(options: argparse.Namespace) -> int:
     batch = None if options.batch == "any" else int(options.batch) if options.batch.isdigit() else 0
     if batch is not None and batch < 1:
         raise ValueError(f"`--batch` must be a number of images or any, got {options.batch!r}")
-    model, config, classes, _ = model_from(options.checkpoint, given_config(options), strict=True)
-    height, width = (-(-side // 32) * 32 for side in (config.test.short_side, config.test.long_side))
-    size = parse_size(options.size, "--size") if options.size else (height, width)
-    outputs = options.outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
+    device = "cpu" if options.format == "onnx" else options.device
     dtype = getattr(torch, DTYPES[options.dtype])
-    settings = {"batch": batch, "outputs": outputs, "dtype": dtype}
-    if options.format == "onnx":
-        export.to_onnx(model, options.out, size, classes=classes, pixels=options.input == "uint8", **settings)
-    else:
-        compiled, device = options.format == "aotinductor", choose_device(options.device)
-        export.to_torch(model, options.out, size, compiled=compiled, device=device, **settings)
-    shape = f"[{'B' if batch is None else batch}, 3, {size[0]}, {size[1]}]"
+    detector = Detector(options.checkpoint, device, dtype, config=given_config(options))
+    size = parse_size(options.size, "--size") if options.size else None
+    how = {"format": options.format, "size": size, "batch": batch, "outputs": options.outputs, "input": options.input}
+    (height, width), outputs = detector.export(options.out, **how)
+    shape = f"[{'B' if batch is None else batch}, 3, {height}, {width}]"
     files.say(f"images {shape} -> {outputs}; {options.out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -19,8 +19,8 @@ DEFAULTS = {field.name: field.default for field in fields(DataConfig)}
 def dataset(data: DataConfig, part: str, classes: Sequence[str] | None = None) -> CocoDataset | None:
     """The part "train" or "val" of the data, None if there is no such validation part.
 
-    Typed names of annotations and images are taken as they are, and so are COCO's where those files exist; else
-    `gfl.data.layouts` finds out what is in the folder. `classes` are a model's, which the data should have too.
+    Typed names of annotations and images are taken as they are, and so are COCO's where those files exist; with such
+    training data alone there is no validation part. Else `gfl.data.layouts` finds out what is in the folder. `classes` are a model's, which the data should have too.
 
     Raises:
         ValueError: nothing there can be used; `val_share` is out of range.
@@ -30,10 +30,13 @@ def dataset(data: DataConfig, part: str, classes: Sequence[str] | None = None) -
         raise ValueError(f"`val_share` must be at least 0 and below 1, got {data.val_share}")
     if part == "val" and not data.val_annotations:
         return None
-    found = _typed(data, part)
+    found, other = _typed(data, part), _typed(data, "train" if part == "val" else "val")
+    if found is None and other is not None and part == "val":
+        return None
     if found is None:
         parts, root, kind = layouts.read(data.data, classes)
-        chosen = _chosen(parts, part, data)
+        # What is typed as validation data is not held out once more.
+        chosen = _chosen(parts, part, 0.0 if other is not None else data.val_share, data.data)
         if chosen is None:
             return None
         annotations, images = chosen, root
@@ -57,15 +60,15 @@ def _typed(data: DataConfig, part: str) -> tuple[Path, Path] | None:
     return None
 
 
-def _chosen(parts: dict[str, Annotations], part: str, data: DataConfig) -> Annotations | None:
+def _chosen(parts: dict[str, Annotations], part: str, val_share: float, root: str) -> Annotations | None:
     train, val = parts.get("train"), parts.get("val")
     if part == "train" and train is None:
-        raise ValueError(f"{data.data} has no part to train on, only {' and '.join(parts)}")
-    if val is not None or not data.val_share or train is None:
+        raise ValueError(f"{root} has no part to train on, only {' and '.join(parts)}")
+    if val is not None or not val_share or train is None:
         return train if part == "train" else val
     if len(train.image_ids) < 2:
         return train if part == "train" else None
-    held, rest = hold_out(train, [data.val_share, 1 - data.val_share])
+    held, rest = hold_out(train, [val_share, 1 - val_share])
     chosen = rest if part == "train" else held
     what = "images held out for validation (val_share)"
     chosen.problems.note(what, "", len(held.image_ids))

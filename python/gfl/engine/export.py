@@ -26,6 +26,7 @@ from ..models.head import GFLHead
 from ..models.layers import GroupNormReLU
 from .distributed import current_device
 
+FORMATS = ("onnx", "torch-export", "aotinductor")
 MAPS, DECODED, DETECTIONS = "maps", "decoded", "detections"
 OPSET = 18
 MAX_PAIRS = 2**24  # fp32 holds integers exactly up to here

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -73,6 +74,8 @@ class Pipeline:
         self.graphs = GraphCache(device=device) if graphs and device.type == "cuda" else None
         self._copies = torch.cuda.Stream(device) if self.graphs is not None else None
         self._done: torch.cuda.Event | None = None  # the last use of the graphs' memory
+        self._unwanted: dict[tuple[int, ...], Tensor] = {}  # masks of classes; graphs read them
+        self.seconds = (0.0, 0.0)  # of the last batch on a CPU: the network, and from its maps to boxes
 
     def graphed(self) -> bool:
         """Whether batches run as graphs, by the backend that is set now."""
@@ -111,9 +114,13 @@ class Pipeline:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, batch: InputBatch, *, edges: bool = False) -> Predictions:
-        """Detections of a batch; on a GPU they are queued, not there yet."""
-        function, inputs = partial(self._predict, edges=edges), [x for x in batch if x is not None]
+    def run(self, batch: InputBatch, *, edges: bool = False, without: tuple[int, ...] = ()) -> Predictions:
+        """Detections of a batch, none of the classes `without`; on a GPU they are queued, not there yet."""
+        if without and without not in self._unwanted:
+            mask = torch.zeros(self.network.config.num_classes, 1, 1, dtype=torch.bool)
+            mask[list(without)] = True
+            self._unwanted[without] = mask.to(self.device)
+        function, inputs = partial(self._predict, edges=edges, without=without), [x for x in batch if x is not None]
         with current_device(self.device):
             if self.graphs is None or not self.graphed():
                 return function(*inputs)
@@ -121,20 +128,32 @@ class Pipeline:
             now = torch.cuda.current_stream(self.device)
             if self._done is not None:
                 now.wait_event(self._done)
-            key = (gfl_ops.get_backend(), edges, *dataclasses.astuple(self.network.test))
+            key = (gfl_ops.get_backend(), edges, without, *dataclasses.astuple(self.network.test))
             # The next run writes to the same places.
             found: Predictions = tree_map_only(Tensor, torch.clone, self.graphs.run(function, *inputs, key=key))
             self._done = now.record_event()
             return found
 
     def _predict(
-        self, images: Tensor, sizes: Tensor, scale_factors: Tensor | None = None, *, edges: bool
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        scale_factors: Tensor | None = None,
+        *,
+        edges: bool,
+        without: tuple[int, ...] = (),
     ) -> Predictions:
+        begun = time.perf_counter()
         normalised = transforms.normalise(images, sizes, self.network.config)
         with self._tuning(normalised):
-            maps = self.maps(normalised)
-        found = self.network.read_maps(*maps, sizes, scale_factors)
-        return Predictions(found, _edges(maps[1], found.locations, self.network.config) if edges else None)
+            cls_scores, reg_preds = self.maps(normalised)
+        middle = time.perf_counter()
+        if without:
+            cls_scores = [scores.masked_fill(self._unwanted[without], -torch.inf) for scores in cls_scores]
+        found = self.network.read_maps(cls_scores, reg_preds, sizes, scale_factors)
+        result = Predictions(found, _edges(reg_preds, found.locations, self.network.config) if edges else None)
+        self.seconds = (middle - begun, time.perf_counter() - middle)
+        return result
 
 
 def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> Edges:

@@ -12,7 +12,6 @@ from .. import backbone_weights, checkpoint
 from ..config import Config, TrainConfig
 from ..data.coco import CocoDataset
 from ..data.loader import Batch
-from ..foreign import check_start
 from ..models.gfl import GFL
 from .distributed import Process
 from .step import Step, preserve_training_state
@@ -43,12 +42,7 @@ def check_settings(settings: TrainConfig) -> None:
 def initial_weights(model: GFL, settings: TrainConfig) -> list[str]:
     """Puts the weights to start from into a model; returns notes for the log."""
     if settings.init:
-        weights = checkpoint.normalise(checkpoint.read(settings.init))
-        try:
-            check_start(weights, model.config)
-            return checkpoint.load_weights(model, weights.state_dict, allow_new_head=True)
-        except ValueError as error:
-            raise ValueError(f"{settings.init}: {error}") from None
+        return checkpoint.start(model, settings.init)
     if not settings.backbone_weights:
         raise ValueError(
             "`backbone_weights` must be given: a file, torchvision or timm for weights trained on ImageNet, or none to "

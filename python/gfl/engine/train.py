@@ -443,4 +443,4 @@ class Training:
         for kind, dataset in (("training", data), ("validation", self.validation)):
             if dataset is not None:
                 lines += [f"{kind} data: {line}" for line in dataset.problems.lines()]
-        return lines
+        return lines if self.validation is not None else [*lines, f"no validation data: no AP, no {BEST}"]

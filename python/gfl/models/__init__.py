@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from .. import config as configuration
+from .. import zoo
 from ..config import InferenceConfig, ModelConfig
 from .backbone import STRIDES, Backbone
 from .gfl import GFL
@@ -23,22 +25,30 @@ MAX_LEVELS, MAX_REG_MAX = 8, 128
 MAX_CHANNELS, MAX_CONVS = 2**20, 64
 
 
-def create_model(name: str, num_classes: int = 80, **fields: Any) -> GFL:
-    """A detector with random weights, by the name of a preset.
+def create_model(name: str, num_classes: int = 80, *, pretrained: bool = False, **fields: Any) -> GFL:
+    """A detector with random or published weights, by the name of a preset.
 
     Args:
         name: of a preset in `gfl.PRESETS`: gfl_… of the paper, gflv2_… of version 2 (arXiv 2011.12885), whose scores
             are class times quality, gfl_r18_1x or gfl_tiny for small work, nanodet_plus_… for CPUs; or a file with a
             configuration.
         num_classes: C, without a background.
+        pretrained: take the weights that were published for the preset (`gfl models` lists them), downloaded the first
+            time; for another number of classes than theirs the class layer is random.
         fields: any of `gfl.config.ModelConfig`, such as ``dcn="v1", dcn_stages=(4, 5)``, instead of the preset's.
 
     Raises:
-        ValueError: no such preset or field, or a value that a field does not take.
+        ValueError: no such preset or field, or a value that a field does not take; no published weights for it.
+        OSError: they can't be downloaded.
         RuntimeError: a timm backbone where timm is not installed.
     """
     found = configuration.preset(name)
-    return build(configuration.replace(found.model, num_classes=num_classes, **fields), found.test)
+    model = build(configuration.replace(found.model, num_classes=num_classes, **fields), found.test)
+    if pretrained:
+        if zoo.find(name) is None:
+            raise ValueError(f"gfl.create_model: `pretrained` is for published models, {name} is a file")
+        importlib.import_module("gfl.checkpoint").start(model, name)  # which is built on this package
+    return model
 
 
 def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
