@@ -380,41 +380,6 @@ void check(Case c, DType dtype, double tolerance, const char* name, bool turned 
   }
 }
 
-Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t reg_max,
-               double beta, bool legacy, bool channels_last, int64_t images = 2, double positives = 0.15) {
-  Case c{std::move(sizes), images, classes, reg_max, 3, beta, legacy, channels_last, {}, {}, {}, {}, {}};
-  for (const auto& [h, w] : c.sizes) {
-    for (auto [maps, channels] : {std::pair{&c.cls, classes}, std::pair{&c.reg, 4 * (reg_max + 1)}}) {
-      std::vector<double> values(static_cast<size_t>(c.images * channels * h * w));
-      for (double& v : values) v = draw.normal(1.5);
-      maps->push_back(values);
-    }
-  }
-  for (int64_t i = 0; i < c.images * c.locations(); ++i) {
-    const double kind = draw.uniform();
-    c.labels.push_back(kind < positives ? draw.integer(0, classes) : (kind > 0.9 ? -2 : (kind > 0.8 ? classes : -1)));
-    c.matched.push_back(draw.integer(0, c.gts));
-  }
-  for (int64_t i = 0; i < c.images * c.gts; ++i) {
-    const double x = draw.uniform(0, 80), y = draw.uniform(0, 80);
-    for (const double v : {x, y, x + draw.uniform(4, 90), y + draw.uniform(4, 90)}) c.boxes.push_back(v);
-  }
-  return c;
-}
-
-Case draw_yolo(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t bins,
-               bool channels_last) {
-  Case c = draw_case(draw, std::move(sizes), classes, bins - 1, 2.0, false, channels_last);
-  c.yolo = true;
-  for (int64_t i = 0; i < c.images * c.locations(); ++i) c.scores.push_back(draw.uniform());
-  // Without bins, distances on both sides of their targets, none so close that a difference crosses it.
-  if (bins == 1) {
-    for (std::vector<double>& map : c.reg)
-      for (double& v : map) v = std::fabs(v) * 3 + 0.3;
-  }
-  return c;
-}
-
 }  // namespace
 
 int main() {

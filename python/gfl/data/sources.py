@@ -20,7 +20,8 @@ def dataset(data: DataConfig, part: str, classes: Sequence[str] | None = None) -
     """The part "train" or "val" of the data, None if there is no such validation part.
 
     Typed names of annotations and images are taken as they are, and so are COCO's where those files exist; with such
-    training data alone there is no validation part. Else `gfl.data.layouts` finds out what is in the folder. `classes` are a model's, which the data should have too.
+    training data alone there is no validation part. Else `gfl.data.layouts` finds out what is in the folder.
+    `classes` are a model's, which the data should have too.
 
     Raises:
         ValueError: nothing there can be used; `val_share` is out of range.
