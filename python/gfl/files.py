@@ -126,7 +126,8 @@ def lines(path: Path, keep: bool = False) -> Iterator[Callable[[Any], None]]:
         if path.exists() and path.stat().st_size:
             say(f"what was found before is in {path}", sys.stderr)
         raise
-    path.unlink(missing_ok=True)
+    if not keep:
+        path.unlink(missing_ok=True)
 
 
 def check_output(

@@ -124,7 +124,7 @@ def test_two_runs_of_detect_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFix
         assert "out is in use by" in capsys.readouterr().err
         assert [file.name for file in out.iterdir()] == [files.LOCK]
     assert main(words) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["1.jpg", "detections.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["1.jpg", "detections.json", "detections.jsonl"]
 
 
 def test_what_may_not_be_written(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..result import Result
     from ..sources import Source, Sources
 
-HELP = "detect objects in images and videos: writes pictures, lines of JSON and a COCO-format file"
+HELP = "detect objects in images and videos: pictures and JSON"
 EPILOG = """\
 SOURCE is an image, a folder, a quoted glob pattern, a URL, a video file, the
 number of a camera, a stream (rtsp://…), or - for an image or names of images

@@ -8,7 +8,7 @@ import argparse
 from ..files import say
 from . import DTYPES, add_config, check_kernels, given_config
 
-HELP = "serve a detector: a page to drop a photo on, and /detect for programs"
+HELP = "serve a detector to programs, and as a page to drop photos on"
 EPILOG = """\
   gfl serve gfl_r50_1x
   curl -F image=@photo.jpg http://127.0.0.1:8000/detect

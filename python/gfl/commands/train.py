@@ -13,7 +13,7 @@ from ..files import say
 from . import check_kernels
 
 CONFIGS = f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file"
-HELP = "train a detector on data in COCO format, or resume a training"
+HELP = "train a detector on data of your own, or resume a training"
 EPILOG = """\
 An option that is not given keeps the value of --config; in brackets is that of
 gfl_r50_1x. A configuration file has the sections data, train, model and test,

@@ -18,16 +18,6 @@ from gfl.engine.distributed import choose_device
 from gfl.files import error_text
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_fits_80_columns(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
-
-
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

@@ -104,14 +104,15 @@ def test_images_are_held_out_by_their_names(tmp_path: Path) -> None:
 
 def test_a_typed_file_is_not_held_out_of(tmp_path: Path) -> None:
     """All images of a typed training file are trained on, so none of them can be validation data."""
-    written.label_studio_coco(tmp_path)
-    (file,) = (path.name for path in tmp_path.glob("*.json"))
-    data = Config().replace(data=tmp_path, train_annotations=file, train_images=".").data
+    written.coco_cvat(tmp_path)
+    (tmp_path / "annotations/instances_val.json").unlink()
+    file, images = "annotations/instances_train.json", "images/train"
+    data = Config().replace(data=tmp_path, train_annotations=file, train_images=images).data
     train = sources.dataset(data, "train")
-    assert train is not None and len(train) == 5 and sources.dataset(data, "val") is None
-    typed = Config().replace(data=tmp_path, val_annotations=file, val_images=".").data
-    train, val = sources.dataset(typed, "train"), sources.dataset(typed, "val")
-    assert train is not None and val is not None and len(train) == len(val) == 5
+    assert train is not None and sources.dataset(data, "val") is None
+    typed = Config().replace(data=tmp_path, val_annotations=file, val_images=images).data
+    again, val = sources.dataset(typed, "train"), sources.dataset(typed, "val")
+    assert again is not None and val is not None and len(again) == len(val) == len(train)
 
 
 def test_ghost_classes_go_and_empty_classes_are_named(tmp_path: Path) -> None:
