@@ -115,7 +115,7 @@ class Result:
         """The image itself, upright; read again from its file unless its pixels were kept."""
         pixels = self._pixels
         if pixels is None:
-            if not self.source:
+            if self.path is None and not self.source:
                 raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
             pixels = Unread(self.path or self.source).pixels()
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -31,7 +31,7 @@ def test_the_cosine_ends_at_nothing() -> None:
     assert rates[:2] == pytest.approx([0.01, 0.005]) and 0 < rates[2] < 1e-5
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gfl")])
 def test_on_coco_the_presets_train_as_in_the_paper(name: str) -> None:
     train = PRESETS[name]().train
     assert train.steps == 0 and train.lr == 0.01 and train.optimizer == "sgd" and train.schedule == "step"
