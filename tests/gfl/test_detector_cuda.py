@@ -54,7 +54,7 @@ def small_input(model: GFL) -> None:
 def same_resize(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's resizing is the CPU's, so that results can be compared bit for bit."""
     real = transforms.resize
-    monkeypatch.setattr(transforms, "resize", lambda image, height, width, fp32=False: real(image, height, width))
+    monkeypatch.setattr(transforms, "resize", lambda *args, fp32=False, **how: real(*args, **how))
 
 
 @pytest.mark.parametrize("how", ["plain", "optimize", "compile"])
