@@ -248,14 +248,21 @@ def assert_same_curve(ours: list[float], theirs: list[float], nudged: Callable[[
 MODELS = ["yolov8n.yaml", "yolo11n.yaml", *(["yolo26n.yaml"] if V84 else [])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("steps", "dtype"),
+    [
+        pytest.param(10, torch.float32, id="10 steps, fp32"),
+        pytest.param(50, torch.float32, id="50 steps, fp32", marks=pytest.mark.slow),
+        pytest.param(50, torch.float64, id="50 steps, fp64", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("yaml", MODELS)
-def test_fifty_steps_of_training(yaml: str, dtype: torch.dtype, seed: int) -> None:
+def test_steps_of_training(yaml: str, steps: int, dtype: torch.dtype, seed: int) -> None:
     """From the same seed, patched and unpatched, at a learning rate where a training follows from its start: at 0.01,
     weights that are moved by 1e-10 of themselves change a loss by 1e-3 after 20 steps, in fp64 too."""
-    ours, theirs = both(lambda: curve(yaml, dtype, 0.0001, seed, 50))
+    ours, theirs = both(lambda: curve(yaml, dtype, 0.0001, seed, steps))
     nudge = 1e-9 if dtype == torch.float64 else 1e-6
-    assert_same_curve(ours, theirs, lambda: curve(yaml, dtype, 0.0001, seed, 50, nudge=nudge))
+    assert_same_curve(ours, theirs, lambda: curve(yaml, dtype, 0.0001, seed, steps, nudge=nudge))
 
 
 def test_a_compiled_model_trains_the_same(seed: int) -> None:

@@ -53,7 +53,10 @@ def average_precision(photos: CocoDataset, found: Iterator[Found]) -> float:
     return coco_metrics(photos.annotations, results, photos.image_ids)["AP"]
 
 
-@pytest.mark.parametrize("option", [[], ["--optimize"]], ids=["plain", "optimize"])
+# One way in each run of the tests, with the network and the files that are read; the others with `-m slow`.
+@pytest.mark.parametrize(
+    "option", [["--optimize"], pytest.param([], marks=pytest.mark.slow)], ids=["optimize", "plain"]
+)
 def test_the_command_evaluates(weights: Path, photos: CocoDataset, option: list[str], tmp_path: Path) -> None:
     folder, output = photos.annotations.path.parent, tmp_path / "metrics.json"
     what = ["--val-annotations", photos.annotations.path.name, "--val-images", "images", "--workers", "0"]
@@ -62,6 +65,7 @@ def test_the_command_evaluates(weights: Path, photos: CocoDataset, option: list[
     assert json.loads(output.read_text())["AP"] == pytest.approx(AP, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimize", [False, True], ids=["plain", "optimize"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_detector_detects(weights: Path, photos: CocoDataset, optimize: bool, dtype: torch.dtype) -> None:
@@ -98,6 +102,7 @@ def torch_program(model: gfl.models.GFL, file: Path) -> Callable[[Tensor], Found
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [onnx_program, torch_program], ids=["onnxruntime", "torch.export"])
 def test_exported_files_detect(
     weights: Path,

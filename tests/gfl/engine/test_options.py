@@ -311,6 +311,7 @@ def test_measuring_leaves_the_model_as_it_is(small: Small, monkeypatch: pytest.M
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_network_learns_the_same(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's front end alone; its kernels are torch's business."""
     compile, compiled = torch.nn.Module.compile, []
