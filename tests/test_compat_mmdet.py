@@ -66,7 +66,8 @@ def test_it_says_what_it_replaces_and_puts_it_back() -> None:
     names = compat.patch()
     ends = ("QualityFocalLoss", "DistributionFocalLoss", "FocalLoss", "VarifocalLoss", "KnowledgeDistillationKLDivLoss",
             "GIoULoss", "DIoULoss", "CIoULoss", "EIoULoss", "SIoULoss", "IoULoss", "Integral", "batched_nms",
-            "ATSSAssigner", "TaskAlignedAssigner", "predict_by_feat")  # fmt: skip
+            "ATSSAssigner", "TaskAlignedAssigner", "DynamicSoftLabelAssigner", "SimOTAAssigner",
+            "predict_by_feat")  # fmt: skip
     # mmyolo's follows where mmyolo can be imported.
     assert [n.rsplit(".")[-1] for n in names if not n.startswith("mmyolo")] == list(ends)
     assert compat.patch() == names

@@ -74,6 +74,8 @@ def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
     replaced = re.search(r"replaced by gfl_ops:\n((?:  \S+\n)+)", printed)
     assert replaced
     names = replaced[1].split()
+    if "mmyolo." not in replaced[1]:  # not installed, or it refuses the installed mmcv
+        promised = [one for one in promised if not one.startswith("Batch")]
     assert len(names) == len(promised)
     assert all(f".{label}".endswith(f".{end}") for label, end in zip(names, promised)), (names, promised)
     ours, theirs = (
