@@ -57,16 +57,18 @@ def prepare(name: str, size: tuple[int, int], device: torch.device, seed: int) -
     coarse = torch.randint(256, (1, 3, -(-size[0] // 16), -(-size[1] // 16))).float()
     image = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0].to(torch.uint8)
     head = model.bbox_head
-    torch.nn.init.normal_(head.gfl_cls.weight, std=0.05)
-    torch.nn.init.normal_(head.gfl_reg.weight, std=0.05)
+    last = [*head.class_layers(), *([head.gfl_reg] if hasattr(head, "gfl_reg") else [])]
+    for layer in last:
+        torch.nn.init.normal_(layer.weight, std=0.05)
     model = model.to(device)
     with torch.no_grad():
         sizes = torch.tensor([size], dtype=torch.float32, device=device)
-        cls_scores, _ = model.predict_maps(transforms.normalise(image[None].to(device), sizes))
+        cls_scores, _ = model.predict_maps(transforms.normalise(image[None].to(device), sizes, model.config))
         logits = torch.cat([x.flatten() for x in cls_scores])
         rank = max(1, min(CANDIDATES, int(SHARE * logits.numel())))
         threshold = math.log(model.test.score_threshold / (1 - model.test.score_threshold))
-        head.gfl_cls.bias += threshold - logits.topk(rank).values[-1]
+        for layer in head.class_layers():
+            layer.bias[: model.config.num_classes] += threshold - logits.topk(rank).values[-1]
     return model, image
 
 
@@ -91,7 +93,7 @@ class Way:
 
     def input(self, images: Tensor) -> Tensor:
         sizes = torch.tensor([self.size] * len(images), dtype=torch.float32, device=self.device)
-        return transforms.normalise(images, sizes)
+        return transforms.normalise(images, sizes, self.network.config)
 
     def maps(self, images: Tensor) -> Maps:
         """Of normalised images."""

@@ -3,11 +3,12 @@
 
 Framework: mmdet 3.3, mmyolo 0.6
 Or: in a config, `custom_imports = dict(imports=["gfl_ops.compat.mmdet_patch"])`; part by part with types
-    `FusedQualityFocalLoss` and so on, `FusedATSSAssigner` and `FusedGFLHead`,
+    `FusedQualityFocalLoss`, `FusedATSSAssigner` and so on and `FusedGFLHead`,
     `custom_imports = dict(imports=["gfl_ops.compat.mmdet_registry"])`
 Replaces: `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`, `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`,
     `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`, `IoULoss`, `Integral`, `batched_nms`, `ATSSAssigner`,
-    `TaskAlignedAssigner`, `GFLHead.predict_by_feat`
+    `TaskAlignedAssigner`, `DynamicSoftLabelAssigner`, `SimOTAAssigner`, `BatchDynamicSoftLabelAssigner`,
+    `BatchTaskAlignedAssigner`, `GFLHead.predict_by_feat`
 """
 
 from pathlib import Path

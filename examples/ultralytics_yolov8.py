@@ -4,7 +4,8 @@
 In a training script it is one line too: ``gfl_ops.compat.ultralytics.patch()`` before ``YOLO("yolov8n.yaml")``.
 
 Framework: ultralytics 8.3, 8.4
-Replaces: `DFLoss`, `BboxLoss`, `TaskAlignedAssigner`, `DFL`, `non_max_suppression`, which has no time limit then
+Replaces: `DFLoss`, `BboxLoss`, `TaskAlignedAssigner`, `DFL`, `non_max_suppression`, which has no time limit then,
+    `v8DetectionLoss`
 """
 
 import torch

@@ -8,10 +8,12 @@ from .ops.bins.ld import distillation_loss
 from .ops.boxes.distance import box_to_distance, distance_to_box
 from .ops.boxes.iou import box_iou_loss, giou_loss
 from .ops.head.atss import Assignment, atss_assign
+from .ops.head.dynamic_k import dynamic_soft_label_assign, simota_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.head.head_loss_norms import head_loss_norms
 from .ops.head.task_aligned import TaskAlignedAssignment, task_aligned_assign
+from .ops.head.yolo_loss import YoloLoss, yolo_loss
 from .ops.score.focal import sigmoid_focal_loss
 from .ops.score.mal import matchability_aware_loss
 from .ops.score.qfl import quality_focal_loss
@@ -28,6 +30,7 @@ __all__ = [
     "Detections",
     "HeadLoss",
     "TaskAlignedAssignment",
+    "YoloLoss",
     "atss_assign",
     "batched_nms",
     "box_iou_loss",
@@ -37,6 +40,7 @@ __all__ = [
     "distance_to_box",
     "distillation_loss",
     "distribution_focal_loss",
+    "dynamic_soft_label_assign",
     "gfl_loss",
     "giou_loss",
     "group_norm_relu",
@@ -50,8 +54,10 @@ __all__ = [
     "side_distributions",
     "side_uncertainty",
     "sigmoid_focal_loss",
+    "simota_assign",
     "soft_nms",
     "soft_target_bce",
     "task_aligned_assign",
     "varifocal_loss",
+    "yolo_loss",
 ]

@@ -27,6 +27,8 @@ from ._version import __version__
 from .core import backends, checks, extension
 from .kernel_check_process import OK, SKIPPED, Verdict
 
+# Seconds after which a check that was short of time or memory is repeated.
+RETRY_AFTER = 600.0
 _asked = False  # whether this process called for a check, so that it need not be told how to
 
 
@@ -143,9 +145,12 @@ def _checked_once(device: str) -> Report:
         text = f"gfl_ops: checking the kernels on {_device_name(device)}, once; GFL_OPS_SELF_CHECK=0 turns it off"
         print(text, file=sys.stderr, flush=True)
         report = self_check(device)
-        bad = [v.operator for v in report.verdicts if v.status != OK]
-        said = f"not right: {', '.join(bad)}; `gfl doctor --check` says more" if bad else "all right"
-        print(f"gfl_ops: {said} ({report.seconds:.0f} s)", file=sys.stderr, flush=True)
+        bad = [v.operator for v in report.verdicts if v.status not in (OK, SKIPPED)]
+        left = [v.operator for v in report.verdicts if v.status == SKIPPED]
+        said = [f"not right: {', '.join(bad)}"] if bad else []
+        said += [f"not checked, to be tried again later: {', '.join(left)}"] if left else []
+        text = "; ".join([*said, "`gfl doctor --check` says more"]) if said else "all right"
+        print(f"gfl_ops: {text} ({report.seconds:.0f} s)", file=sys.stderr, flush=True)
         return report
 
 
@@ -186,11 +191,14 @@ def _at_first_gpu_call() -> None:
 
 
 def stored(device: str) -> Report | None:
-    """The verdicts that are kept for this very machine and build, or None."""
+    """The verdicts that are kept for this very machine and build, or None; those with gaps are kept for minutes."""
     name = _file(device)
     for folder in _folders():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return Report.from_json((folder / name).read_text(encoding="utf-8"))
+            report = Report.from_json((folder / name).read_text(encoding="utf-8"))
+            gaps = any(v.status == SKIPPED for v in report.verdicts)
+            if not gaps or time.time() - (folder / name).stat().st_mtime < RETRY_AFTER:
+                return report
     return None
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,11 @@ OK, WRONG, FAILED, CRASHED, HUNG, SKIPPED = "ok", "wrong", "failed", "crashed", 
 # next (a Triton kernel compiles at its first); and seconds for all together. Many times what a busy machine takes.
 START_LIMIT, SAMPLE_LIMIT, WHOLE_LIMIT = 60.0, 30.0, 180.0
 _MARK = "gfl_ops.self_check: "
+# What CUDA, its libraries, torch's allocators, C++ and the system say where memory is short.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory|bad_alloc|ALLOC_FAILED|MemoryError",
+    re.IGNORECASE,
+)
 # This very package, whatever folder the subprocess starts in.
 _PATH = str(Path(__file__).resolve().parents[1])
 _START = f"import sys; sys.path[0] = {_PATH!r}; from gfl_ops.kernel_check_process import main; main()"
@@ -50,7 +56,8 @@ class Verdict:
         operator: its stem.
         backend: "native" or "triton".
         status: "ok"; "wrong" (a result differs from the reference's by more than rounding explains), "failed" (an
-            exception), "crashed" (the process ended), "hung" (no answer in time) or "not checked" (out of time).
+            exception), "crashed" (the process ended), "hung" (no answer in time) or "not checked" (no verdict: out of
+            time or of memory, of the device or the host).
         seconds: how long it took, forward and backward, over all dtypes.
         detail: what was wrong; empty where nothing was.
     """
@@ -91,10 +98,19 @@ def _verdicts(names: list[str], device: str, end: float, threads: int) -> Iterat
     """One verdict per name, in order; a new subprocess after each that took its process with it."""
     while names:
         done = 0
-        for verdict in _process(names, device, end, threads):
-            done += 1
-            yield verdict
+        try:
+            for verdict in _process(names, device, end, threads):
+                done += 1
+                yield verdict
+        except OSError as error:  # no memory for another process, or no room for its output
+            yield from _skipped(names[done:], f"no process could be started: {error}")
+            return
         names = names[done:]
+
+
+def _skipped(names: list[str], why: str) -> Iterator[Verdict]:
+    for stem, backend in (name.split(":") for name in names):
+        yield Verdict(stem, backend, SKIPPED, 0.0, why)
 
 
 def _process(names: list[str], device: str, end: float, threads: int) -> Iterator[Verdict]:
@@ -122,34 +138,41 @@ def _follow(
 ) -> Iterator[Verdict]:
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-    limit, began = START_LIMIT, time.monotonic()
+    limit, began, started = START_LIMIT, time.monotonic(), False
     for position, current in enumerate(names):
         stem, backend = current.split(":")
         while True:
             try:
                 line = lines.get(timeout=max(min(limit, end - time.monotonic()), 0.0))
             except queue.Empty:
-                if time.monotonic() < end:
+                if time.monotonic() >= end:
+                    yield from _skipped(names[position:], f"{WHOLE_LIMIT:.0f} s were over")
+                elif not started:
+                    yield from _skipped(names, f"the process did not start within {limit:.0f} s")
+                else:
                     detail = f"no answer within {limit:.0f} s"
                     yield Verdict(stem, backend, HUNG, time.monotonic() - began, detail)
-                    return
-                for stem, backend in (name.split(":") for name in names[position:]):
-                    yield Verdict(stem, backend, SKIPPED, 0.0, f"{WHOLE_LIMIT:.0f} s were over")
                 return
             if line is None:
                 code = process.wait()
                 how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-                yield Verdict(stem, backend, CRASHED, time.monotonic() - began, f"{how}{_last_line(errors)}")
+                how += _last_line(errors)
+                if not started:  # no kernel has run
+                    yield from _skipped(names, f"the process did not start: {how}")
+                else:
+                    # The system ends a process by SIGKILL where the host is out of memory.
+                    killed = code == -signal.SIGKILL or _OUT_OF_MEMORY.search(how)
+                    yield Verdict(stem, backend, SKIPPED if killed else CRASHED, time.monotonic() - began, how)
                 return
             message = json.loads(line)
-            limit = SAMPLE_LIMIT
+            limit, started = SAMPLE_LIMIT, True
             if "started" in message:
                 began = time.monotonic()
             elif "status" in message:
                 verdict = replace(Verdict(stem, backend, **message), seconds=time.monotonic() - began)
                 yield verdict
-                if verdict.status == FAILED and torch.device(device).type == "cuda":
-                    return  # the process may be poisoned
+                if verdict.status in (FAILED, SKIPPED) and torch.device(device).type == "cuda":
+                    return  # the process may be poisoned, or hold memory
                 break
 
 
@@ -207,8 +230,10 @@ def _check(spec: OpSpec, backend: str, device: str, say: Callable[..., None]) ->
             torch.cuda.synchronize(device)
     except Mismatch as error:
         return {"status": WRONG, "detail": str(error).strip().splitlines()[0]}
-    except Exception as error:  # whatever a kernel raises is the verdict
-        return {"status": FAILED, "detail": f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"}
+    except Exception as error:  # whatever a kernel raises is the verdict, unless memory was short
+        text = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+        short = isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")
+        return {"status": SKIPPED if short else FAILED, "detail": text}
     return {"status": OK}
 
 

@@ -73,7 +73,8 @@ def framework(path: Path) -> tuple[int, str, str]:
 
 
 def frameworks() -> str:
-    rows = sorted(framework(path) for path in (ROOT / "examples").glob("*.py"))
+    examples = [path for path in (ROOT / "examples").glob("*.py") if "\nFramework: " in path.read_text("utf-8")]
+    rows = sorted(map(framework, examples))
     head = ["| framework | the line | what it replaces | example |", "|---|---|---|---|"]
     return "\n".join([*head, *(text for _, _, text in rows), ""])
 

@@ -124,6 +124,13 @@ def test_files_to_boxes_are_timed_beside_reading_alone(tmp_path: Path) -> None:
     assert set(rates) == {"reading", "optimized"} and min(rates.values()) > 0
 
 
+def test_reading_is_timed_beside_opencv(tmp_path: Path) -> None:
+    out, record = benchmark_modules.run_command("reading", "--images", "3", "--seconds", "0.1", folder=tmp_path)
+    assert "3 drawn images" in out and record["files"] == 3
+    rates = {r["provider"]: r["forward"]["median"] for r in record["results"]}
+    assert "pillow" in rates and set(rates) <= {"gfl", "pillow", "opencv"} and min(rates.values()) > 0
+
+
 def test_photos_are_taken_where_there_are_some(parts: Any, data: Path, tmp_path: Path) -> None:
     found, what = parts.command("files").photos(data, tmp_path, 7, 0)
     assert len(found) == 7 and what == "7 photos of COCO val2017" and not list(tmp_path.iterdir())

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from gfl_ops.compat import nanodet as compat
 from gfl_ops.core.random_inputs import boxes as draw_boxes
+from gfl_ops.ops.head.assign import draw_objects, draw_predictions
+from gfl_ops.ops.head.dynamic_k_reference import grid_points
 
 CPU = torch.device("cpu")
 
@@ -107,3 +109,41 @@ def test_nothing_found_and_unknown_settings() -> None:
     for config in ({"iou_threshold": 0.5, "sigma": 1}, {"type": "soft_nms", "iou_threshold": 0.5}, {"type": "nms"}):
         with pytest.raises(ValueError, match="`nms_cfg` must have `iou_threshold`"):
             compat.multiclass_nms(boxes, scores, 0.1, config)
+
+
+def assigned(scores: Tensor, priors: Tensor, boxes: Tensor, gt: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which box, from 1, each prior learns by NanoDet-Plus' rule with matrices of priors and boxes, and its overlap."""
+    margin = torch.cat([priors[:, None, :2] - gt[:, :2], gt[:, 2:] - priors[:, None, :2]], -1).amin(-1)
+    valid = (margin > 0).any(1)
+    corner = torch.maximum(boxes[:, None, :2], gt[:, :2]), torch.minimum(boxes[:, None, 2:], gt[:, 2:])
+    common = (corner[1] - corner[0]).clamp(min=0).prod(-1)
+    iou = common / ((boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] + (gt[:, 2:] - gt[:, :2]).prod(1) - common)
+    soft = F.one_hot(labels, scores.shape[1]) * iou[..., None]
+    spread = scores[:, None].expand_as(soft)
+    bce = F.binary_cross_entropy(spread, soft, reduction="none")
+    cost = (bce * (soft - spread) ** 2).sum(-1) - 3 * (iou + 1e-7).log()
+    cost[~valid] = torch.inf
+    many = iou[valid].topk(min(13, int(valid.sum())), 0).values.sum(0).int().clamp(min=1)
+    chosen = torch.zeros_like(cost, dtype=torch.bool)
+    for g, k in enumerate(many.tolist()):
+        chosen[cost[:, g].topk(k, largest=False).indices, g] = True
+    several = chosen.sum(1) > 1
+    chosen[several] = F.one_hot(cost[several].argmin(1), len(gt)).bool()
+    positive = chosen.any(1)
+    slot = chosen.int().argmax(1)
+    reached = iou.gather(1, slot[:, None])[:, 0]
+    return torch.where(positive, slot + 1, 0), torch.where(positive, reached, -1e8)
+
+
+def test_assigner(generator: torch.Generator) -> None:
+    priors = grid_points([12, 12, 6, 6], [8.0, 16.0], [0.0, 0.0], CPU)
+    gt, labels = draw_objects(1, 9, 4, 96.0, CPU, generator)
+    gt, labels = gt[0], labels[0].clamp(min=0)
+    scores, boxes = draw_predictions(gt[None], priors[:, :2], 4, torch.float32, generator)
+    found = compat.DynamicSoftLabelAssigner(topk=13, iou_factor=3.0).assign(scores[0], priors, boxes[0], gt, labels)
+    slot, overlap = assigned(scores[0], priors, boxes[0], gt, labels)
+    assert found.num_gts == 9 and torch.equal(found.gt_inds, slot) and (slot > 0).sum() > 8
+    assert torch.equal(found.labels, torch.where(slot > 0, labels[(slot - 1).clamp(min=0)], -1))
+    torch.testing.assert_close(found.max_overlaps, overlap)
+    none = compat.DynamicSoftLabelAssigner().assign(scores[0], priors, boxes[0], gt[:0], labels[:0])
+    assert none.num_gts == 0 and not none.gt_inds.any() and not none.max_overlaps.any() and (none.labels == -1).all()

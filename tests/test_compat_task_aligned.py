@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,27 +11,23 @@ from typing import Any
 import pytest
 import torch
 from peers import mmdet_stub
-from real_data import annotations, category_ids, missing
+from peers.assignment_scenes import (
+    SCENES,
+    STRIDES,
+    by_lower_index,
+    check,
+    drawn,
+    mmyolo_assigner,
+    needs,
+    scenes,
+)
 from torch import Tensor
 
 from gfl_ops.compat import mmdet as compat_mmdet
 from gfl_ops.compat import ultralytics as compat
 from gfl_ops.compat import yolov6 as compat_yolov6
-from gfl_ops.core.random_inputs import boxes as draw_boxes
-from gfl_ops.ops.head.task_aligned_reference import locations
-
-CPU = torch.device("cpu")
-STRIDES, SIDE = [8, 16, 32], 320
-FLAT = [SIDE // s for s in STRIDES for _ in (0, 1)]
-POINTS = locations(FLAT, STRIDES, [0.5] * 3, CPU)
-Given = list[Tensor]
 
 pytestmark = pytest.mark.peers
-
-
-def needs(package: str) -> pytest.MarkDecorator:
-    reason = f"{package} is not installed (tests/support/peers/requirements.txt, requirements_alone.txt)"
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
 
 
 @pytest.fixture(autouse=True)
@@ -41,64 +35,6 @@ def nothing_stays() -> Iterator[None]:
     yield
     compat.unpatch()
     compat_mmdet.unpatch()
-
-
-def predictions(gt: Tensor, labels: Tensor, classes: int, g: torch.Generator) -> Given:
-    """As the assigners take them: scores, boxes near those that contain the location, points, labels, boxes, mask."""
-    images, slots = labels.shape
-    chosen = torch.randint(0, slots, (images, len(POINTS)), generator=g)
-    near = gt.gather(1, chosen[..., None].expand(-1, -1, 4))
-    inside = ((near[..., :2] < POINTS) & (near[..., 2:] > POINTS)).all(-1, keepdim=True)
-    side = torch.exp(torch.randn(images, len(POINTS), 2, generator=g) * 0.7 + 3)
-    boxes = torch.where(
-        inside, near + torch.randn(near.shape, generator=g) * 4, torch.cat([POINTS - side, POINTS + side], -1)
-    )
-    scores = torch.rand(images, len(POINTS), classes, generator=g) ** 3
-    mask = (labels >= 0)[..., None].float()
-    return [scores, boxes, POINTS, labels.clamp(min=0)[..., None].float(), gt * mask, mask]
-
-
-def drawn(g: torch.Generator, slots: int = 30, classes: int = 12) -> Given:
-    gt = draw_boxes(3 * slots, CPU, torch.float32, g, extent=float(SIDE)).reshape(3, slots, 4)
-    labels = torch.randint(0, classes, (3, slots), generator=g)
-    labels[1, slots // 2 :], labels[2] = -1, -1
-    return predictions(gt, labels, classes, g)
-
-
-def real(g: torch.Generator) -> Given:
-    """The objects of 47 photos of COCO val2017, each photo stretched to a square."""
-    if reason := missing():
-        pytest.skip(reason)
-    content = json.loads(annotations().read_text())
-    classes = {c: i for i, c in enumerate(category_ids())}
-    found: dict[int, list[tuple[int, list[float]]]] = {image["id"]: [] for image in content["images"]}
-    scale = {image["id"]: (SIDE / image["width"], SIDE / image["height"]) for image in content["images"]}
-    for item in content["annotations"]:
-        (x, y, w, h), (sx, sy) = item["bbox"], scale[item["image_id"]]
-        found[item["image_id"]].append((classes[item["category_id"]], [x * sx, y * sy, (x + w) * sx, (y + h) * sy]))
-    slots = max(map(len, found.values()))
-    gt, labels = torch.zeros(len(found), slots, 4), torch.full((len(found), slots), -1)
-    for b, objects in enumerate(found.values()):
-        for j, (label, box) in enumerate(objects):
-            gt[b, j], labels[b, j] = torch.tensor(box), label
-    return predictions(gt, labels, 80, g)
-
-
-SCENES = {"drawn": drawn, "real": real}
-scenes = pytest.mark.parametrize("scene", SCENES)
-
-
-def by_lower_index(x: Tensor, k: int, dim: int = -1, largest: bool = True, **others: Any) -> Any:
-    """torch.topk with ties by the lower index, as on CUDA."""
-    values, indices = x.sort(dim=dim, descending=largest, stable=True)
-    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
-
-
-def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float = 2e-6) -> None:
-    """Equal decisions; scores up to the rounding of a sixth power."""
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == w.dtype and g.shape == w.shape
-        torch.testing.assert_close(g, w, rtol=0, atol=tolerance if g.is_floating_point() else 0)
 
 
 def ultralytics_assigner(**options: Any) -> Any:
@@ -191,22 +127,14 @@ def test_yolov6(scene: str, generator: torch.Generator) -> None:
     check(tuple(x[scored] for x in got), tuple(x[scored] for x in want))
 
 
-def mmyolo_assigner(**options: Any) -> Any:
-    mmdet_stub.install()
-    import mmcv
-
-    with pytest.MonkeyPatch.context() as its_number:
-        its_number.setattr(mmcv, "__version__", "2.0.1")
-        from mmyolo.models.task_modules.assigners import BatchTaskAlignedAssigner
-    return BatchTaskAlignedAssigner(**options)
-
-
 @needs("mmyolo")
 @scenes
 @pytest.mark.parametrize("use_ciou", [False, True])
 def test_mmyolo(scene: str, use_ciou: bool, generator: torch.Generator) -> None:
     scores, boxes, points, labels, gt, mask = SCENES[scene](generator)
-    module = mmyolo_assigner(num_classes=scores.shape[-1], topk=10, alpha=0.5, beta=6.0, eps=1e-9, use_ciou=use_ciou)
+    module = mmyolo_assigner("BatchTaskAlignedAssigner")(
+        num_classes=scores.shape[-1], topk=10, alpha=0.5, beta=6.0, eps=1e-9, use_ciou=use_ciou
+    )
     given = (boxes, scores, torch.cat([points, points], 1), labels, gt, mask)
     want = module(*given)
     with compat_mmdet.patch() as names:

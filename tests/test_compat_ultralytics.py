@@ -48,10 +48,11 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any]:
 
 def test_it_says_what_it_replaces_and_puts_it_back() -> None:
     owners = [their_loss.DFLoss, their_loss.BboxLoss, their_loss.TaskAlignedAssigner, block.DFL, their_nms]
+    owners.append(their_loss.v8DetectionLoss)
     before = [dict(vars(owner)) for owner in owners]
     names = compat.patch()
     print(names)
-    ends = ["DFLoss", "BboxLoss", "TaskAlignedAssigner", "DFL", "non_max_suppression"]
+    ends = ["DFLoss", "BboxLoss", "TaskAlignedAssigner", "DFL", "non_max_suppression", "v8DetectionLoss"]
     assert [n.rsplit(".")[-1] for n in names] == ends
     assert compat.patch() == names
     assert [dict(vars(owner)) for owner in owners] != before

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,16 +13,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import gfl
 
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
 
 
-def run(name: str, tmp_path: Path, **environment: str) -> str:
+def run(name: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     """What the example prints. mmcv-lite has no compiled extension: mmdet_stub stands in for it where that is so."""
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(TESTS / 'support')!r});"
         "from peers import mmdet_stub; mmdet_stub.install();"
+        f"sys.argv[1:] = {list(arguments)!r};"
         f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -80,6 +85,63 @@ def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-def test_every_example_is_run_here() -> None:
-    text = Path(__file__).read_text(encoding="utf-8")
+@pytest.mark.peers
+def test_a_training_of_ultralytics(data: Path, tmp_path: Path) -> None:
+    """On real photos: the losses of six steps are those of ultralytics."""
+    if importlib.util.find_spec("ultralytics") is None:
+        pytest.skip("ultralytics is not installed (tests/support/peers/requirements.txt)")
+    folder = str(data / "coco_val2017_47")
+    printed = run("ultralytics_train.py", tmp_path, folder, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
+    assert ".v8DetectionLoss" in printed
+    ours, theirs = (
+        [float(x) for x in re.findall(r"[\[ ](\d+\.\d+)", line)]
+        for line in printed.splitlines()
+        if line.startswith("losses with")
+    )
+    assert len(ours) == len(theirs) == 6
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_fleet_s_batches(tmp_path: Path) -> None:
+    """The class that Ray Data would run, and what is asked of Ray."""
+    files = {name: tmp_path / name for name in ("x.pt", "photo.png", "ray.py", "asked.json")}
+    config = gfl.preset("gfl_tiny").replace(num_classes=2, width=8, neck_channels=8, head_channels=8, head_groups=2)
+    gfl.Detector(gfl.models.build(config.model, config.test), classes=["cup", "cat"]).save(files["x.pt"])
+    Image.new("RGB", (40, 30), (200, 90, 30)).save(files["photo.png"])
+    files["ray.py"].write_text(RAY)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ray_batch.py"), files["x.pt"], files["photo.png"], files["asked.json"]],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(files["asked.json"].read_text())
+    assert rows["path"] == ["a", "b", "c"] and [bool(text) for text in rows["error"]] == [False, True, False]
+    assert rows["detections"][0] == rows["detections"][2] and json.loads(rows["detections"][1]) == []
+
+
+# Ray's part, with the given file, a broken one and the file again as one batch.
+RAY = """
+import json
+from types import SimpleNamespace
+
+
+class Data:
+    def __init__(self, file):
+        content = open(file, "rb").read()
+        self.batch = {"path": ["a", "b", "c"], "bytes": [content, b"broken", content]}
+
+    def map_batches(self, kind, fn_constructor_args, batch_size, num_gpus, concurrency):
+        self.batch = kind(*fn_constructor_args)(self.batch)
+        return self
+
+    def write_json(self, target):
+        json.dump(self.batch, open(target, "w"))
+
+
+data = SimpleNamespace(read_binary_files=lambda source, include_paths: Data(source))
+"""
+
+
+def test_every_example_is_run() -> None:
+    text = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.rglob("test_*.py"))
     assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))

@@ -23,7 +23,7 @@ from gfl_ops.core import backends, extension, grad_in_forward
 from gfl_ops.core.conformance import tensors
 from gfl_ops.core.registry import SPECS
 from gfl_ops.kernel_check import Report
-from gfl_ops.kernel_check_process import CRASHED, FAILED, HUNG, OK, WRONG, Verdict
+from gfl_ops.kernel_check_process import CRASHED, FAILED, HUNG, OK, SKIPPED, WRONG, Verdict
 
 if backends.unavailable("native", "qfl", "cpu") is not None:
     pytest.skip("the compiled extension is not there", allow_module_level=True)
@@ -36,6 +36,17 @@ FAULTS = {
     "hung": "time.sleep(600)",
 }
 
+
+# The same where memory is short: of the device and the host, raised, and by the end of the process.
+SHORT_OF_MEMORY = {
+    "device": "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+    "driver": "raise RuntimeError('CUDA error: out of memory')",
+    "library": "raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')",
+    "host": 'raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 9 bytes.")',
+    "python": "raise MemoryError",
+    "c++": "print('terminate called: std::bad_alloc', file=sys.stderr, flush=True); os.abort()",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+}
 
 CPU = torch.device("cpu")
 
@@ -60,7 +71,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, stems: tu
     script = tmp_path / "planted.py"
     script.write_text(
         textwrap.dedent(f"""
-        import os, time
+        import os, signal, sys, time
+        import torch
         from gfl_ops import kernel_check_process
         from gfl_ops.core.conformance import Mismatch
         check = kernel_check_process.check_gradient
@@ -108,6 +120,42 @@ def test_a_planted_fault_is_found_and_the_rest_checked(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         kernel_check.apply(report)
+
+
+@pytest.mark.parametrize("fault", SHORT_OF_MEMORY)
+def test_out_of_memory_is_no_verdict(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(monkeypatch, tmp_path, SHORT_OF_MEMORY[fault], ("decode", "integral", "nms"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (report,) = kernel_check.ensure_checked("cpu")
+    status = {v.operator: v.status for v in report.verdicts if v.backend == "native"}
+    assert status == {"decode": OK, "integral": SKIPPED, "nms": OK}
+    assert not report.ok and backends.serving("integral", "cpu") == "native"
+    assert "not checked, to be tried again later: integral" in capsys.readouterr().err
+    # Kept, so that processes that start together check once, but not for long.
+    assert kernel_check.stored("cpu") == report
+    monkeypatch.setattr(kernel_check, "RETRY_AFTER", 0.0)
+    assert kernel_check.stored("cpu") is None
+
+
+@pytest.mark.parametrize("fault", ["ends", "silent", "none"])
+def test_a_process_that_does_not_start_is_no_verdict(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, tmp_path, "pass", ("integral", "nms"))
+    command = {
+        "ends": (sys.executable, "-c", "raise SystemExit('CUDA error: out of memory')"),
+        "silent": (sys.executable, "-c", "import time; time.sleep(600)"),
+        "none": (str(tmp_path / "missing"),),
+    }
+    monkeypatch.setattr(kernel_check_process, "_COMMAND", command[fault])
+    monkeypatch.setattr(kernel_check_process, "START_LIMIT", 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = gfl_ops.self_check("cpu")
+    assert {v.status for v in report.verdicts} == {SKIPPED} and len(report.verdicts) >= 2
 
 
 def test_a_verdict_is_used_by_the_next_process_and_asked_for_once(

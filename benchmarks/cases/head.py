@@ -36,20 +36,33 @@ def atss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("atss", "atss", what, inputs, ours, {"eager": eager}, agree=agree)
 
 
-def task_aligned(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
-    """Probabilities as the head has them; boxes some pixels off where a location has one, else a square around it."""
-    sizes, strides = level_sizes(scene.size), [float(s) for s in STRIDES]
+def predictions(scene: Scene, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
+    """Scores as the head has them; boxes some pixels off where a location has one, else a square around it."""
     device = scene.gt_boxes.device
-    points = torch.cat([(formulas.head.grid(h, w, device) + 0.5) * s for (h, w), s in zip(sizes, strides)])
+    levels = zip(level_sizes(scene.size), STRIDES)
+    points = torch.cat([(formulas.head.grid(h, w, device) + 0.5) * s for (h, w), s in levels])
     truth = scene.gt_boxes.gather(1, scene.matched.clamp(min=0)[..., None].expand(-1, -1, 4))
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0)) * 4
     around = torch.cat([points - 40, points + 40], 1)
     inputs = {
-        "scores": torch.cat([m.flatten(2).transpose(1, 2) for m in scene.head.cls_scores], 1).sigmoid().to(dtype),
+        "scores": torch.cat([m.flatten(2).transpose(1, 2) for m in scene.head.cls_scores], 1).to(dtype),
         "boxes": torch.where(scene.matched[..., None] >= 0, truth, around) + noise.to(device),
         "gt_boxes": scene.gt_boxes,
         "gt_labels": scene.gt_labels,
     }
+    return inputs, points
+
+
+def moved(got: Any, want: Any) -> float:
+    """Share of the positives that learn a score, over 10: metrics a rounding apart change places."""
+    differs = (got[1] != want[1]) & ((got[2] > 0) | (want[2] > 0))
+    return int(differs.sum()) / max(int((want[2] > 0).sum()), 1) / 10
+
+
+def task_aligned(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    sizes, strides = level_sizes(scene.size), [float(s) for s in STRIDES]
+    inputs, points = predictions(scene, dtype)
+    inputs["scores"] = inputs["scores"].sigmoid()
 
     def ours(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Any:
         return gfl_ops.task_aligned_assign(scores, boxes, sizes, strides, gt_boxes, gt_labels)
@@ -57,13 +70,23 @@ def task_aligned(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     def eager(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Any:
         return formulas.head.task_aligned(scores, boxes, points, gt_boxes, gt_labels, strides[1])
 
-    def agree(got: Any, want: Any) -> float:
-        """Share of the positives that learn a score, over 10: metrics a rounding apart change places."""
-        differs = (got[1] != want[1]) & ((got[2] > 0) | (want[2] > 0))
-        return int(differs.sum()) / max(int((want[2] > 0).sum()), 1) / 10
+    what = f"{scene.labels.shape[1]} locations, {int((scene.gt_labels >= 0).sum())} boxes"
+    yield Case("task_aligned", "task_aligned", what, inputs, ours, {"eager": eager}, agree=moved)
+
+
+def dynamic_k(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    sizes, strides = level_sizes(scene.size), [float(s) for s in STRIDES]
+    inputs, points = predictions(scene, dtype)
+    stride = torch.cat([torch.full((h * w,), s, device=points.device) for (h, w), s in zip(sizes, strides)])
+
+    def ours(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return gfl_ops.dynamic_soft_label_assign(scores, boxes, sizes, strides, gt_boxes, gt_labels)
+
+    def eager(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas.head.dynamic_soft_labels(scores, boxes, points, stride, gt_boxes, gt_labels)
 
     what = f"{scene.labels.shape[1]} locations, {int((scene.gt_labels >= 0).sum())} boxes"
-    yield Case("task_aligned", "task_aligned", what, inputs, ours, {"eager": eager}, agree=agree)
+    yield Case("dynamic_k", "dynamic_k", what, inputs, ours, {"eager": eager}, agree=moved)
 
 
 def gfl_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
@@ -148,10 +171,35 @@ def group_norm_relu(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("group_norm_relu", label, what, inputs, ours, {"eager": eager}, eager, reached)
 
 
+def yolo_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
+    """With the assignment, and as many bins as the scene's head has."""
+    head = scene.head
+    bins = head.reg_max + 1
+    inputs = {
+        "reg_preds": [m.to(dtype) for m in head.reg_preds],
+        "cls_scores": [m.to(dtype) for m in head.cls_scores],
+        "gt_boxes": scene.gt_boxes,
+        "gt_labels": scene.gt_labels,
+    }
+
+    def ours(reg_preds: list[Tensor], cls_scores: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return tuple(gfl_ops.yolo_loss(reg_preds, cls_scores, head.strides, gt_boxes, gt_labels, bins=bins))[:3]
+
+    def eager(reg_preds: list[Tensor], cls_scores: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas.head.yolo_loss(reg_preds, cls_scores, head.strides, gt_boxes, gt_labels, bins)
+
+    reads = sum(m.numel() * m.element_size() for name in ("reg_preds", "cls_scores") for m in inputs[name])
+    gradients = ("cls_scores", "reg_preds")
+    what = f"{scene.batch} images, {int((scene.gt_labels >= 0).sum())} boxes"
+    yield Case("yolo_loss", "yolo_loss", what, inputs, ours, {"eager": eager}, None, gradients, reads=reads)
+
+
 MAKERS = {
     "atss": atss,
     "gfl_loss": gfl_loss,
     "head_loss_norms": head_loss_norms,
     "group_norm_relu": group_norm_relu,
     "task_aligned": task_aligned,
+    "yolo_loss": yolo_loss,
+    "dynamic_k": dynamic_k,
 }

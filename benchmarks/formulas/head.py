@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .bins import dense_dfl, dense_integral, dfl, integral
@@ -89,6 +90,38 @@ def task_aligned(
     score = (metric * overlap.amax(2, keepdim=True) / (metric.amax(2, keepdim=True) + 1e-9)).amax(1)
     matched = torch.where(positive, matched, -1)
     return torch.where(positive, gt_labels.gather(1, matched.clamp(min=0)), -1), matched, score
+
+
+def dynamic_soft_labels(
+    logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor, gt_boxes: Tensor, gt_labels: Tensor, topk: int = 13
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As RTMDet trains, image by image: costs are ``[A, G]`` matrices, the classes' ``[A, G, C]``."""
+    results = []
+    for x, pred, slots, classes in zip(logits, boxes, gt_boxes, gt_labels):
+        real = (classes >= 0).nonzero()[:, 0]
+        gt, label = slots[real], classes[real]
+        margin = torch.cat([points[:, None] - gt[:, :2], gt[:, 2:] - points[:, None]], -1)
+        places = (margin.amin(-1) > 0).any(1).nonzero()[:, 0]
+        matched = torch.full((len(points),), -1, device=x.device)
+        best = torch.zeros(len(points), device=x.device)
+        if len(places):
+            overlap, found = pairwise_iou(pred[places], gt), x[places].float()[:, None].expand(-1, len(gt), -1)
+            soft = F.one_hot(label, x.shape[1]).float() * overlap[..., None]
+            cost = F.binary_cross_entropy_with_logits(found, soft, reduction="none")
+            cost = (cost * (soft - found.sigmoid()).square()).sum(-1) - 3 * (overlap + 1e-7).log()
+            apart = (points[places, None] - (gt[:, :2] + gt[:, 2:]) / 2).square().sum(-1).sqrt()
+            cost = cost + 10 ** (apart / strides[places, None] - 3)
+            chosen = torch.zeros_like(cost, dtype=torch.bool)
+            many = overlap.topk(min(topk, len(places)), 0).values.sum(0).int().clamp(min=1).tolist()
+            for slot, k in enumerate(many):
+                chosen[cost[:, slot].topk(k, largest=False).indices, slot] = True
+            several = chosen.sum(1) > 1
+            chosen[several] = F.one_hot(cost[several].argmin(1), len(gt)).bool()
+            row, slot = chosen.nonzero(as_tuple=True)
+            matched[places[row]], best[places[row]] = real[slot], overlap[row, slot]
+        results.append((torch.where(matched >= 0, classes[matched.clamp(min=0)], -1), matched, best))
+    labels, matched, best = (torch.stack(parts) for parts in zip(*results))
+    return labels, matched, best
 
 
 def complete_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
@@ -189,6 +222,41 @@ def dense_gfl_loss(
     norm = weights.clamp(min=1)
     cls, box, edge = (sum(parts) for parts in zip(*losses))
     return CLS_WEIGHT * cls, BOX_WEIGHT * box / norm, DFL_WEIGHT * edge / norm
+
+
+def yolo_loss(
+    reg_preds: Sequence[Tensor],
+    cls_scores: Sequence[Tensor],
+    strides: Sequence[float],
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    bins: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ultralytics has it: all boxes decoded, dense targets of the classes, positives picked by nonzero."""
+    sizes, device = [m.shape[2:] for m in cls_scores], gt_boxes.device
+    x = widen(torch.cat([m.flatten(2) for m in cls_scores], 2).transpose(1, 2).contiguous())
+    sides = torch.cat([m.flatten(2) for m in reg_preds], 2).transpose(1, 2).contiguous()
+    points = torch.cat([grid(h, w, device) for h, w in sizes]) + 0.5
+    step = torch.cat([torch.full((h * w, 1), s, device=device) for (h, w), s in zip(sizes, strides)])
+    distance = integral(sides, bins - 1)
+    boxes = torch.cat([points - distance[..., :2], points + distance[..., 2:]], -1)
+    labels, matched, score = task_aligned(
+        x.detach().sigmoid(), (boxes.detach() * step).float(), points * step, gt_boxes, gt_labels, strides[1]
+    )
+    target = F.one_hot(labels.clamp(min=0), x.shape[2]) * score[..., None]
+    norm = score.sum().clamp(min=1)
+    cls = F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="none").sum() / norm
+    image, place = (labels >= 0).nonzero(as_tuple=True)
+    true = gt_boxes[image, matched[image, place]] / step[place]
+    weight = score[image, place]
+    box = ((1 - complete_iou(boxes[image, place], true)) * weight).sum() / norm
+    centre = points[place]
+    edge = torch.cat([centre - true[:, :2], true[:, 2:] - centre], 1).clamp(0, bins - 1.01)
+    left = edge.long()
+    log_p = widen(sides[image, place]).unflatten(1, (4, bins)).log_softmax(-1)
+    below, above = (log_p.gather(2, (left + i)[..., None])[..., 0] for i in (0, 1))
+    dfl = -((below * (left + 1 - edge) + above * (edge - left)).mean(1) * weight).sum() / norm
+    return 7.5 * box, 0.5 * cls, 1.5 * dfl
 
 
 def element_iou(pred: Tensor, target: Tensor) -> Tensor:

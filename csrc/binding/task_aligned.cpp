@@ -1,26 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <vector>
-
-#include "gfl/assign.h"
-#include "operator.h"
+#include "assign.h"
 
 namespace gfl::binding {
 namespace {
-
-std::vector<GridLevel> grid_levels(at::IntArrayRef sizes, at::ArrayRef<double> strides,
-                                   at::ArrayRef<double> center_offset) {
-  TORCH_CHECK_VALUE(sizes.size() == 2 * strides.size() && center_offset.size() == strides.size(),
-                    "gfl: `level_sizes` must hold two numbers and `center_offset` one for each of ", strides.size(),
-                    " strides, got ", sizes.size(), " and ", center_offset.size());
-  std::vector<GridLevel> levels;
-  for (size_t l = 0; l < strides.size(); ++l) {
-    TORCH_CHECK_VALUE(sizes[2 * l] >= 0 && sizes[2 * l + 1] >= 0 && strides[l] > 0,
-                      "gfl: `level_sizes` must be >= 0 and `strides` > 0");
-    levels.push_back(
-        {sizes[2 * l], sizes[2 * l + 1], static_cast<float>(strides[l]), static_cast<float>(center_offset[l])});
-  }
-  return levels;
-}
 
 TaskAlignedVariant variant_of(const std::string& name) {
   if (name == "ultralytics") return TaskAlignedVariant::ultralytics;
@@ -51,50 +33,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> task_aligned_forward(
     at::ArrayRef<double> center_offset, const OptionalTensor& points, const at::Tensor& gt_boxes,
     const at::Tensor& gt_labels, int64_t topk, int64_t topk2, double alpha, double beta, double min_side, double eps,
     std::string variant, bool ciou) {
-  check_dim(scores, 3, "scores");
-  const int64_t images = scores.size(0), locations = scores.size(1);
-  check_shape(boxes, {images, locations, 4}, "boxes");
-  check_dim(gt_boxes, 3, "gt_boxes");
-  const int64_t gts = gt_boxes.size(1);
-  check_shape(gt_boxes, {images, gts, 4}, "gt_boxes");
-  check_shape(gt_labels, {images, gts}, "gt_labels");
-  check_dtype(boxes, at::kFloat, "boxes");
-  check_dtype(gt_boxes, at::kFloat, "gt_boxes");
-  check_dtype(gt_labels, at::kLong, "gt_labels");
-  for (const at::Tensor* t : {&boxes, &gt_boxes, &gt_labels}) check_device(*t, scores, "boxes");
-  TORCH_CHECK_VALUE(topk >= 1 && topk2 >= 1, "gfl: `topk` and `topk2` must be >= 1, got ", topk, " and ", topk2);
-  TORCH_CHECK_VALUE(locations < int64_t{1} << 31 && gts < int64_t{1} << 31,
-                    "gfl: `scores` and `gt_boxes` must have fewer than 2^31 rows per image");
-  const std::vector<GridLevel> levels = grid_levels(level_sizes, strides, center_offset);
-  int64_t cells = 0;
-  for (const GridLevel& level : levels) cells += level.height * level.width;
-  at::Tensor where;
-  if (points.has_value()) {
-    check_shape(*points, {locations, 2}, "points");
-    check_dtype(*points, at::kFloat, "points");
-    check_device(*points, scores, "points");
-    where = points->contiguous();
-  } else {
-    TORCH_CHECK_VALUE(cells == locations, "gfl: `level_sizes` must have as many cells as `scores` has rows, ",
-                      locations, ", got ", cells);
-  }
-  const at::Tensor pred = boxes.contiguous(), truth = gt_boxes.contiguous(), classes = gt_labels.contiguous();
+  TORCH_CHECK_VALUE(topk2 >= 1, "gfl: `topk2` must be >= 1, got ", topk2);
   const TaskAlignedVariant kind = variant_of(variant);
   TaskAlignedInput in{};
-  in.levels = levels.data();
-  in.level_count = static_cast<int64_t>(levels.size());
-  in.points = where.defined() ? where.const_data_ptr<float>() : nullptr;
-  in.locations = locations;
-  in.scores = scores.const_data_ptr();
-  in.score_dtype = dtype_of(scores, "scores");
-  for (int i = 0; i < 3; ++i) in.score_stride[i] = scores.stride(i);
-  in.boxes = pred.const_data_ptr<float>();
-  in.gt_boxes = truth.const_data_ptr<float>();
-  in.gt_labels = classes.const_data_ptr<int64_t>();
-  in.images = images;
-  in.gts = gts;
-  in.classes = scores.size(2);
-  in.topk = topk;
+  const AssignTensors given(in, scores, boxes, level_sizes, strides, center_offset, points, 2, gt_boxes, gt_labels,
+                            topk);
   in.topk2 = topk2;
   in.alpha = alpha;
   in.beta = beta;
@@ -105,11 +48,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> task_aligned_forward(
                : kind == TaskAlignedVariant::mmdet ? TaskAlignedOverlap::iou
                                                    : TaskAlignedOverlap::clipped_iou;
 
-  at::Tensor labels = at::empty({images, locations}, gt_labels.options());
-  at::Tensor matched = at::empty({images, locations}, gt_labels.options());
-  at::Tensor alignment = at::empty({images, locations}, gt_boxes.options());
-  const TaskAlignedOutput out{labels.mutable_data_ptr<int64_t>(), matched.mutable_data_ptr<int64_t>(),
-                              alignment.mutable_data_ptr<float>()};
+  AssignResults results(in, gt_boxes, gt_labels);
+  const AssignOutput out = results.output();
   at::Tensor scratch;
   void* workspace = nullptr;
   if (scores.is_cuda()) {
@@ -117,9 +57,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> task_aligned_forward(
     scratch = workspace_for(in, scores);
     workspace = scratch.mutable_data_ptr();
   }
-  run(scores, images, 1, GFL_CUDA_LAUNCH(task_aligned, in, out, workspace),
+  run(scores, in.images, 1, GFL_CUDA_LAUNCH(task_aligned, in, out, workspace),
       [&](int64_t begin, int64_t end) { cpu::task_aligned(in, out, begin, end); });
-  return {labels, matched, alignment};
+  return results.tuple();
 }
 
 }  // namespace

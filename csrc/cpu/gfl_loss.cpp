@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the CPU: one pass over the positives and one over the logits, in either memory layout.
+// The losses of GFL and YOLO heads on the CPU: one pass over the positives and one over the logits, in either layout.
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "head_positives.h"
 #include "head_tile.h"
 #include "isa.h"
 #include "terms/gfl_loss.h"
@@ -22,10 +23,10 @@
 #include "terms/score.h"
 
 namespace gfl {
-GFL_DECLARE_PER_ISA(void head_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes,
-                                         float scale, float* sums, HeadTile<void> out))
-GFL_DECLARE_PER_ISA(float head_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes,
-                                                  int64_t label))
+GFL_DECLARE_PER_ISA(void head_background(HeadLossKind kind, DType dtype, HeadTile<const void> in, int64_t count,
+                                         int64_t classes, float scale, float* sums, HeadTile<void> out))
+GFL_DECLARE_PER_ISA(float head_background_without(HeadLossKind kind, DType dtype, const void* cls, int64_t channel,
+                                                  int64_t classes, int64_t label))
 }  // namespace gfl
 
 namespace gfl::cpu {
@@ -34,122 +35,8 @@ namespace {
 constexpr int64_t kBlock = kHeadTile;  // locations
 constexpr int64_t kPositivesPerChunk = 16;
 
-// What a positive adds before any weight, and w.
-struct HeadTerms {
-  double score;  // the IoU, target of QFL
-  double box;    // 1 − GIoU
-  double dfl;    // a quarter of its four DFLs
-  double weight;
-};
-
 // Locations [begin, end) of one level of one image, in row-major order.
 struct HeadBlock { int64_t image, level, begin, end; };
-
-int64_t element(const int64_t (&stride)[4], int64_t image, int64_t channel, int64_t row, int64_t column) {
-  return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
-}
-
-// ---- positives ----
-
-// Largest class probability.
-template <class T> double largest_probability(const GflLossInput& in, const HeadPositive& p) {
-  const HeadLevel& level = in.levels[p.level];
-  const T* x = static_cast<const T*>(level.cls) + element(level.cls_stride, p.image, 0, p.row, p.column);
-  acc_t<T> largest = load(x);
-  for (int64_t c = 1; c < in.classes; ++c) {
-    const acc_t<T> v = load(x + c * level.cls_stride[1]);
-    if (v > largest || v != v) largest = v;
-  }
-  return static_cast<double>(bernoulli_from_logit<acc_t<T>>(largest, 0).p);
-}
-
-// In order of image, then location.
-std::vector<HeadPositive> positives_of(const GflLossInput& in) {
-  std::vector<HeadPositive> found;
-  int64_t location = 0;
-  for (int64_t image = 0; image < in.images; ++image) {
-    for (int64_t l = 0; l < in.level_count; ++l) {
-      const HeadLevel& level = in.levels[l];
-      for (int64_t i = 0; i < level.height * level.width; ++i, ++location) {
-        const int64_t label = in.labels[location], slot = in.matched[location];
-        if (is_positive(in, label, slot))
-          found.push_back({image, l, i / level.width, i % level.width, location, label, slot});
-      }
-    }
-  }
-  return found;
-}
-
-// Σ max(positives of an image, 1).
-int64_t positives_norm(const GflLossInput& in, const std::vector<HeadPositive>& positives) {
-  std::vector<int64_t> per_image(static_cast<size_t>(in.images), 0);
-  for (const HeadPositive& p : positives) ++per_image[p.image];
-  int64_t count = 0;
-  for (const int64_t n : per_image) count += std::max<int64_t>(n, 1);
-  return count;
-}
-
-template <class T> struct Distributions {
-  using A = acc_t<T>;
-  const T* data;
-  int64_t stride;  // between bins; a side's bins follow those of the side before
-  int bins;
-
-  Distributions(const GflLossInput& in, const HeadPositive& p) {
-    const HeadLevel& level = in.levels[p.level];
-    data = static_cast<const T*>(level.reg) + element(level.reg_stride, p.image, 0, p.row, p.column);
-    stride = level.reg_stride[1];
-    bins = static_cast<int>(in.reg_max + 1);
-  }
-  A raw(int side, int j) const { return load(data + (int64_t(side) * bins + j) * stride); }
-  A operator()(int side, int j) const { return bounded_logit(raw(side, j)); }
-};
-
-template <class T> void distribution_terms(const GflLossInput& in, const HeadPositive& p, HeadTerms& out) {
-  using A = acc_t<T>;
-  const HeadGeometry<A> g = head_geometry<A>(in, in.levels[p.level], p);
-  const Distributions<T> logits(in, p);
-  A distance[4], dfl = 0;
-  for (int side = 0; side < 4; ++side) {
-    const auto logit = [&](int j) { return logits(side, j); };
-    const BinSoftmax<A> s = bin_softmax<A>(logits.bins, logit);
-    const TwoBins<A> b = head_bins(head_centre(g, side), g.target[side], side, static_cast<int>(in.reg_max));
-    distance[side] = s.mean();
-    if (b.counted) dfl += two_bin_loss(b, two_bin_entropy(s, b, logit));
-  }
-  out.score = head_iou(g, distance, iou_kind::overlap{}, in.legacy).value;
-  out.box = head_iou(g, distance, iou_kind::giou{}, in.legacy).value;
-  out.dfl = dfl / A(4);
-}
-
-template <class T>
-void distribution_backward(const GflLossInput& in, const HeadPositive& p, const HeadTerms& terms,
-                           const HeadScales& scales, const HeadGradients& out) {
-  using A = acc_t<T>;
-  const HeadGeometry<A> g = head_geometry<A>(in, in.levels[p.level], p);
-  const Distributions<T> logits(in, p);
-  T* grad = static_cast<T*>(out.reg) + element(out.reg_stride, p.image, 0, p.row, p.column);
-  A exponential[4][kMaxBins], distance[4];
-  BinSoftmax<A> softmax[4];
-  for (int side = 0; side < 4; ++side) {
-    softmax[side] = bin_softmax<A>(
-        logits.bins, [&](int j) { return logits(side, j); }, [&](int j, A e) { exponential[side][j] = e; });
-    distance[side] = softmax[side].mean();
-  }
-  const IouTerm<A> giou = head_iou(g, distance, iou_kind::giou{}, in.legacy);
-  const A by_box = static_cast<A>(scales.box * terms.weight), by_dfl = static_cast<A>(scales.dfl * terms.weight / 4);
-  for (int side = 0; side < 4; ++side) {
-    const A by_distance = by_box * side_sign<A>(side) * giou.grad_pred[side];
-    const TwoBins<A> b = head_bins(head_centre(g, side), g.target[side], side, static_cast<int>(in.reg_max));
-    for (int j = 0; j < logits.bins; ++j) {
-      const A probability = exponential[side][j] / softmax[side].total;
-      A value = by_distance * softmax[side].mean_gradient(j, probability);
-      if (b.counted) value += by_dfl * two_bin_gradient(b, j, probability);
-      if (is_beyond(logits.raw(side, j))) value = 0;
-      store(grad + (int64_t(side) * logits.bins + j) * out.reg_stride[1], value);
-    }
-  }
-}
 
 // ---- logits ----
 
@@ -161,62 +48,69 @@ HeadTile<T> tile_at(M* map, const int64_t (&stride)[4], int64_t image, int64_t w
 
 // A tile as background: losses to `sums`, `scale` times their gradients to `out`; either may be null. The classes of a
 // location are summed in order.
-template <class T, class A = acc_t<T>>
+template <class Loss, class T, class A = acc_t<T>>
 void general_background(HeadTile<const T> in, int64_t count, int64_t classes, A beta, A scale, A* sums,
                         HeadTile<T> out) {
   if (sums != nullptr) std::fill(sums, sums + count, A(0));
   for (int64_t c = 0; c < classes; ++c) {
     for (int64_t i = 0; i < count; ++i) {
-      const Term<A> term = qfl_term(load(in.data + i * in.location + c * in.channel), A(0), beta, false);
+      const A x = load(in.data + i * in.location + c * in.channel);
+      const Term<A> term = Loss::term(GeneralParams<A>{beta, A(0), A(0), false}, x, A(0));
       if (sums != nullptr) sums[i] += term.value;
       if (out.data != nullptr) store(out.data + i * out.location + c * out.channel, scale * term.grad_pred);
     }
   }
 }
 // The loss of a single location without that of one class.
-template <class T, class A = acc_t<T>>
+template <class Loss, class T, class A = acc_t<T>>
 A general_background_without(const T* cls, int64_t channel, int64_t classes, int64_t label, A beta) {
   A sum = 0;
   for (int64_t c = 0; c < classes; ++c) {
-    if (c != label) sum += qfl_term(load(cls + c * channel), A(0), beta, false).value;
+    if (c == label) continue;
+    sum += Loss::term(GeneralParams<A>{beta, A(0), A(0), false}, load(cls + c * channel), A(0)).value;
   }
   return sum;
 }
 
-void vector_background(DType dtype, HeadTile<const void> in, int64_t count, int64_t classes, float scale, float* sums,
+void vector_background(const GflLossInput& of, HeadTile<const void> in, int64_t count, float scale, float* sums,
                        HeadTile<void> out) {
-  GFL_BY_ISA(head_background, dtype, in, count, classes, scale, sums, out);
+  GFL_BY_ISA(head_background, of.kind, of.cls_dtype, in, count, of.classes, scale, sums, out);
 }
-float vector_background_without(DType dtype, const void* cls, int64_t channel, int64_t classes, int64_t label) {
-  GFL_BY_ISA(head_background_without, dtype, cls, channel, classes, label);
+float vector_background_without(const GflLossInput& of, const void* cls, int64_t channel, int64_t label) {
+  GFL_BY_ISA(head_background_without, of.kind, of.cls_dtype, cls, channel, of.classes, label);
 }
 
-template <class T>
+// Whether the exponent, if there is one, is that of the vector code.
+template <class Loss> bool is_vectorised(const GflLossInput& in) {
+  return Loss::params == 0 || in.beta == static_cast<double>(Loss::fast_exponent);
+}
+
+template <class Loss, class T>
 void background(const GflLossInput& in, HeadTile<const T> from, int64_t count, acc_t<T> scale, acc_t<T>* sums,
                 HeadTile<T> to) {
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (in.beta == 2.0) {
-      return vector_background(in.cls_dtype, {from.data, from.location, from.channel}, count, in.classes, scale, sums,
+    if (is_vectorised<Loss>(in)) {
+      return vector_background(in, {from.data, from.location, from.channel}, count, scale, sums,
                                {to.data, to.location, to.channel});
     }
   }
-  general_background<T>(from, count, in.classes, static_cast<acc_t<T>>(in.beta), scale, sums, to);
+  general_background<Loss, T>(from, count, in.classes, static_cast<acc_t<T>>(in.beta), scale, sums, to);
 }
 
-template <class T>
+template <class Loss, class T>
 acc_t<T> background_without(const GflLossInput& in, const T* cls, int64_t channel, int64_t label) {
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (in.beta == 2.0) return vector_background_without(in.cls_dtype, cls, channel, in.classes, label);
+    if (is_vectorised<Loss>(in)) return vector_background_without(in, cls, channel, label);
   }
-  return general_background_without<T>(cls, channel, in.classes, label, static_cast<acc_t<T>>(in.beta));
+  return general_background_without<Loss, T>(cls, channel, in.classes, label, static_cast<acc_t<T>>(in.beta));
 }
 
 // Whether the rows of a map follow each other at the spacing of the locations.
 bool rows_join(const HeadLevel& level, const int64_t (&stride)[4]) { return stride[2] == level.width * stride[3]; }
 
-// Σ QFL of a block, if `loss`, and its gradient, if `out.cls` is not null: everything as background first, then what
-// belongs to positives or is not counted.
-template <class T>
+// The sum of a block's class losses, if `loss`, and its gradient, if `out.cls` is not null: everything as background
+// first, then what belongs to positives or is not counted.
+template <class Loss, class T>
 double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
                     const HeadBlock& block, bool loss, double scale, const HeadGradients& out) {
   using A = acc_t<T>;
@@ -237,13 +131,13 @@ double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& pos
     if (!joined) end = std::min(end, (begin / level.width + 1) * level.width);
     const HeadTile<const T> from = tile_at<const T>(level.cls, level.cls_stride, block.image, level.width, begin);
     const HeadTile<T> to = tile_at<T>(out.cls, out.cls_stride, block.image, level.width, begin);
-    background<T>(in, from, end - begin, factor, loss ? sums : nullptr, to);
+    background<Loss, T>(in, from, end - begin, factor, loss ? sums : nullptr, to);
     for (; next != last && next->location < start + end; ++next) {
       const int64_t i = next->location - start - begin;
       const T* const cls = from.data + i * from.location;
-      const Term<A> own = qfl_term(load(cls + next->label * from.channel),
-                                   static_cast<A>(terms[next - positives.data()].score), beta, false);
-      if (loss) sums[i] = background_without<T>(in, cls, from.channel, next->label) + own.value;
+      const Term<A> own = Loss::term(GeneralParams<A>{beta, A(0), A(0), false}, load(cls + next->label * from.channel),
+                                     static_cast<A>(terms[next - positives.data()].score));
+      if (loss) sums[i] = background_without<Loss, T>(in, cls, from.channel, next->label) + own.value;
       if (to.data != nullptr) {
         store(to.data + i * to.location + next->label * to.channel, factor * own.grad_pred);
       }
@@ -293,7 +187,7 @@ void put_number(const GflLossInput& in, void* to, double value) {
 }
 
 // One call: the positives with their terms, and the blocks of the pass over the logits.
-class HeadPass {
+template <class Head> class HeadPass {
  public:
   HeadPass(const GflLossInput& in, const ParallelFor& parallel)
       : in_(in), parallel_(parallel), positives_(positives_of(in)) {
@@ -301,8 +195,9 @@ class HeadPass {
     terms_.resize(positives_.size());
     for_positives([this](int64_t begin, int64_t end) {
       dispatch(in_.reg_dtype, [&](auto t) {
-        for (int64_t i = begin; i < end; ++i) distribution_terms<decltype(t)>(in_, positives_[i], terms_[i]);
+        for (int64_t i = begin; i < end; ++i) distribution_terms<Head, decltype(t)>(in_, positives_[i], terms_[i]);
       });
+      if (Head::scores_given) return;
       dispatch(in_.cls_dtype, [&](auto t) {
         for (int64_t i = begin; i < end; ++i) terms_[i].weight = largest_probability<decltype(t)>(in_, positives_[i]);
       });
@@ -313,11 +208,12 @@ class HeadPass {
   // The factors of the gradients if 1 arrives.
   HeadScales scales(const GflLossScalars& scalars) const {
     const double* w = scalars.loss_weights;
-    const double cls_norm = scalars.cls_norm != nullptr
-                                ? number(in_, scalars.cls_norm)
-                                : static_cast<double>(std::max<int64_t>(positives_norm(in_, positives_), 1));
     // Not std::max, which would hide a NaN.
-    const double box_norm = scalars.box_norm != nullptr ? number(in_, scalars.box_norm) : weight_ < 1 ? 1 : weight_;
+    const double weight = weight_ < 1 ? 1 : weight_;
+    const double count =
+        Head::scores_given ? weight : static_cast<double>(std::max<int64_t>(positives_norm(in_, positives_), 1));
+    const double cls_norm = scalars.cls_norm != nullptr ? number(in_, scalars.cls_norm) : count;
+    const double box_norm = scalars.box_norm != nullptr ? number(in_, scalars.box_norm) : weight;
     return {w[0] / cls_norm, w[1] / box_norm, w[2] / box_norm};
   }
 
@@ -331,8 +227,8 @@ class HeadPass {
           const HeadBlock& block = blocks_[i];
           const HeadGradients out = gradients != nullptr ? gradients[block.level] : HeadGradients{};
           if (losses != nullptr || out.cls != nullptr) {
-            sums[i] =
-                block_scores<decltype(t)>(in_, positives_, terms_.data(), block, losses != nullptr, scales.cls, out);
+            sums[i] = block_scores<typename Head::Score, decltype(t)>(in_, positives_, terms_.data(), block,
+                                                                      losses != nullptr, scales.cls, out);
           }
           if (out.reg != nullptr) clear_block(in_, block, out);
         }
@@ -343,7 +239,8 @@ class HeadPass {
         dispatch(in_.reg_dtype, [&](auto t) {
           for (int64_t i = begin; i < end; ++i) {
             const HeadGradients& out = gradients[positives_[i].level];
-            if (out.reg != nullptr) distribution_backward<decltype(t)>(in_, positives_[i], terms_[i], scales, out);
+            if (out.reg != nullptr)
+              distribution_backward<Head, decltype(t)>(in_, positives_[i], terms_[i], scales, out);
           }
         });
       });
@@ -398,28 +295,36 @@ HeadScales times(const HeadScales& scales, const GflLossInput& in, const GflLoss
 
 void gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
                       const ParallelFor& parallel) {
-  const HeadPass pass(in, parallel);
-  pass.run(pass.scales(scalars), &out, nullptr);
+  dispatch_head(in, [&](auto head) {
+    const HeadPass<decltype(head)> pass(in, parallel);
+    pass.run(pass.scales(scalars), &out, nullptr);
+  });
 }
 
 void gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
                                    HeadScales* scales, const HeadGradients* gradients, const ParallelFor& parallel) {
-  const HeadPass pass(in, parallel);
-  *scales = pass.scales(scalars);
-  pass.run(*scales, &out, gradients);
+  dispatch_head(in, [&](auto head) {
+    const HeadPass<decltype(head)> pass(in, parallel);
+    *scales = pass.scales(scalars);
+    pass.run(*scales, &out, gradients);
+  });
 }
 
 void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
                      const HeadGradients* gradients, const ParallelFor& parallel) {
   const HeadScales ones = times({1, 1, 1}, in, grads);
   if (ones.cls == 1 && ones.box == 1 && ones.dfl == 1) return;
-  HeadPass(in, parallel).run(times(*scales, in, grads), nullptr, gradients);
+  dispatch_head(in, [&](auto head) {
+    HeadPass<decltype(head)>(in, parallel).run(times(*scales, in, grads), nullptr, gradients);
+  });
 }
 
 void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
                        const HeadGradients* gradients, const ParallelFor& parallel) {
-  const HeadPass pass(in, parallel);
-  pass.run(times(pass.scales(scalars), in, grads), nullptr, gradients);
+  dispatch_head(in, [&](auto head) {
+    const HeadPass<decltype(head)> pass(in, parallel);
+    pass.run(times(pass.scales(scalars), in, grads), nullptr, gradients);
+  });
 }
 
 void head_loss_norms(const GflLossInput& in, const HeadNorms& norms, const ParallelFor& parallel) {

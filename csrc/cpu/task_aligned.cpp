@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "grids.h"
 #include "isa.h"
 #include "terms/scalar.h"
 #include "terms/task_aligned.h"
@@ -23,17 +24,11 @@ GFL_DECLARE_PER_ISA(void task_aligned_prepare(const TaskAlignedInput& in, const 
 // Ranks locations for a box; called with rising ones.
 GFL_DECLARE_PER_ISA(void task_aligned_rank(const TaskAlignedInput& in, const cpu::TaskAlignedImage& image,
                                            const float* gt_box, int64_t label, int32_t slot,
-                                           const cpu::TaskAlignedRows& rows, cpu::TaskAlignedTop& top))
+                                           const cpu::LocationRows& rows, cpu::TaskAlignedTop& top))
 }  // namespace gfl
 
 namespace gfl::cpu {
 namespace {
-
-// A grid: x [width], rising, shared by all rows, and y [height], rising.
-struct Grid {
-  int64_t first, width, height;
-  const float *x, *y;
-};
 
 // A location that was selected: how often, and the box that has it.
 struct Taken {
@@ -42,7 +37,7 @@ struct Taken {
 };
 
 void rank(const TaskAlignedInput& in, const TaskAlignedImage& image, const float* gt_box, int64_t label, int32_t slot,
-          const TaskAlignedRows& rows, TaskAlignedTop& top) {
+          const LocationRows& rows, TaskAlignedTop& top) {
   GFL_BY_ISA(task_aligned_rank, in, image, gt_box, label, slot, rows, top);
 }
 
@@ -50,26 +45,17 @@ void prepare(const TaskAlignedInput& in, const float* boxes, const TaskAlignedIm
   GFL_BY_ISA(task_aligned_prepare, in, boxes, image);
 }
 
-// The indices [first, last) of rising coordinates that lie between two sides by more than the margin.
-struct Range { int64_t first, last; };
-Range between(const float* v, int64_t count, float low, float high, float margin) {
-  const float* end = v + count;
-  const float* from = std::partition_point(v, end, [&](float c) { return !(sub_rn(c, low) > margin); });
-  const float* to = std::partition_point(from, end, [&](float c) { return sub_rn(high, c) > margin; });
-  return {from - v, to - v};
-}
-
 class Assigner {
  public:
   explicit Assigner(const TaskAlignedInput& in)
-      : in_(in), alpha_(power_of(in.alpha)), beta_(power_of(in.beta)), topk_(std::min(in.topk, in.locations)) {
+      : in_(in),
+        alpha_(power_of(in.alpha)),
+        beta_(power_of(in.beta)),
+        topk_(std::min(in.topk, in.locations)),
+        laid_(in, 2),
+        grids_(laid_.grids) {
     in_.topk = topk_;
     in_.topk2 = std::min(in.topk2, in.locations);
-    if (in.points != nullptr) {
-      cut_points();
-    } else {
-      lay_grids();
-    }
     for (const Grid& grid : grids_) {
       for (int64_t i = grid.first; i < std::min(grid.first + grid.width * grid.height, topk_); ++i) {
         first_.push_back({grid.x[(i - grid.first) % grid.width], grid.y[(i - grid.first) / grid.width]});
@@ -99,7 +85,7 @@ class Assigner {
     largest_overlap_.resize(static_cast<size_t>(in.gts));
   }
 
-  void run(int64_t image, const TaskAlignedOutput& out) {
+  void run(int64_t image, const AssignOutput& out) {
     labels_ = in_.gt_labels + image * in_.gts;
     gt_boxes_ = in_.gt_boxes + image * in_.gts * 4;
     int64_t *to_labels = out.labels + image * in_.locations, *to_matched = out.matched + image * in_.locations;
@@ -139,52 +125,6 @@ class Assigner {
   }
 
  private:
-  // Coordinates of every level's columns and rows.
-  void lay_grids() {
-    size_t count = 0;
-    for (int64_t l = 0; l < in_.level_count; ++l) {
-      count += static_cast<size_t>(in_.levels[l].width + in_.levels[l].height);
-    }
-    coordinates_.resize(count);
-    float* next = coordinates_.data();
-    int64_t first = 0;
-    for (int64_t l = 0; l < in_.level_count; ++l) {
-      const GridLevel& level = in_.levels[l];
-      float *x = next, *y = next + level.width;
-      for (int64_t i = 0; i < level.width; ++i) x[i] = grid_centre(level, i);
-      for (int64_t i = 0; i < level.height; ++i) y[i] = grid_centre(level, i);
-      next = y + level.height;
-      if (level.width * level.height > 0) grids_.push_back({first, level.width, level.height, x, y});
-      first += level.width * level.height;
-    }
-  }
-
-  // Rows are runs of points of the same y and rising x; rows of the same x and rising y make a grid.
-  void cut_points() {
-    const int64_t count = in_.locations;
-    coordinates_.resize(static_cast<size_t>(2 * count));
-    float *x = coordinates_.data(), *y = x + count;
-    for (int64_t i = 0; i < count; ++i) x[i] = in_.points[2 * i];
-    const auto y_of = [&](int64_t i) { return in_.points[2 * i + 1]; };
-    for (int64_t first = 0; first < count;) {
-      int64_t width = 1;
-      while (first + width < count && y_of(first + width) == y_of(first) && x[first + width] > x[first + width - 1]) {
-        ++width;
-      }
-      int64_t height = 1;
-      const float* rows = y;
-      *y++ = y_of(first);
-      for (int64_t next = first + width; next + width <= count; next += width, ++height) {
-        bool same = y_of(next) > y_of(next - 1) && std::equal(x + first, x + first + width, x + next);
-        for (int64_t i = 1; same && i < width; ++i) same = y_of(next + i) == y_of(next);
-        if (!same) break;
-        *y++ = y_of(next);
-      }
-      grids_.push_back({first, width, height, x + first, rows});
-      first += width * height;
-    }
-  }
-
   void select(int32_t slot) {
     const float* box = gt_boxes_ + 4 * slot;
     const Inside inside = candidates_of(in_, box);
@@ -197,14 +137,8 @@ class Assigner {
       return;
     }
     for (const Grid& grid : grids_) {
-      const Range columns = between(grid.x, grid.width, inside.x1, inside.x2, inside.margin);
-      if (columns.first >= columns.last) continue;
-      const Range rows = between(grid.y, grid.height, inside.y1, inside.y2, inside.margin);
-      if (rows.first >= rows.last) continue;
-      rank(in_, image_, box, labels_[slot], slot,
-           {grid.first + rows.first * grid.width + columns.first, columns.last - columns.first, rows.last - rows.first,
-            grid.width},
-           top_);
+      const LocationRows rows = rows_inside(grid, inside);
+      if (rows.height > 0) rank(in_, image_, box, labels_[slot], slot, rows, top_);
     }
     for (int64_t i = 0; i < top_.count; ++i) take(slot, top_.location[i], top_.metric[i], top_.overlap[i]);
     if (top_.count < topk_) take_zeros(slot, inside);
@@ -313,10 +247,11 @@ class Assigner {
   TaskAlignedInput in_;
   Power alpha_, beta_;
   int64_t topk_;
-  std::vector<float> coordinates_, arrays_, top_metric_, top_overlap_, largest_metric_, largest_overlap_;
+  Grids laid_;
+  const std::vector<Grid>& grids_;
+  std::vector<float> arrays_, top_metric_, top_overlap_, largest_metric_, largest_overlap_;
   std::vector<int32_t> best_slot_, top_location_, place_, slots_;  // place_: of each location in taken_, or −1
-  std::vector<Grid> grids_;
-  std::vector<Point> first_;  // the lowest `topk` locations
+  std::vector<Point> first_;                                       // the lowest `topk` locations
   std::vector<Taken> taken_;
   TaskAlignedImage image_{};
   TaskAlignedTop top_{};
@@ -326,7 +261,7 @@ class Assigner {
 
 }  // namespace
 
-void task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& out, int64_t begin, int64_t end) {
+void task_aligned(const TaskAlignedInput& in, const AssignOutput& out, int64_t begin, int64_t end) {
   if (in.locations == 0) return;
   Assigner assigner(in);
   for (int64_t image = begin; image < end; ++image) assigner.run(image, out);

@@ -2,6 +2,7 @@
 // What the vector code of task-aligned assignment works on.
 #pragma once
 #include "gfl/assign.h"
+#include "location_rows.h"
 
 namespace gfl::cpu {
 
@@ -15,9 +16,6 @@ struct TaskAlignedImage {
   int32_t* best_slot;
   const void* scores;  // [locations, classes] of the input's dtype and strides
 };
-
-// Locations first + y·pitch + x for y < height, x < width.
-struct TaskAlignedRows { int64_t first, width, height, pitch; };
 
 // The best candidates of a box, falling by metric, ties by rising location; metrics are above 0.
 struct TaskAlignedTop {

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss on the GPU, for any batch, levels and objects: two launches for the losses alone, three for the
-// gradients alone, four for both in one pass, with one more in the backward pass, which returns at once if the
-// gradients that arrive are 1. Nothing is copied to the host.
+// The losses of GFL and YOLO heads on the GPU, for any batch, levels and objects: two launches for the losses alone,
+// three for the gradients alone, four for both in one pass, with one more in the backward pass, which returns at once
+// if the gradients that arrive are 1. Nothing is copied to the host.
 // (arXiv 2006.04388, eq. 8)
 //
 //   cls, reg maps of up to 16 levels  dtype read       labels, matched [images, locations]    int64 read
 //   gradients of both kinds           dtype write      gt_boxes        [images, gts, 4]       A     read
 //   partials  [images, tiles] of 40 bytes, written and read      losses, norms, scales: single numbers on the device
 // A block takes a tile of 128 locations with all their channels, coarse levels first, since positives are dense there.
-// Its threads walk the class logits along memory, 16 bytes per access (one element if β is not 2, and in fp64); then
-// its warps take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A tile's
-// gradients are written as those of background, zeros for the distributions, and overwritten at the positives in the
-// same launch. The factors of the gradients depend on the number and weights of the positives, which a launch of its
-// own computes first:
-// it reads the labels, and logits at positives only.
+// Its threads walk the class logits along memory, 16 bytes per access (one element with a β other than 2, and in fp64);
+// then its warps take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A
+// tile's gradients are written as those of background, zeros for the distributions, and overwritten at the positives in
+// the same launch. The factors of the gradients depend on the number and weights of the positives, which a launch of
+// its own computes first: it reads the labels, and logits (of a YOLO head scores) at positives only.
 // Bytes per element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one pass
 // 2·sizeof(dtype); of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times.
 // Accumulator: A within a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
@@ -94,11 +93,13 @@ __device__ __forceinline__ int read_labels(const GflLossInput& in, const Head& h
   return all;
 }
 
-__device__ __forceinline__ HeadPositive positive_in(const Head& head, const Place& at, const Tile& tile, int item) {
+__device__ __forceinline__ HeadPositive positive_in(const GflLossInput& in, const Head& head, const Place& at,
+                                                    const Tile& tile, int item) {
   const int i = tile.positive[item];
   const unsigned index = static_cast<unsigned>(at.begin) + static_cast<unsigned>(i);
   const unsigned width = static_cast<unsigned>(head.level[at.level].width);
-  return {at.image, at.level, index / width, index % width, 0, tile.code[i], tile.slot[i]};
+  const int64_t location = at.image * in.locations + head.start[at.level] + index;
+  return {at.image, at.level, index / width, index % width, location, tile.code[i], tile.slot[i]};
 }
 
 template <class T> __device__ __forceinline__ const T* class_logits(const HeadLevel& level, const HeadPositive& p) {
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, Params terms,
                          const HeadScales* scales, GflLossGrads grads, bool grad_stored, Partial* partials) {
   using A = acc_t<T>;
+  using Kind = typename Params::Head;
   if (part.gradients && grad_stored && incoming<A>(grads.cls) == 1 && incoming<A>(grads.box) == 1 &&
       incoming<A>(grads.dfl) == 1) {
     return;
@@ -197,19 +199,24 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
     __syncthreads();  // the positives overwrite what the block has written above
   }
   for (int item = warp; item < positives; item += kWarps) {
-    const HeadPositive p = positive_in(head, at, tile, item);
+    const HeadPositive p = positive_in(in, head, at, tile, item);
     const T* logits = class_logits<T>(level, p);
-    const double weight = static_cast<double>(largest_probability(logits, level.cls_stride[1], in.classes));
+    A score{}, largest{};
+    if constexpr (Kind::scores_given) score = largest = static_cast<const A*>(in.scores)[p.location];
+    else largest = largest_probability(logits, level.cls_stride[1], in.classes);
+    const double weight = static_cast<double>(largest);
     sums[3] += weight;
     if (!part.losses && !part.gradients) continue;
-    const Positive<A> w = positive_at<A>(in, level, p);
-    const A score = head_iou(w.geometry, w.distance, iou_kind::overlap{}, in.legacy).value;
-    const A own = load(logits + p.label * level.cls_stride[1]);
-    const Term<A> term = qfl_term(own, score, static_cast<A>(terms.exponent), false);
+    const Positive<A> w = positive_at<Kind, A>(in, level, p);
+    if constexpr (!Kind::scores_given) {
+      score = head_iou<Kind>(w.geometry, w.distance, iou_kind::overlap{}, in.legacy).value;
+    }
+    const Term<A> term = positive_term(terms, load(logits + p.label * level.cls_stride[1]), score);
     if (part.losses) {
+      const IouTerm<A> box = head_iou<Kind>(w.geometry, w.distance, typename Kind::Box{}, in.legacy);
       sums[0] += static_cast<double>(term.value);
-      sums[1] += weight * static_cast<double>(head_iou(w.geometry, w.distance, iou_kind::giou{}, in.legacy).value);
-      sums[2] += weight * static_cast<double>(positive_dfl(in, w));
+      sums[1] += weight * static_cast<double>(box.value);
+      sums[2] += weight * static_cast<double>(positive_dfl<Kind>(in, level, w));
     }
     if (grad != nullptr && lane == 0) {
       const int64_t* stride = out.cls_stride;
@@ -217,7 +224,8 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
             static_cast<A>(factors.cls) * term.grad_pred);
     }
     if (part.gradients && out.reg != nullptr) {
-      positive_backward(in, out, p, w, static_cast<A>(factors.box * weight), static_cast<A>(factors.dfl * weight / 4));
+      positive_backward<Kind>(in, level, out, p, w, static_cast<A>(factors.box * weight),
+                              static_cast<A>(factors.dfl * weight / 4));
     }
   }
   if (partials == nullptr) return;
@@ -238,10 +246,11 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
 
 template <class A>
 __global__ void __launch_bounds__(kSumThreads)
-    gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, GflLossScalars scalars, GflLossOutput out) {
+    gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind, GflLossScalars scalars,
+                        GflLossOutput out) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
-  const Norms norms = norms_of<A>(scalars, s);
+  const Norms norms = norms_of<A>(kind, scalars, s);
   *static_cast<A*>(out.cls) = static_cast<A>(scalars.loss_weights[0] * s.cls / norms.cls);
   *static_cast<A*>(out.box) = static_cast<A>(scalars.loss_weights[1] * s.box / norms.box);
   *static_cast<A*>(out.dfl) = static_cast<A>(scalars.loss_weights[2] * s.dfl / norms.box);
@@ -251,11 +260,12 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // The factors of the gradients if 1 arrives.
 template <class A>
-__global__ void __launch_bounds__(kSumThreads) gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles,
-                                                                     GflLossScalars scalars, HeadScales* scales) {
+__global__ void __launch_bounds__(kSumThreads)
+    gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind, GflLossScalars scalars,
+                          HeadScales* scales) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
-  const Norms norms = norms_of<A>(scalars, s);
+  const Norms norms = norms_of<A>(kind, scalars, s);
   *scales = {scalars.loss_weights[0] / norms.cls, scalars.loss_weights[1] / norms.box,
              scalars.loss_weights[2] / norms.box};
 }
@@ -305,14 +315,17 @@ void launch_tiles(const GflLossInput& in, const Head& head, Part part, const Hea
     GFL_LAUNCH((gfl_loss_tile_kernel<T, decltype(wanted), decltype(terms)>), grid_of(in, head), dim3(kMapThreads),
                sizeof(Tile), stream, in, head, wanted, terms, scales, grads, grad_stored, partials);
   };
-  if constexpr (std::is_same_v<Part, NormsOnly>) {
-    launch(part, General<acc_t<T>>{});  // computes no term
-  } else {
-    dispatch_terms<T>(in.beta, false, [&](auto terms) {
-      if constexpr (terms.vectorised) launch(part, terms);
-      else launch(AnyPart{part.losses, part.gradients}, terms);
-    });
-  }
+  dispatch_head(in, [&](auto kind) {
+    using Kind = decltype(kind);
+    if constexpr (std::is_same_v<Part, NormsOnly>) {
+      launch(part, General<Kind, acc_t<T>>{});  // computes no term
+    } else {
+      dispatch_terms<Kind, T>(in.beta, [&](auto terms) {
+        if constexpr (terms.vectorised) launch(part, terms);
+        else launch(AnyPart{part.losses, part.gradients}, terms);
+      });
+    }
+  });
 }
 
 // Up to two launches: number and weights of the positives, unless both norms are given, and the factors from them.
@@ -322,14 +335,14 @@ void launch_scales(const GflLossInput& in, const Head& head, const GflLossScalar
   const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
   if (counted) launch_tiles<T>(in, head, NormsOnly{}, nullptr, {}, false, partials, stream);
   GFL_LAUNCH(gfl_loss_scale_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials,
-             counted ? in.images : 0, head.tiles, scalars, scales);
+             counted ? in.images : 0, head.tiles, in.kind, scalars, scales);
 }
 
 template <class T>
 void launch_sum(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, const Partial* partials,
                 const GflLossOutput& out, cudaStream_t stream) {
   GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials, in.images,
-             head.tiles, scalars, out);
+             head.tiles, in.kind, scalars, out);
 }
 
 }  // namespace

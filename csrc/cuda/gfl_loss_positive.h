@@ -73,7 +73,7 @@ template <class A> struct Positive {
   int side;
 };
 
-template <class A>
+template <class Head, class A>
 __device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const HeadLevel& level,
                                                    const HeadPositive& p) {
   Positive<A> w;
@@ -84,24 +84,45 @@ __device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const
   w.logit = {level.reg, in.reg_dtype,
              p.image * stride[0] + int64_t(w.side) * bins * stride[1] + p.row * stride[2] + p.column * stride[3],
              stride[1], bins};
-  w.softmax = side_softmax(w.logit);
-  const A mean = w.softmax.mean();
+  A mean;
+  if (has_distances<Head>(in)) {
+    mean = w.logit.raw(0);
+  } else {
+    w.softmax = side_softmax(w.logit);
+    mean = w.softmax.mean();
+  }
 #pragma unroll
   for (int side = 0; side < 4; ++side) w.distance[side] = __shfl_sync(kFullMask, mean, side * kSideLanes);
   return w;
 }
 
-template <class A>
-__device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
-  const A centre = (w.side & 1) != 0 ? w.geometry.centre_y : w.geometry.centre_x;
-  return head_bins(centre, of_side(w.geometry.target, w.side), w.side, static_cast<int>(in.reg_max));
+template <class A> __device__ __forceinline__ A centre_of_side(const Positive<A>& w) {
+  return (w.side & 1) != 0 ? w.geometry.centre_y : w.geometry.centre_x;
 }
 
-// A quarter of the four distribution losses, in every lane.
-template <class A> __device__ __forceinline__ A positive_dfl(const GflLossInput& in, const Positive<A>& w) {
-  const TwoBins<A> b = bins_of_side(in, w);
-  const A mine = b.counted ? two_bin_loss(b, two_bin_entropy(w.softmax, b, w.logit)) : A(0);
-  A sum = 0;
+template <class Head, class A>
+__device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
+  const A target = of_side(w.geometry.target, w.side);
+  return head_bins<Head>(centre_of_side(w), target, w.side, static_cast<int>(in.reg_max));
+}
+
+template <class A>
+__device__ __forceinline__ SideError<A> error_of_side(const GflLossInput& in, const HeadLevel& level,
+                                                      const Positive<A>& w) {
+  const A target = of_side(w.geometry.target, w.side), distance = of_side(w.distance, w.side);
+  return side_error(in, level, centre_of_side(w), target, w.side, distance);
+}
+
+// A quarter of the losses of the four sides, in every lane.
+template <class Head, class A>
+__device__ __forceinline__ A positive_dfl(const GflLossInput& in, const HeadLevel& level, const Positive<A>& w) {
+  A mine, sum = 0;
+  if (has_distances<Head>(in)) {
+    mine = error_of_side(in, level, w).value;
+  } else {
+    const TwoBins<A> b = bins_of_side<Head>(in, w);
+    mine = b.counted ? two_bin_loss(b, two_bin_entropy(w.softmax, b, w.logit)) : A(0);
+  }
 #pragma unroll
   for (int side = 0; side < 4; ++side) sum += __shfl_sync(kFullMask, mine, side * kSideLanes);
   return sum / A(4);
@@ -121,16 +142,22 @@ __device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t
   return bernoulli_from_logit<A>(largest, A(0)).p;
 }
 
-// Writes the gradient of the positive's distributions.
-template <class A>
-__device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadGradients& out,
-                                                  const HeadPositive& p, const Positive<A>& w, A by_box, A by_dfl) {
-  const IouTerm<A> giou = head_iou(w.geometry, w.distance, iou_kind::giou{}, in.legacy);
-  const A by_distance = by_box * side_sign<A>(w.side) * of_side(giou.grad_pred, w.side);
-  const TwoBins<A> b = bins_of_side(in, w);
+// Writes the gradient of the positive's sides.
+template <class Head, class A>
+__device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadLevel& level,
+                                                  const HeadGradients& out, const HeadPositive& p, const Positive<A>& w,
+                                                  A by_box, A by_dfl) {
+  const IouTerm<A> box = head_iou<Head>(w.geometry, w.distance, typename Head::Box{}, in.legacy);
+  const A by_distance = by_box * side_sign<A>(w.side) * of_side(box.grad_pred, w.side);
   const int64_t* stride = out.reg_stride;
   const int64_t first =
       p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] + p.column * stride[3];
+  if (has_distances<Head>(in)) {
+    const A value = by_distance + by_dfl * error_of_side(in, level, w).slope;
+    if (threadIdx.x % kSideLanes == 0) store_as<A>(out.reg, in.reg_dtype, first, value);
+    return;
+  }
+  const TwoBins<A> b = bins_of_side<Head>(in, w);
 #pragma unroll 1
   for (int j = static_cast<int>(threadIdx.x) % kSideLanes; j < w.logit.bins; j += kSideLanes) {
     const A raw = w.logit.raw(j), probability = std::exp(bounded_logit(raw) - w.softmax.max) / w.softmax.total;

@@ -3,7 +3,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "terms/task_aligned.h"
+#include "launch.h"
+#include "terms/assign.h"
 
 namespace gfl::cuda {
 
@@ -26,6 +27,11 @@ inline GridLevels grid_levels(const GridLevel* levels, int64_t count) {
     start += static_cast<unsigned>(levels[l].height * levels[l].width);
   }
   return result;
+}
+
+// A grid of blocks: boxes of an image by images.
+inline dim3 boxes_and_images(const AssignInput& in) {
+  return dim3(strided_grid(in.gts, 1).x, static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
 }
 
 // Cells of a level: `first` + row·pitch + column.
@@ -56,12 +62,17 @@ __device__ inline Rectangle rectangle_inside(const GridLevels& levels, int l, co
   return {levels.start[l] + rows.first * width + columns.first, across, across * (rows.last - rows.first), width};
 }
 
+__device__ inline int level_of(const GridLevels& levels, unsigned location) {
+  int l = levels.count - 1;
+  // An empty level starts where the next one does.
+  while (l > 0 && location < levels.start[l]) --l;
+  return l;
+}
+
 // Coordinates of a location.
 struct Point { float x, y; };
 __device__ inline Point point_at(const GridLevels& levels, unsigned location) {
-  int l = levels.count - 1;
-  while (l > 0 && location < levels.start[l]) --l;
-  // An empty level starts where the next one does.
+  const int l = level_of(levels, location);
   const GridLevel& level = levels.at[l];
   const unsigned i = location - levels.start[l], width = static_cast<unsigned>(level.width), row = i / width;
   return {grid_centre(level, i - row * width), grid_centre(level, row)};

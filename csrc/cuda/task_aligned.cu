@@ -338,8 +338,7 @@ size_t task_aligned_workspace_bytes(const TaskAlignedInput& in) {
   return static_cast<size_t>(in.images * in.gts) * 2 * sizeof(unsigned);
 }
 
-cudaError_t task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& out, void* workspace,
-                         cudaStream_t stream) {
+cudaError_t task_aligned(const TaskAlignedInput& in, const AssignOutput& out, void* workspace, cudaStream_t stream) {
   const int64_t count = in.images * in.locations;
   if (count == 0) return cudaSuccess;
   if (!task_aligned_fits(in)) return cudaErrorInvalidValue;
@@ -356,10 +355,8 @@ cudaError_t task_aligned(const TaskAlignedInput& in, const TaskAlignedOutput& ou
     cleared = cudaMemsetAsync(workspace, 0, task_aligned_workspace_bytes(in), stream);
   }
   if (cleared != cudaSuccess) return cleared;
-  const dim3 boxes(static_cast<unsigned>(in.gts < 1024 ? in.gts : 1024),
-                   static_cast<unsigned>(in.images < 65535 ? in.images : 65535));
-  const int64_t needed = (count + kLocationThreads - 1) / kLocationThreads;
-  const dim3 blocks(static_cast<unsigned>(needed < 65536 ? needed : 65536));
+  const dim3 boxes = boxes_and_images(in);
+  const dim3 blocks = strided_grid(count, kLocationThreads);
   if (in.gts > 0) {
     GFL_LAUNCH(task_aligned_candidates_kernel, boxes, dim3(kThreads), shared_bytes(call.topk), stream, call, levels,
                scratch);

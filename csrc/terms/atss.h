@@ -7,6 +7,7 @@
 
 #include "box.h"
 #include "gfl/head.h"
+#include "grid.h"
 #include "host_device.h"
 
 namespace gfl {
@@ -23,15 +24,8 @@ GFL_HOST_DEVICE GtBox gt_box(const float* b, bool legacy) {
           mul_rn(add_rn(box.y1, box.y2), 0.5f)};
 }
 
-// A box with a NaN or an infinity has no distance to rank by: it is ignored, as padding is.
-GFL_HOST_DEVICE bool is_finite_box(const float* b) {
-  bool finite = true;
-  for (int i = 0; i < 4; ++i) finite = finite && b[i] - b[i] == 0.0f;
-  return finite;
-}
-
 GFL_HOST_DEVICE float cell_centre(const AtssLevel& level, int64_t index) {
-  return add_rn(mul_rn(add_rn(static_cast<float>(index), level.offset), level.stride), level.shift);
+  return cell_centre(static_cast<float>(index), level.offset, level.stride, level.shift);
 }
 
 // One axis' part of the squared distance. As a function of the cell's index it decreases up to the box's centre and

@@ -21,6 +21,13 @@ GFL_ISA_OPEN
 // Aligned for the GPU's vector loads.
 template <class A> struct alignas(16) Box { A x1, y1, x2, y2; };
 
+// A box with a NaN or an infinity can't be ranked: assignment ignores it, as padding.
+GFL_HOST_DEVICE bool is_finite_box(const float* b) {
+  bool finite = true;
+  for (int i = 0; i < 4; ++i) finite = finite && b[i] - b[i] == 0.0f;
+  return finite;
+}
+
 // Intersection and union of a pair; assignment divides by max(union, eps) where NMS divides by the union itself.
 template <class A> struct Overlap { A intersection, union_area; };
 

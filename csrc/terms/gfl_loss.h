@@ -1,19 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// One positive of the head's loss: decode, IoU, GIoU and the four distribution losses, with their derivatives.
+// One positive of a head's loss: decode, overlaps and the four losses of its sides, with their derivatives; and what
+// tells the heads apart.
 #pragma once
 #include <cstdint>
 
 #include "bins.h"
 #include "distance.h"
 #include "gfl/head.h"
+#include "grid.h"
 #include "iou.h"
+#include "score.h"
 
 namespace gfl {
 
-// Of the union and of the enclosing box, in cells squared; and what keeps a target below the last bin. As in mmdet's
-// head.
-constexpr double kHeadIouEps = 1e-6;
-constexpr double kHeadTargetMargin = 0.1;
+// Each has its losses of class scores and of boxes, the eps of overlaps in cells squared, and what keeps a target below
+// the last bin.
+struct GflHead {  // as mmdet's; the class learns the IoU, and a positive weighs its largest probability
+  using Score = Qfl;
+  using Box = iou_kind::giou;
+  static constexpr bool scores_given = false;
+  static constexpr double iou_eps = 1e-6, target_margin = 0.1;
+};
+struct YoloHead {  // as ultralytics'; the class learns the assigner's score, which is the positive's weight too
+  using Score = SoftBce;
+  using Box = iou_kind::full_ciou;
+  static constexpr bool scores_given = true;
+  static constexpr double iou_eps = 1e-7, target_margin = 0.01;
+};
+
+// Calls f with the head that the input is of.
+template <class F> void dispatch_head(const GflLossInput& in, const F& f) {
+  if (in.kind == HeadLossKind::yolo) f(YoloHead{});
+  else f(GflHead{});
+}
 
 constexpr int64_t kHeadNotCounted = -2;  // the label of locations that no loss looks at
 
@@ -39,8 +58,8 @@ GFL_HOST_DEVICE HeadGeometry<A> head_geometry(const GflLossInput& in, const Head
   const A shift = in.legacy ? static_cast<A>((level.stride - 1) / 2) : A(0);
   const A offset = static_cast<A>(level.offset);
   HeadGeometry<A> g;
-  g.centre_x = ((static_cast<A>(p.column) + offset) * stride + shift) / stride;
-  g.centre_y = ((static_cast<A>(p.row) + offset) * stride + shift) / stride;
+  g.centre_x = cell_centre(static_cast<A>(p.column), offset, stride, shift) / stride;
+  g.centre_y = cell_centre(static_cast<A>(p.row), offset, stride, shift) / stride;
   const A* box = static_cast<const A*>(in.gt_boxes) + (p.image * in.gts + p.slot) * 4;
   for (int i = 0; i < 4; ++i) g.target[i] = box[i] / stride;
   return g;
@@ -51,15 +70,30 @@ template <class A> GFL_HOST_DEVICE A head_centre(const HeadGeometry<A>& g, int s
 }
 
 // The two bins of a side's target.
-template <class A> GFL_HOST_DEVICE TwoBins<A> head_bins(A centre, A target, int side, int reg_max) {
+template <class Head, class A> GFL_HOST_DEVICE TwoBins<A> head_bins(A centre, A target, int side, int reg_max) {
   const A distance = distance_to_side(centre, target, side);
-  const A most = static_cast<A>(reg_max - kHeadTargetMargin);
+  const A most = static_cast<A>(reg_max - Head::target_margin);
   return bins_at_position(clamp_passing_grad(distance, A(0), most).value, reg_max + 1, false);
+}
+
+// Whether the maps hold the distances themselves, which then have an L1 loss in place of the distributions'.
+template <class Head> GFL_HOST_DEVICE bool has_distances(const GflLossInput& in) {
+  return Head::scores_given && in.reg_max == 0;
+}
+
+// That loss of a side, in widths or heights of the image, and its derivative.
+template <class A> struct SideError { A value, slope; };
+template <class A>
+GFL_HOST_DEVICE SideError<A> side_error(const GflLossInput& in, const HeadLevel& level, A centre, A target, int side,
+                                        A distance) {
+  const A error = distance - distance_to_side(centre, target, side);
+  const A unit = static_cast<A>(level.stride / (side % 2 == 0 ? in.image_width : in.image_height));
+  return {(error < A(0) ? -error : error) * unit, A((A(0) < error) - (error < A(0))) * unit};
 }
 
 // The loss or overlap of the decoded box, whose sides are `distance` from the centre. The legacy +1 of widths is added
 // to the far sides.
-template <class A, class Kind>
+template <class Head, class A, class Kind>
 GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance)[4], Kind kind, bool legacy) {
   A pred[4], target[4];
   for (int side = 0; side < 4; ++side) {
@@ -67,7 +101,7 @@ GFL_HOST_DEVICE IouTerm<A> head_iou(const HeadGeometry<A>& g, const A (&distance
     pred[side] = side_at(head_centre(g, side), distance[side], side) + grown;
     target[side] = g.target[side] + grown;
   }
-  return iou_term(pred, target, kind, static_cast<A>(kHeadIouEps));
+  return iou_term(pred, target, kind, static_cast<A>(Head::iou_eps));
 }
 
 }  // namespace gfl

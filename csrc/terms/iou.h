@@ -7,6 +7,7 @@
 //   ciou   diou + α·v, within [0, 2]                     Zheng et al., arXiv 2005.03572, α constant in the derivative
 //   eiou, siou, mpdiou: stated at their functors; U = union + ε
 //   overlap  I/U itself, for losses of the IoU other than 1 − IoU, which a subtraction would round
+//   full_ciou  ciou whose α counts at every IoU, and without bounds, as ultralytics has it; no kind of box_iou_loss
 // Where a max or min ties, each side takes half the derivative, and a clamp at its bound lets it pass, both as torch's.
 #pragma once
 #include <cmath>
@@ -213,27 +214,39 @@ struct diou {
   }
 };
 
+// The sides' ratio counts from an IoU of 1/2 on or, with `everywhere`, always.
+template <class A> GFL_INLINED A complete_iou(const BoxPair<A>& b, A eps, bool everywhere, BoxPair<A>& d) {
+  const DistanceIou<A> diou(b, eps);
+  const A factor = A(0.40528473456935108578);  // 4/π²
+  const A pw = extent(b.pred, 0), ph = extent(b.pred, 1) + eps;
+  const A tw = extent(b.target, 0), th = extent(b.target, 1) + eps;
+  const A angle = std::atan(tw / th) - std::atan(pw / ph);
+  const A v = factor * angle * angle, rest = A(1) - diou.iou.ratio.value + v + (everywhere ? eps : A(0));
+  // Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
+  const A alpha = (everywhere || diou.iou.ratio.value > A(0.5)) && rest != A(0) ? v / rest : A(0);
+  diou.backward(b, d);
+  const A by_angle = alpha * factor * A(2) * angle;
+  const A p_norm = pw * pw + ph * ph, t_norm = tw * tw + th * th;
+  // d atan(w/h) = (h·dw − w·dh)/(w² + h²); a box of no size at all has no angle.
+  const A by_p = p_norm == A(0) ? A(0) : by_angle / p_norm, by_t = t_norm == A(0) ? A(0) : by_angle / t_norm;
+  add_length(-by_p * ph, d.pred[0], d.pred[2]);
+  add_length(by_p * pw, d.pred[1], d.pred[3]);
+  add_length(by_t * th, d.target[0], d.target[2]);
+  add_length(-by_t * tw, d.target[1], d.target[3]);
+  return A(1) - (diou.iou.ratio.value - (diou.penalty + alpha * v));
+}
+
 struct ciou {
   static constexpr const char* name = "ciou";
   template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
-    const DistanceIou<A> diou(b, k.eps);
-    const A factor = A(0.40528473456935108578);  // 4/π²
-    const A pw = extent(b.pred, 0), ph = extent(b.pred, 1) + k.eps;
-    const A tw = extent(b.target, 0), th = extent(b.target, 1) + k.eps;
-    const A angle = std::atan(tw / th) - std::atan(pw / ph);
-    const A v = factor * angle * angle, rest = A(1) - diou.iou.ratio.value + v;
-    // Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
-    const A alpha = diou.iou.ratio.value > A(0.5) && rest != A(0) ? v / rest : A(0);
-    diou.backward(b, d);
-    const A by_angle = alpha * factor * A(2) * angle;
-    const A p_norm = pw * pw + ph * ph, t_norm = tw * tw + th * th;
-    // d atan(w/h) = (h·dw − w·dh)/(w² + h²); a box of no size at all has no angle.
-    const A by_p = p_norm == A(0) ? A(0) : by_angle / p_norm, by_t = t_norm == A(0) ? A(0) : by_angle / t_norm;
-    add_length(-by_p * ph, d.pred[0], d.pred[2]);
-    add_length(by_p * pw, d.pred[1], d.pred[3]);
-    add_length(by_t * th, d.target[0], d.target[2]);
-    add_length(-by_t * tw, d.target[1], d.target[3]);
-    return bounded_loss(A(1) - (diou.iou.ratio.value - (diou.penalty + alpha * v)), d);
+    const A loss = complete_iou(b, k.eps, false, d);
+    return bounded_loss(loss, d);
+  }
+};
+
+struct full_ciou {
+  template <class A> static GFL_HOST_DEVICE A loss(const BoxPair<A>& b, const IouParams<A>& k, BoxPair<A>& d) {
+    return complete_iou(b, k.eps, true, d);
   }
 };
 

@@ -5,16 +5,11 @@
 #pragma once
 #include <math.h>
 
-#include <cstdint>
-
+#include "assign.h"
 #include "box.h"
-#include "gfl/assign.h"
-#include "host_device.h"
 
 namespace gfl {
 GFL_ISA_OPEN
-
-template <class V> GFL_HOST_DEVICE V constant(float x) { return V{} + x; }
 
 // Within 2.8 ulp, from one division: atan |x| is 0, π/4 or π/2 plus atan t with |t| ≤ tan π/8, odd in t and a minimax
 // polynomial there.
@@ -44,14 +39,6 @@ inline Power power_of(double exponent) {
   const double twice = 2 * exponent;
   if (!(twice >= 0 && twice <= 64) || twice != ::floor(twice)) return {-1, false, exponent};
   return {static_cast<int>(twice) / 2, static_cast<int>(twice) % 2 != 0, exponent};
-}
-
-GFL_HOST_DEVICE float square_root(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
-#else
-  return ::sqrtf(x);
-#endif
 }
 
 template <class V> GFL_HOST_DEVICE V product_power(V x, int whole, V first) {
@@ -129,15 +116,6 @@ GFL_HOST_DEVICE float normalised_metric(const TaskAlignedInput& in, float metric
   return div_rn(mul_rn(metric, overlap), add_rn(largest, in.eps));
 }
 
-// Where the points of a box's candidates lie: more than `margin` within all four sides.
-struct Inside {
-  float x1, y1, x2, y2, margin;
-
-  GFL_HOST_DEVICE bool column(float x) const { return sub_rn(x, x1) > margin && sub_rn(x2, x) > margin; }
-  GFL_HOST_DEVICE bool row(float y) const { return sub_rn(y, y1) > margin && sub_rn(y2, y) > margin; }
-  GFL_HOST_DEVICE bool operator()(float x, float y) const { return column(x) && row(y); }
-};
-
 // With a least side, all coordinates go by way of centre and sides, which rounds them.
 GFL_HOST_DEVICE Inside candidates_of(const TaskAlignedInput& in, const float* b) {
   const float margin = in.variant == TaskAlignedVariant::mmdet ? 0.01f : 1e-9f;
@@ -146,19 +124,6 @@ GFL_HOST_DEVICE Inside candidates_of(const TaskAlignedInput& in, const float* b)
   const float width = larger(sub_rn(b[2], b[0]), in.min_side), height = larger(sub_rn(b[3], b[1]), in.min_side);
   const float half_x = mul_rn(width, 0.5f), half_y = mul_rn(height, 0.5f);
   return {sub_rn(x, half_x), sub_rn(y, half_y), add_rn(x, half_x), add_rn(y, half_y), margin};
-}
-
-GFL_HOST_DEVICE float grid_centre(const GridLevel& level, int64_t index) {
-  return mul_rn(add_rn(static_cast<float>(index), level.offset), level.stride);
-}
-
-// Whether a slot holds a box: of a known class and finite.
-GFL_HOST_DEVICE bool holds_box(const TaskAlignedInput& in, int64_t image_slot) {
-  const int64_t label = in.gt_labels[image_slot];
-  bool finite = label >= 0 && label < in.classes;
-  for (int i = 0; i < 4; ++i)
-    finite = finite && in.gt_boxes[4 * image_slot + i] - in.gt_boxes[4 * image_slot + i] == 0.0f;
-  return finite;
 }
 
 GFL_ISA_CLOSE

@@ -46,15 +46,30 @@ struct Layout {
 inline Layout dense_layout(int64_t locations, int64_t sides, int64_t bins) {
   return {"dense", 1, locations, sides, bins, {0, sides * bins}, bins, 1, locations * sides * bins};
 }
-inline Layout padded_layout(int64_t locations, int64_t sides, int64_t bins) {
-  const int64_t pitch = sides * bins + 5;
+inline Layout padded_layout(int64_t locations, int64_t sides, int64_t bins, int64_t gap = 5) {
+  const int64_t pitch = sides * bins + gap;
   return {"padded", 1, locations, sides, bins, {0, pitch}, bins, 1, locations * pitch};
+}
+// Every second element of padded rows.
+inline Layout strided_layout(int64_t locations, int64_t bins) {
+  const int64_t pitch = 2 * bins + 5;
+  return {"strided", 1, locations, 1, bins, {0, pitch}, bins, 2, locations * pitch};
 }
 // [outer, sides · bins, inner]
 inline Layout planar_layout(int64_t outer, int64_t inner, int64_t sides, int64_t bins) {
   return {"planar",     outer, inner,
           sides,        bins,  {sides * bins * inner, 1},
           bins * inner, inner, outer * inner * sides * bins};
+}
+
+// Logits: normal, or of a steep row, where the exponential of a difference is subnormal in double.
+constexpr double kSteep = 360;
+inline std::vector<double> logits(Generator& generator, const Layout& layout, double scale) {
+  std::vector<double> values = normals(generator, static_cast<size_t>(layout.elements), scale);
+  if (scale == kSteep) {
+    for (double& value : values) value = value < 0 ? -kSteep : kSteep;
+  }
+  return values;
 }
 
 inline BinRows rows_in(const Layout& layout, FloatBuffer& memory, DType dtype) {

@@ -66,12 +66,16 @@ class FloatBuffer {
           return std::vector<unsigned char>(raw, raw + typed.size() * sizeof(t));
         })) {}
   void* data() { return bytes_.data(); }
+  void* at(size_t element) {
+    return bytes_.data() + element * dispatch(dtype_, [](auto t) { return sizeof(t); });
+  }
   size_t size() const { return count_; }
-  std::vector<double> read() const {
+  std::vector<double> read(size_t from = 0) const {
     const std::vector<unsigned char> raw = bytes_.read();
     return dispatch(dtype_, [&](auto t) {
       std::vector<decltype(t)> typed(count_);
       if (count_ > 0) std::memcpy(typed.data(), raw.data(), raw.size());
+      typed.erase(typed.begin(), typed.begin() + static_cast<std::ptrdiff_t>(from));
       return widened(typed);
     });
   }

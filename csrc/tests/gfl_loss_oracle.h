@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss by plain loops in double.
+// The losses of GFL and YOLO heads by plain loops in double, and drawn heads.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+#include "testing.h"
 
 namespace gfl::testing::head {
 
@@ -20,6 +22,8 @@ struct Case {
   std::vector<std::vector<double>> cls, reg;  // per level: [images, channels, height, width]
   std::vector<int64_t> labels, matched;
   std::vector<double> boxes;
+  bool yolo = false;           // then reg_max may be 0, beta and legacy are of no account
+  std::vector<double> scores;  // [images, locations], of a YOLO head
   int64_t locations() const {
     int64_t n = 0;
     for (const auto& [h, w] : sizes) n += h * w;
@@ -31,14 +35,28 @@ struct Case {
 inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-struct HeadTerms { double score, box, dfl, weight; };
+// `alpha`: the factor of CIoU's last term, a constant to the gradient.
+struct HeadTerms { double score, box, dfl, weight, alpha = 0; };
+
+// 1 − CIoU, by `alpha` if that is given, which is set otherwise.
+inline double complete_iou(const double (&p)[4], const double (&t)[4], const double* given, double& alpha) {
+  const double eps = 1e-7, w = std::max(std::min(p[2], t[2]) - std::max(p[0], t[0]), 0.0);
+  const double h = std::max(std::min(p[3], t[3]) - std::max(p[1], t[1]), 0.0);
+  const double ew = std::max(p[2], t[2]) - std::min(p[0], t[0]), eh = std::max(p[3], t[3]) - std::min(p[1], t[1]);
+  const double iou = w * h / ((p[2] - p[0]) * (p[3] - p[1]) + (t[2] - t[0]) * (t[3] - t[1]) - w * h + eps);
+  const double dx = p[0] + p[2] - t[0] - t[2], dy = p[1] + p[3] - t[1] - t[3];
+  const double turn = std::atan((t[2] - t[0]) / (t[3] - t[1] + eps)) - std::atan((p[2] - p[0]) / (p[3] - p[1] + eps));
+  const double v = 4 / (M_PI * M_PI) * turn * turn;
+  alpha = given != nullptr ? *given : v / (1 - iou + v + eps);
+  return 1 - (iou - (dx * dx + dy * dy) / 4 / (ew * ew + eh * eh + eps) - alpha * v);
+}
 
 // The four terms of a location; `box` null where it has none.
-inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box) {
+inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box,
+                          const double* alpha) {
   const auto [height, width] = c.sizes[level];
-  const double s = c.stride(level);
-  const double centre[2] = {static_cast<double>(x) + (c.legacy ? (s - 1) / 2 / s : 0),
-                            static_cast<double>(y) + (c.legacy ? (s - 1) / 2 / s : 0)};
+  const double s = c.stride(level), offset = c.yolo ? 0.5 : c.legacy ? (s - 1) / 2 / s : 0;
+  const double centre[2] = {static_cast<double>(x) + offset, static_cast<double>(y) + offset};
   double pred[4], target[4], dfl = 0, largest = -INFINITY;
   const int64_t bins = c.reg_max + 1;
   for (int side = 0; side < 4; ++side) {
@@ -51,13 +69,23 @@ inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y,
       total += std::exp(logits.back());
       mean += std::exp(logits.back()) * static_cast<double>(j);
     }
-    mean /= total;
+    mean = bins == 1 ? logits[0] : mean / total;
     pred[side] = centre[side % 2] + (side < 2 ? -mean : mean);
     double distance = side < 2 ? centre[side % 2] - target[side] : target[side] - centre[side % 2];
-    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - 0.1);
+    if (bins == 1) {
+      const auto [rows, columns] = c.sizes[0];
+      dfl += std::fabs(mean - distance) * s / (static_cast<double>(side % 2 == 0 ? columns : rows) * c.stride(0));
+      continue;
+    }
+    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - (c.yolo ? 0.01 : 0.1));
     const size_t left = static_cast<size_t>(distance);
     const double right_weight = distance - static_cast<double>(left);
     dfl += (std::log(total) - logits[left]) * (1 - right_weight) + (std::log(total) - logits[left + 1]) * right_weight;
+  }
+  if (c.yolo) {
+    HeadTerms terms{0, 0, dfl / 4, 0};
+    terms.box = complete_iou(pred, target, alpha, terms.alpha);
+    return terms;
   }
   for (int side = 2; side < 4; ++side) pred[side] += c.legacy, target[side] += c.legacy;
   const double w = std::max(std::min(pred[2], target[2]) - std::max(pred[0], target[0]), 0.0);
@@ -87,8 +115,10 @@ inline Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
         const bool positive = label >= 0 && label < c.classes && slot >= 0 && slot < c.gts;
         double score = 0;
         if (positive) {
-          const HeadTerms t =
-              terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4));
+          HeadTerms t =
+              terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4),
+                       fill ? nullptr : &frozen[next].alpha);
+          if (c.yolo) t.score = t.weight = c.scores[static_cast<size_t>(location)];
           if (fill) frozen.push_back(t);
           score = frozen[next].score;
           sum.box += frozen[next].weight * t.box;
@@ -98,12 +128,49 @@ inline Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
         for (int64_t k = 0; label != -2 && k < c.classes; ++k) {
           const double x = c.cls[l][static_cast<size_t>((b * c.classes + k) * height * width + i)];
           const double t = positive && k == label ? score : 0;
-          sum.cls += std::pow(std::fabs(t - sigmoid(x)), c.beta) * (softplus(x) - x * t);
+          sum.cls += (c.yolo ? 1 : std::pow(std::fabs(t - sigmoid(x)), c.beta)) * (softplus(x) - x * t);
         }
       }
     }
   }
   return sum;
+}
+
+// ---- drawn cases ----
+
+inline Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t reg_max,
+                      double beta, bool legacy, bool channels_last, int64_t images = 2, double positives = 0.15) {
+  Case c{std::move(sizes), images, classes, reg_max, 3, beta, legacy, channels_last, {}, {}, {}, {}, {}};
+  for (const auto& [h, w] : c.sizes) {
+    for (auto [maps, channels] : {std::pair{&c.cls, classes}, std::pair{&c.reg, 4 * (reg_max + 1)}}) {
+      std::vector<double> values(static_cast<size_t>(c.images * channels * h * w));
+      for (double& v : values) v = draw.normal(1.5);
+      maps->push_back(values);
+    }
+  }
+  for (int64_t i = 0; i < c.images * c.locations(); ++i) {
+    const double kind = draw.uniform();
+    c.labels.push_back(kind < positives ? draw.integer(0, classes) : (kind > 0.9 ? -2 : (kind > 0.8 ? classes : -1)));
+    c.matched.push_back(draw.integer(0, c.gts));
+  }
+  for (int64_t i = 0; i < c.images * c.gts; ++i) {
+    const double x = draw.uniform(0, 80), y = draw.uniform(0, 80);
+    for (const double v : {x, y, x + draw.uniform(4, 90), y + draw.uniform(4, 90)}) c.boxes.push_back(v);
+  }
+  return c;
+}
+
+inline Case draw_yolo(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t bins,
+                      bool channels_last) {
+  Case c = draw_case(draw, std::move(sizes), classes, bins - 1, 2.0, false, channels_last);
+  c.yolo = true;
+  for (int64_t i = 0; i < c.images * c.locations(); ++i) c.scores.push_back(draw.uniform());
+  // Without bins, distances on both sides of their targets, none so close that a difference crosses it.
+  if (bins == 1) {
+    for (std::vector<double>& map : c.reg)
+      for (double& v : map) v = std::fabs(v) * 3 + 0.3;
+  }
+  return c;
 }
 
 }  // namespace gfl::testing::head

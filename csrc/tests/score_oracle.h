@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "testing.h"
+
 namespace gfl::testing {
 
 // The probability of a score, and its cross entropy against any target.
@@ -59,6 +61,19 @@ const Oracle kOracles[] = {
      [](const std::vector<double>&, const Score& s, long double t, const Score&) { return s.bce(t); },
      0},
 };
+
+// Where the exponential of a logit or a power of the score is subnormal in double, and 0 in float.
+inline double far_logit(Generator& draw) {
+  const double values[] = {-720, -460, -100, 100, 720};
+  return values[draw.integer(0, 5)];
+}
+
+// The target of a score, so far from it that no difference below crosses the bend between them.
+inline double apart(double t, double x, bool activated, Generator& draw) {
+  const double p = activated ? x : 1 / (1 + std::exp(-x));
+  while (t > 0 && std::fabs(t - p) < 0.004) t = draw.uniform(0.05, 0.98);
+  return t;
+}
 
 template <class F> inline double difference(const F& f, double at) {
   const long double h = 1e-6L;

@@ -2,29 +2,23 @@
 // The assignment against every distance of every box to every cell, sorted.
 #include "gfl/head.h"
 
-#include <algorithm>
-
+#include "assignment.h"
 #include "terms/atss.h"
-#include "testing.h"
 
 namespace {
 
 using namespace gfl;
+using gfl::testing::Assigned;
 using gfl::testing::Buffer;
 using gfl::testing::Generator;
-
-struct Result {
-  std::vector<int64_t> labels, matched;
-  std::vector<float> iou;
-};
 
 struct Cell {
   float distance;
   int64_t x, y, location;
 };
 
-Result by_sorting(const AtssInput& in) {
-  Result r;
+Assigned by_sorting(const AtssInput& in) {
+  Assigned r;
   for (int64_t image = 0; image < in.images; ++image) {
     const int64_t base = image * in.locations;
     std::vector<std::vector<Cell>> cells(static_cast<size_t>(in.level_count));
@@ -36,9 +30,7 @@ Result by_sorting(const AtssInput& in) {
           const bool inside = in.valid_sizes == nullptr ||
                               (static_cast<float>(y) < std::ceil(in.valid_sizes[2 * image] / level.stride) &&
                                static_cast<float>(x) < std::ceil(in.valid_sizes[2 * image + 1] / level.stride));
-          r.labels.push_back(inside ? -1 : -2);
-          r.matched.push_back(-1);
-          r.iou.push_back(0);
+          r.add(inside ? -1 : -2, -1, 0);
           if (inside) cells[static_cast<size_t>(l)].push_back({0, x, y, location});
         }
       }
@@ -71,10 +63,10 @@ Result by_sorting(const AtssInput& in) {
       for (size_t i = 0; i < candidates.size(); ++i) {
         if (candidates[i].location < 0 || !(overlaps[i] >= threshold)) continue;
         const size_t at = static_cast<size_t>(base + candidates[i].location);
-        if (r.matched[at] >= 0 && !(overlaps[i] > r.iou[at])) continue;
+        if (r.matched[at] >= 0 && !(overlaps[i] > r.values[at])) continue;
         r.labels[at] = label;
         r.matched[at] = slot;
-        r.iou[at] = overlaps[i];
+        r.values[at] = overlaps[i];
       }
     }
   }
@@ -85,13 +77,9 @@ int64_t positives = 0;
 
 void run(AtssInput in, int64_t* labels, int64_t* matched, float* iou) {
 #if defined(GFL_TEST_CUDA)
-  const int64_t boxes = in.images * in.gts;
-  const Buffer<float> gt_boxes(std::vector<float>(in.gt_boxes, in.gt_boxes + boxes * 4));
-  const Buffer<int64_t> gt_labels(std::vector<int64_t>(in.gt_labels, in.gt_labels + boxes));
+  const gfl::testing::OnDevice<AtssInput> moved(in);
   const bool whole = in.valid_sizes == nullptr;
   const Buffer<float> valid(std::vector<float>(in.valid_sizes, in.valid_sizes + (whole ? 0 : in.images * 2)));
-  in.gt_boxes = gt_boxes.data();
-  in.gt_labels = gt_labels.data();
   if (!whole) in.valid_sizes = valid.data();
   CHECK_CUDA(cuda::atss(in, labels, matched, iou, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -102,21 +90,9 @@ void run(AtssInput in, int64_t* labels, int64_t* matched, float* iou) {
 }
 
 void compare(const AtssInput& in, const char* name) {
-  const size_t size = static_cast<size_t>(in.images * in.locations);
-  Buffer<int64_t> labels(size), matched(size);
-  Buffer<float> iou(size);
-  run(in, labels.data(), matched.data(), iou.data());
-  const std::vector<int64_t> got_labels = labels.read(), got_matched = matched.read();
-  const std::vector<float> got_iou = iou.read();
-  const Result want = by_sorting(in);
-  for (size_t i = 0; i < size; ++i) {
-    positives += want.matched[i] >= 0;
-    CHECK(got_labels[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(got_labels[i]), static_cast<long long>(want.labels[i]));
-    CHECK(got_matched[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(got_matched[i]), static_cast<long long>(want.matched[i]));
-    CHECK(got_iou[i] == want.iou[i], "%s: IoU of %zu", name, i);
-  }
+  gfl::testing::AssignedBuffers got(static_cast<size_t>(in.images * in.locations));
+  run(in, got.labels.data(), got.matched.data(), got.values.data());
+  positives += got.check(by_sorting(in), name);
 }
 
 std::vector<AtssLevel> pyramid(const std::vector<std::pair<int64_t, int64_t>>& sizes, float offset, bool legacy) {

@@ -12,12 +12,13 @@ namespace {
 // Whether each location has its own point, stride and limit, or all outer items share them.
 enum class Sharing { none, grid };
 
-void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sharing, bool clipped) {
+void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sharing, bool clipped,
+             double scale_of_logits = 2) {
   const int64_t locations = layout.outer * layout.inner, rows = locations * 4;
   const DType acc = accumulator_of(dtype);
   const bool shared = sharing == Sharing::grid;
   const size_t places = static_cast<size_t>(shared ? layout.inner : locations);
-  FloatBuffer pred(dtype, normals(generator, static_cast<size_t>(layout.elements), 2));
+  FloatBuffer pred(dtype, logits(generator, layout, scale_of_logits));
   FloatBuffer points(acc, uniforms(generator, 2 * places, 0, 64));
   std::vector<double> strides(places);
   for (double& stride : strides) stride = static_cast<double>(8 << generator.integer(0, 4));
@@ -39,7 +40,7 @@ void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sh
   GFL_RUN(locations, decode_forward, in, boxes.data());
   GFL_RUN(locations, decode_backward, in, grad_boxes.data(), grad_pred.data(), grad_points.data());
 
-  const std::vector<double> logits = pred.read(), point = points.read(), pixels = scale.read(), bound = limit.read(),
+  const std::vector<double> values = pred.read(), point = points.read(), pixels = scale.read(), bound = limit.read(),
                             grad = grad_boxes.read(), got = boxes.read(), got_pred = grad_pred.read();
   std::vector<double> want, want_pred, want_points(static_cast<size_t>(rows / 2), 0.0), kept_pred;
   std::vector<bool> doubtful_point(static_cast<size_t>(rows / 2), false);
@@ -48,7 +49,7 @@ void compare(Generator& generator, const Layout& layout, DType dtype, Sharing sh
     const size_t place = static_cast<size_t>(shared ? location % layout.inner : location);
     const size_t item = static_cast<size_t>(shared ? location / layout.inner : location);
     const double sign = side < 2 ? -1 : 1;
-    const Row x = row_of(layout, logits, row);
+    const Row x = row_of(layout, values, row);
     const double at =
         point[2 * place + static_cast<size_t>(axis)] + sign * static_cast<double>(expectation(x)) * pixels[place];
     const double upper = clipped ? bound[2 * item + static_cast<size_t>(1 - axis)] : HUGE_VAL;
@@ -91,6 +92,9 @@ int main() {
     compare(generator, planar_layout(2, 35, 4, 17), dtype, Sharing::none, true);
     compare(generator, planar_layout(3, 13, 4, 17), dtype, Sharing::grid, true);
     compare(generator, planar_layout(2, 5, 4, 8), dtype, Sharing::grid, false);
+    for (const int64_t bins : {5, 6, 7, 8}) {
+      compare(generator, planar_layout(1, 3, 4, bins), dtype, Sharing::none, false, kSteep);
+    }
     compare(generator, planar_layout(2, 5, 4, 20), dtype, Sharing::grid, true);
     compare(generator, dense_layout(5, 4, 19), dtype, Sharing::none, true);
     compare(generator, dense_layout(9, 4, 129), dtype, Sharing::none, true);

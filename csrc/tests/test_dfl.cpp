@@ -27,11 +27,12 @@ Meaning of_position(double y, int64_t last, bool ignore) {
 
 size_t nearest(int64_t bin, int64_t last) { return static_cast<size_t>(bin < 0 ? 0 : (bin > last ? last : bin)); }
 
-void compare(Generator& generator, const Layout& layout, DType dtype, bool two_bin, bool ignore, bool with_distance) {
-  const int64_t rows = layout.inner, last = layout.bins - 1;
+void compare(Generator& generator, const Layout& layout, DType dtype, bool two_bin, bool ignore, bool with_distance,
+             double scale_of_logits = 2) {
+  const int64_t rows = layout.outer * layout.inner * layout.sides, last = layout.bins - 1;
   const size_t n = static_cast<size_t>(rows);
   const DType acc = accumulator_of(dtype);
-  FloatBuffer pred(dtype, normals(generator, static_cast<size_t>(layout.elements), 2));
+  FloatBuffer pred(dtype, logits(generator, layout, scale_of_logits));
   const std::vector<double> values = pred.read();
   FloatBuffer grad_loss(acc, uniforms(generator, n, -2, 2)), grad_distance(acc, uniforms(generator, n, -2, 2));
   // A third of the positions lies outside; some are exactly an end, a bin or NaN.
@@ -130,10 +131,10 @@ void kept_softmax(Generator& generator, const Layout& layout, bool with_distance
   constexpr int64_t kChunk = 48;
   const int64_t rows = layout.inner;
   const size_t n = static_cast<size_t>(rows), elements = n * static_cast<size_t>(layout.bins);
-  std::vector<double> logits = normals(generator, static_cast<size_t>(layout.elements), 2);
-  if (n > 20) logits[logits.size() / 3] = HUGE_VAL, logits[logits.size() / 2] = 50;
+  std::vector<double> values = logits(generator, layout, 2);
+  if (n > 20) values[values.size() / 3] = HUGE_VAL, values[values.size() / 2] = 50;
   const DType f32 = DType::f32;
-  FloatBuffer pred(f32, logits), target(f32, uniforms(generator, n, -1, static_cast<double>(layout.bins)));
+  FloatBuffer pred(f32, values), target(f32, uniforms(generator, n, -1, static_cast<double>(layout.bins)));
   FloatBuffer weight(f32, uniforms(generator, n, 0, 2)), grad_distance(f32, uniforms(generator, n, -2, 2));
   const auto floats = [](FloatBuffer& buffer) { return static_cast<float*>(buffer.data()); };
   float norm = 3.5f, grad_loss = 1.75f;
@@ -195,6 +196,12 @@ int main() {
     compare(generator, padded_layout(33, 1, 17), dtype, false, true, true);
     compare(generator, planar_layout(1, 131, 1, 17), dtype, false, false, true);
     compare(generator, planar_layout(1, 31, 1, 17), dtype, true, false, false);
+    for (const bool two_bin : {false, true}) {
+      compare(generator, planar_layout(2, 9, 4, 17), dtype, two_bin, false, true);
+      for (const int64_t bins : {5, 6, 7, 8}) {
+        compare(generator, planar_layout(1, 9, 1, bins), dtype, two_bin, false, true, kSteep);
+      }
+    }
     compare(generator, dense_layout(41, 1, 2), dtype, false, true, false);
     compare(generator, planar_layout(1, 35, 1, 20), dtype, false, true, true);
     compare(generator, dense_layout(35, 1, 19), dtype, false, false, true);

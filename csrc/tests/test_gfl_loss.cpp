@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head's loss against plain loops in double, and its gradient against differences of those.
+// The losses of GFL and YOLO heads against plain loops in double, and their gradients against differences of those.
 #include "gfl/head.h"
 
 #include <limits>
@@ -18,14 +18,16 @@ using gfl::testing::Generator;
 using gfl::testing::rounded;
 using namespace gfl::testing::head;
 
-// A map in T, in either layout, and its strides.
+// A map in T, in either layout, with `gap` unused columns, and its strides.
 template <class T> struct Map {
   std::vector<T> data;
   int64_t stride[4];
-  Map(const std::vector<double>& values, int64_t images, int64_t channels, int64_t height, int64_t width, bool last)
-      : data(values.size()) {
-    const int64_t first[4] = {channels * height * width, height * width, width, 1};
-    const int64_t after[4] = {channels * height * width, 1, width * channels, channels};
+  Map(const std::vector<double>& values, int64_t images, int64_t channels, int64_t height, int64_t width, bool last,
+      int64_t gap = 0)
+      : data(static_cast<size_t>(images * channels * height * (width + gap))) {
+    const int64_t pitch = width + gap;
+    const int64_t first[4] = {channels * height * pitch, height * pitch, pitch, 1};
+    const int64_t after[4] = {channels * height * pitch, 1, pitch * channels, channels};
     std::copy_n(last ? after : first, 4, stride);
     size_t i = 0;
     for (int64_t b = 0; b < images; ++b)
@@ -108,10 +110,10 @@ template <class T> struct DeviceMaps {
 
 // Losses and gradients from one pass are those of two, and stay untouched if 1 arrives; otherwise they are computed
 // anew in place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
-template <class T>
+template <class T, class R>
 void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
                     const std::vector<HeadGradients>& gradients, const DeviceMaps<T>& of_cls,
-                    const DeviceMaps<T>& of_reg, const std::vector<acc_t<T>>& sums, const char* name) {
+                    const DeviceMaps<R>& of_reg, const std::vector<acc_t<T>>& sums, const char* name) {
   using A = acc_t<T>;
   const Buffer<A> one(std::vector<A>{1});
   const GflLossScalars scalars{{weights.cls, weights.box, weights.dfl}, one.data(), nullptr};
@@ -119,21 +121,22 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   Buffer<HeadScales> scales(1);
   Buffer<A> losses(5);
   const GflLossOutput out{losses.data(), losses.data() + 1, losses.data() + 2, losses.data() + 3, losses.data() + 4};
+  using Bytes = std::vector<std::vector<unsigned char>>;
   const auto read = [&] {
-    std::vector<std::vector<T>> maps;
+    Bytes maps;
+    const auto add = [&](const auto& map) {
+      const auto values = map->read();
+      const auto* raw = reinterpret_cast<const unsigned char*>(values.data());
+      maps.emplace_back(raw, raw + values.size() * sizeof values[0]);
+    };
     for (size_t l = 0; l < levels.size(); ++l) {
-      maps.push_back(of_cls.maps[l]->read());
-      maps.push_back(of_reg.maps[l]->read());
+      add(of_cls.maps[l]);
+      add(of_reg.maps[l]);
     }
     return maps;
   };
-  const auto same = [&](const std::vector<std::vector<T>>& got, const std::vector<std::vector<T>>& want,
-                        const char* what) {
-    for (size_t m = 0; m < want.size(); ++m) {
-      // A map without locations has no memory to compare.
-      const bool equal = want[m].empty() || std::memcmp(got[m].data(), want[m].data(), want[m].size() * sizeof(T)) == 0;
-      CHECK(got[m].size() == want[m].size() && equal, "%s, map %zu: %s", name, m, what);
-    }
+  const auto same = [&](const Bytes& got, const Bytes& want, const char* what) {
+    for (size_t m = 0; m < want.size(); ++m) CHECK(got[m] == want[m], "%s, map %zu: %s", name, m, what);
   };
   const auto computed = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
@@ -147,7 +150,7 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
     launch.finish(scales.data(), of_losses, gradients.data());
     return read();
   };
-  const std::vector<std::vector<T>> want = computed({1, 1, 1}), scaled = computed({-2, 0, 0.75});
+  const Bytes want = computed({1, 1, 1}), scaled = computed({-2, 0, 0.75});
   launch.both(scalars, out, scales.data(), gradients.data());
   same(read(), want, "the gradient computed in forward differs");
   const std::vector<A> got = losses.read();
@@ -162,29 +165,33 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   same(finished({1, 1, 1.5}), computed({1, 1, 1.5}), "not rescaled by one of three");
 }
 
-template <class T>
-Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& scales, std::vector<HeadLevel> levels,
-        std::vector<HeadGradients> gradients, const std::vector<Map<T>>& cls, const std::vector<Map<T>>& reg,
-        std::vector<Map<T>>& grad_cls, std::vector<Map<T>>& grad_reg, const char* name) {
+template <class T, class R>
+Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<acc_t<T>>& scores,
+        const HeadScales& scales, std::vector<HeadLevel> levels, std::vector<HeadGradients> gradients,
+        const std::vector<Map<T>>& cls, const std::vector<Map<R>>& reg, std::vector<Map<T>>& grad_cls,
+        std::vector<Map<R>>& grad_reg, const char* name) {
   using A = acc_t<T>;
-  DeviceMaps<T> inputs, cls_out, reg_out;
+  DeviceMaps<T> inputs, cls_out;
+  DeviceMaps<R> distributions, reg_out;
   for (size_t l = 0; l < levels.size(); ++l) {
     levels[l].cls = inputs.add(cls[l].data);
-    levels[l].reg = inputs.add(reg[l].data);
+    levels[l].reg = distributions.add(reg[l].data);
     // NaN, so that an element that is not written shows.
     gradients[l].cls = cls_out.add(std::vector<T>(grad_cls[l].data.size(), rounded<T>({NAN})[0]));
-    gradients[l].reg = reg_out.add(std::vector<T>(grad_reg[l].data.size(), rounded<T>({NAN})[0]));
+    gradients[l].reg = reg_out.add(std::vector<R>(grad_reg[l].data.size(), rounded<R>({NAN})[0]));
   }
   const size_t locations = static_cast<size_t>(in.images * in.locations);
   const Buffer<int64_t> labels(std::vector<int64_t>(in.labels, in.labels + locations));
   const Buffer<int64_t> matched(std::vector<int64_t>(in.matched, in.matched + locations));
-  const Buffer<A> device_boxes(boxes), one(std::vector<A>{1});
+  const Buffer<A> device_boxes(boxes), device_scores(scores), one(std::vector<A>{1});
   const Buffer<A> grads(
       std::vector<A>{static_cast<A>(scales.cls), static_cast<A>(scales.box), static_cast<A>(scales.dfl)});
   in.levels = levels.data();
   in.labels = labels.data();
   in.matched = matched.data();
   in.gt_boxes = device_boxes.data();
+  in.scores = device_scores.data();
+  const bool yolo = in.kind == HeadLossKind::yolo;
   Launch launch(in);
   Buffer<A> out(5), again(5);
   const auto output = [](Buffer<A>& to) {
@@ -211,6 +218,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
     norm += static_cast<double>(std::max<int64_t>(positives, 1));
   }
   const double weight = std::max(static_cast<double>(sums[4]), 1.0);
+  if (yolo) norm = weight;
   CHECK(close(losses[0], 0.5 * sums[0] / norm, 1e-6, 0), "%s: cls %g of %g", name, double(losses[0]), double(sums[0]));
   CHECK(close(losses[1], 2 * sums[1] / weight, 1e-6, 0), "%s: box %g of %g", name, double(losses[1]), double(sums[1]));
   CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]),
@@ -221,47 +229,55 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const HeadScales& s
   GflLossInput classes_only = in;
   classes_only.gt_boxes = nullptr;
   classes_only.gts = std::numeric_limits<int64_t>::max();
-  Buffer<A> norms(2);
-  Launch(classes_only).norms({norms.data(), norms.data() + 1});
-  CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
-  CHECK(norms.read()[1] == sums[4], "%s: weights of %g alone, not %g", name, double(norms.read()[1]), double(sums[4]));
-  for (size_t l = 0; l < levels.size(); ++l) levels[l].reg = inputs.maps[2 * l + 1]->data();
+  if (!yolo) {
+    Buffer<A> norms(2);
+    Launch(classes_only).norms({norms.data(), norms.data() + 1});
+    CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
+    CHECK(norms.read()[1] == sums[4], "%s: weights of %g alone, not %g", name, double(norms.read()[1]),
+          double(sums[4]));
+  }
+  for (size_t l = 0; l < levels.size(); ++l) levels[l].reg = distributions.maps[l]->data();
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
   const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
   launch.backward(scaled, grad_losses, alone.data());
   for (size_t l = 0; l < levels.size(); ++l) {
-    const std::vector<T> repeated = reg_out.maps[l]->read();
+    const std::vector<R> repeated = reg_out.maps[l]->read();
     for (size_t i = 0; i < repeated.size(); ++i) {
       const double first = static_cast<double>(load(&grad_reg[l].data[i])),
                    second = static_cast<double>(load(&repeated[i]));
       CHECK(close(second, first, 1e-2, 1e-6), "%s: gradient %g, alone %g", name, first, second);
     }
   }
-  check_one_pass<T>(in, scales, levels, gradients, cls_out, reg_out, sums, name);
+  check_one_pass<T, R>(in, scales, levels, gradients, cls_out, reg_out, sums, name);
   return {{double(sums[0]), double(sums[1]), double(sums[2])}, static_cast<int64_t>(sums[3]), double(sums[4])};
 }
 
-// The gradients' maps have the layout of the others, or the other one if `turned`.
-template <class T> void check(Case c, DType dtype, double tolerance, const char* name, bool turned = true) {
+// The gradients' maps have the layout of the others, or the other one if `turned`; all have `gap` unused columns.
+// R: the dtype of the distributions.
+template <class T, class R = T>
+void check(Case c, DType dtype, double tolerance, const char* name, bool turned = true, int64_t gap = 0,
+           DType reg_dtype = DType::f64) {
   using A = acc_t<T>;
-  std::vector<Map<T>> cls, reg, grad_cls, grad_reg;
+  if (std::is_same_v<T, R>) reg_dtype = dtype;
+  std::vector<Map<T>> cls, grad_cls;
+  std::vector<Map<R>> reg, grad_reg;
   std::vector<HeadLevel> levels;
   std::vector<HeadGradients> gradients;
   const int64_t sides = 4 * (c.reg_max + 1);
   for (size_t l = 0; l < c.sizes.size(); ++l) {
     const auto [h, w] = c.sizes[l];
-    cls.emplace_back(c.cls[l], c.images, c.classes, h, w, c.channels_last);
-    reg.emplace_back(c.reg[l], c.images, sides, h, w, c.channels_last);
+    cls.emplace_back(c.cls[l], c.images, c.classes, h, w, c.channels_last, gap);
+    reg.emplace_back(c.reg[l], c.images, sides, h, w, c.channels_last, gap);
     grad_cls.emplace_back(std::vector<double>(c.cls[l].size(), NAN), c.images, c.classes, h, w,
-                          c.channels_last != turned);
-    grad_reg.emplace_back(std::vector<double>(c.reg[l].size(), 0), c.images, sides, h, w, c.channels_last);
+                          c.channels_last != turned, gap);
+    grad_reg.emplace_back(std::vector<double>(c.reg[l].size(), 0), c.images, sides, h, w, c.channels_last, gap);
     c.cls[l] = cls[l].held(c.images, c.classes, h, w);
     c.reg[l] = reg[l].held(c.images, sides, h, w);
   }
   for (size_t l = 0; l < c.sizes.size(); ++l) {
     const auto [h, w] = c.sizes[l];
-    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), 0.0});
+    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), c.yolo ? 0.5 : 0.0});
     gradients.push_back({grad_cls[l].data.data(), grad_reg[l].data.data(), {}, {}});
     std::copy_n(cls[l].stride, 4, levels[l].cls_stride);
     std::copy_n(reg[l].stride, 4, levels[l].reg_stride);
@@ -270,16 +286,29 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
   std::vector<A> boxes;
   for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
-  const GflLossInput in{levels.data(),   static_cast<int64_t>(levels.size()),
-                        dtype,           dtype,
-                        c.images,        c.classes,
-                        c.reg_max,       c.locations(),
-                        c.labels.data(), c.matched.data(),
-                        boxes.data(),    c.gts,
-                        c.beta,          c.legacy};
+  const std::vector<A> scores = rounded<A>(c.scores);
+  for (size_t i = 0; i < scores.size(); ++i) c.scores[i] = static_cast<double>(scores[i]);
+  const GflLossInput in{levels.data(),
+                        static_cast<int64_t>(levels.size()),
+                        dtype,
+                        reg_dtype,
+                        c.images,
+                        c.classes,
+                        c.reg_max,
+                        c.locations(),
+                        c.labels.data(),
+                        c.matched.data(),
+                        boxes.data(),
+                        c.gts,
+                        c.beta,
+                        c.legacy,
+                        c.yolo ? HeadLossKind::yolo : HeadLossKind::gfl,
+                        nullptr,
+                        static_cast<double>(c.sizes[0].first) * c.stride(0),
+                        static_cast<double>(c.sizes[0].second) * c.stride(0)};
 
   const HeadScales scales{0.7, -1.3, 2.1};
-  const Got got = run<T>(in, boxes, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
+  const Got got = run<T, R>(in, boxes, scores, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
   std::vector<HeadTerms> frozen;
   const Losses want = by_loops(c, frozen);
   double weight = 0;
@@ -304,10 +333,13 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
   }
 
   // Every element has been written, and those that are looked at are right.
-  for (const auto* maps : {&grad_cls, &grad_reg}) {
-    for (const Map<T>& map : *maps) {
-      for (const T& v : map.data) CHECK(load(&v) == load(&v), "%s: an element of the gradient was not written", name);
-    }
+  const auto written = [&](const std::vector<double>& values) {
+    for (const double v : values) CHECK(v == v, "%s: an element of the gradient was not written", name);
+  };
+  for (size_t l = 0; l < c.sizes.size(); ++l) {
+    const auto [h, w] = c.sizes[l];
+    written(grad_cls[l].held(c.images, c.classes, h, w));
+    written(grad_reg[l].held(c.images, sides, h, w));
   }
   Generator pick(7);
   const auto difference = [&](double& value) {
@@ -327,8 +359,10 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     const int64_t channels = distribution ? sides : c.classes;
     const int64_t plane = p.image * channels + channel;
     const double slope = difference(values[static_cast<size_t>((plane * h + p.row) * w + p.column)]);
-    const Map<T>& map = distribution ? grad_reg[l] : grad_cls[l];
-    const double found = static_cast<double>(load(&map.data[map.at(p.image, channel, p.row, p.column)]));
+    const auto in_map = [&](const auto& map) {
+      return static_cast<double>(load(&map.data[map.at(p.image, channel, p.row, p.column)]));
+    };
+    const double found = distribution ? in_map(grad_reg[l]) : in_map(grad_cls[l]);
     CHECK(close(found, slope, 10 * tolerance, 1e-6), "%s: %s gradient of channel %lld is %.9g, not %.9g", name,
           distribution ? "distribution" : "class", static_cast<long long>(channel), found, slope);
   };
@@ -344,28 +378,6 @@ template <class T> void check(Case c, DType dtype, double tolerance, const char*
     look(p, false, pick.integer(0, c.classes));
     look(p, true, pick.integer(0, sides));
   }
-}
-
-Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t reg_max,
-               double beta, bool legacy, bool channels_last) {
-  Case c{std::move(sizes), 2, classes, reg_max, 3, beta, legacy, channels_last, {}, {}, {}, {}, {}};
-  for (const auto& [h, w] : c.sizes) {
-    for (auto [maps, channels] : {std::pair{&c.cls, classes}, std::pair{&c.reg, 4 * (reg_max + 1)}}) {
-      std::vector<double> values(static_cast<size_t>(c.images * channels * h * w));
-      for (double& v : values) v = draw.normal(1.5);
-      maps->push_back(values);
-    }
-  }
-  for (int64_t i = 0; i < c.images * c.locations(); ++i) {
-    const double kind = draw.uniform();
-    c.labels.push_back(kind < 0.15 ? draw.integer(0, classes) : (kind > 0.9 ? -2 : (kind > 0.8 ? classes : -1)));
-    c.matched.push_back(draw.integer(0, c.gts));
-  }
-  for (int64_t i = 0; i < c.images * c.gts; ++i) {
-    const double x = draw.uniform(0, 80), y = draw.uniform(0, 80);
-    for (const double v : {x, y, x + draw.uniform(4, 90), y + draw.uniform(4, 90)}) c.boxes.push_back(v);
-  }
-  return c;
 }
 
 }  // namespace
@@ -396,5 +408,40 @@ int main() {
     check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
     check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
   }
+  for (const bool channels_last : {false, true}) {
+    for (const int64_t bins : {16, 1}) {
+      const Case c = draw_yolo(draw, {{9, 8}, {3, 5}, {1, 1}}, channels_last ? 7 : 131, bins, channels_last);
+      check<double>(c, DType::f64, 1e-7, "YOLO f64");
+      check<float>(c, DType::f32, 1e-5, "YOLO f32");
+      check<half_t>(c, DType::f16, 1e-4, "YOLO f16");
+      check<bfloat16_t>(c, DType::bf16, 1e-3, "YOLO bf16");
+    }
+    const Case aligned = draw_yolo(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 8, channels_last);
+    check<float>(aligned, DType::f32, 1e-5, "aligned YOLO f32", false);
+    check<half_t>(aligned, DType::f16, 1e-4, "aligned YOLO f16", false);
+    check<bfloat16_t>(aligned, DType::bf16, 1e-3, "aligned YOLO bf16", false);
+  }
+  for (const bool channels_last : {false, true}) {  // maps with a gap, and distributions of another dtype
+    for (const double beta : {2.0, 1.5}) {
+      const Case c = draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, beta, false, channels_last);
+      const int64_t gap = 4;
+      check<float, half_t>(c, DType::f32, 1e-4, "f32, f16", false, gap, DType::f16);
+      check<float, bfloat16_t>(c, DType::f32, 1e-3, "f32, bf16", false, gap, DType::bf16);
+      check<half_t, bfloat16_t>(c, DType::f16, 1e-3, "f16, bf16", true, gap, DType::bf16);
+      check<half_t, float>(c, DType::f16, 1e-4, "f16, f32", false, gap, DType::f32);
+      check<bfloat16_t, half_t>(c, DType::bf16, 1e-3, "bf16, f16", true, gap, DType::f16);
+      check<bfloat16_t, float>(c, DType::bf16, 1e-3, "bf16, f32", false, gap, DType::f32);
+      check<double>(c, DType::f64, 1e-7, "f64 with a gap", false, gap);
+    }
+  }
+  // Logits where exponentials and powers are subnormal in double.
+  Case far = draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false);
+  for (size_t i = 0; i < far.cls[0].size(); i += 3) far.cls[0][i] = i == 9 ? 720 : i % 2 == 0 ? -720 : -460;
+  check<double>(far, DType::f64, 1e-7, "far from 0, f64");
+  check<float>(far, DType::f32, 1e-5, "far from 0, f32");
+  // More tiles than four turns of a warp over their sums.
+  const Case tiles = draw_case(draw, {{97, 127}}, 1, 1, 2.0, false, false, 1, 0.002);
+  check<float>(tiles, DType::f32, 1e-5, "many tiles f32");
+  check<double>(tiles, DType::f64, 1e-7, "many tiles f64");
   return gfl::testing::result("gfl_loss");
 }

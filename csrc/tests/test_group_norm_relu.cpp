@@ -257,7 +257,7 @@ void test(Generator& generator, const Shape& s, DType dtype, DType parameter_dty
 
 int main() {
   Generator generator(gfl::testing::fresh_seed());
-  const std::vector<Shape> shapes = {
+  std::vector<Shape> shapes = {
       {{6, 1}, 1, 4, 2, {true, true}, 0, true, 0.3, 1.5},
       {{6, 1, 0}, 2, 4, 2, {false, false, false}, 0, true, 0.3, 1.5},
       // The head's groups; more locations than one piece has, a number that 16 bytes divide and one that they don't.
@@ -279,6 +279,19 @@ int main() {
       {{17}, 1, 300, 1, {false}, 0, true, 0.3, 1.5},
       {{5}, 0, 4, 2, {true}, 0, true, 0.3, 1.5},
   };
+  // Turns of the unrolled loops: of single elements, of 16 bytes, of 16 bytes with a rest, of a row per block.
+  std::vector<Shape> turns;
+  for (const bool relu : {true, false}) {
+    turns.push_back({{6001}, 1, 2, 1, {true}, 0, relu, 0.3, 1.5});
+    turns.push_back({{9600}, 1, 2, 1, {true}, 0, relu, 0.3, 1.5});
+    turns.push_back({{70}, 1, 16, 2, {true}, 2, relu, 0.3, 1.5});
+    turns.push_back({{70}, 1, 512, 1, {false}, 0, relu, 0.3, 1.5});
+    turns.push_back({{43}, 1, 512, 1, {false}, 1, relu, 0.3, 1.5});
+    turns.push_back({{9}, 1, 1024, 1, {false}, 1, relu, 0.3, 1.5});
+    turns.push_back({{9}, 1, 1024, 1, {true}, 1, relu, 0.3, 1.5});
+  }
+  turns.push_back({{33000}, 1, 2, 1, {true}, 0, false, 0.3, 1.5});
+  shapes.insert(shapes.end(), turns.begin(), turns.end());
   for (const DType dtype : gfl::testing::kDTypes) {
     for (const Shape& shape : shapes) {
       // The tolerance of the parameters' gradients is for sums of a thousand terms.
@@ -288,7 +301,7 @@ int main() {
     // Parameters of another dtype than the maps', in either layout.
     for (const DType parameters : gfl::testing::kDTypes) {
       if (gfl::testing::accumulator_of(parameters) != gfl::testing::accumulator_of(dtype)) continue;
-      for (const size_t shape : {2, 3}) test(generator, shapes[shape], dtype, parameters);
+      for (const size_t shape : {2, 3, 6}) test(generator, shapes[shape], dtype, parameters);
     }
   }
   // A mean of a thousand deviations: E[x²] − E[x]² in fp32 would lose 6 % of the variance.

@@ -9,9 +9,9 @@ using namespace gfl::testing;
 
 namespace {
 
-void compare(Generator& generator, const Layout& layout, DType dtype) {
+void compare(Generator& generator, const Layout& layout, DType dtype, double scale_of_logits = 2) {
   const int64_t rows = layout.outer * layout.inner * layout.sides;
-  FloatBuffer pred(dtype, normals(generator, static_cast<size_t>(layout.elements), 2));
+  FloatBuffer pred(dtype, logits(generator, layout, scale_of_logits));
   const std::vector<double> values = pred.read();
   const DType acc = accumulator_of(dtype);
   FloatBuffer grad_distance(acc, uniforms(generator, static_cast<size_t>(rows), -2, 2));
@@ -41,11 +41,11 @@ void compare(Generator& generator, const Layout& layout, DType dtype) {
 // alone.
 void special_values() {
   const double infinity = HUGE_VAL, nan = std::nan("");
-  const std::vector<double> logits = {infinity, 0,     infinity, -infinity, -infinity, -infinity,
+  const std::vector<double> values = {infinity, 0,     infinity, -infinity, -infinity, -infinity,
                                       3e38,     -3e38, 1,        nan,       0,         1};
   const std::vector<double> want = {1, 1, 0, nan};
-  FloatBuffer pred(DType::f32, logits), distance(DType::f32, size_t{4}), ones(DType::f32, std::vector<double>(4, 1.0));
-  FloatBuffer grad(DType::f32, logits.size());
+  FloatBuffer pred(DType::f32, values), distance(DType::f32, size_t{4}), ones(DType::f32, std::vector<double>(4, 1.0));
+  FloatBuffer grad(DType::f32, values.size());
   const BinRows in = rows_in(dense_layout(4, 1, 3), pred, DType::f32);
   GFL_RUN(4, integral_forward, in, distance.data());
   GFL_RUN(4, integral_backward, in, ones.data(), grad.data());
@@ -99,6 +99,7 @@ int main() {
     compare(generator, padded_layout(9, 4, 17), dtype);
     compare(generator, planar_layout(2, 35, 4, 17), dtype);
     compare(generator, planar_layout(3, 1, 4, 8), dtype);
+    for (const int64_t bins : {5, 6, 7, 8}) compare(generator, planar_layout(1, 9, 1, bins), dtype, kSteep);
     compare(generator, dense_layout(5, 4, 2), dtype);
     compare(generator, planar_layout(2, 5, 4, 20), dtype);
     compare(generator, dense_layout(5, 4, 19), dtype);

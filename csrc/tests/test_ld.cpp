@@ -27,18 +27,23 @@ long double divergence(const Row& pred, const Row& teacher, long double t) {
 // The rows begin `shift` elements after the buffers do.
 LdInput input_of(const Layout& pred, FloatBuffer& x, const Layout& teacher, FloatBuffer& z, DType dtype, double t,
                  size_t shift = 0) {
-  const auto at = [&](FloatBuffer& buffer) {
-    return static_cast<unsigned char*>(buffer.data()) + shift * dispatch(dtype, [](auto e) { return sizeof(e); });
-  };
-  return {at(x),       at(z), dtype, pred.inner, pred.bins, pred.location.inner, pred.bin, teacher.location.inner,
+  return {x.at(shift), z.at(shift),
+          dtype,       pred.inner,
+          pred.bins,   pred.location.inner,
+          pred.bin,    teacher.location.inner,
           teacher.bin, t};
 }
 
-void compare(Generator& generator, const Layout& pred, const Layout& teacher, DType dtype, double t, size_t shift) {
+void compare(Generator& generator, const Layout& pred, const Layout& teacher, DType dtype, double t, size_t shift,
+             double scale_of_logits = 3) {
   const size_t n = static_cast<size_t>(pred.inner), bins = static_cast<size_t>(pred.bins);
   const DType acc = accumulator_of(dtype);
-  FloatBuffer x(dtype, normals(generator, shift + static_cast<size_t>(pred.elements), 3));
-  FloatBuffer z(dtype, normals(generator, shift + static_cast<size_t>(teacher.elements), 3));
+  const auto drawn = [&](const Layout& layout) {
+    std::vector<double> values = logits(generator, layout, scale_of_logits);
+    values.insert(values.begin(), shift, std::nan(""));
+    return values;
+  };
+  FloatBuffer x(dtype, drawn(pred)), z(dtype, drawn(teacher));
   FloatBuffer grad_loss(acc, uniforms(generator, n, -2, 2)), loss(acc, n), grad(dtype, n * bins);
   const LdInput in = input_of(pred, x, teacher, z, dtype, t, shift);
   GFL_RUN(pred.inner, ld_forward, in, loss.data());
@@ -47,14 +52,10 @@ void compare(Generator& generator, const Layout& pred, const Layout& teacher, DT
   char what[160];
   std::snprintf(what, sizeof what, "%s/%s %s rows %zu bins %zu T %g", pred.name, teacher.name, name_of(dtype), n, bins,
                 t);
-  const auto from_shift = [&](std::vector<double> values) {
-    return std::vector<double>(values.begin() + static_cast<std::ptrdiff_t>(shift), values.end());
-  };
-  const std::vector<double> xs = from_shift(x.read()), zs = from_shift(z.read()), scale = grad_loss.read(),
-                            got_grad = grad.read();
+  const std::vector<double> xs = x.read(shift), zs = z.read(shift), scale = grad_loss.read(), got_grad = grad.read();
   // Terms of both signs cancel: logarithms up to log n + the range of the logits over T, times T²/n.
   const double count = static_cast<double>(bins);
-  const double size = std::fmax(1, t * t / count * (std::log(count) + 30 / t));
+  const double range = 10 * scale_of_logits, size = std::fmax(1, t * t / count * (std::log(count) + range / t));
   std::vector<double> want, got_some, want_some;
   for (size_t i = 0; i < n; ++i) {
     const Row p = row_of(pred, xs, static_cast<int64_t>(i)), q = row_of(teacher, zs, static_cast<int64_t>(i));
@@ -93,7 +94,7 @@ void equal_rows_cost_nothing(Generator& generator, DType dtype, int64_t bins) {
 
 // Infinite logits count as the largest that count, without gradient; NaN stays in its row. `filler` more bins without
 // weight select the code for longer rows.
-void special_values(double t, int64_t filler) {
+void special_values(DType dtype, double t, int64_t filler) {
   const double infinity = HUGE_VAL, nan = std::nan("");
   const double pairs[][4] = {{infinity, -infinity, -infinity, infinity},  // both at the bounds, apart
                              {1, 3, infinity, -infinity},                 // the teacher is certain
@@ -108,24 +109,25 @@ void special_values(double t, int64_t filler) {
     xs.resize(xs.size() + bins - 2, -infinity);
     zs.resize(zs.size() + bins - 2, -infinity);
   }
-  FloatBuffer x(DType::f32, xs), z(DType::f32, zs), ones(DType::f32, std::vector<double>(rows, 1.0));
-  FloatBuffer loss(DType::f32, rows), grad(DType::f32, rows * bins);
+  const DType acc = accumulator_of(dtype);
+  FloatBuffer x(dtype, xs), z(dtype, zs), ones(acc, std::vector<double>(rows, 1.0));
+  FloatBuffer loss(acc, rows), grad(dtype, rows * bins);
   const Layout layout = dense_layout(static_cast<int64_t>(rows), 1, static_cast<int64_t>(bins));
-  const LdInput in = input_of(layout, x, layout, z, DType::f32, t);
+  const LdInput in = input_of(layout, x, layout, z, dtype, t);
   GFL_RUN(layout.inner, ld_forward, in, loss.data());
   GFL_RUN(layout.inner, ld_backward, in, ones.data(), grad.data());
-  const double n = static_cast<double>(bins), limit = std::numeric_limits<float>::max() / 4.0 * std::fmin(t, 1);
+  const double largest = acc == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  const double n = static_cast<double>(bins), limit = largest / 4 * std::fmin(t, 1);
   const double second = 1 / (1 + std::exp(-2 / t));  // p of the logits 1 and 3
   const std::vector<double> got = loss.read(), slopes = grad.read();
-  // The first is more than fp32 holds where T is far above n: an infinite loss then, but no NaN.
-  const double apart = t * t / n * (2 * limit / t),
-               infinite = apart > std::numeric_limits<float>::max() ? HUGE_VAL : apart;
+  // The first is more than the loss's dtype holds where T is far above n: an infinite loss then, but no NaN.
+  const double apart = t * t / n * (2 * limit / t), infinite = apart > largest ? HUGE_VAL : apart;
   const double want[] = {infinite, t * t / n * -std::log(1 - second), 0, 0};
   for (size_t i = 0; i < 4; ++i) {
     CHECK(close(got[i], want[i], 1e-5, 1e-5), "T %g, %zu bins, row %zu: %g, expected %g", t, bins, i, got[i], want[i]);
     for (size_t j = 0; j < bins; ++j) {
       const double expected = i == 1 && j < 2 ? t / n * (j == 0 ? -second : second) : 0;
-      CHECK(close(slopes[i * bins + j], expected, 1e-5, 1e-6),
+      CHECK(close(slopes[i * bins + j], expected, 1e-5 + rounding(dtype), 1e-6),
             "T %g, %zu bins, gradient %zu of row %zu: %g, expected %g", t, bins, j, i, slopes[i * bins + j], expected);
     }
   }
@@ -160,12 +162,25 @@ int main() {
       run(dense_layout(9, 1, 17), dense_layout(9, 1, 17), shift);
       run(dense_layout(9, 1, 80), padded_layout(9, 1, 80), shift);
     }
+    // Runs of 16 bytes with a rest of each length, and bins apart from each other.
+    for (const int64_t bins : {17, 18, 19, 20, 21, 22, 23}) {
+      run(padded_layout(5, 1, bins, 24 - bins), padded_layout(5, 1, bins, 24 - bins));
+    }
+    for (const int64_t bins : {17, 80}) run(strided_layout(21, bins), strided_layout(21, bins));
+    for (const int64_t bins : {17, 20, 80, 6301}) {
+      compare(generator, dense_layout(5, 1, bins), dense_layout(5, 1, bins), dtype, 1, 0, kSteep);
+    }
+    run(dense_layout(9, 1, 6365), dense_layout(9, 1, 6365));
     for (const int64_t bins : {513, 1203, 2051, 6301}) run(dense_layout(3, 1, bins), padded_layout(3, 1, bins));
     run(planar_layout(1, 5, 1, 700), planar_layout(1, 5, 1, 700));
     for (const int64_t bins : {17, 80, 6301}) equal_rows_cost_nothing(generator, dtype, bins);
   }
   for (const double t : {10.0, 1.0, 0.5, 0.1}) {
-    for (const int64_t filler : {0, 15, 78, 2100, 6300}) special_values(t, filler);
+    for (const int64_t filler : {0, 15, 78, 2100, 6300}) {
+      special_values(DType::f32, t, filler);
+      if (t != 1) continue;
+      for (const DType dtype : {DType::f16, DType::bf16, DType::f64}) special_values(dtype, t, filler);
+    }
   }
   return result("ld");
 }

@@ -294,10 +294,13 @@ template <class T> void every_pattern(double score_threshold, const char* name) 
 }
 
 // More candidates in a level than any kernel sets room aside for, and more than it sorts at a time.
-void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, Layout layout, const char* name) {
-  Case<float> c;
+template <class T = float>
+void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, Layout layout, const char* name,
+           int64_t height = 8, int64_t width = 10) {
+  Case<T> c;
   gfl::PostprocessInput& in = c.in;
   in.levels = 2;
+  in.cls_dtype = in.reg_dtype = dtype_of<T>();
   in.batch = 2;
   in.classes = classes;
   in.reg_max = 3;
@@ -307,8 +310,8 @@ void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, 
   in.max_detections = 300;
   c.sizes = {90, 120, 100, 80};
   for (int l = 0; l < in.levels; ++l) {
-    in.level[l].height = l == 0 ? 8 : 2;
-    in.level[l].width = l == 0 ? 10 : 3;
+    in.level[l].height = l == 0 ? height : 2;
+    in.level[l].width = l == 0 ? width : 3;
     in.level[l].stride = 8 << l;
     c.cls.emplace_back(in.batch, classes, in.level[l].height, in.level[l].width, layout);
     c.reg.emplace_back(in.batch, 16, in.level[l].height, in.level[l].width, layout);
@@ -327,7 +330,7 @@ void crowd(Generator& draw, int64_t classes, int64_t nms_pre, bool anchor_topk, 
 }
 
 // Smooth distributions, far from the ends and at them, all of them kept.
-template <class T> void smooth(Generator& draw, const char* name) {
+template <class T> void smooth(Generator& draw, const char* name, int64_t max_detections = 24) {
   Case<T> c;
   gfl::PostprocessInput& in = c.in;
   in.levels = 1;
@@ -335,7 +338,7 @@ template <class T> void smooth(Generator& draw, const char* name) {
   in.batch = in.classes = 1;
   in.reg_max = static_cast<int>(draw.integer(1, 129));
   in.iou_threshold = 1;
-  in.max_detections = 24;
+  in.max_detections = max_detections;
   in.level[0].height = 4;
   in.level[0].width = 5;
   in.level[0].stride = 8;
@@ -398,6 +401,16 @@ int main() {
     crowd(draw, 256, nms_pre / 300, true, kNchw, "crowd, by location");
   }
   crowd(draw, 1203, 1000, false, kNchw, "1203 classes");
+  for (const bool anchor_topk : {false, true}) {
+    const int64_t nms_pre = anchor_topk ? 57 : 300;
+    crowd(draw, 1, nms_pre, anchor_topk, kNchw, "many locations", 70, 80);
+    for (const Layout layout : {kNchw, kNhwc}) {
+      crowd<gfl::half_t>(draw, 256, nms_pre, anchor_topk, layout, "crowd, fp16");
+      crowd<gfl::bfloat16_t>(draw, 256, nms_pre, anchor_topk, layout, "crowd, bf16");
+    }
+    crowd<double>(draw, 250, nms_pre, anchor_topk, kNchw, "crowd, fp64");
+  }
+  smooth<float>(draw, "many empty slots", 9000);
   for (const double threshold : kThresholds) {
     every_pattern<gfl::half_t>(threshold, "every fp16");
     every_pattern<gfl::bfloat16_t>(threshold, "every bf16");

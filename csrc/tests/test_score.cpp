@@ -57,7 +57,7 @@ void run(const ScoreInput& in, bool rows, const void* grad, int64_t stride, void
 struct Case {
   std::string name;
   int64_t rows, classes;
-  bool activated = false, dense = false, transposed = false, broadcast = false;
+  bool activated = false, dense = false, transposed = false, broadcast = false, far = false;
 };
 
 template <class T>
@@ -68,13 +68,21 @@ void check(const Oracle& o, const std::vector<double>& params, const Case& c, bo
   std::vector<double> pred_values(count), target_values(c.dense ? count : c.rows),
       grad_values(c.broadcast ? 1 : c.rows);
   std::vector<int64_t> labels(c.rows);
-  for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
-  for (double& v : target_values) v = rows || draw.integer(0, 3) == 0 ? draw.uniform(0.05, 0.99) : o.negative;
+  for (double& v : pred_values) {
+    v = c.far ? far_logit(draw) : c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  }
+  const double negative = o.negative * (c.far ? 50 : 1);  // a power bends where the score of a negative is 0
+  for (double& v : target_values) v = rows || draw.integer(0, 3) == 0 ? draw.uniform(0.05, 0.99) : negative;
   for (double& v : grad_values) v = draw.normal(2);
   for (int64_t& l : labels) l = draw.integer(-2, c.classes + 3);
   const std::vector<T> pred_rounded = rounded<T>(pred_values);
+  const std::vector<double> x = widened(pred_rounded);
+  for (int64_t i = 0; i < (c.dense ? count : c.rows); ++i) {
+    const int64_t k = c.dense ? 0 : labels[i], at = c.dense ? i : c.transposed ? k * c.rows + i : i * c.classes + k;
+    if (c.dense || (k >= 0 && k < c.classes)) target_values[i] = apart(target_values[i], x[at], c.activated, draw);
+  }
   const std::vector<A> target_rounded = rounded<A>(target_values), grad_rounded = rounded<A>(grad_values);
-  const std::vector<double> x = widened(pred_rounded), t = widened(target_rounded), g = widened(grad_rounded);
+  const std::vector<double> t = widened(target_rounded), g = widened(grad_rounded);
 
   const Buffer<T> pred(pred_rounded);
   const Buffer<A> target(target_rounded), grad(grad_rounded);
@@ -144,6 +152,7 @@ const Case kRowCases[] = {
     {"many dense runs", 5, 1040, false, true},
     {"many runs, many rows", 70, 1040},
     {"over a block, transposed", 300, 8, false, false, true},
+    {"far from 0", 9, 37, false, false, false, false, true},
 };
 const Case kElementCases[] = {
     {"empty", 0, 1, false, true},
@@ -155,24 +164,21 @@ const Case kElementCases[] = {
     {"two blocks", 600, 1, false, true, false, true},
     {"turns of the grid", 2700, 1, false, true},
     {"turns of the grid, activated", 2700, 1, true, true},
+    {"far from 0", 257, 1, false, true, false, false, true},
 };
 
 // --- down to one number ----------------------------------------------------------------------------------------------
 
-enum class Layout {
-  rows,
-  padded,
-  planar,
-  sliced
-};  // class innermost, with a gap per row, location innermost, every second
+// Class innermost, with a gap per row, location innermost, every second.
+enum class Layout { rows, padded, planar, sliced };
 
+// `turned`: gradient and dense targets lie location innermost where the scores do not, and the other way round.
 struct ReducedCase {
   std::string name;
   int64_t images, locations, classes;
   bool sparse = true, weighted = false, normed = true, activated = false;
   Layout layout = Layout::rows;
-  bool turned =
-      false;  // gradient and dense targets lie location innermost where the scores do not, and the other way round
+  bool turned = false, far = false;
 };
 
 void strides_of(const ReducedCase& c, bool turned, int64_t (&stride)[3], int64_t& size) {
@@ -201,7 +207,9 @@ void check_reduced(const Oracle& o, const std::vector<double>& params, const Red
   };
   std::vector<double> pred_values(size), target_values(c.sparse ? rows : size), weight_values(rows);
   std::vector<int64_t> labels(rows);
-  for (double& v : pred_values) v = c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  for (double& v : pred_values) {
+    v = c.far ? far_logit(draw) : c.activated ? draw.uniform(0.02, 0.98) : draw.normal(3);
+  }
   for (double& v : target_values) v = c.sparse || draw.integer(0, 3) == 0 ? draw.uniform(0.02, 0.98) : 0.0;
   for (double& v : weight_values) v = draw.integer(0, 4) == 0 ? 0.0 : draw.uniform(0.1, 3);
   for (int64_t row = 0; row < rows; ++row) {  // the second half has none: there are tiles without a class
@@ -209,8 +217,14 @@ void check_reduced(const Oracle& o, const std::vector<double>& params, const Red
   }
   const double factor = draw.uniform(0.5, 2), norm = draw.uniform(1, 40);
   const std::vector<T> pred_rounded = rounded<T>(pred_values);
+  const std::vector<double> x = widened(pred_rounded);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = i / c.classes, k = i % c.classes;
+    double& score = target_values[c.sparse ? row : in_layout(beside, row, k)];
+    if (!c.sparse || labels[row] == k) score = apart(score, x[in_layout(stride, row, k)], c.activated, draw);
+  }
   const std::vector<A> target_rounded = rounded<A>(target_values), weight_rounded = rounded<A>(weight_values);
-  const std::vector<double> x = widened(pred_rounded), t = widened(target_rounded), w = widened(weight_rounded);
+  const std::vector<double> t = widened(target_rounded), w = widened(weight_rounded);
   const Buffer<T> pred(pred_rounded);
   const Buffer<A> target(target_rounded), weight(weight_rounded), norms(rounded<A>({norm}));
   const Buffer<int64_t> label(labels);
@@ -351,26 +365,42 @@ const ReducedCase kReducedCases[] = {
     {"many dense runs", 1, 136, 72, false, true},
     {"activated", 1, 40, 8, true, true, true, true},
     {"dense, activated", 1, 40, 8, false, true, true, true},
+    {"far from 0", 1, 40, 8, true, true, true, false, Layout::rows, false, true},
+    {"many images", 2100, 1, 1},
+    {"dense, far from 0", 1, 40, 8, false, true, true, false, Layout::rows, false, true},
 };
 
-// ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient.
-void check_extremes() {
-  const float infinity = std::numeric_limits<float>::infinity(), largest = std::numeric_limits<float>::max();
-  const Buffer<float> pred(std::vector<float>{1e4f, -1e4f, -infinity, infinity, infinity, -infinity});
-  const Buffer<float> target(std::vector<float>{0, 1, 0, 1, 0, 1}), grad(std::vector<float>(6, 1));
-  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0, 9, 0});
+// ±1e4: finite losses, gradients of ±1. Infinities count as the largest number and have no gradient; NaN spreads.
+template <class T> void check_extremes(DType dtype) {
+  using A = acc_t<T>;
+  const std::vector<T> values = rounded<T>({1e4, -1e4, -HUGE_VAL, HUGE_VAL, HUGE_VAL, -HUGE_VAL, NAN});
+  const A big = static_cast<A>(load(&values[0])), largest = std::numeric_limits<A>::max();
+  const std::vector<A> want{big, big, 0, 0, largest, largest}, want_grad{1, -1, 0, 0, 0, 0};
+  const size_t n = values.size();
+  const Buffer<T> pred(values);
+  const Buffer<A> target(std::vector<A>{0, 1, 0, 1, 0, 1, 0}), grad(std::vector<A>(n, 1));
+  const Buffer<int64_t> label(std::vector<int64_t>{9, 0, 9, 0, 9, 0, 9});
   for (const Oracle& o : kOracles) {
-    if (std::string(o.loss) == "focal" || std::string(o.loss) == "vfl") continue;  // have factors of their own
+    const bool rows =
+        std::string(o.loss) != "focal" && std::string(o.loss) != "vfl";  // these have factors of their own
     for (const std::vector<double>& params : o.params) {
-      ScoreInput in = input(o, params, pred.data(), DType::f32, target.data(), false);
+      ScoreInput in = input(o, params, pred.data(), dtype, target.data(), false);
       in.classes = in.stride[1] = in.stride[2] = 1;
-      in.locations = 6;
-      in.label = label.data();
-      Buffer<float> loss(6), grad_pred(6);
-      run(in, true, nullptr, 0, loss.data(), nullptr, nullptr);
-      run(in, true, grad.data(), 1, nullptr, grad_pred.data(), nullptr);
-      CHECK((loss.read() == std::vector<float>{1e4f, 1e4f, 0, 0, largest, largest}), "%s: extreme losses", o.loss);
-      CHECK((grad_pred.read() == std::vector<float>{1, -1, 0, 0, 0, 0}), "%s: extreme gradients", o.loss);
+      in.locations = static_cast<int64_t>(n);
+      in.label = rows ? label.data() : nullptr;
+      Buffer<A> loss(n);
+      Buffer<T> grad_pred(n);
+      run(in, rows, nullptr, 0, loss.data(), nullptr, nullptr);
+      run(in, rows, grad.data(), 1, nullptr, grad_pred.data(), nullptr);
+      const std::vector<double> got = widened(loss.read()), got_grad = widened(grad_pred.read());
+      CHECK(got[n - 1] != got[n - 1] && got_grad[n - 1] != got_grad[n - 1], "%s: a NaN is lost", o.loss);
+      for (size_t i = 0; i + 1 < n; ++i) {
+        CHECK(got[i] == got[i] && got_grad[i] == got_grad[i], "%s: a NaN of element %zu", o.loss, i);
+        if (!rows) continue;
+        CHECK(got[i] == static_cast<double>(want[i]), "%s: extreme loss %zu is %g", o.loss, i, got[i]);
+        CHECK(got_grad[i] == static_cast<double>(want_grad[i]), "%s: extreme gradient %zu is %g", o.loss, i,
+              got_grad[i]);
+      }
     }
   }
 }
@@ -401,23 +431,20 @@ int main() {
       for (const std::vector<double>& params : o->params) {
         const bool fast = params.empty() || params[0] == o->params[0][0];
         if (Loss::summed) {
-          for (const Case& c : kRowCases) {
-            // Of thousands of targets some lie so close to the probability that a difference crosses the kink.
-            if (!fast && c.dense && c.classes > 400) continue;
-            check<T>(*o, params, c, true, dtype, epsilon, draw);
-          }
+          for (const Case& c : kRowCases) check<T>(*o, params, c, true, dtype, epsilon, draw);
         } else {
           for (const Case& c : kElementCases) check<T>(*o, params, c, false, dtype, epsilon, draw);
         }
         for (const ReducedCase& c : kReducedCases) {
           if (c.sparse && !Loss::summed) continue;
           if (!fast && c.locations > 60) continue;  // the general walk knows no tiles of runs
+          if (c.images > 1000 && (!fast || o != kOracles || epsilon > 0)) continue;  // the sums are those of any loss
           check_reduced<T>(*o, params, c, dtype, epsilon, draw);
         }
       }
     });
   });
   CHECK(score_param_count("none of them") == -1, "a name that there is not");
-  check_extremes();
+  for_dtypes([](auto t, DType dtype, double) { check_extremes<decltype(t)>(dtype); });
   return result("score");
 }

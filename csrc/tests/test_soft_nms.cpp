@@ -60,13 +60,13 @@ std::map<int64_t, A> oracle(const Case& c, const std::vector<A>& boxes, std::vec
   return taken;
 }
 
-template <class T> std::vector<acc_t<T>> accumulated(const std::vector<T>& values) {
-  std::vector<acc_t<T>> result;
-  for (const T& v : values) result.push_back(load(&v));
+template <class A, class T> std::vector<A> accumulated(const std::vector<T>& values) {
+  std::vector<A> result;
+  for (const T& v : values) result.push_back(static_cast<A>(load(&v)));
   return result;
 }
 
-template <class T> void check(const Case& c, DType dtype, Generator& g) {
+template <class T, class S> void check(const Case& c, DType dtype, DType score_dtype, Generator& g) {
   using A = acc_t<T>;
   const size_t n = static_cast<size_t>(c.count);
   std::vector<double> drawn, drawn_scores;
@@ -79,8 +79,9 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
                                                  : static_cast<double>(g.integer(0, 40)) / 32);
     classes.push_back(g.integer(0, std::max<int64_t>(c.classes, 1)));
   }
-  const Buffer<T> boxes(rounded<T>(drawn)), scores(rounded<T>(drawn_scores));
-  const SoftNmsInput in{boxes.data(), dtype,       4,       1,           scores.data(), dtype, 1,
+  const Buffer<T> boxes(rounded<T>(drawn));
+  const Buffer<S> scores(rounded<S>(drawn_scores));
+  const SoftNmsInput in{boxes.data(), dtype,       4,       1,           scores.data(), score_dtype, 1,
                         c.count,      c.threshold, c.sigma, c.min_score, c.gaussian};
   std::vector<int64_t> order(n), grouped(n), bounds(n + 1), indices(n + 1);
   for (size_t i = 0; i < n; ++i) order[i] = static_cast<int64_t>(i);
@@ -104,13 +105,13 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
   // What is kept is ranked where the host can see it.
   const std::vector<A> final_of = final_scores.read();
   const std::vector<uint8_t> flags = keep.read();
-  const std::vector<T> plain_scores = rounded<T>(drawn_scores);
+  const std::vector<S> plain_scores = rounded<S>(drawn_scores);
   SoftNmsInput ranked = in;
   ranked.scores = plain_scores.data();
   std::vector<float> got(std::max<size_t>(n, 1));
   const int64_t kept = cpu::soft_nms_collect(ranked, final_of.data(), flags.data(), indices.data(), got.data());
 
-  const std::map<int64_t, A> want = oracle<A>(c, accumulated(boxes.read()), accumulated(scores.read()), classes);
+  const std::map<int64_t, A> want = oracle<A>(c, accumulated<A>(boxes.read()), accumulated<A>(scores.read()), classes);
   CHECK(kept == static_cast<int64_t>(want.size()), "%s dtype %d: %lld kept, expected %zu", c.name,
         static_cast<int>(dtype), static_cast<long long>(kept), want.size());
   for (int64_t i = 0; i < kept; ++i) {
@@ -136,18 +137,28 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
 
 int main() {
   const Case cases[] = {
-      {"empty", 0, 1, 0.3, 0.5, 0.001, false},        {"one", 1, 1, 0.3, 0.5, 0.001, true},
-      {"linear", 40, 1, 0.3, 0.5, 0.001, false},      {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
-      {"classes", 120, 4, 0.3, 0.5, 0.05, false},     {"classes, gaussian", 120, 4, 0.3, 0.2, 0.05, true},
-      {"threshold 0", 60, 2, 0.0, 0.5, 0.1, false},   {"a high minimum", 60, 2, 0.3, 0.5, 1.0, true},
-      {"over a block", 515, 1, 0.2, 0.5, 1.1, false}, {"many classes", 200, 150, 0.3, 0.5, 0.3, true},
+      {"empty", 0, 1, 0.3, 0.5, 0.001, false},           {"one", 1, 1, 0.3, 0.5, 0.001, true},
+      {"linear", 40, 1, 0.3, 0.5, 0.001, false},         {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
+      {"classes", 120, 4, 0.3, 0.5, 0.05, false},        {"classes, gaussian", 120, 4, 0.3, 0.2, 0.05, true},
+      {"threshold 0", 60, 2, 0.0, 0.5, 0.1, false},      {"a high minimum", 60, 2, 0.3, 0.5, 1.0, true},
+      {"over a block", 515, 1, 0.2, 0.5, 1.1, false},    {"many classes", 200, 150, 0.3, 0.5, 0.3, true},
+      {"many of a class", 2700, 1, 0.2, 0.5, 1.2, true},
   };
   Generator g(21);
   for (const Case& c : cases) {
-    check<float>(c, DType::f32, g);
-    check<double>(c, DType::f64, g);
-    check<half_t>(c, DType::f16, g);
-    check<bfloat16_t>(c, DType::bf16, g);
+    check<float, float>(c, DType::f32, DType::f32, g);
+    check<double, double>(c, DType::f64, DType::f64, g);
+    check<half_t, half_t>(c, DType::f16, DType::f16, g);
+    check<bfloat16_t, bfloat16_t>(c, DType::bf16, DType::bf16, g);
+  }
+  // Scores of another dtype than the boxes'.
+  const Case mixed{"mixed", 2700, 1, 0.2, 0.5, 1.2, false};
+  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+    for (const DType score_dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+      dispatch(dtype, [&](auto t) {
+        dispatch(score_dtype, [&](auto s) { check<decltype(t), decltype(s)>(mixed, dtype, score_dtype, g); });
+      });
+    }
   }
 #if !defined(GFL_TEST_CUDA)
   // The best of all is kept although every score is below the minimum.

@@ -1,33 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Task-aligned assignment against metrics of all pairs, sorted; its arithmetic against double.
-#include "gfl/assign.h"
-
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-
-#include "terms/scalar.h"
 #include "terms/task_aligned.h"
-#include "testing.h"
+
+#include "assignment.h"
 
 namespace {
 
 using namespace gfl;
-using gfl::testing::Buffer;
+using gfl::testing::Assigned;
 using gfl::testing::Generator;
-
-struct Result {
-  std::vector<int64_t> labels, matched;
-  std::vector<float> scores;
-};
-
-struct Scene {
-  std::vector<GridLevel> levels;
-  std::vector<float> points;  // of every location
-  std::vector<double> scores;
-  std::vector<float> boxes, gt_boxes;
-  std::vector<int64_t> gt_labels;
-};
+using gfl::testing::Scene;
 
 // Locations by falling value, ties by the lower index.
 std::vector<size_t> ranking(const std::vector<float>& values) {
@@ -39,7 +21,7 @@ std::vector<size_t> ranking(const std::vector<float>& values) {
 
 // The definition for one image, over matrices [slots, locations].
 void by_sorting(const TaskAlignedInput& in, const Scene& s, const std::vector<float>& scores, int64_t image,
-                Result& r) {
+                Assigned& r) {
   const size_t count = static_cast<size_t>(in.locations);
   const bool mmdet = in.variant == TaskAlignedVariant::mmdet;
   const Power alpha = power_of(in.alpha), beta = power_of(in.beta);
@@ -60,7 +42,7 @@ void by_sorting(const TaskAlignedInput& in, const Scene& s, const std::vector<fl
       const float* p = in.boxes + 4 * at;
       float overlap = task_aligned_overlap(in.overlap, rated_box(in.overlap, b[0], b[1], b[2], b[3]),
                                            rated_box(in.overlap, p[0], p[1], p[2], p[3]));
-      row.inside.push_back(inside(s.points[2 * i], s.points[2 * i + 1]));
+      row.inside.push_back(inside(s.points[4 * i], s.points[4 * i + 1]));
       if (in.variant == TaskAlignedVariant::ultralytics && !row.inside[i]) overlap = 0;
       const float score = scores[at * static_cast<size_t>(in.classes) + static_cast<size_t>(label)];
       row.overlap.push_back(overlap);
@@ -106,27 +88,15 @@ void by_sorting(const TaskAlignedInput& in, const Scene& s, const std::vector<fl
       }
       score = normalised_metric(in, got[i]->metric[i], metric, overlap);
     }
-    r.labels.push_back(got[i] == nullptr ? -1 : in.gt_labels[image * in.gts + got[i]->slot]);
-    r.matched.push_back(got[i] == nullptr ? -1 : got[i]->slot);
-    r.scores.push_back(score);
+    const int64_t slot = got[i] == nullptr ? -1 : got[i]->slot;
+    r.add(slot < 0 ? -1 : in.gt_labels[image * in.gts + slot], slot, score);
   }
 }
 
-template <class T> void run(TaskAlignedInput in, const std::vector<T>& scores, const TaskAlignedOutput& out) {
+template <class T> void run(TaskAlignedInput in, const std::vector<T>& scores, const AssignOutput& out) {
 #if defined(GFL_TEST_CUDA)
-  const size_t boxes = static_cast<size_t>(in.images * in.gts), all = static_cast<size_t>(in.images * in.locations);
-  const Buffer<T> on_scores(scores);
-  const Buffer<float> on_boxes(std::vector<float>(in.boxes, in.boxes + all * 4));
-  const Buffer<float> gt_boxes(std::vector<float>(in.gt_boxes, in.gt_boxes + boxes * 4));
-  const Buffer<int64_t> gt_labels(std::vector<int64_t>(in.gt_labels, in.gt_labels + boxes));
-  const size_t points = in.points == nullptr ? 0 : static_cast<size_t>(in.locations) * 2;
-  const Buffer<float> on_points(std::vector<float>(in.points, in.points + points));
-  in.scores = on_scores.data();
-  in.boxes = on_boxes.data();
-  in.gt_boxes = gt_boxes.data();
-  in.gt_labels = gt_labels.data();
-  if (in.points != nullptr) in.points = on_points.data();
-  Buffer<uint64_t> workspace(cuda::task_aligned_workspace_bytes(in) / 8 + 1);
+  const gfl::testing::PredictionsOnDevice<TaskAlignedInput, T> moved(in, scores, 2);
+  gfl::testing::Buffer<uint64_t> workspace(cuda::task_aligned_workspace_bytes(in) / 8 + 1);
   CHECK_CUDA(cuda::task_aligned(in, out, workspace.data(), nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
 #else
@@ -142,65 +112,12 @@ template <class T> void compare(TaskAlignedInput in, const Scene& s, DType dtype
   std::vector<float> scores;
   for (const double v : gfl::testing::widened(stored)) scores.push_back(static_cast<float>(v));
   in.score_dtype = dtype;
-  Result want;
+  Assigned want;
   for (int64_t image = 0; image < in.images; ++image) by_sorting(in, s, scores, image, want);
-  const size_t size = static_cast<size_t>(in.images * in.locations);
-  Buffer<int64_t> labels(size), matched(size);
-  Buffer<float> result(size);
-  run(in, stored, {labels.data(), matched.data(), result.data()});
-  const std::vector<int64_t> got_labels = labels.read(), got_matched = matched.read();
-  const std::vector<float> got = result.read();
-  for (size_t i = 0; i < size; ++i) {
-    positives += want.matched[i] >= 0;
-    conflicts_of_nothing += want.matched[i] >= 0 && want.scores[i] == 0;
-    CHECK(got_labels[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(got_labels[i]), static_cast<long long>(want.labels[i]));
-    CHECK(got_matched[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
-          static_cast<long long>(got_matched[i]), static_cast<long long>(want.matched[i]));
-    CHECK(got[i] == want.scores[i], "%s: score of %zu is %g, not %g", name, i, got[i], want.scores[i]);
-  }
-}
-
-Scene drawn(Generator& draw, int64_t images, int64_t gts, int64_t classes, bool tied) {
-  Scene s;
-  s.levels = {{9, 13, 8, 0.5f}, {0, 4, 12, 0.5f}, {5, 7, 16, tied ? 0.0f : 0.5f}, {2, 3, 32, 0.5f}};
-  for (const GridLevel& level : s.levels) {
-    for (int64_t y = 0; y < level.height; ++y) {
-      for (int64_t x = 0; x < level.width; ++x) {
-        s.points.push_back((static_cast<float>(x) + level.offset) * level.stride);
-        s.points.push_back((static_cast<float>(y) + level.offset) * level.stride);
-      }
-    }
-  }
-  const int64_t locations = static_cast<int64_t>(s.points.size() / 2);
-  for (int64_t i = 0; i < images * gts; ++i) {
-    const double x = draw.uniform(-10, 110), y = draw.uniform(-10, 80), w = std::exp(draw.uniform(0, 4.7));
-    const double h = std::exp(draw.uniform(0, 4.7)), unit = tied ? 8 : 1e-4;
-    for (const double v : {x - w / 2, y - h / 2, x + w / 2, y + h / 2}) {
-      s.gt_boxes.push_back(static_cast<float>(std::round(v / unit) * unit));
-    }
-    s.gt_labels.push_back(draw.integer(-1, classes + (i % 7 == 0 ? 2 : 0)));
-  }
-  for (int64_t i = 0; i < images * locations; ++i) {
-    const double x = s.points[2 * static_cast<size_t>(i % locations)];
-    const double y = s.points[2 * static_cast<size_t>(i % locations) + 1];
-    const size_t near = static_cast<size_t>(i / locations * gts + draw.integer(0, gts));
-    const float* g = s.gt_boxes.data() + 4 * near;
-    const bool fits = !tied && draw.integer(0, 3) > 0 && g[0] < x && x < g[2] && g[1] < y && y < g[3];
-    const double wild[4] = {x - 14, y - 14, x + 14, y + 14};
-    for (int c = 0; c < 4; ++c) {
-      s.boxes.push_back(static_cast<float>(fits ? g[c] + draw.normal(2) : wild[c] + (tied ? 0 : draw.normal(4))));
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      s.scores.push_back(tied ? static_cast<double>(draw.integer(0, 3)) / 2 : draw.uniform(0, 1.02));
-    }
-  }
-  s.boxes[7] = NAN;
-  s.boxes[21] = INFINITY;
-  s.scores[5] = NAN;
-  s.gt_boxes[9] = NAN;
-  s.gt_boxes[14] = INFINITY;
-  return s;
+  gfl::testing::AssignedBuffers got(static_cast<size_t>(in.images * in.locations));
+  run(in, stored, {got.labels.data(), got.matched.data(), got.values.data()});
+  positives += got.check(want, name);
+  for (size_t i = 0; i < want.matched.size(); ++i) conflicts_of_nothing += want.matched[i] >= 0 && want.values[i] == 0;
 }
 
 void arithmetic() {
@@ -256,26 +173,19 @@ int main() {
   const int64_t images = 2, classes = 3;
   for (const bool tied : {false, true}) {
     for (const int64_t gts : {3, 30}) {
-      const Scene s = drawn(draw, images, std::max<int64_t>(gts, 4), classes, tied);
+      const Scene s = gfl::testing::drawn_scene(draw, images, std::max<int64_t>(gts, 4), classes, tied);
+      std::vector<float> points;
+      for (size_t i = 0; i < s.points.size(); ++i) {
+        if (i % 4 < 2) points.push_back(s.points[i]);
+      }
       for (const auto& [topk, topk2] :
            {std::pair<int64_t, int64_t>{10, 10}, {7, 1}, {1, 1}, {13, 4}, {40, 35}, {400, 400}}) {
         for (const auto variant :
              {TaskAlignedVariant::ultralytics, TaskAlignedVariant::yolov6, TaskAlignedVariant::mmdet}) {
           for (const bool grid : {true, false}) {
             TaskAlignedInput in{};
-            in.levels = s.levels.data();
-            in.level_count = static_cast<int64_t>(s.levels.size());
-            in.points = grid ? nullptr : s.points.data();
-            in.locations = static_cast<int64_t>(s.points.size() / 2);
-            in.score_stride[0] = in.locations * classes;
-            in.score_stride[1] = classes;
-            in.score_stride[2] = 1;
-            in.boxes = s.boxes.data();
-            in.gt_boxes = s.gt_boxes.data();
-            in.gt_labels = s.gt_labels.data();
-            in.images = images;
-            in.gts = std::max<int64_t>(gts, 4);
-            in.classes = classes;
+            s.enter(in, images, std::max<int64_t>(gts, 4), classes);
+            in.points = grid ? nullptr : points.data();
             in.topk = topk;
             in.topk2 = topk2;
             in.alpha = variant == TaskAlignedVariant::ultralytics ? 0.5 : 1;
@@ -304,6 +214,23 @@ int main() {
         }
       }
     }
+  }
+  // More levels, locations and k than one turn of any loop takes, and exponents that no product gives.
+  const Scene wide = gfl::testing::drawn_scene(draw, 18, 5, classes, false, true);
+  for (const auto variant : {TaskAlignedVariant::ultralytics, TaskAlignedVariant::yolov6, TaskAlignedVariant::mmdet}) {
+    TaskAlignedInput in{};
+    wide.enter(in, 18, 5, classes);
+    in.topk = 400;
+    in.topk2 = 150;
+    in.alpha = 0.7;
+    in.beta = 2.3;
+    in.min_side = variant == TaskAlignedVariant::ultralytics ? 16.0f : 0.0f;
+    in.eps = 1e-9f;
+    in.variant = variant;
+    in.overlap = variant == TaskAlignedVariant::ultralytics ? TaskAlignedOverlap::ciou
+                 : variant == TaskAlignedVariant::yolov6    ? TaskAlignedOverlap::clipped_iou
+                                                            : TaskAlignedOverlap::iou;
+    compare<float>(in, wide, DType::f32, "wide");
   }
   CHECK(positives > 2000, "only %lld positives", static_cast<long long>(positives));
   CHECK(conflicts_of_nothing > 100, "only %lld of score 0", static_cast<long long>(conflicts_of_nothing));

@@ -69,7 +69,7 @@ class Replaced(list[str]):
 
     def __init__(self, names: Iterable[str], undo: Callable[[], object]) -> None:
         super().__init__(names)
-        self._undo = undo
+        self.undo = undo
 
     def __enter__(self) -> Replaced:
         return self
@@ -77,7 +77,7 @@ class Replaced(list[str]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._undo()
+        self.undo()
 
 
 class Patch:

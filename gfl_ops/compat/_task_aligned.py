@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import task_aligned_assign
-from ..ops.head.task_aligned_reference import overlap
-
-# What mmdet's assigners give as the overlap of a prior without a box.
-NO_OVERLAP = -100000000.0
+from ..ops.head.task_aligned_reference import overlap, scores_in_double
+from ._dynamic_k import NO_OVERLAP, plain_iou
 
 
 class Targets(NamedTuple):
@@ -58,25 +56,19 @@ def dense_targets(
     learnt = found.scores.to(dtype)
     if dtype == torch.float64:
         score = pred_scores.gather(2, target[..., None])[..., 0]
-        learnt = _scores_in_double(score, pred_boxes, boxes, positive, slot, gt_boxes.shape[1], options)
+        kind = options.get("overlap", "iou" if options.get("variant") == "yolov6" else "ciou")
+        learnt = scores_in_double(
+            "ciou" if kind == "ciou" else "clipped_iou",
+            score,
+            pred_boxes,
+            boxes,
+            positive,
+            slot,
+            gt_boxes.shape[1],
+            *(options[name] for name in ("alpha", "beta", "eps")),
+        )
     scores = learnt.new_zeros((*target.shape, classes)).scatter_(2, target[..., None], learnt[..., None])
     return Targets(target, boxes, scores, positive, slot)
-
-
-def _scores_in_double(
-    score: Tensor, pred: Tensor, gt: Tensor, positive: Tensor, slot: Tensor, slots: int, options: dict[str, Any]
-) -> Tensor:
-    """The scores that positives are to learn, ``[B, A]``, in the dtypes and by the functions of the frameworks; for
-    training in fp64, which would show the rounding of `task_aligned_assign`'s."""
-    kind = options.get("overlap", "iou" if options.get("variant") == "yolov6" else "ciou")
-    reached = overlap("ciou" if kind == "ciou" else "clipped_iou", gt, pred, torch.atan)
-    reached = torch.where(positive, reached, 0.0)
-    metric = torch.where(positive, score.pow(options["alpha"]) * reached.pow(options["beta"]), 0.0)
-
-    def largest(x: Tensor) -> Tensor:
-        return x.new_zeros((len(x), slots)).scatter_reduce(1, slot, x, "amax").gather(1, slot)
-
-    return metric * largest(reached) / (largest(metric) + options["eps"])
 
 
 class TaskAlignedAssigner(nn.Module):
@@ -135,6 +127,13 @@ class TaskAlignedAssigner(nn.Module):
         )
 
 
+def _without_objects(scores: Tensor, boxes: Tensor, background: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels, boxes, scores and mask of a batch without a slot, which have the scores' dtype there."""
+    first = scores[..., 0]
+    labels = torch.full_like(first, background)
+    return labels, torch.zeros_like(boxes), torch.zeros_like(scores), torch.zeros_like(first)
+
+
 def _ultralytics(
     settings: Any,
     min_side: float,
@@ -146,15 +145,8 @@ def _ultralytics(
     mask: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not gt_boxes.shape[1]:
-        first = scores[..., 0]
-        none = torch.zeros_like(first)
-        return (
-            torch.full_like(first, settings.num_classes),
-            torch.zeros_like(boxes),
-            torch.zeros_like(scores),
-            none > 0,
-            none,
-        )
+        *targets, none = _without_objects(scores, boxes, settings.num_classes)
+        return (*targets, none > 0, none)  # type: ignore[return-value]
     found = dense_targets(
         scores,
         boxes,
@@ -184,22 +176,26 @@ def _enlarges(theirs: Any, side: float) -> bool:
         return bool(theirs.select_candidates_in_gts(*arguments[:2]).any())
 
 
+def enlarges(theirs: Any) -> bool | None:
+    """Whether their assigner makes any side at least the second stride, as 8.4 does; 8.3 leaves boxes as they are. None
+    for those in between, where only sides below the first stride became that long, which ours does not do."""
+    small, middling = (_enlarges(theirs(num_classes=1), side) for side in (6.0, 12.0))
+    return small if small == middling else None
+
+
 def ultralytics_forward(theirs: Any) -> Callable[..., Any]:
     """A `forward` for their class: ours for upright boxes, their own for what a subclass defines anew."""
-    original = theirs.forward
+    original, enlarged = theirs.forward, enlarges(theirs)
     steps = {name: value for name, value in vars(theirs).items() if callable(value) and name != "forward"}
     del steps["__init__"]
-    # With strides of 8, 16 and 32: 8.3 leaves boxes as they are, 8.4 makes any side at least 16; in between only sides
-    # below 8 became 16, which ours does not do.
-    small, middling = (_enlarges(theirs(num_classes=1), side) for side in (6.0, 12.0))
 
     @torch.no_grad()
     def forward(self: Any, *arguments: Any, **extra: Any) -> Any:
         """Their call and results."""
         plain = all(getattr(type(self), name) is value for name, value in steps.items())
-        if not plain or extra or len(arguments) != 6 or small != middling:
+        if not plain or extra or len(arguments) != 6 or enlarged is None:
             return original(self, *arguments, **extra)
-        return _ultralytics(self, float(self.stride_val) if small else 0.0, *arguments)
+        return _ultralytics(self, float(self.stride_val) if enlarged else 0.0, *arguments)
 
     return forward
 
@@ -237,9 +233,7 @@ class YOLOv6Assigner(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels ``[B, A]``, boxes ``[B, A, 4]``, scores ``[B, A, C]`` and mask ``[B, A]`` of the targets."""
         if not gt_bboxes.shape[1]:
-            first = pd_scores[..., 0]
-            none = torch.zeros_like(first)
-            return torch.full_like(first, self.bg_idx), torch.zeros_like(pd_bboxes), torch.zeros_like(pd_scores), none
+            return _without_objects(pd_scores, pd_bboxes, self.bg_idx)
         options = {"topk": self.topk, "alpha": self.alpha, "beta": self.beta, "eps": self.eps, "variant": "yolov6"}
         found = dense_targets(
             pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, self.num_classes, **options
@@ -301,19 +295,10 @@ def mmdet_assign(original: Any) -> Callable[..., Any]:
     ) -> Any:
         """mmdet's call and its AssignResult with `assign_metrics`: 1-based box of each prior, 0 for none."""
         from mmdet.models.task_modules.assigners import AssignResult
-        from mmdet.models.task_modules.assigners.iou2d_calculator import BboxOverlaps2D
 
         priors, boxes, scores = pred_instances.priors, pred_instances.bboxes, pred_instances.scores
         truth, classes = gt_instances.bboxes, gt_instances.labels
-        ours = (
-            type(self.iou_calculator) is BboxOverlaps2D
-            and self.iou_calculator.dtype is None
-            and type(truth) is type(boxes) is Tensor
-            and truth.dtype == boxes.dtype == torch.float32
-            and len(truth)
-            and len(boxes)
-        )
-        if not ours:
+        if not plain_iou(self, boxes, truth):
             return original(self, pred_instances, gt_instances, gt_instances_ignore, alpha, beta)
         found = task_aligned_assign(
             scores[None],

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor | float) -> Tensor:
+def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor | float, deploy: bool = False) -> Tensor:
     r"""Offsets that the bins stand for, dense around 0 and sparse at both ends (section 4.1 of arXiv 2410.13842).
 
     .. math:: W(n) = \pm (\gamma^{|n - R/2|} - 1), \;\; \gamma = (a c + 1)^{2 / (R - 2)}, \;\; W(0) = -2ac = -W(R)
@@ -38,6 +38,7 @@ def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor | float) -> T
         reg_max: R, even, at least 4; 32 in the paper.
         up: ``[1]``, bound of the offsets in box sizes.
         reg_scale: curvature.
+        deploy: as constants, without a gradient.
 
     Returns:
         ``[R + 1]``, rising, in up's dtype. The gradient reaches `up` and `reg_scale`.
@@ -45,14 +46,25 @@ def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor | float) -> T
     Raises:
         ValueError: `reg_max` odd or below 4.
     """
-    if reg_max < 4 or reg_max % 2:
-        rule = "must be even and at least 4"
-        raise ValueError(checks.message("compat.dfine.weighting_function", "reg_max", rule, reg_max))
-    scale: Any = abs(reg_scale)
+    reg_max, scale = _bins(reg_max), _curvature(reg_scale)
+    if deploy:
+        up, scale = up.detach(), scale.detach() if isinstance(scale, Tensor) else scale
     bound = up.reshape(-1)[:1].abs() * scale
     power = torch.arange(1, reg_max // 2, device=up.device, dtype=up.dtype)
     right = (bound + 1) ** (2 / (reg_max - 2) * power) - 1
     return torch.cat([-2 * bound, -right.flip(0), torch.zeros_like(bound), right, 2 * bound])
+
+
+def _bins(reg_max: Any) -> int:
+    found = checks.number("compat.dfine", "reg_max", reg_max, integer=True)
+    if found < 4 or found % 2:
+        raise ValueError(checks.message("compat.dfine", "reg_max", "must be even and at least 4", found))
+    return int(found)
+
+
+def _curvature(reg_scale: Any) -> Any:
+    """Its magnitude; a tensor, which may be learned, stays one."""
+    return abs(reg_scale if isinstance(reg_scale, Tensor) else checks.number("compat.dfine", "reg_scale", reg_scale))
 
 
 def translate_gt(gt: Tensor, reg_max: int, reg_scale: Tensor | float, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +78,7 @@ def translate_gt(gt: Tensor, reg_max: int, reg_scale: Tensor | float, up: Tensor
         (left bin as a float, weight of the right bin, weight of the left bin), each ``[M]``. Offsets beyond the first
         or last bin get its whole weight; the left bin is R − 0.1 beyond the last, as theirs. No gradient.
     """
+    reg_max = _bins(reg_max)
     gt = gt.detach().reshape(-1)
     values = weighting_function(reg_max, up, reg_scale).detach()
     left = torch.searchsorted(values, gt.to(values.dtype), right=True) - 1
@@ -91,7 +104,8 @@ def bbox2distance(
     Returns:
         As `translate_gt`, each ``[4N]``, sides l, t, r, b of a box together.
     """
-    scale: Any = abs(reg_scale)
+    reg_max, scale = _bins(reg_max), _curvature(reg_scale)
+    eps = checks.number("compat.dfine.bbox2distance", "eps", eps)
     unit = points[:, 2:] / scale + 1e-16
     sides = torch.cat([(points[:, :2] - bbox[:, :2]) / unit, (bbox[:, 2:] - points[:, :2]) / unit], 1) - 0.5 * scale
     left, weight_right, weight_left = translate_gt(sides, reg_max, reg_scale, up)
@@ -109,7 +123,7 @@ def distance2bbox(points: Tensor, distance: Tensor, reg_scale: Tensor | float) -
     Returns:
         ``[…, 4]`` boxes x, y, w, h, x and y the centre. The gradient reaches all.
     """
-    scale: Any = abs(reg_scale)
+    scale = _curvature(reg_scale)
     side = (0.5 * scale + distance) * (points[..., 2:] / scale).repeat_interleave(2, -1)[..., [0, 2, 1, 3]]
     low, high = points[..., :2] - side[..., :2], points[..., :2] + side[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
@@ -145,6 +159,8 @@ def unimodal_distribution_focal_loss(
     target = (label.long(), weight_left.reshape(-1), weight_right.reshape(-1))
     if avg_factor is None:
         return distribution_focal_loss(pred, target, weight, reduction=reduction)
+    if not isinstance(avg_factor, Tensor):
+        avg_factor = checks.number("compat.dfine.unimodal_distribution_focal_loss", "avg_factor", avg_factor)
     return distribution_focal_loss(pred, target, weight, reduction="sum") / avg_factor
 
 

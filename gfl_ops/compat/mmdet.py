@@ -16,7 +16,7 @@ under autocast; NMS compares classes and takes no boxes at all; ATSS breaks ties
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,9 @@ from ..functional import batched_nms as classwise_nms
 from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.head.atss import centres
 from ..ops.select.postprocess import MAX_LEVELS
+from ._dynamic_k import NO_OVERLAP, batch_soft_label_forward, plain_iou, simota_by, soft_label_assign
 from ._patch import Change, Patch, Replaced, graft, stand_in
-from ._task_aligned import NO_OVERLAP, mmdet_assign, mmyolo_forward
+from ._task_aligned import mmdet_assign, mmyolo_forward
 
 __all__ = ["patch", "unpatch"]
 
@@ -125,7 +126,6 @@ def assign_by(original: Any) -> Any:
     ) -> Any:
         """mmdet's call and its AssignResult: 1-based box of each prior, 0 for none."""
         from mmdet.models.task_modules.assigners import AssignResult
-        from mmdet.models.task_modules.assigners.iou2d_calculator import BboxOverlaps2D
 
         priors, boxes, labels = pred_instances.priors, gt_instances.bboxes, gt_instances.labels
         ignoring = self.ignore_iof_thr > 0 and gt_instances_ignore is not None and len(gt_instances_ignore)
@@ -133,11 +133,7 @@ def assign_by(original: Any) -> Any:
             self.alpha is None
             and not ignoring
             and not {"scores", "bboxes"} & set(pred_instances.keys())
-            and type(self.iou_calculator) is BboxOverlaps2D
-            and self.iou_calculator.dtype is None
-            and type(priors) is type(boxes) is Tensor
-            and priors.dtype == boxes.dtype == torch.float32
-            and len(boxes)
+            and plain_iou(self, priors, boxes)
         )
         grid = grid_of(priors[:, :4], list(num_level_priors)) if ours else None
         if grid is None:
@@ -162,6 +158,19 @@ def assign_by(original: Any) -> Any:
         )
 
     return assign
+
+
+# Their assigners by name, and what makes our method of theirs: `assign` of mmdet's, `forward` of mmyolo's.
+ASSIGNERS: dict[str, Callable[[Any], Any]] = {
+    "ATSSAssigner": assign_by,
+    "TaskAlignedAssigner": mmdet_assign,
+    "DynamicSoftLabelAssigner": soft_label_assign,
+    "SimOTAAssigner": simota_by,
+}
+BATCH_ASSIGNERS: dict[str, Callable[[Any], Any]] = {
+    "BatchDynamicSoftLabelAssigner": batch_soft_label_forward,
+    "BatchTaskAlignedAssigner": mmyolo_forward,
+}
 
 
 def _test_options(head: Any, config: Any, levels: int) -> dict[str, Any] | None:
@@ -247,7 +256,7 @@ def _plan() -> Iterator[Change]:
     import mmcv.ops
     from mmdet.models import losses as their_losses
     from mmdet.models.dense_heads import gfl_head
-    from mmdet.models.task_modules.assigners import ATSSAssigner, TaskAlignedAssigner
+    from mmdet.models.task_modules import assigners
 
     for name in (*_LOSSES, *_BOX_LOSSES, "IoULoss"):
         needed = ["forward", "_loss"]
@@ -258,29 +267,31 @@ def _plan() -> Iterator[Change]:
     original = mmcv.ops.batched_nms
     suppression = stand_in(batched_nms_by(original), original)
     yield Change("mmcv.ops.batched_nms", mmcv.ops, "batched_nms", suppression, everywhere=True)
-    assigner = "mmdet.models.task_modules.assigners.atss_assigner.ATSSAssigner"
-    assign = stand_in(assign_by(ATSSAssigner.assign), ATSSAssigner.assign)
-    yield Change(assigner, ATSSAssigner, "assign", assign)
-    assigner = "mmdet.models.task_modules.assigners.task_aligned_assigner.TaskAlignedAssigner"
-    aligned = stand_in(mmdet_assign(TaskAlignedAssigner.assign), TaskAlignedAssigner.assign)
-    yield Change(assigner, TaskAlignedAssigner, "assign", aligned)
+    for name, by in ASSIGNERS.items():
+        yield _method(getattr(assigners, name), "assign", by)
     head = gfl_head.GFLHead
     predict = stand_in(predict_by(head.predict_by_feat, head._predict_by_feat_single), head.predict_by_feat)
     yield Change("mmdet.models.dense_heads.gfl_head.GFLHead.predict_by_feat", head, "predict_by_feat", predict)
-    if batch := _mmyolo_assigner():
-        label = "mmyolo.models.task_modules.assigners.batch_task_aligned_assigner.BatchTaskAlignedAssigner"
-        yield Change(label, batch, "forward", stand_in(mmyolo_forward(batch.forward), batch.forward))
+    if batch := mmyolo_assigners():
+        for name, by in BATCH_ASSIGNERS.items():
+            yield _method(getattr(batch, name), "forward", by)
 
 
-def _mmyolo_assigner() -> Any:
-    """mmyolo's BatchTaskAlignedAssigner; None without mmyolo, and where it refuses the installed mmcv."""
+def _method(theirs: Any, name: str, by: Callable[[Any], Any]) -> Change:
+    """The method `name` of their class, by ours, which falls back on it."""
+    original = getattr(theirs, name)
+    return Change(f"{theirs.__module__}.{theirs.__qualname__}", theirs, name, stand_in(by(original), original))
+
+
+def mmyolo_assigners() -> Any:
+    """mmyolo's module of assigners; None without mmyolo, and where it refuses the installed mmcv."""
     if importlib.util.find_spec("mmyolo") is None:
         return None
     try:
-        from mmyolo.models.task_modules.assigners import BatchTaskAlignedAssigner
+        from mmyolo.models.task_modules import assigners
     except (AssertionError, ImportError):
         return None
-    return BatchTaskAlignedAssigner
+    return assigners
 
 
 _PATCH = Patch(_plan)
@@ -293,8 +304,9 @@ def patch() -> Replaced:
         The names of what is replaced, a list: the losses `QualityFocalLoss`, `DistributionFocalLoss`, `FocalLoss`,
         `VarifocalLoss`, `KnowledgeDistillationKLDivLoss`, `GIoULoss`, `DIoULoss`, `CIoULoss`, `EIoULoss`, `SIoULoss`
         and `IoULoss`, `Integral`, mmcv's `batched_nms` wherever it was imported to, `ATSSAssigner`, TOOD's
-        `TaskAlignedAssigner`, GFLHead's prediction and, where mmyolo is installed, its `BatchTaskAlignedAssigner`. As
-        a context manager (``with patch():``) it is undone at the end of the block. A call while all is replaced
+        `TaskAlignedAssigner`, RTMDet's `DynamicSoftLabelAssigner`, YOLOX's `SimOTAAssigner`, GFLHead's prediction and,
+        where mmyolo is installed, its `BatchDynamicSoftLabelAssigner` and `BatchTaskAlignedAssigner`. As a context
+        manager (``with patch():``) it is undone at the end of the block. A call while all is replaced
         changes nothing, at the end of its block neither.
 
     Raises:

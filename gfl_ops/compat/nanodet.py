@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NanoDet and NanoDet-Plus (github.com/RangiLyu/nanodet): its losses, its `Integral` and its `multiclass_nms`.
+"""NanoDet and NanoDet-Plus (github.com/RangiLyu/nanodet): losses, `Integral`, `multiclass_nms`, NanoDet-Plus' assigner.
 
 The losses are mmdet's: labels 0 to C − 1, anything else is background. In place of its own modules::
 
-    from .nanodet import DistributionFocalLoss, GIoULoss, Integral, QualityFocalLoss, multiclass_nms
+    from .nanodet import DistributionFocalLoss, DynamicSoftLabelAssigner, GIoULoss, Integral, QualityFocalLoss
+    from .nanodet import multiclass_nms
 
 For `gfl_ops.postprocess` and `gfl_ops.atss_assign`: NanoDet's centres are those of the cells, ``center_offset=0.5``,
 and its priors' side is `octave_base_scale` of its configs, in strides (``anchor_scale``); reg_max is 7.
@@ -19,8 +20,16 @@ from torch import Tensor, nn
 from .. import functional
 from ..core import checks
 from ..losses import DistributionFocalLoss, GIoULoss, QualityFocalLoss
+from ._dynamic_k import NanoDetAssigner as DynamicSoftLabelAssigner
 
-__all__ = ["DistributionFocalLoss", "GIoULoss", "Integral", "QualityFocalLoss", "multiclass_nms"]
+__all__ = [
+    "DistributionFocalLoss",
+    "DynamicSoftLabelAssigner",
+    "GIoULoss",
+    "Integral",
+    "QualityFocalLoss",
+    "multiclass_nms",
+]
 
 
 class Integral(nn.Module):

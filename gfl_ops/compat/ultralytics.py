@@ -23,7 +23,8 @@ from ..functional import batched_nms, distribution_focal_loss, integral
 from ..ops.bins.integral import MAX_REG_MAX
 from ..ops.boxes.iou import pairs
 from ._patch import Change, Patch, Replaced, graft, stand_in
-from ._task_aligned import TaskAlignedAssigner, ultralytics_forward
+from ._task_aligned import TaskAlignedAssigner, enlarges, ultralytics_forward
+from ._yolo_loss import detection_loss
 
 __all__ = [
     "DFL",
@@ -326,31 +327,55 @@ def _plan() -> Iterator[Change]:
     yield Change(name, holder, "non_max_suppression", new, everywhere=True)
 
 
-_PATCH = Patch(_plan)
+def _plan_of_loss() -> Iterator[Change]:
+    from ultralytics.utils import loss, tal
+
+    theirs, enlarged = loss.v8DetectionLoss, enlarges(tal.TaskAlignedAssigner)
+    if enlarged is None:
+        return
+    # Before 8.4 the call itself computes the loss.
+    method = "loss" if hasattr(theirs, "loss") else "__call__"
+    new = detection_loss(theirs, method, tal.TaskAlignedAssigner, loss.BboxLoss, enlarged)
+    name = "ultralytics.utils.loss.v8DetectionLoss"
+    yield Change(name, theirs, method, stand_in(new, getattr(theirs, method)))
 
 
-def patch(loss: bool = False) -> Replaced:
+_PATCH, _LOSS = Patch(_plan), Patch(_plan_of_loss)
+
+
+def patch(loss: bool = True) -> Replaced:
     """Let ultralytics call ours, from now on and for models built before.
 
     Args:
-        loss: only False: ultralytics' detection loss calls our parts one after another.
+        loss: also the whole detection loss, as one operator (`gfl_ops.yolo_loss`). With False, and in the losses of
+            masks, poses and rotated boxes, ultralytics calls our parts one after another. So it does with class
+            weights, and in subclasses that define a step of the loss anew.
 
     Returns:
-        The names of what is replaced, a list: `DFLoss`, `BboxLoss`, `TaskAlignedAssigner`, `DFL` and
-        `non_max_suppression`, the last wherever it was imported to. The assigners of rotated boxes, poses and masks
-        stay ultralytics'. As a context manager (``with patch():``) it is undone at the end of the block. A call while
-        all is replaced changes nothing, at the end of its block neither. Rotated and end-to-end boxes, and export,
-        go on to ultralytics' own code, without its time limit.
+        The names of what is replaced, a list: `DFLoss`, `BboxLoss`, `TaskAlignedAssigner`, `DFL`,
+        `non_max_suppression`, this one wherever it was imported to, and `v8DetectionLoss`. The assigners of rotated
+        boxes, poses and masks stay ultralytics'. As a context manager (``with patch():``) it is undone at the end of
+        the block. A call while all is replaced changes nothing, at the end of its block neither; with ``loss=False`` it
+        gives the whole loss back. Rotated and end-to-end boxes, and export, go on to ultralytics' own code, without its
+        time limit.
 
     Raises:
         ImportError: ultralytics is not installed, or before 8.3; nothing is replaced then.
-        NotImplementedError: `loss` is True.
     """
-    if loss:
-        raise NotImplementedError(checks.message("compat.ultralytics.patch", "loss", "must be False", loss))
-    return _PATCH.apply()
+    whole = checks.flag("compat.ultralytics.patch", "loss", loss)
+    parts = _PATCH.apply()
+    if not whole:
+        _LOSS.remove()
+    added = _LOSS.apply() if whole else Replaced((), lambda: None)
+
+    def undo() -> None:
+        added.undo()
+        parts.undo()
+
+    return Replaced([*parts, *added], undo)
 
 
 def unpatch() -> list[str]:
     """Give ultralytics its own back. Returns the names of what was replaced; an empty list if nothing was."""
-    return _PATCH.remove()
+    whole = _LOSS.remove()
+    return [*_PATCH.remove(), *whole]

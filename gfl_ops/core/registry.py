@@ -194,9 +194,10 @@ def register(spec: OpSpec) -> OpSpec:
     backends.declare(spec.stem, [device.lower() for device in native], triton is not None)
 
     without_kernel = tuple(device for device in _DEVICES if device not in native)
-    define_operator(spec, "gfl", spec.reference, reference_backward(spec), without_kernel)
+    reference = spec.reference if spec.differentiable else transforms.without_derivatives(spec.reference)
+    define_operator(spec, "gfl", reference, reference_backward(spec), without_kernel)
     if not spec.differentiable:
-        define_operator(spec, "gfl_reference", spec.reference)
+        define_operator(spec, "gfl_reference", reference)
     if triton is not None:
         define_operator(spec, "gfl_triton", triton, spec.triton_kernel("backward"))
     return spec

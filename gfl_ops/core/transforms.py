@@ -12,6 +12,7 @@ a tangent without a word.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,17 @@ def pull_back(
         pairs = [(r, g) for r, g in zip(function(*leaves), grads) if r.requires_grad]
         results, arriving = [r for r, _ in pairs], [g for _, g in pairs]
         return torch.autograd.grad(results, leaves, arriving, create_graph=again, materialize_grads=True)
+
+
+def without_derivatives(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in plain torch whose results have no derivative of any kind, as those of a kernel without one."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            return function(*arguments)
+
+    return call
 
 
 def each_item(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:

@@ -14,17 +14,18 @@ from .config import PRESETS, Config, preset
 if TYPE_CHECKING:
     from gfl_ops._version import __version__
 
-    from .detector import Detector, Result
+    from .detector import Detector
     from .engine.evaluate import evaluate
     from .engine.train import train
     from .models import create_model
+    from .result import Result
 
 __all__ = ["PRESETS", "Config", "Detector", "Result", "__version__", "create_model", "evaluate", "preset", "train"]
 # Imported when first used, so that `gfl --help` does not wait for torch.
 _LAZY = {
     "__version__": "gfl_ops._version",
     "Detector": "gfl.detector",
-    "Result": "gfl.detector",
+    "Result": "gfl.result",
     "create_model": "gfl.models",
     "evaluate": "gfl.engine.evaluate",
     "train": "gfl.engine.train",

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import checkpoint
 from .models.backbone import Backbone
 from .models.resnet import ARCHITECTURES, ResNet
 from .models.timm_backbone import TimmBackbone
+from .zoo.download import cached
 
 # The layers after the last map, which a detector doesn't have.
 CLASSIFIER = ("fc.", "head.", "classifier.")
@@ -51,10 +49,8 @@ def load(backbone: Backbone, choice: str) -> list[str]:
     if not choice:
         raise ValueError("`backbone_weights` must be a file, torchvision, timm or none, got ''")
     if choice == "torchvision":
-        choice, content = _published(PUBLISHED[_resnet_name(backbone, choice)])
-    else:
-        content = checkpoint.read(choice)
-    _fill(backbone, checkpoint.normalise(content).state_dict, choice)
+        choice = str(cached(PUBLISHED[_resnet_name(backbone, choice)]))
+    _fill(backbone, checkpoint.normalise(checkpoint.read(choice)).state_dict, choice)
     return [f"backbone weights: {choice}"]
 
 
@@ -67,26 +63,6 @@ def _resnet_name(backbone: Backbone, choice: str) -> str:
             f"`backbone_weights`: the published weights are for a `width` of 64, this backbone has {width}"
         )
     return next(name for name, known in ARCHITECTURES.items() if known == backbone.architecture)
-
-
-def _published(url: str) -> tuple[str, dict[str, Any]]:
-    """The file in torch's cache, downloaded if it isn't there, and its contents; its SHA-256 is checked either way."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / url.rpartition("/")[2]
-    if path.exists():
-        expected = path.stem.rpartition("-")[2]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not digest.startswith(expected):
-            raise ValueError(
-                f"{path}: damaged or another file: its SHA-256 begins with {digest[:8]}, not with {expected}; delete it"
-                f" and fetch {url} again"
-            )
-    try:
-        return str(path), torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"not downloaded ({error}): fetch {url} and put it into {folder}") from None
 
 
 def _timm(backbone: Backbone) -> list[str]:

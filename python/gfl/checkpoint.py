@@ -17,16 +17,16 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import files, models
+from . import files, models, zoo
 from .config import Config
-from .foreign import CLASS_KEYS, FORMAT, configuration, normalise
+from .foreign import CLASS_KEYS, FORMAT, check_start, configuration, normalise
 from .foreign import Weights as Weights
 from .foreign import infer_model as infer_model
 
@@ -70,16 +70,18 @@ def meta(config: Config, classes: Sequence[str], category_ids: Sequence[int] | N
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint file, on the CPU, as they are; `normalise` makes sense of them.
 
+    `path` may be the name of published weights (`gfl.zoo`), which are downloaded the first time.
+
     Only data is read: a file that asks for a function or class beyond tensors and plain containers is refused, except
     for the few that training frameworks store beside the weights, which become inert objects. What a file says of
     itself is checked: the digest that `write` adds, and the checksums of an archive. Threads may read at once.
 
     Raises:
-        OSError: no such file, or it can't be read.
+        OSError: no such file, or it can't be read or downloaded.
         ValueError: truncated, damaged, not a checkpoint, or one that would run code. Names the file.
         RuntimeError: a safetensors file where that package is not installed.
     """
-    path = Path(path)
+    path = zoo.locate(path)
     files.open_regular(path).close()  # raises the OSError of a file that is not there or not readable
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -234,7 +236,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any], keep: str | 
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            metadata = {SAFETENSORS_KEY: json.dumps(content["meta"])}
+            metadata = {"format": "pt", SAFETENSORS_KEY: json.dumps(content["meta"])}
             weights = {key: value.contiguous() for key, value in content["state_dict"].items()}
             files.write(path, _safetensors(path).torch.save(weights, metadata))
             return
@@ -268,16 +270,18 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
     model.load_state_dict({k: v for k, v in state_dict.items() if k not in skipped}, strict=False)
     if not skipped:
         return []
-    there, here = len(state_dict[CLASS_KEYS[0]]), len(model.state_dict()[CLASS_KEYS[0]])
+    # The layer may have other outputs too, as many in the file as in the model.
+    here = int(getattr(model, "config").num_classes)  # noqa: B009  # of an `nn.Module`
+    there = here + len(state_dict[skipped[0]]) - len(model.state_dict()[skipped[0]])
     return [f"the weights are for {there} classes, the model has {here}: its last class layer stays as it was"]
 
 
-def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> tuple[str, ...]:
+def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> list[str]:
     """The keys that a model does not take from these weights; ValueError if they are not this model's."""
     own = model.state_dict()
     differing = [k for k, v in state_dict.items() if k in own and _shape(v) != list(own[k].shape)]
-    other_classes = any(key in differing for key in CLASS_KEYS)
-    skipped = CLASS_KEYS if allow_new_head and other_classes else ()
+    other_classes = any(map(CLASS_KEYS.fullmatch, differing))
+    skipped = list(filter(CLASS_KEYS.fullmatch, own)) if allow_new_head and other_classes else []
     problems = [f"missing: {k}" for k in own if k not in state_dict and not k.endswith(CONSTANT)]
     problems += [f"unexpected: {k}" for k in state_dict if k not in own]
     for k in (k for k in differing if k not in skipped):
@@ -298,10 +302,10 @@ def model_from(
 ) -> Loaded:
     """The detector that a checkpoint holds.
 
-    `source` is a file, or its contents. This package's files say their configuration, and so does a state dict that
-    one of its models gave. Of others (`normalise` lists them) the network is read off keys and shapes, and what these
-    can't tell, such as the groups of the head's norms, off `config`. Without it the defaults are taken with a warning
-    that names them, or with `strict` it is an error.
+    `source` is a file, the name of published weights, or a file's contents. This package's files say their
+    configuration, and so does a state dict that one of its models gave. Of others (`normalise` lists them) the network
+    is read off keys and shapes, and what these can't tell, such as the groups of the head's norms, off `config`.
+    Without it the defaults are taken with a warning that names them, or with `strict` it is an error.
 
     Raises:
         OSError: the file can't be read.
@@ -309,6 +313,11 @@ def model_from(
             file that has its own. Names the file.
         RuntimeError: it needs a package that is not installed.
     """
+    published = zoo.find(source)
+    if published is not None:
+        if config is not None:
+            raise ValueError(f"{published.preset} is published with its configuration: leave `config` out")
+        config = published.config
     content, place = (source, "") if isinstance(source, Mapping) else (read(source), f"{os.fspath(source)}: ")
     try:
         weights = normalise(content)
@@ -317,12 +326,30 @@ def model_from(
             raise ValueError(f"{assumed}; `config` must be given, a preset or a file (--config NAME|FILE)")
         if assumed:
             warnings.warn(f"{place}{assumed}: the defaults are taken; give `config`", stacklevel=2)
-        if not found.model.backbone.startswith(models.TIMM):
-            # Before memory is taken for what a file claims.
-            with torch.device("meta"):
-                _compare(models.build(found.model), weights.state_dict)
+        if weights.classes is not None and weights.config and len(weights.classes) != found.model.num_classes:
+            raise ValueError(f"it names {len(weights.classes)} classes, its network has {found.model.num_classes}")
+        # Before memory is taken for what a file claims; some of timm's networks can't be built without.
+        with suppress(RuntimeError), torch.device("meta"):
+            _compare(models.build(found.model), weights.state_dict)
         model = models.build(found.model, found.test)
         load_weights(model, weights.state_dict)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from None
-    return Loaded(model.eval(), found, weights.classes, weights.category_ids)
+    classes, ids = weights.classes, weights.category_ids
+    if published is not None:
+        classes = published.classes if classes is None else classes
+        ids = published.category_ids if classes == published.classes else ids
+    return Loaded(model.eval(), found, classes, ids)
+
+
+def start(model: models.GFL, source: str | os.PathLike[str]) -> list[str]:
+    """Gives a model the weights of a file or name; for other classes its class layer stays. Returns notes in lines.
+
+    The errors are those of `model_from`, and a ValueError if the file says that it is of another network.
+    """
+    weights = normalise(read(source))
+    try:
+        check_start(weights, model.config)
+        return load_weights(model, weights.state_dict, allow_new_head=True)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -9,13 +9,13 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import did_you_mean
-from .files import printable, say
+from .files import error_text, printable, say
 
 # Modules of `gfl.commands`, in the order of the help.
-COMMANDS = ("train", "eval", "detect", "export", "convert", "bench", "demo", "doctor")
+COMMANDS = ("detect", "models", "serve", "data", "train", "eval", "export", "convert", "bench", "demo", "doctor")
 # Of a program that a signal ended: 128 + SIGINT.
 INTERRUPTED = 130
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
-        say(f"gfl {options.command}: {error}", sys.stderr)
+        say(f"gfl {options.command}: {error_text(error)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         say(f"\ngfl {options.command}: interrupted", sys.stderr)
@@ -42,15 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that suggests an option in place of an unknown one."""
+    """A parser that answers an unknown option with its own usage, and with the option that is nearest."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, rest = super().parse_known_args(args, namespace)
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [
+            option for action in self._actions if action.help != argparse.SUPPRESS for option in action.option_strings
+        ]
+        # Here and not at the end of `parse_args`, where only the whole program's usage is known.
         for word in rest:
-            if word.startswith("--") and (meant := did_you_mean(word.split("=")[0], known)):
-                self.error(f"unrecognized option {word}{meant}")
+            if word.startswith("-"):
+                self.error(f"unknown option {word}{did_you_mean(word.split('=')[0], known)}")
+        if rest:
+            self.error(f"too many arguments: {' '.join(rest)}")
         return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and message in the form of all errors, and the status of a wrong command line."""
+        self.print_usage(sys.stderr)
+        say(f"{self.prog}: {printable(message)}", sys.stderr)
+        raise SystemExit(2)
 
 
 class Version(argparse.Action):

@@ -4,115 +4,41 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
+import importlib
 import os
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checkpoint, draw
-from .config import Config
+from .config import Config, InferenceConfig, did_you_mean
 from .data import transforms
-from .data.coco import coco_detection
 from .engine.distributed import choose_device
 from .engine.pipeline import Pipeline, Predictions, batches_by_shape, fetch, testing
 from .models.fused import FusedGFL
 from .models.gfl import GFL
+from .result import Result as Result
+from .result import Times
+from .sources import Named, Source, Unread, find_images, in_memory, is_several
 from .threads import MOST, cores, map_ahead
 
-# One image, unless it is the path of a folder or a glob pattern.
-Source = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
-# Of images in a folder; a file given by its name or by a glob may have any.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Batches that a GPU has queued while the host reads images and results.
 IN_FLIGHT = 2
-
-
-@dataclass(frozen=True)
-class Result:
-    """The n detections in one image, best first.
-
-    Attributes:
-        boxes: fp32 ``[n, 4]`` xyxy in pixels of the image as a viewer shows it (EXIF orientation applied), on the CPU.
-        scores: fp32 ``[n]`` in (0, 1).
-        labels: int64 ``[n]`` in [0, C).
-        names: class name of each.
-        category_ids: those of the annotation file that the model was trained on; label + 1 if its file doesn't say.
-        size: (height, width) of the image.
-        path: of the file; None for an image that came without one.
-        edges: the distributions that the boxes were read from, in the image's pixels, if requested.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    names: list[str]
-    category_ids: list[int]
-    size: tuple[int, int]
-    path: Path | None
-    edges: draw.Edges | None
-    # Of images without a file, or if requested, so that a folder's results stay small.
-    _pixels: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self) -> Image.Image:
-        """The image itself, upright; read again from its file unless its pixels were kept."""
-        pixels = self._pixels
-        if pixels is None:
-            if self.path is None:
-                raise ValueError("gfl.Result: it has neither a file nor pixels of its own")
-            pixels = transforms.read_image(self.path)
-        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-    def draw(self, score_threshold: float = 0.3, *, scale: float = 1.0) -> Image.Image:
-        """The image, `scale` times as large, with boxes, names and scores of detections of at least the threshold."""
-        scores = [score for score in self.scores.tolist() if score >= score_threshold]
-        n = len(scores)  # the best come first
-        boxes, labels = self.boxes[:n].tolist(), self.labels[:n].tolist()
-        return draw.draw_detections(self.image(), boxes, labels, self.names[:n], scores, scale=scale)
-
-    def draw_edges(self, index: int, *, truth: Sequence[float] | None = None, size: int = 300) -> Image.Image:
-        """Detection `index` with the four distributions beside its edges; see `gfl.draw.draw_edges`.
-
-        Raises:
-            ValueError: the detector was called without ``edges=True``.
-        """
-        if self.edges is None:
-            raise ValueError("gfl.Result.draw_edges: no distributions were kept; call the detector with `edges=True`")
-        return draw.draw_edges(
-            self.image(),
-            self.boxes[index].tolist(),
-            self.edges.probabilities[index].tolist(),
-            self.edges.locations[index].tolist(),
-            self.edges.bins[index].tolist(),
-            title=f"{self.names[index]} {float(self.scores[index]):.2f}",
-            color=draw.class_color(int(self.labels[index])),
-            truth=truth,
-            size=size,
-        )
-
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO's list of results: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score`` each."""
-        parts = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist())
-        return [coco_detection(image_id, *part) for part in parts]
 
 
 class Detector:
     """Detects objects in images.
 
     Args:
-        model: a `gfl.models.GFL`, or the file of a checkpoint (this package's, mmdet's, …).
+        model: a `gfl.models.GFL`, the name of published weights (`gfl models` lists them), which are downloaded the
+            first time, or the file of a checkpoint (this package's, mmdet's, …).
         device: to compute on; by default that of a given model, for a file the GPU if there is one.
         dtype: fp32, or bf16 or fp16 for mixed precision.
         classes: names, one per class; by default the checkpoint's, else "class 0", ….
@@ -149,8 +75,9 @@ class Detector:
         ids: Sequence[int] | None = None
         if isinstance(model, GFL):
             self.model = model
+            self.config = Config(model=model.config, test=model.test) if config is None else config
         else:
-            self.model, _, named, ids = checkpoint.model_from(model, config, strict=True)
+            self.model, self.config, named, ids = checkpoint.model_from(model, config, strict=True)
             classes = named if classes is None else classes
         if device is None and self.model is model:
             self.device = next(self.model.parameters()).device
@@ -178,14 +105,29 @@ class Detector:
         self._network = FusedGFL(self.model, self.dtype).to(self.device) if optimize else self.model
         self._pipeline = Pipeline(self._network, self.device, graphs=optimize, compile=compile)
 
-    def __call__(self, source: Source | Sequence[Source], *, edges: bool = False) -> Result | list[Result]:
+    def __repr__(self) -> str:
+        parts = (self.model.config.backbone, f"{len(self.classes)} classes", str(self.device), str(self.dtype)[6:])
+        return f"Detector({', '.join(parts)}{', optimized' if self.optimize else ''})"
+
+    def __call__(
+        self,
+        source: Source | Sequence[Source],
+        *,
+        edges: bool = False,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        max_detections: int | None = None,
+    ) -> Result | list[Result]:
         """Detect the objects in one image, or in each of several.
 
         Args:
-            source: one image: the path of a file, a pillow image, a uint8 array ``[H, W, 3]`` in RGB or ``[H, W]``, a
-                uint8 tensor ``[3, H, W]``; or several: a sequence of such, a folder (its image files by name), a glob.
-                Files and pillow images are turned upright as their EXIF orientation says.
+            source: one image: the path of a file, its bytes, a URL, a pillow image, a uint8 array ``[H, W, 3]`` in RGB,
+                ``[H, W, 4]`` or ``[H, W]``, a uint8 tensor ``[3, H, W]``; or several: a sequence of such, a folder (its
+                image files by name), a glob. Files and pillow images are turned upright as their EXIF orientation says.
             edges: also keep the distributions that the boxes were read from.
+            score_threshold: instead of the detector's.
+            classes: look for these alone, names or labels.
+            max_detections: per image, instead of the model's.
 
         Returns:
             A `Result`, or for several a list of them in the given order. Files of a folder or glob that can't be
@@ -193,25 +135,30 @@ class Detector:
 
         Raises:
             ValueError: a file that does not exist or can't be decoded (it is named; not in a folder or glob), an array
-                or tensor of another shape.
+                or tensor of another shape, an unknown class.
             TypeError: neither of these kinds, or another dtype than uint8.
         """
-        if isinstance(source, (str, os.PathLike)):
-            if Path(source).is_dir() or (glob.has_magic(str(source)) and not Path(source).is_file()):
+        how: dict[str, Any] = {"edges": edges, "score_threshold": score_threshold, "classes": classes}
+        how["max_detections"] = max_detections
+        if is_several(source):
 
-                def warn(_: Source, why: str) -> None:
-                    warnings.warn(why, stacklevel=6)  # where the detector was called
+            def warn(_: Source, why: str) -> None:
+                warnings.warn(why, stacklevel=6)  # where the detector was called
 
-                return list(self.stream(find_images(source), edges=edges, on_error=warn))
-        elif isinstance(source, Sequence):
-            return list(self.stream(source, edges=edges))
-        return next(self.stream([source], edges=edges))
+            paths: Any = source
+            return list(self.stream(find_images(paths), on_error=warn, **how))
+        if isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray, memoryview)):
+            return list(self.stream(source, **how))
+        return next(self.stream([source], **how))  # type: ignore[list-item]
 
     def stream(
         self,
-        sources: Sequence[Source],
+        sources: Iterable[Source],
         *,
         edges: bool = False,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        max_detections: int | None = None,
         on_error: Callable[[Source, str], object] | None = None,
         keep_pixels: bool = False,
     ) -> Iterator[Result]:
@@ -221,11 +168,12 @@ class Detector:
 
         Args:
             sources: single images, as `__call__` takes them.
-            edges: also keep the distributions.
+            edges, score_threshold, classes, max_detections: as for `__call__`.
             on_error: called with each source that can't be read and the reason; the source is then left out. By
                 default a ValueError is raised.
             keep_pixels: hold the pixels of files in the results too, for pictures without reading them again.
         """
+        wanted = self._wanted(edges, score_threshold, classes, max_detections)
         gpu = self.device.type == "cuda"
         loaded = self._read(sources, on_error, keep_pixels, min(MOST, cores()) if gpu else 0)
         running: deque[_Started] = deque()
@@ -233,7 +181,7 @@ class Detector:
         place = 0
         # So many that most shapes come often enough to fill a batch.
         for group in batches_by_shape(loaded, self._padded_size, self.batch_size, 4 * self.batch_size):
-            running += self._start(group, edges)
+            running += self._start(group, wanted)
             while len(running) > (IN_FLIGHT if gpu else 0):
                 finished |= self._finish(running.popleft())
             while place in finished:
@@ -242,6 +190,108 @@ class Detector:
         for started in running:
             finished |= self._finish(started)
         yield from (finished[place] for place in sorted(finished))
+
+    def train(self, out: str | os.PathLike[str], *, device: str | None = None, **fields: Any) -> Detector:
+        """Trains a copy of the model further, as ``gfl train --init`` does; returns a detector with the best weights.
+
+        Args:
+            out: folder of the training; ``gfl train --resume`` continues one that was stopped.
+            device: by default the detector's.
+            fields: any of `gfl.Config`: ``data``, ``train_annotations``, ``epochs`` and so on. Other classes than the
+                detector's get a new class layer.
+
+        Raises:
+            ValueError, RuntimeError, OSError: as `gfl.train`.
+        """
+        from .engine.folder import BEST, LAST
+        from .engine.train import train
+
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        start = out / "start.pt"
+        self.save(start)
+        config = dataclasses.replace(self.config, model=self.model.config, test=self.model.test)
+        train(config.replace(init=str(start), **fields), out, device=device or str(self.device))
+        return Detector(out / (BEST if (out / BEST).exists() else LAST), self.device, self.dtype)
+
+    def evaluate(
+        self, annotations: str | os.PathLike[str], images: str | os.PathLike[str], **fields: Any
+    ) -> dict[str, float]:
+        """COCO's metrics on an annotation file and its folder of images; `fields` of `gfl.Config`, as ``workers=0``.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as `gfl.evaluate`.
+        """
+        from .data.coco import CocoDataset
+        from .engine.evaluate import evaluate
+
+        config = dataclasses.replace(self.config, model=self.model.config, test=self.model.test).replace(**fields)
+        data = CocoDataset(Path(annotations), Path(images))
+        mixed = self.dtype != torch.float32 and not self.optimize
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            return evaluate(self._network, data, config, self.device)[0]
+
+    def export(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        format: str = "onnx",
+        size: tuple[int, int] | None = None,
+        batch: int | None = 1,
+        outputs: str | None = None,
+        input: str = "fp32",
+    ) -> tuple[tuple[int, int], str]:
+        """Writes the detector in its dtype as a file that runs without this package; see `gfl.engine.export`.
+
+        Args:
+            file: .onnx, or .pt2 of the other formats.
+            format: one of `gfl.engine.export.FORMATS`.
+            size: (height, width) of the input, multiples of 32; by default the test size.
+            batch: images per call, None for any number.
+            outputs: "maps", "decoded" or "detections"; by default detections of one image, decoded boxes of more.
+            input: "fp32", normalised images, or of ONNX "uint8", pixels.
+
+        Returns the `size` and the `outputs` that were taken. Raises ValueError for another format and what
+        `gfl.engine.export` refuses, RuntimeError if a package that the format needs is not installed.
+        """
+        from .engine import export
+
+        if format not in export.FORMATS:
+            raise ValueError(f"gfl.Detector.export: `format` must be {', '.join(export.FORMATS)}, got {format!r}")
+        if input != "fp32" and (input, format) != ("uint8", "onnx"):
+            raise ValueError(f"gfl.Detector.export: `input` must be fp32, or of ONNX uint8, got {input!r}")
+        test, divisor = self.model.test, self.model.test.size_divisor
+        if size is None:
+            size = (-(-test.short_side // divisor) * divisor, -(-test.long_side // divisor) * divisor)
+        outputs = outputs or (export.DETECTIONS if batch == 1 else export.DECODED)
+        how: dict[str, Any] = {"batch": batch, "outputs": outputs, "dtype": self.dtype}
+        if format == "onnx":
+            export.to_onnx(self.model, Path(file), size, classes=self.classes, pixels=input == "uint8", **how)
+        else:
+            how["compiled"] = format == "aotinductor"
+            export.to_torch(self.model, Path(file), size, device=self.device, **how)
+        return size, outputs
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint with configuration and classes; one named .safetensors is in that format."""
+        config = dataclasses.replace(self.config, model=self.model.config, test=self.model.test)
+        meta = checkpoint.meta(config, self.classes, self.category_ids)
+        checkpoint.write(file, {"meta": meta, "state_dict": self.model.state_dict()})
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a folder as the Hugging Face Hub has it; see `gfl.hub`. `push_to_hub` uploads it."""
+        importlib.import_module("gfl.hub").HubDetector(self).save_pretrained(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the detector to the Hugging Face Hub; `options` are those of huggingface_hub's mixin."""
+        return importlib.import_module("gfl.hub").HubDetector(self).push_to_hub(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Detector:
+        """A detector from a repository of the Hugging Face Hub or a folder; `options` of this class, or ``revision``,
+        ``token`` and the like of huggingface_hub's mixin.
+        """
+        return importlib.import_module("gfl.hub").HubDetector.from_pretrained(source, **options).detector
 
     def _read(
         self,
@@ -262,7 +312,7 @@ class Detector:
             source, known = item
             return source, attempt(source) if known is None else known
 
-        items = ((s, None if isinstance(s, (str, os.PathLike)) else attempt(s)) for s in sources)
+        items = ((s, None if isinstance(s, (str, os.PathLike, Unread)) else attempt(s)) for s in sources)
         for source, loaded in map_ahead(read, items, threads):
             if not isinstance(loaded, ValueError):
                 yield loaded
@@ -271,42 +321,80 @@ class Detector:
             else:
                 on_error(source, str(loaded))
 
+    def _wanted(
+        self,
+        edges: bool,
+        score_threshold: float | None,
+        classes: Sequence[str | int] | None,
+        max_detections: int | None,
+    ) -> _Wanted:
+        test = self.model.test
+        least = self.score_threshold if score_threshold is None else score_threshold
+        given: dict[str, Any] = {"score_threshold": least, "max_detections": max_detections}
+        test = dataclasses.replace(test, **{name: value for name, value in given.items() if value is not None})
+        without: tuple[int, ...] = ()
+        if classes is not None:
+            names = {name: label for label, name in reversed(list(enumerate(self.classes)))}
+            labels = set()
+            for one in classes:
+                label = names.get(one, -1) if isinstance(one, str) else one
+                if not 0 <= label < len(self.classes):
+                    meant = did_you_mean(one, names) if isinstance(one, str) else ""
+                    raise ValueError(f"gfl.Detector: `classes`: the model has no class {one!r}{meant}")
+                labels.add(label)
+            without = tuple(sorted(set(range(len(self.classes))) - labels))
+        return _Wanted(edges, test, without)
+
     def _load(self, source: Source, keep_pixels: bool) -> _Loaded:
-        path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        try:
-            pixels = _pixels(source) if path is None else transforms.read_image(path)
-        except OSError as error:
-            raise ValueError(f"gfl: {path} can't be read: {error.strerror or error}") from error
+        begun = time.perf_counter()
+        unread = Unread(source) if isinstance(source, (str, Path)) else source
+        if isinstance(unread, os.PathLike):
+            unread = Unread(os.fspath(unread))
+        path, name = None, ""
+        if isinstance(unread, Unread):
+            path, name, pixels = unread.path, str(unread.place), unread.pixels()
+        elif isinstance(unread, Named):
+            name, pixels = unread.name, unread.pixels
+        else:
+            pixels = in_memory(unread)
         test = self.model.test
         height, width = int(pixels.shape[1]), int(pixels.shape[2])
-        new = transforms.keep_ratio_size(height, width, test.short_side, test.long_side)
-        kept = pixels if path is None or keep_pixels else None
-        return _Loaded(path, (height, width), new, self._pipeline.stage(pixels), kept)
+        new = transforms.input_size((height, width), test.short_side, test.long_side, test)
+        kept = pixels if not isinstance(unread, Unread) or keep_pixels else None
+        staged = self._pipeline.stage(pixels)
+        return _Loaded(path, name, (height, width), new, staged, kept, time.perf_counter() - begun)
 
     def _padded_size(self, one: _Loaded) -> tuple[int, ...]:
         """In multiples of the model's divisor."""
         return tuple(-(-side // self.model.test.size_divisor) for side in one.input_size)
 
     @torch.no_grad()
-    def _start(self, group: Sequence[tuple[int, _Loaded]], edges: bool) -> list[_Started]:
+    def _start(self, group: Sequence[tuple[int, _Loaded]], wanted: _Wanted) -> list[_Started]:
         """Images of one padded size, each with its place among all; on a GPU they are queued."""
         started = []
-        with self._configured():
+        with self._configured(wanted.test):
             # Of a shape there are graphs of two batch sizes: a batch that is half empty costs more than single images.
             graphed, full = self._pipeline.graphed(), 2 * len(group) > self.batch_size
             rows = self.batch_size if graphed and full else 1 if graphed else len(group)
             for first in range(0, len(group), rows):
                 places, images = zip(*group[first : first + rows])
                 sizes = [one.input_size for one in images]
+                begun = time.perf_counter()
                 batch = self._pipeline.load([one.staged for one in images], sizes, rows)
-                found = self._pipeline.run(batch, edges=edges)
-                started.append(_Started(images, places, fetch(found, self.device)))
+                loaded = time.perf_counter()
+                found = self._pipeline.run(batch, edges=wanted.edges, without=wanted.without)
+                clock = (loaded - begun, loaded, *self._pipeline.seconds)
+                started.append(_Started(images, places, fetch(found, self.device), clock))
         return started
 
     def _finish(self, started: _Started) -> dict[int, Result]:
         """Its results by their places."""
         results: dict[int, Result] = {}
         detections, of_edges = started.wait()
+        resizing, begun, network, rest = started.clock
+        if self.device.type == "cuda":
+            network, rest = time.perf_counter() - begun, 0.0
+        share = len(started.images)
         for i, (place, one) in enumerate(zip(started.places, started.images)):
             count = int(detections.count[i])
             boxes, scores, labels = (value[i, :count].clone() for value in detections[:3])
@@ -320,28 +408,37 @@ class Detector:
             limit = torch.tensor([width, height], dtype=torch.float32).repeat(2)
             boxes = torch.minimum(boxes / factor.repeat(2), limit)
             names, ids = ([of[c] for c in labels.tolist()] for of in (self.classes, self.category_ids))
-            results[place] = Result(boxes, scores, labels, names, ids, one.size, one.path, edges, one.pixels)
+            times = Times(one.seconds + resizing / share, network / share, rest / share)
+            found = (boxes, scores, labels, names, ids)
+            results[place] = Result(*found, one.size, one.path, edges, one.pixels, one.name, times)
         return results
 
     @contextmanager
-    def _configured(self) -> Iterator[None]:
-        """The network in evaluation mode, with the model's settings and this detector's threshold and precision."""
-        test = self.model.test
-        if self.score_threshold is not None:
-            test = dataclasses.replace(test, score_threshold=self.score_threshold)
+    def _configured(self, test: InferenceConfig) -> Iterator[None]:
+        """The network in evaluation mode, with the settings and this detector's precision."""
         mixed = self.dtype != torch.float32 and not self.optimize
         with testing(self._network, test), torch.autocast(self.device.type, self.dtype, enabled=mixed):
             yield
+
+
+class _Wanted(NamedTuple):
+    """What a call asks for; `without` are labels to leave out."""
+
+    edges: bool
+    test: InferenceConfig
+    without: tuple[int, ...]
 
 
 class _Loaded(NamedTuple):
     """An image, and the (height, width) that it is resized to."""
 
     path: Path | None
+    name: str
     size: tuple[int, int]
     input_size: tuple[int, int]
     staged: Tensor  # for the device
     pixels: Tensor | None  # for the result
+    seconds: float
 
 
 class _Started(NamedTuple):
@@ -350,36 +447,4 @@ class _Started(NamedTuple):
     images: Sequence[_Loaded]
     places: Sequence[int]
     wait: Callable[[], Predictions]
-
-
-def find_images(source: str | os.PathLike[str]) -> list[Path]:
-    """The image files of a folder (by suffix, without subfolders), or those of a glob, sorted by name; at least one."""
-    folder = Path(source)
-    if folder.is_dir():
-        paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-        problem = f"no image files ({', '.join(SUFFIXES)}) in the folder {folder}"
-    else:
-        paths = [Path(name) for name in glob.glob(str(source), recursive=True)]
-        problem = f"no file, no folder and no file by the pattern {source}"
-    if not (found := sorted(path for path in paths if path.is_file())):
-        raise ValueError(f"gfl: {problem}")
-    return found
-
-
-def _pixels(source: Any) -> Tensor:
-    """uint8 ``[3, H, W]`` of an image in memory."""
-    if isinstance(source, Image.Image):
-        return transforms.to_tensor(ImageOps.exif_transpose(source))
-    if not isinstance(source, (np.ndarray, Tensor)):
-        kinds = "a path, a pillow image, an array, a tensor or a sequence of these"
-        raise TypeError(f"gfl.Detector: `source` must be {kinds}, got {type(source).__name__}")
-    array = isinstance(source, np.ndarray)
-    if str(source.dtype).removeprefix("torch.") != "uint8":
-        kind = "array" if array else "tensor"
-        raise TypeError(f"gfl.Detector: the {kind} of an image must be uint8 (levels of 0 to 255), got {source.dtype}")
-    if array and source.ndim == 2:
-        source = source[..., None].repeat(3, 2)
-    if source.ndim != 3 or source.shape[2 if array else 0] != 3 or 0 in source.shape:
-        layout = "an array must have shape [H, W, 3] or [H, W]" if array else "a tensor must have shape [3, H, W]"
-        raise ValueError(f"gfl.Detector: {layout}, got {list(source.shape)}")
-    return torch.from_numpy(source.copy()).permute(2, 0, 1) if array else source.cpu()
+    clock: tuple[float, float, float, float]  # seconds of resizing; when it was started; seconds on a CPU

@@ -6,7 +6,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +15,9 @@ from torch import Tensor
 import gfl_ops
 
 from .files import printable
+
+if TYPE_CHECKING:
+    from .data.loader import Batch
 
 Color = tuple[int, ...]
 
@@ -189,6 +192,17 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, *, gap: int = 1
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), head + i // columns * (height + gap)))
     return sheet
+
+
+def draw_batch(batch: Batch, names: Sequence[str], columns: int = 4, most: int = 16, side: int = 400) -> Image.Image:
+    """The first images of a batch as the network gets them, padding too, with their boxes."""
+    pictures = []
+    for row, target in zip(range(min(len(batch.counts), most)), batch.targets):
+        photo = Image.fromarray(batch.images[row].permute(1, 2, 0).cpu().numpy())
+        labels, boxes = target["labels"].tolist(), target["boxes"].tolist()
+        scale = side / max(photo.size)
+        pictures.append(draw_detections(photo, boxes, labels, [names[label] for label in labels], scale=scale))
+    return contact_sheet(pictures, columns)
 
 
 def _shown(name: str) -> str:

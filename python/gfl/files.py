@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import reprlib
 import secrets
 import socket
 import stat
@@ -103,25 +105,29 @@ def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = No
 
 
 @contextmanager
-def lines(path: Path) -> Iterator[Callable[[Any], None]]:
+def lines(path: Path, keep: bool = False) -> Iterator[Callable[[Any], None]]:
     """Gives a function that adds a value to a file as a line of JSON, at once, so that a run that ends loses nothing.
 
-    At the end of the block, when its contents are elsewhere, the file is removed; after an error it stays and is named.
+    At the end of the block, when its contents are elsewhere, the file is removed, unless it is to `keep`; after an
+    error it stays and is named.
     """
     path.unlink(missing_ok=True)
     try:
-        with path.open("x", encoding="ascii") as file:
+        with path.open("xb", buffering=0) as file:
 
             def add(value: Any) -> None:
-                file.write(json.dumps(value) + "\n")
-                file.flush()
+                # By one call of the system, so that no line is there by half.
+                line = f"{json.dumps(value)}\n".encode("ascii")
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
             yield add
     except BaseException:
         if path.exists() and path.stat().st_size:
             say(f"what was found before is in {path}", sys.stderr)
         raise
-    path.unlink()
+    if not keep:
+        path.unlink(missing_ok=True)
 
 
 def check_output(
@@ -207,9 +213,26 @@ def locked(folder: Path) -> Iterator[str]:
         file.close()
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 80
+
+
+def shown(value: object) -> str:
+    """A value for an error text, cut where it is long: a small YAML file can stand for billions of values."""
+    return _SHORT.repr(value)
+
+
 def printable(text: object, keep: str = "") -> str:
     """Text without control characters, which could move a terminal's cursor: they are written as escapes."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
+def error_text(error: Exception) -> str:
+    """What went wrong, in one form whoever raised it: no name of the program before it, no number of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[:1].lower() + error.strerror[1:]
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return re.sub(r"^gfl( [a-z]+)?: ", "", str(error))
 
 
 def say(text: object, file: Any = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import Config, ModelConfig, replace
+from .config import Config, ModelConfig, preset, replace
 from .models.gfl import METADATA
 from .models.resnet import ARCHITECTURES, Architecture
 
@@ -27,9 +27,10 @@ WRAPPERS = (
 MAX_DEPTH = 4
 # What wraps a module inside another.
 INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Weights of a detector, of its backbone under its name, and of a ResNet alone: what stands before them is a wrapper's.
-ANCHORS = ("bbox_head.gfl_cls.weight", "backbone.conv1.weight", "conv1.weight")
-AVERAGED = re.compile("ema|averaged|swa|teacher")
+# Weights of a detector, of NanoDet-Plus, of a backbone under its name, and of a ResNet alone: what stands before them
+# is a wrapper's.
+ANCHORS = ("bbox_head.gfl_cls.weight", "head.gfl_cls.0.weight", "backbone.conv1.weight", "conv1.weight")
+AVERAGED = re.compile("ema|averaged|avg_|swa|teacher")
 # What the maps depend on and weights can't tell, and what images are scaled to.
 UNTOLD = ("head_groups", "center_offset", "legacy")
 UNTOLD_SIZES = ("short_side", "long_side")
@@ -72,9 +73,11 @@ class Dialect(NamedTuple):
 
 
 # The only weights whose shape depends on the number of classes.
-CLASS_KEYS = ("bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias")
+CLASS_KEYS = re.compile(r"bbox_head\.gfl_cls\.(\d+\.)?(weight|bias)")
 QUALITY = r"^bbox_head\.reg_conf\."
-V1, V2 = "GFocal v1", "GFocal V2"
+V1, V2, NANODET = "GFocal v1", "GFocal V2", "NanoDet-Plus"
+# The preset of what its weights can't tell.
+NANODET_PRESET = "nanodet_plus_m_416"
 DIALECTS = (
     Dialect(r"^ema_", None, "left out: {} weights of mmdet 2's average, ema_…"),
     Dialect(r"\.conv2_offset\.", ".conv2.conv_offset."),
@@ -85,6 +88,10 @@ DIALECTS = (
         V1,
     ),
     Dialect(QUALITY, r"\g<0>", source=V2),
+    Dialect(r"^aux_(fpn|head)\.", None, "left out: {} weights of the auxiliary head, which only a training uses"),
+    Dialect(r"^fpn\.", "neck."),
+    Dialect(r"^head\.distribution_project\.", "bbox_head.integral."),
+    Dialect(r"^head\.", "bbox_head.", source=NANODET),
 )
 
 
@@ -119,6 +126,8 @@ def normalise(content: Mapping[str, Any]) -> Weights:
         if not isinstance(meta.get("config"), Mapping):
             raise ValueError("it has no configuration, which our own files have as meta.config")
         result.source, result.config = stated, Config.from_dict(meta["config"])
+        if "classes" in meta and result.classes is None:
+            raise ValueError("its meta.classes are not texts, one per class")
         result.category_ids = _category_ids(meta, result.classes)
         return result
     for system in ("mmengine", "mmdet"):
@@ -180,7 +189,8 @@ def _category_ids(meta: Mapping[str, Any], classes: list[str] | None) -> list[in
     ids = meta.get("category_ids")
     if ids is None:
         return None
-    if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids) or len(ids) != len(classes or ids):
+    whole = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
+    if not whole or classes is None or len(ids) != len(classes):
         raise ValueError("its meta.category_ids are not whole numbers, one per class")
     return list(ids)
 
@@ -220,7 +230,7 @@ def _translate(result: Weights) -> None:
     channels = len(result.state_dict.get("bbox_head.gfl_cls.bias", ()))
     # Its class layer has one channel that the head never reads; names tell whether, and without them COCO's number.
     if result.source == V2 and channels == (81 if result.classes is None else len(result.classes) + 1):
-        for key in CLASS_KEYS:
+        for key in filter(CLASS_KEYS.fullmatch, result.state_dict):
             result.state_dict[key] = result.state_dict[key][:-1].clone()
         result.notes.append(f"the last of the {channels} class channels, which {V2} doesn't use, is left out")
 
@@ -238,9 +248,10 @@ def configuration(weights: Weights, given: Config | None) -> tuple[Config, str]:
         return dataclasses.replace(given, model=infer_model(weights, given.model)), ""
     stated = dict(weights.stated or {})
     known = stated.pop("text", False) or weights.legacy
-    found = Config().replace(**stated)
+    nanodet = weights.source == NANODET
+    found = (preset(NANODET_PRESET) if nanodet else Config()).replace(**stated)
     found = dataclasses.replace(found, model=infer_model(weights, found.model))
-    values = [f"{name} ({getattr(found.model, name)})" for name in UNTOLD[:-1]]
+    values = [f"{name} ({getattr(found.model, name)})" for name in (() if nanodet else UNTOLD[:-1])]
     values += [f"{name} ({getattr(found.test, name)})" for name in UNTOLD_SIZES]
     return found, "" if known else f"{weights.source} can't tell {', '.join(values)} and the other test settings"
 
@@ -261,6 +272,9 @@ def infer_model(weights: Weights, base: ModelConfig | None = None) -> ModelConfi
     It is a ValueError if they are not of a GFL detector on a backbone of this package; the text says what is missing.
     """
     shapes = {key: list(value.shape) for key, value in weights.state_dict.items()}
+    base = ModelConfig() if base is None else base
+    if weights.source == NANODET:
+        return replace(base, **_nanodet(shapes, base))
     needed = ("backbone.conv1", "neck.lateral_convs.0.conv", "bbox_head.gfl_cls", "bbox_head.gfl_reg")
     missing = [f"{key}.weight" for key in needed if len(shapes.get(f"{key}.weight", ())) != 4]
     if missing:
@@ -268,7 +282,6 @@ def infer_model(weights: Weights, base: ModelConfig | None = None) -> ModelConfi
         raise ValueError(f"not a GFL detector on a ResNet: it has no {', '.join(missing)}{hint}")
     first_conv = shapes.get("bbox_head.cls_convs.0.conv.weight", shapes["bbox_head.gfl_cls.weight"][1:])
     quality = any(re.match(QUALITY, key) for key in shapes)
-    base = ModelConfig() if base is None else base
     return replace(
         base,
         **_backbone(shapes),
@@ -283,6 +296,24 @@ def infer_model(weights: Weights, base: ModelConfig | None = None) -> ModelConfi
         # Both versions of GFocal are of the time when mmdet chose locations, not pairs.
         topk_mode="anchor" if weights.legacy or quality else base.topk_mode,
     )
+
+
+def _nanodet(shapes: Mapping[str, list[int]], base: ModelConfig) -> dict[str, Any]:
+    """The fields of a NanoDet-Plus network on a ShuffleNetV2."""
+    needed = {"width": "backbone.stage2.0.branch2.0", "neck_channels": "neck.reduce_layers.0.conv"}
+    needed |= {"head_channels": "bbox_head.cls_convs.0.0.pointwise", "num_classes": "bbox_head.gfl_cls.0"}
+    if missing := [f"{key}.weight" for key in needed.values() if len(shapes.get(f"{key}.weight", ())) != 4]:
+        raise ValueError(f"not a NanoDet-Plus detector on a ShuffleNetV2: it has no {', '.join(missing)}")
+    fields: dict[str, Any] = {name: shapes[f"{key}.weight"][0] for name, key in needed.items()}
+    reg_max = shapes.get("bbox_head.integral.project", [base.reg_max + 1])[0] - 1
+    return fields | {
+        **{"backbone": "shufflenetv2", "neck": "ghost_pan", "head": "nanodet_plus", "channel_order": "bgr"},
+        "width": 2 * fields["width"],
+        "num_classes": fields["num_classes"] - 4 * (reg_max + 1),
+        "head_convs": _count(shapes, r"bbox_head\.cls_convs\.0\.(\d+)\."),
+        "reg_max": reg_max,
+        "strides": [8 * 2**level for level in range(_count(shapes, r"bbox_head\.gfl_cls\.(\d+)\."))],
+    }
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:

@@ -53,6 +53,11 @@ def draw_data_set(folder: Path, images: int, generator: torch.Generator) -> Path
     return folder
 
 
+@pytest.fixture(name="draw_data_set")
+def _draw_data_set() -> Callable[[Path, int, torch.Generator], Path]:
+    return draw_data_set
+
+
 @pytest.fixture
 def small(tmp_path: Path, generator: torch.Generator) -> Callable[..., Config]:
     """A configuration that trains a small detector on 8 small images in seconds; takes fields to change."""

@@ -209,8 +209,8 @@ def test_the_help_of_train_begins_with_what_one_needs_first(capsys: pytest.Captu
 
 def test_an_unknown_option_suggests_one(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in (
-        (["train", "--out", "x", "--learning-rates=1"], "unrecognized arguments"),
-        (["train", "--out", "x", "--batchsize", "2"], "unrecognized option --batchsize; did you mean `--batch-size`?"),
+        (["train", "--out", "x", "--learning-rates=1"], "unknown option --learning-rates=1"),
+        (["train", "--out", "x", "--batchsize", "2"], "unknown option --batchsize; did you mean `--batch-size`?"),
         (["eval", "x.pt", "--per-clas", "--dat2"], "did you mean `--data`?"),
     ):
         with pytest.raises(SystemExit) as info:

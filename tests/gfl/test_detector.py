@@ -13,8 +13,9 @@ from PIL import Image
 from gfl import checkpoint, draw
 from gfl.config import Config
 from gfl.config import preset as config_preset
-from gfl.detector import Detector, find_images
+from gfl.detector import Detector
 from gfl.models import build
+from gfl.sources import find_images
 
 SIZE = (100, 150)  # height, width
 
@@ -110,14 +111,23 @@ def test_every_mode_of_image(model, photo, mode, tmp_path):
     [
         (np.zeros((4, 5, 3), np.float32), TypeError, "uint8"),
         (torch.zeros(3, 4, 5), TypeError, "uint8"),
-        (np.zeros((4, 5, 4), np.uint8), ValueError, r"\[H, W, 3\]"),
+        (np.zeros((4, 5, 5), np.uint8), ValueError, r"\[H, W, 3\]"),
         (torch.zeros(4, 5, 3, dtype=torch.uint8), ValueError, r"\[3, H, W\]"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, r"\[0, 5, 3\]"),
         (7, TypeError, "int"),
         ("nowhere/at/all.jpg", ValueError, "nowhere/at/all.jpg"),
         ("nowhere/*.jpg", ValueError, r"nowhere/\*\.jpg"),
     ],
-    ids=["float-array", "float-tensor", "rgba-array", "tensor-of-last-channels", "empty", "int", "no-file", "no-match"],
+    ids=[
+        "float-array",
+        "float-tensor",
+        "five-channels",
+        "tensor-of-last-channels",
+        "empty",
+        "int",
+        "no-file",
+        "no-match",
+    ],
 )
 def test_what_is_no_image_is_refused(model, source, error, says):
     with pytest.raises(error, match=says):

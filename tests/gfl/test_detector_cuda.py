@@ -10,7 +10,8 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import fake_cuda
 import numpy as np
@@ -19,6 +20,7 @@ import real_data
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gfl_ops
 from gfl import checkpoint, cli, threads
@@ -28,6 +30,7 @@ from gfl.detector import IN_FLIGHT, Detector, Result, find_images
 from gfl.engine import pipeline
 from gfl.engine.graphs import GraphCache
 from gfl.models import GFL
+from gfl.models.autotune import CudnnTuning
 from gfl_ops.core import checks
 
 Cuda = fake_cuda.FakeCuda
@@ -51,7 +54,39 @@ def small_input(model: GFL) -> None:
 def same_resize(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's resizing is the CPU's, so that results can be compared bit for bit."""
     real = transforms.resize
-    monkeypatch.setattr(transforms, "resize", lambda image, height, width, fp32=False: real(image, height, width))
+    monkeypatch.setattr(transforms, "resize", lambda *args, fp32=False, **how: real(*args, **how))
+
+
+@pytest.mark.parametrize("how", ["plain", "optimize", "compile"])
+def test_convolutions_run_while_cudnn_times_its_algorithms(
+    how: str, model: GFL, folder: Path, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning, on = CudnnTuning.__call__, []
+
+    def on_a_gpu(self: CudnnTuning, x: Tensor) -> Any:
+        return tuning(self, cast(Tensor, SimpleNamespace(is_cuda=True, shape=x.shape)))
+
+    monkeypatch.setattr(CudnnTuning, "__call__", on_a_gpu)
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "convolution" in function.name():
+                on.append(torch.backends.cudnn.benchmark)
+            return function(*args, **(kwargs or {}))
+
+    def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    detector = Detector(model, "cuda:1", optimize=how != "plain", compile=how == "compile")
+    with Spy():
+        detector(find_images(folder)[0])
+    assert on and all(on) and not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize("optimize", [False, True])
@@ -184,7 +219,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
     """The shapes of all batches and the sizes of their images; no network looks at them."""
     found: Batches = []
 
-    def predict(self: Any, images: Tensor, inner: Tensor, *, edges: bool) -> pipeline.Predictions:
+    def predict(
+        self: Any, images: Tensor, inner: Tensor, *, edges: bool, without: tuple[int, ...]
+    ) -> pipeline.Predictions:
         found.append((tuple(images.shape), inner.tolist()))
         rows = torch.zeros(len(images), 1)
         boxes, count = torch.zeros(len(images), 1, 4), torch.zeros(len(images), dtype=torch.int32)

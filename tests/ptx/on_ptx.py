@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ STATE: Any = None
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ptx", "compiled PTX on the CPU")
     group.addoption("--ptx-arch", default="90", help="the architecture to compile for: 80, 90 (default), …")
+    group.addoption("--ptx-half", action="store_true", help="every second test; another architecture takes the others")
     group.addoption("--ptx-build", type=Path, required=True, help="where tests/ptx/CMakeLists.txt was built")
 
 
@@ -49,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
     assert not launch.INTERPRETS, "TRITON_INTERPRET=1 is set: an interpreting process can't compile; unset it"
     # Only now: the kernels are those of a GPU, and the backend counts as able to run on the CPU.
     backends.TRITON_INTERPRETS = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("ptx_half"):
+        mine = STATE.arch // 10 % 2
+        left = [item for item in items if zlib.crc32(item.nodeid.encode()) % 2 != mine]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.hookimpl(wrapper=True)

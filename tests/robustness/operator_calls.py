@@ -42,6 +42,14 @@ def valid_calls(seed: int) -> dict[str, Call]:
     }
     pairs: Call = {"pred": boxes, "target": near, "weight": uniform(6), "eps": 1e-6, **reduced}
     found: Call = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5}
+    objects: Call = {
+        "boxes": uniform(2, 16, 4) * 20 + torch.tensor([-10.0, -10, 10, 10]),
+        "level_sizes": [(3, 4), (2, 2)],
+        "strides": [8.0, 16.0],
+        "gt_boxes": truth,
+        "gt_labels": labels[:4].view(2, 2),
+        "center_offset": 0.5,
+    }
     return {
         "quality_focal_loss": {**sparse, "beta": 2.0},
         "matchability_aware_loss": {**sparse, "gamma": 1.5},
@@ -122,20 +130,31 @@ def valid_calls(seed: int) -> dict[str, Call]:
         },
         "task_aligned_assign": {
             "scores": uniform(2, 16, 3),
-            "boxes": uniform(2, 16, 4) * 20 + torch.tensor([-10.0, -10, 10, 10]),
-            "level_sizes": [(3, 4), (2, 2)],
-            "strides": [8.0, 16.0],
-            "gt_boxes": truth,
-            "gt_labels": labels[:4].view(2, 2),
+            **objects,
             "topk": 3,
             "topk2": 2,
             "alpha": 0.5,
             "beta": 6.0,
             "min_side": 16.0,
-            "center_offset": 0.5,
             "eps": 1e-9,
             "variant": "ultralytics",
             "overlap": "ciou",
+        },
+        "dynamic_soft_label_assign": {
+            "logits": uniform(2, 16, 3) * 8 - 6,
+            **objects,
+            "topk": 5,
+            "iou_weight": 3.0,
+            "soft_center_radius": 3.0,
+            "variant": "mmdet",
+        },
+        "simota_assign": {
+            "scores": uniform(2, 16, 3),
+            **objects,
+            "center_radius": 2.5,
+            "candidate_topk": 5,
+            "iou_weight": 3.0,
+            "cls_weight": 1.0,
         },
         "gfl_loss": {
             "cls_scores": maps,
@@ -150,6 +169,20 @@ def valid_calls(seed: int) -> dict[str, Call]:
             "box_norm": 2.0,
             "center_offset": 0.5,
             "legacy": False,
+        },
+        "yolo_loss": {
+            "reg_preds": bins,
+            "cls_scores": maps,
+            "strides": [8.0, 16.0],
+            "gt_boxes": truth,
+            "gt_labels": labels[:4].view(2, 2),
+            "bins": 5,
+            "topk": 3,
+            "topk2": 2,
+            "alpha": 0.5,
+            "beta": 6.0,
+            "gains": (7.5, 0.5, 1.5),
+            "min_side": 16.0,
         },
         "head_loss_norms": {"cls_scores": maps, "assignment": (assigned, matched)},
         "group_norm_relu": {

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 import gfl_ops
 from gfl_ops import functional
+from gfl_ops.core.registry import SPECS
 
 
 def _beside(name: str) -> Any:
@@ -129,9 +130,16 @@ def test_memory_does_not_grow(seed: int) -> None:
 # --- Transforms of functions -------------------------------------------------------------------------------------
 
 
-def differentiable(name: str, call: dict[str, Any]) -> tuple[Callable[..., list[Tensor]], list[Tensor]] | None:
+def floating(call: dict[str, Any]) -> list[str]:
+    """The arguments that are floating tensors, or lists of them."""
+    found = {k: tensors(v) for k, v in call.items() if isinstance(v, (Tensor, list))}
+    return [k for k, ts in found.items() if ts and all(t.is_floating_point() for t in ts)]
+
+
+def differentiable(
+    name: str, call: dict[str, Any], argument: str
+) -> tuple[Callable[..., list[Tensor]], list[Tensor]] | None:
     """The results with a gradient as a function of one floating argument, and that argument's tensors."""
-    argument = next(k for k, v in call.items() if any(t.is_floating_point() for t in tensors(v)))
     given = call[argument]
     leaves = [t.detach().clone() for t in tensors(given)]
 
@@ -148,8 +156,8 @@ def differentiable(name: str, call: dict[str, Any]) -> tuple[Callable[..., list[
 
 
 def transformed(name: str, call: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
-    """(transform, what it gives) of a differentiable function."""
-    found = differentiable(name, call)
+    """(transform, what it gives) of a differentiable function, by an argument that is drawn."""
+    found = differentiable(name, call, random.Random(seed).choice(floating(call)))
     if found is None:
         return []
     function, leaves = found
@@ -169,7 +177,7 @@ def transformed(name: str, call: dict[str, Any], seed: int) -> list[tuple[str, A
         inputs = [x.clone().requires_grad_() for x in leaves]
         results = function(*inputs)
         grads = [torch.stack([torch.ones_like(r), torch.full_like(r, 0.5)]) for r in results]
-        return torch.autograd.grad(results, inputs, grads, is_grads_batched=True)
+        return torch.autograd.grad(results, inputs, grads, is_grads_batched=True, materialize_grads=True)
 
     return [
         ("grad", torch.func.grad(total, every)(*leaves)),
@@ -194,6 +202,32 @@ def test_transforms(name: str, seed: int) -> None:
             for g, w in zip(tensors(got), tensors(want), strict=True):
                 where = f"{name}, {transform}, {backend}: "
                 torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-4, msg=lambda m, where=where: where + m)
+
+
+WITHOUT_GRADIENT = sorted(
+    {name for spec in SPECS.values() for name in spec.public}
+    - {name for spec in SPECS.values() if spec.differentiable for name in spec.public}
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_what_has_no_gradient_has_no_tangent(name: str, seed: int) -> None:
+    """On no backend, whether the input requires a gradient or not."""
+    call = operator_calls.valid_calls(seed)[name]
+    for backend in BACKENDS:
+        for argument in floating(call):
+            for learned in (False, True):
+                with gfl_ops.set_backend(backend), forward_ad.dual_level():
+                    given = call[argument]
+                    duals = [
+                        forward_ad.make_dual(t.clone().requires_grad_(learned), torch.ones_like(t))
+                        for t in tensors(given)
+                    ]
+                    value = duals[0] if isinstance(given, Tensor) else duals
+                    results = tensors(getattr(gfl_ops, name)(**{**call, argument: value}))
+                    left = [forward_ad.unpack_dual(r).tangent for r in results if r.is_floating_point()]
+                    assert left == [None] * len(left), (argument, backend)
+                    assert not any(r.requires_grad for r in results), (argument, backend)
 
 
 @pytest.mark.parametrize("name", ["nms", "batched_nms", "soft_nms", "multiclass_nms"])

@@ -10,11 +10,13 @@ import threading
 from pathlib import Path
 
 import file_fuzz as fuzz
+import layout_writers
 import pytest
 import torch
 
 from gfl import checkpoint, files
 from gfl.config import Config, preset
+from gfl.data import layouts
 from gfl.data.coco import CocoDataset, read_annotations, read_detections
 from gfl.data.transforms import UnreadableImage, read_image
 from gfl.engine import evaluate
@@ -134,6 +136,46 @@ def test_configurations(tmp_path: Path, draw: random.Random) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="holds no training"):
         stored_config(tmp_path)
+
+
+def test_a_small_configuration_that_stands_for_billions_of_values(tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    nested = ", ".join([f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(10)])
+    for place in ("[{}]", "model: [{}]", "model: {{backbone: [{}]}}", "train: {{epochs: [{}], lr: 1}}"):
+        (tmp_path / "config.yaml").write_text(place.format(nested))
+        with pytest.raises(ValueError, match=r"config\.yaml is not a configuration: gfl\."):
+            preset(str(tmp_path / "config.yaml"))
+
+
+def test_what_a_checkpoint_says_of_itself(tmp_path: Path, draw: random.Random) -> None:
+    """A changed value is taken, or refused with the file's name, before memory is taken for it."""
+    path = tmp_path / "last.pt"
+    weights = dict(build(SHAPE.model, SHAPE.test).state_dict())
+    sound = checkpoint.meta(SHAPE, ["a", "b"])
+    checkpoint.write(path, {"meta": sound, "state_dict": weights})
+    assert checkpoint.model_from(path).classes == ["a", "b"]
+    model = sound["config"]["model"]
+    chosen = [
+        *(
+            {**sound, "config": {**sound["config"], "model": {**model, name: value}}}
+            for name, value in (("neck_channels", 10**30), ("head_channels", 2**62), ("head_convs", 10**7))
+        ),
+        *({**sound, "classes": names} for names in (["a", 1], ["a"], ["a", "b", "c"], "ab", None)),
+        *({**sound, "category_ids": ids} for ids in ([1], [1, 2, 3], [1, "2"], [1.5, 2], "12")),
+    ]
+    for changed in chosen:
+        checkpoint.write(path, {"meta": changed, "state_dict": weights})
+        with pytest.raises(ValueError, match=r"last\.pt"):
+            checkpoint.model_from(path)
+    for what, changed in fuzz.changes({"meta": sound}, draw, 60):
+        torch.save({**changed, "state_dict": weights}, path)
+        try:
+            loaded = checkpoint.model_from(path, SHAPE if "meta" not in changed else None)
+        except ValueError as error:
+            assert "last.pt" in str(error), what
+        else:
+            count = loaded.config.model.num_classes
+            assert len(loaded.classes or range(count)) == len(loaded.category_ids or range(count)) == count, what
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["zip", "legacy"])
@@ -256,3 +298,29 @@ def test_deep_and_long_json(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"x\.json"):
             read_annotations(path)
     json.dumps(text)
+
+
+@pytest.mark.parametrize(
+    "format", ["coco_roboflow", "label_studio", "label_studio_min", "labelme", "voc", "cvat_xml", "csv_roboflow"]
+)
+def test_layouts(format: str, tmp_path: Path, draw: random.Random) -> None:
+    """A changed place of a labelling tool's file costs what it describes, or the data are refused by a named error."""
+    layout_writers.WRITERS[format](tmp_path)
+    (path, *_) = sorted(p for p in tmp_path.rglob("*") if p.suffix in (".json", ".xml", ".csv"))
+    whole = path.read_bytes()
+    if path.suffix == ".json":
+        cases = ((what, fuzz.written(c).encode()) for what, c in fuzz.changes(json.loads(whole), draw, 120))
+    else:
+        cases = fuzz.damages(whole, draw, 60)
+    taken = 0
+    for what, content in cases:
+        path.write_bytes(content)
+        try:
+            parts, _, _ = layouts.read(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error), what
+            continue
+        taken += 1
+        assert all(bool(a.boxes.isfinite().all()) for a in parts.values()), what
+    # Damage to one file of XML is damage to all of it.
+    assert taken > (0 if format == "cvat_xml" else 20)

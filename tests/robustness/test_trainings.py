@@ -68,15 +68,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config: Config, tmp_pa
 def test_weights_that_are_no_numbers_never_replace_a_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descend, count = Step._descend, iter(range(100))
+    backward, count = Step._backward, iter(range(100))
 
     def poisoned(self: Step, losses: dict[str, torch.Tensor]) -> None:
         if next(count) == 2:
             losses["loss_cls"].register_hook(lambda gradient: gradient * float("inf"))
-        descend(self, losses)
+        backward(self, losses)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "_descend", poisoned)
+        patch.setattr(Step, "_backward", poisoned)
         with pytest.raises(RuntimeError, match="the weights are no longer finite by step 3"):
             train(config, tmp_path / "run", device="cpu")
     saved = checkpoint.read(tmp_path / "run" / folder.LAST)
@@ -93,7 +93,27 @@ def test_without_an_object_there_is_no_best(config: Config, tmp_path: Path, caps
     assert main(words) == 0
     said = capsys.readouterr()
     assert "no AP" in said.out and "last.pt" in said.out and "best" not in said.out
-    assert not (tmp_path / "run" / folder.BEST).exists() and "no object to find" in said.err
+    assert not (tmp_path / "run" / folder.BEST).exists()
+    assert "no object to find" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_state_of_another_form_is_refused_by_name(config: Config, tmp_path: Path) -> None:
+    """As of a version that kept less, or more, beside the weights."""
+    config, out = config.replace(epochs=1, val_annotations=""), tmp_path / "run"
+    train(config, out, device="cpu")
+    sound = checkpoint.read(out / folder.LAST)
+    state, optimizer = sound["training"], sound["optimizer"]
+    changes = [{"training": {k: v for k, v in state.items() if k != name}} for name in state]
+    changes += [{"training": {**state, "position": {**state["position"], "step": step}}} for step in ("7", -1, None)]
+    changes += [{"training": {**state, name: "\x1b[2J"}} for name in ("sums", "generator", "threads")]
+    changes += [{"training": [1]}, {"optimizer": "x"}, {"optimizer": {}}, {"meta": {}}, {"meta": None}]
+    changes += [{"optimizer": {**optimizer, "param_groups": groups}} for groups in ([], None, [{}])]
+    for change in changes:
+        checkpoint.write(out / folder.LAST, {**sound, **change})
+        with pytest.raises(ValueError, match=r"last\.pt"):
+            train(config, out, resume=True, device="cpu")
+    checkpoint.write(out / folder.LAST, sound)
+    train(config.replace(epochs=2), out, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize("what", ["label", "box", "order", "pixels"])

@@ -16,8 +16,10 @@ from failing_files import ERRORS, Killed, failing
 from PIL import Image
 
 from gfl import checkpoint, files
+from gfl.cli import main
 from gfl.config import preset
 from gfl.engine import log
+from gfl.models import build
 
 SHAPE = preset("gfl_tiny").replace(
     num_classes=2, width=8, neck_channels=8, head_channels=8, head_convs=1, head_groups=2
@@ -110,6 +112,21 @@ def test_links_are_replaced_and_never_written_through(tmp_path: Path) -> None:
     assert not (out / "soft.png").is_symlink()
 
 
+def test_two_runs_of_detect_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file_fuzz.data_set(tmp_path, 1)
+    model = build(SHAPE.model, SHAPE.test)
+    meta = checkpoint.meta(SHAPE, ["a", "b"])
+    checkpoint.write(tmp_path / "x.pt", {"meta": meta, "state_dict": model.state_dict()})
+    out = tmp_path / "out"
+    words = ["detect", str(tmp_path / "x.pt"), str(tmp_path / "images"), "--out", str(out), "--device", "cpu"]
+    with files.locked(out):
+        assert main(words) == 1
+        assert "out is in use by" in capsys.readouterr().err
+        assert [file.name for file in out.iterdir()] == [files.LOCK]
+    assert main(words) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["1.jpg", "detections.json", "detections.jsonl"]
+
+
 def test_what_may_not_be_written(tmp_path: Path) -> None:
     given, images = tmp_path / "last.pt", tmp_path / "images"
     file_fuzz.data_set(tmp_path, 1)
@@ -155,6 +172,15 @@ def test_a_second_owner_is_told_of_the_first(tmp_path: Path) -> None:
     (tmp_path / files.LOCK).write_text("process 1 on moon, since 1969\n")
     with files.locked(tmp_path) as before:
         assert before == "process 1 on moon, since 1969"
+
+
+def test_errors_of_the_command_line_print_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell's `*` puts names of files there."""
+    for words in (["detect", "x.pt", "y.png", "--\x1b[2J.png"], ["\x1b[31mred"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        said = capsys.readouterr().err
+        assert "\\x1b" in said and "\x1b" not in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "utf-8"])

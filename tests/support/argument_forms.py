@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,27 +46,47 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass
+class Made:
+    """An object of a package that need not be installed, made when it is passed: a dict, or one argument."""
+
+    path: str
+    values: Any
+
+    def __call__(self) -> Any:
+        function = find(self.path)
+        return function(**self.values) if isinstance(self.values, dict) else function(self.values)
+
+
+def find(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass
 class Entry:
     """One function or class.
 
     Attributes:
-        ours: where ours is, below `gfl_ops`.
+        ours: where ours is, below `gfl_ops`; None where it exists in the place of theirs only.
         theirs: where the one is that ``patch()`` replaces, or that ours is written after; None where it is not on PyPI.
         patch: the module of `gfl_ops.compat` that replaces it; None where it is imported from ours.
         call: its arguments.
-        forms: other forms of single arguments. "init.x" is an argument of the constructor, "x.y" item y of a dict.
+        forms: other forms of single arguments. "init.x" is an argument of the constructor, "x.y" item y of a dict or
+            of a `Made`.
         init: arguments of the constructor, of a class.
+        method: what is called of the object, if not itself.
     """
 
-    ours: str
+    ours: str | None
     theirs: str | None
     patch: str | None
     call: dict[str, Any]
     forms: dict[str, Forms]
     init: dict[str, Any] | None = None
+    method: str = "__call__"
 
     def __str__(self) -> str:
-        return self.ours
+        return self.ours or f"{self.theirs}.{self.method}"
 
 
 def entries() -> Iterator[Entry]:
@@ -77,6 +98,7 @@ def entries() -> Iterator[Entry]:
     target = boxes + 1.5
     yield from _torchvision(boxes, scores, classes, target, g)
     yield from _mmdet(boxes, target, g)
+    yield from _mmdet_detection(boxes, scores, classes, g)
     yield from _ultralytics(boxes, g)
     yield from _others(boxes, scores, g)
 
@@ -152,6 +174,94 @@ def _mmdet(boxes: Tensor, target: Tensor, g: torch.Generator) -> Iterator[Entry]
     yield Entry("losses.Integral", path, "mmdet", {"x": distributions}, forms, {"reg_max": 7})
 
 
+def _mmdet_detection(boxes: Tensor, scores: Tensor, classes: Tensor, g: torch.Generator) -> Iterator[Entry]:
+    config, instances = "mmengine.config.ConfigDict", "mmengine.structures.InstanceData"
+    suppression = {"type": "nms", "iou_threshold": 0.25, "score_threshold": 0.125, "max_num": 4}
+    forms = {
+        "boxes": dtypes(boxes, torch.float64),
+        "scores": dtypes(scores, torch.float64),
+        "idxs": dtypes(classes, *INTEGERS, torch.bool, torch.float32, torch.float64, torch.float16),
+        "nms_cfg": {"none": None, "other name": {"type": "nms", "iou_thr": 0.25}, "config": Made(config, suppression)},
+        "nms_cfg.iou_threshold": numbers(0.25) | {"whole": 1, "zero": 0},
+        "nms_cfg.score_threshold": numbers(0.125) | {"zero": 0},
+        "nms_cfg.max_num": integers(4) | {"none": -1},
+        "nms_cfg.offset": integers(1),
+        "nms_cfg.class_agnostic": {"bool": True, "numpy": np.bool_(True)},
+        "class_agnostic": {"bool": True, "int": 1, "numpy": np.bool_(True), "tensor": torch.tensor(True)},
+    }
+    call = {"boxes": boxes, "scores": scores, "idxs": classes, "nms_cfg": suppression, "class_agnostic": False}
+    yield Entry(None, "mmcv.ops.batched_nms", "mmdet", call, forms)
+
+    sizes = ((6, 8), (3, 4), (2, 2))
+    cells = [(x * s, y * s, s) for (h, w), s in zip(sizes, (8, 16, 32)) for y in range(h) for x in range(w)]
+    x, y, side = torch.tensor(cells, dtype=torch.float32).unbind(1)
+    priors = torch.stack([x - 4 * side, y - 4 * side, x + 4 * side, y + 4 * side], 1)
+    truth = {"bboxes": boxes[:4] * 2, "labels": torch.tensor([2, 0, 1, 2])}
+    aside = {"bboxes": boxes[4:5] * 2, "labels": torch.tensor([0])}
+    counts = [h * w for h, w in sizes]
+    forms = {
+        "pred_instances.priors": {"with another column": torch.cat([priors, side[:, None]], 1)}
+        | dtypes(priors, torch.float64, torch.float16),
+        "num_level_priors": {"tuple": tuple(counts), "array": np.array(counts), "tensor": torch.tensor(counts)},
+        "gt_instances.bboxes": {
+            "none": torch.zeros(0, 4),
+            "box type": Made("mmdet.structures.bbox.HorizontalBoxes", truth["bboxes"]),
+        }
+        | dtypes(truth["bboxes"], torch.float64),
+        "gt_instances.labels": dtypes(truth["labels"], *INTEGERS, torch.float32),
+        "gt_instances_ignore": {"some": Made(instances, aside), "none": Made(instances, {"bboxes": boxes[:0]})},
+        "init.topk": integers(9),
+        "init.ignore_iof_thr": numbers(0.5) | {"zero": 0},
+    }
+    call = {
+        "pred_instances": Made(instances, {"priors": priors}),
+        "num_level_priors": counts,
+        "gt_instances": Made(instances, truth),
+        "gt_instances_ignore": None,
+    }
+    path, init = "mmdet.models.task_modules.assigners.ATSSAssigner", {"topk": 9, "ignore_iof_thr": -1}
+    yield Entry(None, path, "mmdet", call, forms, init, "assign")
+
+    maps = [[torch.randn(2, c, *size, generator=g) for size in sizes] for c in (3, 20)]
+    image = {"img_shape": (44, 60), "scale_factor": (0.5, 0.25)}
+    test = {
+        "nms_pre": 20, "min_bbox_size": 0, "score_thr": 0.25, "max_per_img": 7,
+        "nms": {"type": "nms", "iou_threshold": 0.5},
+    }  # fmt: skip
+    anchors = {"type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8, "scales_per_octave": 1}
+    init = {
+        "num_classes": 3, "in_channels": 1, "stacked_convs": 0, "reg_max": 4, "test_cfg": Made(config, test),
+        "anchor_generator": {**anchors, "strides": [8, 16, 32]},
+        "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.0},
+    }  # fmt: skip
+    call = {
+        "cls_scores": maps[0], "bbox_preds": maps[1], "score_factors": None, "batch_img_metas": [image, image],
+        "cfg": Made(config, test), "rescale": True, "with_nms": True,
+    }  # fmt: skip
+    shapes = {
+        "list": [44, 60], "with channels": (44, 60, 3), "size": torch.Size((44, 60)), "array": np.array([44, 60]),
+        "tensor": torch.tensor([44, 60]), "floats": (44.0, 60.0),
+    }  # fmt: skip
+    factors = {"array": np.array([0.5, 0.25], np.float32), "list": [0.5, 0.25], "of v2": (0.5, 0.25, 0.5, 0.25)}
+    forms = {
+        "cls_scores": {"tuple": tuple(maps[0])},
+        "bbox_preds": {"tuple": tuple(maps[1]), "fp64": [m.double() for m in maps[1]]},
+        "score_factors": {"some": [torch.rand(2, 1, *size, generator=g) for size in sizes]},
+        "batch_img_metas": {f"img_shape {k}": [{**image, "img_shape": v}] * 2 for k, v in shapes.items()}
+        | {f"scale_factor {k}": [{**image, "scale_factor": v}] * 2 for k, v in factors.items()}
+        | {"tuple": (image, image)},
+        "cfg": {"none": None, "other name": Made(config, {**test, "nms": {"iou_thr": 0.5}})},
+        "cfg.score_thr": numbers(0.25) | {"zero": 0},
+        "cfg.nms_pre": integers(20) | {"all": -1},
+        "cfg.max_per_img": integers(7),
+        "cfg.min_bbox_size": {"some": 6, "negative": -1, "numpy": np.int64(6)},
+        "cfg.nms": {"threshold of numpy": {"type": "nms", "iou_threshold": np.float32(0.5)}},
+        "rescale": {"bool": False, "int": 1, "numpy": np.bool_(True)},
+        "with_nms": {"int": 1, "bool": False},
+    }
+    yield Entry(None, "mmdet.models.dense_heads.GFLHead", "mmdet", call, forms, init, "predict_by_feat")
+
+
 def _ultralytics(boxes: Tensor, g: torch.Generator) -> Iterator[Entry]:
     where = "compat.ultralytics"
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -223,11 +333,44 @@ def _others(boxes: Tensor, scores: Tensor, g: torch.Generator) -> Iterator[Entry
     call = {"pred_score": p, "gt_score": hot * 0.5, "label": hot, "alpha": 0.75, "gamma": 2.0}
     forms = {"alpha": numbers(0.75), "gamma": numbers(2.0), "label": dtypes(hot, torch.int64)}
     yield Entry("compat.yolov6.VarifocalLoss", "yolov6.models.losses.loss.VarifocalLoss", None, call, forms, {})
+    near = (boxes + torch.rand(9, 4, generator=g)).expand(2, 9, 4)
+    call = {
+        "pred_dist": torch.randn(2, 9, 32, generator=g), "pred_bboxes": near.contiguous(),
+        "anchor_points": (boxes[:, :2] + boxes[:, 2:]) / 2, "target_bboxes": boxes.expand(2, 9, 4),
+        "target_scores": torch.rand(2, 9, 3, generator=g), "target_scores_sum": torch.tensor(4.0),
+        "fg_mask": torch.rand(2, 9, generator=g) < 0.6,
+    }  # fmt: skip
+    forms = {
+        "target_scores_sum": numbers(4.0) | {"zero": 0, "tensor of one": torch.tensor([4.0])},
+        "anchor_points": dtypes(call["anchor_points"], torch.float64),
+        "target_bboxes": dtypes(call["target_bboxes"], torch.float64),
+        "target_scores": dtypes(call["target_scores"], torch.float64, torch.float16),
+        "fg_mask": {"none": torch.zeros(2, 9, dtype=torch.bool), "uint8": call["fg_mask"].to(torch.uint8)},
+        "init.num_classes": integers(3),
+        "init.reg_max": integers(7),
+        "init.use_dfl": {"bool": False, "int": 1, "numpy": np.bool_(True)},
+        "init.iou_type": {"diou": "diou"},
+    }
+    init = {"num_classes": 3, "reg_max": 7, "use_dfl": True, "iou_type": "giou"}
+    yield Entry("compat.yolov6.BboxLoss", "yolov6.models.losses.loss.BboxLoss", None, call, forms, init)
     up = torch.tensor([0.5])
-    call = {"reg_max": 8, "up": up, "reg_scale": 4.0}
-    yield Entry(
-        "compat.dfine.weighting_function", None, None, call, {"reg_max": integers(8), "reg_scale": numbers(4.0)}
-    )
+    scale = numbers(4.0) | {"tensor of one": torch.tensor([4.0]), "negative": -4.0}
+    curve = {"reg_max": integers(8), "reg_scale": scale, "up": dtypes(up, torch.float64) | {"negative": -up}}
+    call = {"reg_max": 8, "up": up, "reg_scale": 4.0, "deploy": False}
+    deploy = {"bool": True, "int": 1, "numpy": np.bool_(True)}
+    yield Entry("compat.dfine.weighting_function", None, None, call, {**curve, "deploy": deploy})
+    offsets = torch.randn(9, 4, generator=g) * 2
+    call = {"gt": offsets, "reg_max": 8, "reg_scale": 4.0, "up": up}
+    forms = {"gt": dtypes(offsets, torch.float64) | {"whole": offsets.long(), "none": offsets[:0]}, **curve}
+    yield Entry("compat.dfine.translate_gt", None, None, call, forms)
+    size = boxes[:, 2:] - boxes[:, :2]
+    references = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, size], 1)
+    call = {"points": references, "bbox": boxes + 0.5, "reg_max": 8, "reg_scale": 4.0, "up": up, "eps": 0.125}
+    forms = {"points": dtypes(references, torch.float64), "bbox": dtypes(boxes, torch.float64), "eps": numbers(0.125)}
+    yield Entry("compat.dfine.bbox2distance", None, None, call, forms | curve)
+    call = {"points": references, "distance": offsets, "reg_scale": 4.0}
+    forms = {"points": dtypes(references, torch.float64) | {"one": references[0]}, "reg_scale": scale}
+    yield Entry("compat.dfine.distance2bbox", None, None, call, forms)
     pred = torch.randn(9, 9, generator=g)
     call = {
         "pred": pred,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of terms over logits in place, with `scale` times their gradient from the same walk. A location's classes go
 // into kLanes partial sums, class c into c % kLanes, which are added up in a tree: its loss has the same bits whether
-// classes or locations are contiguous. The named functions are of quality focal loss with β = 2 against background.
+// classes or locations are contiguous. The named functions are of a loss of class scores against background, by its
+// fast path.
 #pragma once
 #include "row_sum.h"
 #include "terms/score.h"
@@ -37,17 +38,17 @@ inline float walk_row(const T* x, int64_t classes, float scale, T* grad, const T
   return kLoss ? sum.total() : 0.0f;
 }
 
-inline Term<Floats> background_term(Floats x) { return Qfl::background(FastParams<Qfl>{}, x); }
+template <class Loss> inline Term<Floats> background_term(Floats x) { return Loss::background(FastParams<Loss>{}, x); }
 
 // One location whose classes are contiguous. Returns its loss.
-template <bool kLoss, bool kGrad, class T>
+template <class Loss, bool kLoss, bool kGrad, class T>
 inline float background_row(const T* x, int64_t classes, float scale, T* grad) {
   return walk_row<kLoss, kGrad>(x, classes, scale, grad,
-                                [](int64_t, Floats logits) { return background_term(logits); });
+                                [](int64_t, Floats logits) { return background_term<Loss>(logits); });
 }
 
 // One location, its classes anywhere, and one of them, `without`, not counted.
-template <bool kLoss, bool kGrad, class T>
+template <class Loss, bool kLoss, bool kGrad, class T>
 inline float background_row(const T* x, int64_t step, int64_t classes, int64_t without, float scale, T* grad,
                             int64_t grad_step) {
   RowSum sum;
@@ -59,7 +60,7 @@ inline float background_row(const T* x, int64_t step, int64_t classes, int64_t w
       lanes[without - c] = kNoLogit;
       logits = load_floats(lanes);
     }
-    const Term<Floats> term = background_term(logits);
+    const Term<Floats> term = background_term<Loss>(logits);
     if (kLoss) sum.parts[part] += term.value;
     if (kGrad) store_every(scale * term.grad_pred, grad_step, classes - c, grad + c * grad_step);
   }
@@ -67,7 +68,7 @@ inline float background_row(const T* x, int64_t step, int64_t classes, int64_t w
 }
 
 // Up to kMost locations that are contiguous; `pitch` is from class to class. Their losses go to `sums`.
-template <int kMost, bool kLoss, bool kGrad, class T>
+template <class Loss, int kMost, bool kLoss, bool kGrad, class T>
 inline void background_columns(const T* x, int64_t pitch, int64_t count, int64_t classes, float scale, float* sums,
                                T* grad, int64_t grad_pitch) {
   alignas(64) float partial[kLoss ? kLanes : 1][kMost];
@@ -76,12 +77,12 @@ inline void background_columns(const T* x, int64_t pitch, int64_t count, int64_t
     float* const part = partial[kLoss ? c % kLanes : 0];
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) {
-      const Term<Floats> term = background_term(load_floats(x + i));
+      const Term<Floats> term = background_term<Loss>(load_floats(x + i));
       if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
       if (kGrad) store_floats(scale * term.grad_pred, grad + i);
     }
     if (i == count) continue;
-    const Term<Floats> term = background_term(load_floats(x + i, count - i, kNoLogit));
+    const Term<Floats> term = background_term<Loss>(load_floats(x + i, count - i, kNoLogit));
     if (kLoss) store_floats(load_floats(part + i) + term.value, part + i);
     if (kGrad) store_floats(scale * term.grad_pred, count - i, grad + i);
   }

@@ -16,13 +16,6 @@ inline Floats reciprocal_of_unit(Floats e) { return 1.0f / (1.0f + e); }
 inline Floats sign(Floats x) {
   return x > 0.0f ? splat<Floats>(1.0f) : (x < 0.0f ? splat<Floats>(-1.0f) : splat<Floats>(0.0f));
 }
-inline Floats square_root(Floats x) {
-  float lanes[kWidth];
-  std::memcpy(lanes, &x, sizeof x);
-  _Pragma("omp simd") for (int j = 0; j < kWidth; ++j) lanes[j] = __builtin_sqrtf(lanes[j]);
-  std::memcpy(&x, lanes, sizeof x);
-  return x;
-}
 inline Floats general_power(Floats base, float exponent) {
   for (int j = 0; j < kWidth; ++j) base[j] = std::pow(base[j], exponent);
   return base;

@@ -4,28 +4,16 @@
 #include "cpu/task_aligned.h"
 
 #include "terms/task_aligned.h"
-#include "vector_math.h"
 
 namespace gfl::GFL_ISA {
 namespace {
-
-inline Floats square_root_of(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_sqrt_ps(0xffff, x);
-#elif defined(__AVX__)
-  return _mm256_sqrt_ps(x);
-#else
-  for (int j = 0; j < kWidth; ++j) x[j] = __builtin_sqrtf(x[j]);
-  return x;
-#endif
-}
 
 inline Floats power_of_each(const Power& p, Floats x) {
   if (p.whole < 0) {
     for (int j = 0; j < kWidth; ++j) x[j] = power(p, x[j]);
     return x;
   }
-  return product_power(x, p.whole, p.half ? square_root_of(x) : splat<Floats>(1.0f));
+  return product_power(x, p.whole, p.half ? square_root(x) : splat<Floats>(1.0f));
 }
 
 inline Ints lane_numbers() {
@@ -48,7 +36,7 @@ void insert(cpu::TaskAlignedTop& top, float metric, float overlap, int64_t locat
 
 template <class T>
 void rank(const TaskAlignedInput& in, const cpu::TaskAlignedImage& image, const RatedBox<Floats>& g, int64_t label,
-          int32_t slot, const cpu::TaskAlignedRows& rows, cpu::TaskAlignedTop& top) {
+          int32_t slot, const cpu::LocationRows& rows, cpu::TaskAlignedTop& top) {
   const Power alpha = power_of(in.alpha), beta = power_of(in.beta);
   const T* scores = static_cast<const T*>(image.scores) + label * in.score_stride[2];
   const Ints lane = lane_numbers();
@@ -108,7 +96,7 @@ void task_aligned_prepare(const TaskAlignedInput& in, const float* boxes, const 
 }
 
 void task_aligned_rank(const TaskAlignedInput& in, const cpu::TaskAlignedImage& image, const float* gt_box,
-                       int64_t label, int32_t slot, const cpu::TaskAlignedRows& rows, cpu::TaskAlignedTop& top) {
+                       int64_t label, int32_t slot, const cpu::LocationRows& rows, cpu::TaskAlignedTop& top) {
   const RatedBox<Floats> g = rated_box(in.overlap, splat<Floats>(gt_box[0]), splat<Floats>(gt_box[1]),
                                        splat<Floats>(gt_box[2]), splat<Floats>(gt_box[3]));
   dispatch(in.score_dtype, [&](auto t) { rank<decltype(t)>(in, image, g, label, slot, rows, top); });

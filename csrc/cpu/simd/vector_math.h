@@ -101,6 +101,16 @@ inline Floats larger_of(Floats a, Floats b) {
   return a > b ? a : b;
 #endif
 }
+inline Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, x);
+#elif defined(__AVX__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int j = 0; j < kWidth; ++j) x[j] = __builtin_sqrtf(x[j]);
+  return x;
+#endif
+}
 inline bool any_of(Ints condition) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)condition) != 0;

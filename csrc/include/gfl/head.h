@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a detector's head needs in training besides its convolutions: the assignment of ground-truth boxes to locations,
-// the loss over all levels and images, and group normalization with ReLU.
+// the losses over all levels and images, and group normalization with ReLU.
 #pragma once
 #include "gfl/parallel.h"
 #include "gfl/types.h"
@@ -54,6 +54,11 @@ cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* 
 //   box = w₁/box_norm · Σ w·(1 − GIoU) over the positives        dfl = w₂/box_norm · Σ w·¼ Σ DFL over the positives
 // Boxes are in units of the stride; the target of QFL is the IoU of the decoded box; w is the largest class
 // probability.
+//
+// That of a YOLO head (v8 to 26) is walked alike. With BCE for QFL, CIoU for GIoU, and for w and the class's target the
+// score that an assigner gave, both norms are max(Σ w, 1) unless they are given. Without bins (reg_max 0) the maps hold
+// the distances, and the third loss is their L1 error in widths and heights of the image.
+enum class HeadLossKind : int32_t { gfl = 0, yolo = 1 };
 
 // One level's maps, read in place in any layout. Strides are in elements, of image, channel, row and column.
 struct HeadLevel {
@@ -78,12 +83,16 @@ struct GflLossInput {
   int64_t gts;
   double beta;
   bool legacy;  // centres (stride − 1)/2 pixels further, +1 on widths and heights
+  HeadLossKind kind;
+  // of a YOLO head alone
+  const void* scores;                // [images, locations] of A: what the class of a positive learns
+  double image_height, image_width;  // in pixels, where there are no bins
 };
 
 // Norms, losses and the gradients that arrive are single numbers of A where the maps are.
 struct GflLossScalars {
   double loss_weights[3];
-  const void* cls_norm;  // null: Σ max(positives of an image, 1)
+  const void* cls_norm;  // null: Σ max(positives of an image, 1), of a YOLO head max(Σ w, 1)
   const void* box_norm;  // null: max(Σ w, 1)
 };
 struct GflLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };

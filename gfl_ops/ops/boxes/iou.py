@@ -94,15 +94,27 @@ def _diou(pair: Pair, eps: float, _: float) -> Tensor:
     return 1 - (pair.iou(eps) - _centre_penalty(pair, eps))
 
 
+def _ratio_penalty(pair: Pair, eps: float) -> Tensor:
+    """v: how far the ratios of the sides are apart."""
+    pred, target = (torch.atan(size[:, 0] / (size[:, 1] + eps)) for size in (pair.pred_size, pair.target_size))
+    return 4 / math.pi**2 * (target - pred) ** 2
+
+
 @_kind("ciou")
 def _ciou(pair: Pair, eps: float, _: float) -> Tensor:
-    iou = pair.iou(eps)
-    pred, target = (torch.atan(size[:, 0] / (size[:, 1] + eps)) for size in (pair.pred_size, pair.target_size))
-    v = 4 / math.pi**2 * (target - pred) ** 2
+    iou, v = pair.iou(eps), _ratio_penalty(pair, eps)
     rest = (1 - iou + v).detach()
     # Equal boxes: their rounded IoU may be 1 and the quotient 0/0, which stands for no cost.
     alpha = torch.where((iou > 0.5) & (rest != 0), v / torch.where(rest == 0, 1.0, rest), 0.0).detach()
     return 1 - clamp_passing_grad(iou - (_centre_penalty(pair, eps) + alpha * v), -1.0, 1.0)
+
+
+def full_ciou(pred: Tensor, target: Tensor, eps: float) -> Tensor:
+    """CIoU's loss ``[N]`` whose ratio counts at every IoU, and without bounds: ultralytics'."""
+    pair = Pair(pred, target)
+    iou, v = pair.iou(eps), _ratio_penalty(pair, eps)
+    alpha = (v / (1 - iou + v + eps)).detach()
+    return 1 - (iou - (_centre_penalty(pair, eps) + alpha * v))
 
 
 @_kind("eiou", parameter=0.1)

@@ -21,7 +21,7 @@ from ..boxes.distance import box_of, reference_box_to_distance
 from ..boxes.iou import reference as box_loss
 from ..score.terms import absolute_power, binary_cross_entropy
 from .atss import Assignment, centres, check_strides, per_level
-from .one_pass import head_loss
+from .one_pass import define_head_loss
 
 # Of the union and of the enclosing box, in cells squared: the value of mmdet's head.
 IOU_EPS = 1e-6
@@ -47,6 +47,20 @@ def rows(level: Tensor) -> Tensor:
 def positives(labels: Tensor, matched: Tensor, classes: int, slots: int) -> Tensor:
     """Locations with a class and a box. The others are background, but for label −2, which no loss counts."""
     return (labels >= 0) & (labels < classes) & (matched >= 0) & (matched < slots)
+
+
+def distribution_losses(logits: Tensor, distance: Tensor, margin: float) -> Tensor:
+    """DFL of ``[..., 4, bins]`` against distances in bins ``[..., 4]``, the mean over the sides; 0 for a NaN."""
+    position = distance.nan_to_num(0.0).clamp(0, logits.shape[-1] - 1 - margin)
+    left = position.long()
+    losses = two_bin_cross_entropy(
+        logits.flatten(0, -2),
+        left.flatten(),
+        left.flatten() + 1,
+        (left + 1 - position).flatten(),
+        (position - left).flatten(),
+    )
+    return torch.where(distance.isnan(), 0.0, losses.view_as(distance)).mean(-1)
 
 
 def _level(
@@ -79,17 +93,7 @@ def _level(
     quality = box_loss(pair[0].detach(), pair[1], "overlap", IOU_EPS).view(images, height * width)
     giou = box_loss(*pair, "giou", IOU_EPS).view(images, height * width)
 
-    side = reference_box_to_distance(centre, target, None, 0.0)
-    position = side.nan_to_num(0.0).clamp(0, reg_max - TARGET_MARGIN)
-    left = position.long()
-    dfl = two_bin_cross_entropy(
-        logits.flatten(0, 2),
-        left.flatten(),
-        left.flatten() + 1,
-        (left + 1 - position).flatten(),
-        (position - left).flatten(),
-    )
-    dfl = torch.where(side.isnan(), 0.0, dfl.view_as(side)).mean(-1)
+    dfl = distribution_losses(logits, reference_box_to_distance(centre, target, None, 0.0), TARGET_MARGIN)
 
     counted = labels != -2
     x = torch.where(counted[..., None], rows(cls_score).to(distance.dtype), 0.0)
@@ -235,13 +239,17 @@ def samples(
     yield Sample("detached-extreme", (*extreme, None, None, *rest(4, 1)))
 
 
+_SCHEMA = (
+    "(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor labels, Tensor matched, Tensor gt_boxes,"
+    " Tensor? cls_norm, Tensor? box_norm, int reg_max, float[] loss_weights, float beta, float[] center_offset,"
+    " bool legacy) -> (Tensor cls, Tensor box, Tensor dfl, Tensor num_pos, Tensor box_weight)"
+)
+head_loss = define_head_loss("gfl_loss", _SCHEMA)
+
 GFL_LOSS = register(
     OpSpec(
         stem="gfl_loss",
-        schema="(Tensor[] cls_scores, Tensor[] reg_preds, float[] strides, Tensor labels, Tensor matched,"
-        " Tensor gt_boxes, Tensor? cls_norm, Tensor? box_norm, int reg_max, float[] loss_weights, float beta,"
-        " float[] center_offset, bool legacy)"
-        " -> (Tensor cls, Tensor box, Tensor dfl, Tensor num_pos, Tensor box_weight)",
+        schema=_SCHEMA,
         reference=reference,
         fake=fake,
         samples=samples,

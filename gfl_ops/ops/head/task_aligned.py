@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.dtypes import device_type
-from ...core.random_inputs import boxes as draw_boxes
-from ...core.random_inputs import normal, uniform
+from ...core.random_inputs import uniform
 from ...core.registry import OpSpec, Sample, register
-from .atss import MAX_CELLS, check_level_sizes, check_strides, per_level
+from .assign import check_grids, check_points, check_predictions, degenerate_objects, draw_objects, draw_predictions
+from .atss import MAX_CELLS, check_strides
 from .task_aligned_reference import locations, reference
 
 VARIANTS = ("ultralytics", "yolov6", "mmdet")
@@ -38,31 +38,10 @@ def fake(scores: Tensor, boxes: Tensor, *others: Any) -> tuple[Tensor, Tensor, T
 _ULTRALYTICS = (10, 10, 0.5, 6.0, 16.0, 1e-9, "ultralytics", True)
 
 
-def _objects(images: int, slots: int, classes: int, extent: float, at: torch.device, generator: torch.Generator) -> Any:
-    found = draw_boxes(images * slots, at, torch.float32, generator, extent=extent).reshape(images, slots, 4)
-    return found, torch.randint(-1, classes, (images, slots), generator=generator).to(at)
-
-
-def _predictions(
-    gt_boxes: Tensor, points: Tensor, classes: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Scores, and boxes near those that contain the location."""
-    device, images, count = gt_boxes.device, gt_boxes.shape[0], len(points)
-    wild = normal((images, count, 4), device, torch.float32, generator, 6.0) + points.repeat(1, 2)
-    boxes = wild + torch.tensor([-15.0, -15, 15, 15], device=device)
-    if gt_boxes.shape[1]:
-        chosen = torch.randint(0, gt_boxes.shape[1], (images, count), generator=generator).to(device)
-        near = gt_boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
-        inside = (points > near[..., :2]) & (points < near[..., 2:])
-        close = near + normal((images, count, 4), device, torch.float32, generator, 3.0)
-        boxes = torch.where(inside.all(-1, keepdim=True), close, boxes)
-    return uniform((images, count, classes), device, dtype, generator), boxes
-
-
 def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     sizes, strides, half = [80, 80, 40, 40, 20, 20], [8.0, 16.0, 32.0], [0.5] * 3
-    gt_boxes, labels = _objects(2, 100, 80, 640.0, device, generator)
-    scores, boxes = _predictions(gt_boxes, locations(sizes, strides, half, device), 80, dtype, generator)
+    gt_boxes, labels = draw_objects(2, 100, 80, 640.0, device, generator)
+    scores, boxes = draw_predictions(gt_boxes, locations(sizes, strides, half, device), 80, dtype, generator)
     yield Sample("b2-g100-a8400", (scores, boxes, sizes, strides, half, None, gt_boxes, labels, *_ULTRALYTICS))
 
 
@@ -71,10 +50,10 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     classes = 5
 
     def objects(images: int, slots: int) -> tuple[Tensor, Tensor]:
-        return _objects(images, slots, classes, 120.0, device, generator)
+        return draw_objects(images, slots, classes, 120.0, device, generator)
 
     def predictions(gt_boxes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        return _predictions(gt_boxes, points, classes, dtype, generator)
+        return draw_predictions(gt_boxes, points, classes, dtype, generator)
 
     def grid(gt_boxes: Tensor) -> tuple[Any, ...]:
         scores, boxes = predictions(gt_boxes, locations(sizes, strides, half, device))
@@ -117,21 +96,7 @@ def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator
     scores, boxes = predictions(gt_boxes, locations(*odd, device))
     yield Sample("odd-grids", (scores, boxes, *odd, None, gt_boxes, labels, *_ULTRALYTICS))
     nan, inf = float("nan"), float("inf")
-    strange = torch.tensor(
-        [
-            [5.0, 5, 5, 5],
-            [90, 90, 20, 20],
-            [-1e30, -1e30, 1e30, 1e30],
-            [nan, 0, 90, 90],
-            [0, 0, inf, 90],
-            [0, 0, 120, 120],
-            [1e6, 1e6, 1e6 + 64, 1e6 + 64],
-            [10, 10, 80, 80],
-            [10, 10, 80, 80],
-        ],
-        device=device,
-    )[None]
-    labels = torch.tensor([[0, 1, 2, 3, 4, 0, 1, classes, -7]], device=device)
+    strange, labels = degenerate_objects(classes, device)
     scores, boxes = given[0][:1].clone(), given[1][:1].clone()
     scores[0, 3:40:7], boxes[0, 5:60:9], boxes[0, 6:60:11, 2] = nan, nan, inf
     for name in VARIANTS:
@@ -230,36 +195,16 @@ def task_aligned_assign(
         waits for the device, and all backends give the same indices unless an exponent is no multiple of a half.
     """
     op = "task_aligned_assign"
-    checks.tensor(op, "scores", scores)
-    checks.shape(op, "scores", scores, "[B, A, C]", (None, None, None))
-    images, count, classes = scores.shape
-    checks.tensor(op, "boxes", boxes)
-    checks.shape(op, "boxes", boxes, "[B, A, 4]", (images, count, 4))
-    checks.same_device(op, "boxes", boxes, "scores", scores)
+    check_predictions(op, "scores", scores, boxes, gt_boxes, gt_labels)
+    flat: list[int] = []
     stride_list: list[float] = []
     offsets: list[float] = []
-    flat: list[int] = []
     if points is None:
-        flat = check_level_sizes(op, level_sizes)
-        stride_list = check_strides(op, strides, len(flat) // 2)
-        offsets = per_level(op, "center_offset", center_offset, len(stride_list))
-        cells = sum(h * w for h, w in zip(flat[::2], flat[1::2]))
-        if cells != count:
-            rule = f"must have the A = {count} cells of `scores` in all"
-            raise ValueError(checks.message(op, "level_sizes", rule, cells))
+        flat, stride_list, offsets = check_grids(op, level_sizes, strides, center_offset, "scores", scores.shape[1])
     else:
-        checks.tensor(op, "points", points)
-        checks.shape(op, "points", points, "[A, 2]", (count, 2))
-        checks.same_device(op, "points", points, "scores", scores)
-        points = points.detach().float()
+        points = check_points(op, points, "[A, 2]", 2, scores)
         if strides is not None:
             check_strides(op, strides, len(strides) if isinstance(strides, (tuple, list)) else 0)
-    checks.tensor(op, "gt_boxes", gt_boxes)
-    checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
-    checks.same_device(op, "gt_boxes", gt_boxes, "scores", scores)
-    checks.tensor(op, "gt_labels", gt_labels, checks.INTEGER)
-    checks.shape(op, "gt_labels", gt_labels, "[B, G]", tuple(gt_boxes.shape[:2]))
-    checks.same_device(op, "gt_labels", gt_labels, "scores", scores)
     topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)
     topk2 = topk if topk2 is None else min(checks.number(op, "topk2", topk2, 1, integer=True), MAX_CELLS)
     alpha = checks.number(op, "alpha", alpha, 0, checks.LARGEST)
@@ -272,8 +217,6 @@ def task_aligned_assign(
         known = strides or () if variant == "ultralytics" else ()
         min_side = known[min(1, len(known) - 1)] if len(known) else 0.0
     min_side = checks.number(op, "min_side", min_side, 0, checks.LARGEST)
-    if checks.SYNCHRONISING and gt_labels.numel() and int(gt_labels.max()) >= classes:
-        raise ValueError(checks.message(op, "gt_labels", f"must be below C = {classes}", int(gt_labels.max())))
     return TaskAlignedAssignment(
         *TASK_ALIGNED(
             device_type(scores),

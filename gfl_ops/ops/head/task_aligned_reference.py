@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from .atss import centres
 
 # Pairs that are in memory at a time.
-_PAIRS = 1 << 22
+PAIRS = 1 << 22
 _LOW = 0xFFFFFFFF
 
 
@@ -34,13 +34,17 @@ def arc_tangent(x: Tensor) -> Tensor:
     return torch.where(x < 0, -angle, angle)
 
 
+def root(x: Tensor) -> Tensor:
+    """√x; by way of fp64, since MKL's fp32 square root, which torch uses, may be off by an ulp."""
+    return x.double().sqrt().float()
+
+
 def power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent by squaring where twice the exponent is an integer up to 64, else by way of fp64."""
     twice = 2 * exponent
     if not 0 <= twice <= 64 or twice != int(twice):
         return x.double().pow(exponent).float()
-    # In fp64, since MKL's fp32 square root, which torch uses, may be off by an ulp.
-    result = x.double().sqrt().float() if int(twice) % 2 else torch.ones_like(x)
+    result = root(x) if int(twice) % 2 else torch.ones_like(x)
     whole, square = int(twice) // 2, x
     while whole:
         if whole & 1:
@@ -81,6 +85,37 @@ def overlap(kind: str, gt: Tensor, pred: Tensor, atan: Callable[[Tensor], Tensor
     return torch.where(value > 0, value, 0.0)
 
 
+def scores_in_double(
+    kind: str,
+    score: Tensor,
+    pred: Tensor,
+    gt: Tensor,
+    positive: Tensor,
+    slot: Tensor,
+    slots: int,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> Tensor:
+    """The scores that positives are to learn, ``[B, A]``, in the dtypes and by the functions of the frameworks; for
+    training in fp64, which would show the rounding of `task_aligned_assign`'s.
+
+    Args:
+        kind: of `overlap`.
+        score: ``[B, A]``, of the class to learn.
+        pred, gt: ``[B, A, 4]``.
+        positive: ``[B, A]``, which locations learn a box.
+        slot: ``[B, A]``, in [0, slots).
+    """
+    reached = torch.where(positive, overlap(kind, gt, pred, torch.atan), 0.0)
+    metric = torch.where(positive, score.pow(alpha) * reached.pow(beta), 0.0)
+
+    def largest(x: Tensor) -> Tensor:
+        return x.new_zeros((len(x), slots)).scatter_reduce(1, slot, x, "amax").gather(1, slot)
+
+    return metric * largest(reached) / (largest(metric) + eps)
+
+
 def inside(points: Tensor, gt_boxes: Tensor, min_side: float, margin: float) -> Tensor:
     """Which points ``[A, 2]`` lie in which boxes ``[G, 4]``, each side at least `min_side`: ``[G, A]``."""
     low, high = gt_boxes[:, :2], gt_boxes[:, 2:]
@@ -119,7 +154,7 @@ def _assign_image(
     mmdet = rule.variant == "mmdet"
     places, chosen, found = [], [], []
     best = torch.zeros(count, dtype=torch.int64, device=boxes.device)
-    step = max(1, _PAIRS // count)
+    step = max(1, PAIRS // count)
     for first in range(0, slots, step):
         gt, labels = gt_boxes[first : first + step], gt_labels[first : first + step]
         slot = torch.arange(first, first + len(gt), device=boxes.device)
@@ -170,6 +205,25 @@ def _assign_image(
     return torch.where(positive, gt_labels[winner], -1), matched, torch.where(positive, metric, 0.0)
 
 
+def by_image(
+    scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, points: Tensor, assign: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`assign`'s labels, slots and values of (scores, boxes, points, boxes and labels of the slots that hold a box)."""
+    shape = scores.shape[:2]
+    labels = torch.full(shape, -1, dtype=torch.int64, device=boxes.device)
+    matched, values = labels.clone(), torch.zeros(shape, device=boxes.device)
+    if not shape[1]:
+        return labels, matched, values
+    real = (gt_labels >= 0) & (gt_labels < scores.shape[2]) & torch.isfinite(gt_boxes).all(-1)
+    for b in range(shape[0]):
+        slots = real[b].nonzero()[:, 0]
+        if len(slots):
+            found = assign(scores[b], boxes[b], points, gt_boxes[b, slots], gt_labels[b, slots])
+            labels[b], values[b] = found[0], found[2]
+            matched[b] = torch.where(found[1] >= 0, slots[found[1].clamp(min=0)], -1)
+    return labels, matched, values
+
+
 def locations(
     level_sizes: Sequence[int], strides: Sequence[float], center_offset: Sequence[float], device: torch.device
 ) -> Tensor:
@@ -202,16 +256,4 @@ def reference(
     rule = _Rule(topk, topk2, alpha, beta, min_side, eps, variant, kind)
     if points is None:
         points = locations(level_sizes, strides, center_offset, boxes.device)
-    shape = scores.shape[:2]
-    labels = torch.full(shape, -1, dtype=torch.int64, device=boxes.device)
-    matched, alignment = labels.clone(), torch.zeros(shape, device=boxes.device)
-    if not shape[1]:
-        return labels, matched, alignment
-    real = (gt_labels >= 0) & (gt_labels < scores.shape[2]) & torch.isfinite(gt_boxes).all(-1)
-    for b in range(shape[0]):
-        slots = real[b].nonzero()[:, 0]
-        if len(slots):
-            found = _assign_image(rule, scores[b], boxes[b], points, gt_boxes[b, slots], gt_labels[b, slots])
-            labels[b], alignment[b] = found[0], found[2]
-            matched[b] = torch.where(found[1] >= 0, slots[found[1].clamp(min=0)], -1)
-    return labels, matched, alignment
+    return by_image(scores, boxes, gt_boxes, gt_labels, points, lambda *image: _assign_image(rule, *image))

@@ -23,13 +23,18 @@ def check_kernels(device: Any) -> None:
 
     from gfl_ops.kernel_check import ensure_checked
 
+    from ..engine.distributed import choose_device
+
     if not torch.cuda.is_available():
         return
-    try:
-        wanted = None if device is None else torch.device(device)
-    except RuntimeError:
+    if device is None:
+        ensure_checked(None)
         return
-    if wanted is None or (wanted.type == "cuda" and (wanted.index or 0) < torch.cuda.device_count()):
+    try:
+        wanted = choose_device(str(device))
+    except ValueError:
+        return
+    if wanted.type == "cuda":
         ensure_checked(wanted)
 
 

@@ -124,11 +124,12 @@ def _times(
     torch.manual_seed(options.seed)
     network = create_model(model).eval().to(device)
     network.test = dataclasses.replace(network.test, short_side=min(size), long_side=max(size))
-    torch.nn.init.normal_(network.bbox_head.gfl_cls.weight, std=0.05)
+    for layer in network.bbox_head.class_layers():
+        torch.nn.init.normal_(layer.weight, std=0.05)
     images = torch.randint(256, (batch, 3, *size), dtype=torch.uint8)
     with torch.no_grad():
         sizes = torch.tensor([size], dtype=torch.float32, device=device)
-        cls_scores, _ = network.predict_maps(transforms.normalise(images[:1].to(device), sizes))
+        cls_scores, _ = network.predict_maps(transforms.normalise(images[:1].to(device), sizes, network.config))
     scores = torch.cat([x.flatten() for x in cls_scores]).sigmoid()
     threshold = float(scores.topk(max(1, min(CANDIDATES, int(SHARE * scores.numel())))).values[-1])
     settings = {"score_threshold": threshold, "batch_size": batch, "optimize": True, "compile": options.compile}

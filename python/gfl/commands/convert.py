@@ -16,9 +16,10 @@ HELP = "convert checkpoints of mmdet and GFocal, or write mmdet's format"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's")
-    add("target", metavar="OUT", help="file to write, also .safetensors; must not exist")
-    add("--to", choices=("own", "mmdet"), default="own", help="this package's format, or mmdet 3's [%(default)s]")
+    add("source", metavar="IN", help="checkpoint: this package's, mmdet 2 or 3's, GFocal v1 or V2's; or a model's name")
+    add("target", metavar="OUT", help="file to write; must not exist")
+    formats = "this package's, mmdet 3's, or safetensors with configuration and classes as metadata"
+    add("--to", choices=("own", "mmdet", "safetensors"), help=f"{formats} [by OUT's suffix]")
     add_config(parser)
 
 
@@ -28,12 +29,10 @@ def run(options: argparse.Namespace) -> int:
     target = Path(options.target)
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} is there already")
-    content = checkpoint.read(options.source)
-    try:
-        weights = checkpoint.normalise(content)
-        model, config, classes, ids = checkpoint.model_from(content, given_config(options), strict=True)
-    except ValueError as error:
-        raise ValueError(f"{options.source}: {error}") from None
+    if options.to == "safetensors" and target.suffix != ".safetensors":
+        raise ValueError(f"`--to` safetensors needs a file named so: {target.with_suffix('.safetensors')}")
+    model, config, classes, ids = checkpoint.model_from(options.source, given_config(options), strict=True)
+    weights = checkpoint.normalise(checkpoint.read(options.source))
     names = classes if classes is not None else [f"class {i}" for i in range(config.model.num_classes)]
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if classes is not None else "not named in it"
     default = vars(ModelConfig())

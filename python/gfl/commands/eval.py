@@ -31,8 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detections", metavar="FILE", help="evaluate this file of COCO's result format or gfl detect")
     add_config(parser)
     parser.add_argument("--annotations", metavar="FILE", help="annotations that --detections are compared with")
-    parser.add_argument("--per-class", action="store_true", help="show the AP of each class too")
-    parser.add_argument("--output", metavar="FILE", help="write the metrics to this JSON file")
+    parser.add_argument("--per-class", action="store_true", help="show AP, precision, recall, F1 of each class too")
+    parser.add_argument("--out", metavar="FILE", help="write the metrics to this JSON file")
+    parser.add_argument("--output", dest="out", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name
     parser.add_argument("--save-detections", metavar="FILE", help="write the detections in COCO's result format")
     parser.add_argument("--optimize", action="store_true", help="fold batch norms into convolutions: faster")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
@@ -48,21 +49,25 @@ def run(options: argparse.Namespace) -> int:
     from ..engine import evaluate
 
     data, detections, metrics = found
-    if options.output is not None:
+    if options.out is not None:
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
-        files.write_json(options.output, values, indent=2)
+        files.write_json(options.out, values, indent=2)
     say(f"{len(detections)} detections, {len(data.image_ids)} images")
-    for problem, number in data.problems.items():
-        say(f"{number} {problem}")
+    for line in data.problems.lines():
+        say(line)
     say(evaluate.table(metrics))
+    say(evaluate.point_line(metrics))
     if options.per_class:
         whole: Any = getattr(data, "annotations", data)
-        say(evaluate.class_table(evaluate.class_metrics(whole, detections)))
+        evaluation = evaluate.coco_evaluation(whole, detections)
+        names = whole.distinct_names()
+        say(evaluate.class_table(dict(zip(names, evaluate.class_figures(evaluation), strict=True))))
+        say(evaluate.quality_table(names, evaluation, metrics["threshold"]))
     return 0
 
 
 def _check_outputs(options: argparse.Namespace, *inputs: str | Path | None) -> None:
-    for option in ("--output", "--save-detections"):
+    for option in ("--out", "--save-detections"):
         if (file := getattr(options, option[2:].replace("-", "_"))) is not None:
             files.check_output(file, option, inputs, ".json")
 
@@ -95,7 +100,7 @@ def _of_checkpoint(options: argparse.Namespace) -> Found | None:
     config = configuration.overrides(stored, options)
     root = Path(config.data.data)
     _check_outputs(options, *(root / getattr(config.data, name) for name in ("val_annotations", "val_images")))
-    data = validation_dataset(config)
+    data = validation_dataset(config, classes)
     _check_classes(options.checkpoint, classes, data)
     check_kernels(options.device)
     with processes(options.device) as process:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..files import say
 from . import check_kernels
 
 CONFIGS = f"{', '.join(config.PRESETS)}, or a TOML, YAML or JSON file"
-HELP = "train a detector on data in COCO format, or resume a training"
+HELP = "train a detector on data of your own, or resume a training"
 EPILOG = """\
 An option that is not given keeps the value of --config; in brackets is that of
 gfl_r50_1x. A configuration file has the sections data, train, model and test,
@@ -24,7 +25,8 @@ and the options' names with _ for - as keys:
 
   gfl train --config gfl_r50_1x --data coco --out runs/r50 \\
     --backbone-weights torchvision --amp bf16
-  gfl train --config mine.toml --out runs/mine
+  gfl train --recipe finetune --init best.pt --data mine --out runs/mine
+  gfl train --config mine.toml --out runs/toml
   gfl train --out runs/mine --resume
   torchrun --nproc-per-node 8 -m gfl.cli train --config …"""
 
@@ -34,25 +36,51 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", metavar="NAME|FILE", help=f"{CONFIGS}; --resume takes that of --out")
+    parser.add_argument(
+        "--recipe",
+        choices=config.RECIPES,
+        help="settings for a purpose, in place of the configuration's; finetune: for data of one's own",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and logs")
     parser.add_argument("--resume", action="store_true", help="resume the training in --out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [a GPU if there is one]")
-    first = ("data", "backbone_weights", "epochs", "batch_size", "lr", "amp")
+    first = ("data", "init", "backbone_weights", "epochs", "batch_size", "lr", "amp")
     config.add_options(parser, "data", "train", "model", "test", first=first)
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..engine.folder import BEST, LAST, stored_config
+    from ..engine.folder import BEST, LAST
     from ..engine.train import train
 
-    if options.config is None and not options.resume:
-        raise ValueError(f"--config must be given: one of {CONFIGS}")
-    start = stored_config(options.out) if options.config is None else config.preset(options.config)
-    chosen = config.overrides(start, options)
+    chosen = config.overrides(_start(options), options)
     check_kernels(options.device)
     metrics = train(chosen, options.out, resume=options.resume, device=options.device)
+    best, last = options.out / BEST, options.out / LAST
     if metrics and math.isnan(metrics["AP"]):
-        say(f"no AP: the validation data have no object to find; the last weights are in {options.out / LAST}")
+        say("no AP: the validation data have no object to find")
     elif metrics:
-        say(f"AP {metrics['AP']:.4f}; the best weights are in {options.out / BEST}")
+        say(f"AP {metrics['AP']:.4f}")
+    say(f"the best weights are in {best}" if best.exists() else f"the last weights are in {last}")
     return 0
+
+
+def _start(options: argparse.Namespace) -> config.Config:
+    """The configuration that the typed options change."""
+    from ..engine.folder import stored_config
+
+    if options.config is None and options.resume:
+        return stored_config(options.out)
+    init = getattr(options, "init", "")
+    if options.config is not None:
+        start = config.preset(options.config)
+    elif init:
+        # The network and its test settings are the checkpoint's.
+        from ..checkpoint import model_from
+
+        of_file = model_from(init, strict=True).config
+        start = dataclasses.replace(config.Config(), model=of_file.model, test=of_file.test)
+        sizes = {name: getattr(of_file.train, name) for name in ("train_short_side", "train_long_side")}
+        start = start.replace(**sizes)
+    else:
+        raise ValueError(f"--config must be given: one of {CONFIGS}; or --init, whose network is taken")
+    return start.replace(**config.RECIPES[options.recipe]) if options.recipe else start

@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -23,12 +22,14 @@ from torch import Tensor
 
 from .. import files
 from . import values
+from .cache import ImageCache
+from .problems import Problems
 from .transforms import ConflictingOrientations, UnreadableImage, read_image, stored_size
 from .values import ImageId
 
-# The image files whose contents are part of a data set's digest: all would take as long as an epoch.
-DIGESTED = 100
+DIGESTED = 100  # image files whose contents are part of a data set's digest: all would take as long as an epoch
 MAX_SIDE = 2**31 - 1
+PLACE = "_place"
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Annotations:
     areas: Tensor  # fp64 [N], of the object (of its mask where there is one), square pixels
     crowd: Tensor  # bool [N], one box around many objects
     ignored: Tensor  # bool [N], marked by the key `ignore` as no target of a training
-    problems: Counter[str]  # what was left out, in words, and how often
+    problems: Problems  # what was left out
+    parents: list[str] = field(default_factory=list)  # the classes' supercategories, '' for none
 
     def distinct_names(self) -> list[str]:
         """The names of the classes, each with its category's id if two are equal."""
@@ -88,13 +90,21 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
     """
     if isinstance(path, Annotations):
         return path
-    path = Path(path)
-    content = _json(path)
+    return checked(Path(path), read_json(Path(path)))
+
+
+def checked(path: Path, content: Any) -> Annotations:
+    """The contents of an annotation file as `read_annotations` gives them, or its errors; `path` is for their texts.
+
+    An annotation may have its `PLACE`, for an example of its problems.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a COCO annotation file: a JSON object is needed")
     categories: dict[int, str] = {}
+    parents: dict[int, str] = {}
     for where, entry in _entries(path, content, "categories"):
         _add(where, categories, _get(where, entry, "id", values.whole), _get(where, entry, "name", values.text))
+        parents[values.whole(entry["id"]) or 0] = values.text(entry.get("supercategory")) or ""
     images: dict[ImageId, int] = {}
     file_names, sizes = [], []
     for row, (where, entry) in enumerate(_entries(path, content, "images")):
@@ -108,26 +118,27 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
 
     category_ids = sorted(categories)
     labels = {category: label for label, category in enumerate(category_ids)}
-    problems: Counter[str] = Counter()
+    problems = Problems()
     kept: list[tuple[int, int, list[float], float, bool, bool]] = []
-    for _, entry in _entries(path, content, "annotations"):
+    for where, entry in _entries(path, content, "annotations"):
         entry = entry if isinstance(entry, dict) else {}
+        place = entry.get(PLACE, where)
         of_image = images.get(values.image_id(entry.get("image_id")))  # type: ignore[arg-type]
         label = labels.get(values.whole(entry.get("category_id")))  # type: ignore[arg-type]
         box = values.numbers(entry.get("bbox"), 4)
         crowd, ignored = values.truth(entry.get("iscrowd", False)), values.truth(entry.get("ignore", False))
         if label is None:
-            problems["boxes of unknown categories, left out"] += 1
+            problems.note("boxes of unknown categories, left out", place)
         elif of_image is None:
-            problems["boxes of unknown images, left out"] += 1
+            problems.note("boxes of unknown images, left out", place)
         elif box is None:
-            problems["boxes that are not four finite numbers, left out"] += 1
+            problems.note("boxes that are not four finite numbers, left out", place)
         elif crowd is None or ignored is None:
-            problems["boxes with `iscrowd` or `ignore` neither true nor false, left out"] += 1
+            problems.note("boxes with `iscrowd` or `ignore` neither true nor false, left out", place)
         else:
             area = values.number(entry.get("area", box[2] * box[3]))
             if area is None:
-                problems["areas that are not finite numbers, width · height instead"] += 1
+                problems.note("areas that are not finite numbers, width · height instead", place)
                 area = box[2] * box[3]
             kept.append((of_image, label, box, min(area, sys.float_info.max), crowd, ignored))
     rows, targets, boxes, areas, crowds, ignore = list(zip(*kept)) or [()] * 6
@@ -145,6 +156,7 @@ def read_annotations(path: str | Path | Annotations) -> Annotations:
         crowd=torch.tensor(crowds, dtype=torch.bool),
         ignored=torch.tensor(ignore, dtype=torch.bool),
         problems=problems,
+        parents=[parents[c] for c in category_ids],
     )
 
 
@@ -160,7 +172,7 @@ def read_detections(path: str | Path, annotations: Annotations) -> list[dict[str
             annotations or of another size there. The text names it.
     """
     path = Path(path)
-    content = _json(path)
+    content = read_json(path)
     if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
         content = _of_detect(path, content, annotations)
     if not isinstance(content, list):
@@ -273,7 +285,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.annotations = annotations = read_annotations(annotations)
         self.images = Path(images)
         self.classes, self.category_ids = annotations.classes, annotations.category_ids
-        self.problems = Counter(annotations.problems)  # what was left out or changed, in words, and how often
+        self.problems = Problems(annotations.problems)  # what was left out or changed
         self.unreadable: set[Path] = set()  # files that can't be decoded, as reported to `pass_over`
         if not annotations.image_ids:
             raise ValueError(f"{annotations.path} lists no image")
@@ -285,7 +297,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
             self.problems[f"images without objects, {'kept' if keep_empty else 'left out'}"] = empty
         chosen = torch.arange(len(count)) if keep_empty else count.nonzero().squeeze(1)
         if not len(chosen):
-            found = "; ".join(f"{n} {what}" for what, n in self.problems.items())
+            found = "; ".join(self.problems.lines())
             raise ValueError(f"{annotations.path} has no image with an object to train on: {found}")
         order = rows.argsort(stable=True)
         # One tensor for all boxes, sliced where it is read, so that worker processes copy none of it.
@@ -296,6 +308,7 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         self.image_ids = [annotations.image_ids[i] for i in chosen.tolist()]
         self._names = [annotations.file_names[i] for i in chosen.tolist()]
         self._upright: bool | None = None
+        self.cache: ImageCache | None = None
         self._require_images()
 
     def __len__(self) -> int:
@@ -309,13 +322,21 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         """Counts an image that can't be decoded; returns whether it is a new one."""
         new = path not in self.unreadable
         self.unreadable.add(path)
-        self.problems["images that can't be decoded, passed over"] += new
+        self.problems.note("images that can't be decoded, passed over", path, int(new))
         return new
+
+    def labels_of(self, index: int) -> Tensor:
+        """The classes of an image's targets, int64 ``[n]``."""
+        return self._labels[self._first[index] : self._last[index]]
 
     def __getitem__(self, index: int) -> Sample:
         """Reads an image; raises what `read_image` does."""
         height, width = self.sizes[index].tolist()
-        image = read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        def read() -> Tensor:
+            return read_image(self.path(index), (height, width), self._boxes_are_upright)
+
+        image = read() if self.cache is None else self.cache.get(index, read)
         boxes, labels = (part[self._first[index] : self._last[index]].clone() for part in (self._boxes, self._labels))
         return Sample(image, boxes, labels, self.image_ids[index], (height, width))
 
@@ -366,13 +387,17 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
         }
         left = torch.ones_like(a.crowd)
         for what, there in reasons.items():
-            self.problems[what] = int((left & there).sum())
+            self._note(what, left & there)
             left &= ~there
         # COCO's own boxes end fractions of a pixel outside, which is not worth reporting.
-        over = (left & ((corners - clipped).abs() > 1).any(1)).sum()
-        self.problems["boxes more than a pixel over their image's edge, clipped"] = int(over)
-        self.problems = +self.problems  # without what there is none of
+        over = left & ((corners - clipped).abs() > 1).any(1)
+        self._note("boxes more than a pixel over their image's edge, clipped", over)
         return clipped[left].float(), a.rows[left], a.labels[left]
+
+    def _note(self, what: str, boxes: Tensor) -> None:
+        """Counts a problem of some boxes, with the first one's image."""
+        if found := boxes.nonzero()[:, 0].tolist():
+            self.problems.note(what, self.annotations.file_names[int(self.annotations.rows[found[0]])], len(found))
 
     def _require_images(self) -> None:
         # One listing per folder: one query per file takes minutes on a network file system.
@@ -384,7 +409,8 @@ class CocoDataset(torch.utils.data.Dataset[Sample]):
             raise FileNotFoundError(f"{found} are not in {self.images}, {missing[0]} for one")
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file, with or without a byte order mark; ValueError if it is none."""
     try:
         return json.loads(files.read_bytes(path))
     except (ValueError, RecursionError) as error:
@@ -414,7 +440,7 @@ def _get(where: _Place, entry: Any, key: str, parse: Callable[[Any], Any], kind:
         raise ValueError(f"{where} has no `{key}`")
     if (value := parse(entry[key])) is None:
         kind = kind or (parse.__doc__ or "").partition(",")[0]
-        raise ValueError(f"{where}: `{key}` must be {kind}, got {entry[key]!r:.80}")
+        raise ValueError(f"{where}: `{key}` must be {kind}, got {files.shown(entry[key])}")
     return value
 
 

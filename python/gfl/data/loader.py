@@ -8,9 +8,10 @@ be resumed there.
 
 from __future__ import annotations
 
+import math
 import random
-import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..config import Config
+from ..config import Config, InferenceConfig
+from ..signals import leave_stopping_to_main
 from ..threads import cores
+from . import augment, sources
 from .coco import CocoDataset, Sample
-from .transforms import UnreadableImage, flip_boxes, keep_ratio_size, pad, resize, resize_boxes
+from .transforms import UnreadableImage, flip_boxes, input_size, pad, resize, resize_boxes
 from .values import ImageId
 
 # Following images tried in place of one that can't be decoded, before giving up.
@@ -45,7 +48,7 @@ class Batch:
     labels: Tensor  # int64 [N]
     counts: list[int]  # objects of each image
     image_ids: list[ImageId]  # of the annotation file
-    original_sizes: list[tuple[int, int]]  # (height, width) of the image files
+    original_sizes: list[tuple[int, int]]  # (height, width) of the image files, in a training after `augment`
     # Files that can't be decoded, and why. A training batch has other images in their place; a test batch is shorter.
     unreadable: dict[Path, str] = field(default_factory=dict)
 
@@ -54,6 +57,22 @@ class Batch:
         """Per image: ``boxes`` fp32 ``[n, 4]``, ``labels`` int64 ``[n]``."""
         parts = zip(self.boxes.split(self.counts), self.labels.split(self.counts), strict=True)
         return [{"boxes": boxes, "labels": labels} for boxes, labels in parts]
+
+    def parts(self, number: int) -> list[Batch]:
+        """The same images in so many batches, as equal as possible; views, of the same height and width."""
+        if number == 1:
+            return [self]
+        images, result = len(self.counts), []
+        for part in range(number):
+            first, last = part * images // number, (part + 1) * images // number
+            objects = slice(sum(self.counts[:first]), sum(self.counts[:last]))
+            rows: dict[str, Any] = {
+                name: value[objects if name in ("boxes", "labels") else slice(first, last)]
+                for name, value in vars(self).items()
+                if name != "unreadable"
+            }
+            result.append(Batch(**rows))
+        return result
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names."""
@@ -72,29 +91,57 @@ class Batch:
 
 def training_dataset(config: Config) -> CocoDataset:
     """The images to train on, as `config.data` says; without those that have no object, unless ``keep_empty``."""
-    data, root = config.data, Path(config.data.data)
-    return CocoDataset(root / data.train_annotations, root / data.train_images, keep_empty=data.keep_empty)
+    found = sources.dataset(config.data, "train")
+    assert found is not None
+    return found
 
 
-def validation_dataset(config: Config) -> CocoDataset:
-    """The images to evaluate on, all of the annotation file; ValueError if `val_annotations` is empty."""
-    data, root = config.data, Path(config.data.data)
-    if not data.val_annotations:
-        raise ValueError("`val_annotations` is empty: there is nothing to evaluate on")
-    return CocoDataset(root / data.val_annotations, root / data.val_images)
+def validation_dataset(config: Config, classes: Sequence[str] | None = None) -> CocoDataset:
+    """The images to evaluate on, with a model's classes; ValueError if there are none."""
+    found = sources.dataset(config.data, "val", classes)
+    if found is None:
+        empty = (
+            "`val_annotations` is empty" if not config.data.val_annotations else f"{config.data.data} has no val part"
+        )
+        raise ValueError(f"{empty}: there is nothing to evaluate on")
+    return found
 
 
-def training_batches(dataset: CocoDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def training_order(dataset: CocoDataset, seed: int, epoch: int, repeat_threshold: float = 0.0) -> list[int]:
+    """An epoch's images in random order, as indices; every epoch has the same number.
+
+    Each image comes once, or with a threshold t as often on average as LVIS has it (Gupta et al., arXiv 1908.03195):
+    the largest of its classes' max(1, √(t / f)), where f is the share of the images with that class.
+    """
+    order = list(range(len(dataset)))
+    draw = random.Random(f"order {seed} {epoch}")
+    if repeat_threshold > 0:
+        classes = [set(dataset.labels_of(index).tolist()) for index in order]
+        having = Counter(label for of_image in classes for label in of_image)
+        factor = {label: max(1.0, math.sqrt(repeat_threshold * len(order) / n)) for label, n in having.items()}
+        factors = [max((factor[label] for label in of_image), default=1.0) for of_image in classes]
+        # Thresholds one apart in the running sum, from a random start: each image its whole factor, and one more as
+        # often as the rest of it says.
+        scale, start, total, order = round(sum(factors)) / sum(factors), draw.random(), 0.0, []
+        for index, own in enumerate(factors):
+            before, total = total, total + own * scale
+            order += [index] * (math.floor(total + start) - math.floor(before + start))
+        order = (order + order[:1])[: round(sum(factors))]  # the last sum is rounded
+    draw.shuffle(order)
+    return order
+
+
+def training_batches(
+    dataset: CocoDataset, batch_size: int, seed: int, epoch: int, repeat_threshold: float = 0.0
+) -> list[list[int]]:
     """An epoch's batches, over all processes, as indices into the data set; a pure function of its arguments.
 
-    The images are shuffled, and dealt in this order to landscape and portrait batches, to pad little; what is left of
-    both at the end is put together. Every image comes once, except that the epoch's first images also fill the last
-    batch.
+    The images of `training_order` are dealt in this order to landscape and portrait batches, to pad little; what is
+    left of both at the end is put together. The epoch's first images also fill the last batch.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}")
-    order = list(range(len(dataset)))
-    random.Random(f"order {seed} {epoch}").shuffle(order)
+    order = training_order(dataset, seed, epoch, repeat_threshold)
     portrait = (dataset.sizes[:, 0] > dataset.sizes[:, 1]).tolist()
     batches: list[list[int]] = []
     groups: list[list[int]] = [[], []]
@@ -141,9 +188,11 @@ def training_loader(
     if not 0 <= train.flip <= 1:
         raise ValueError(f"`flip` must be in 0 to 1, got {train.flip}")
     share = train.batch_size // world
+    if share % train.accumulate:
+        raise ValueError(f"`accumulate` must divide the {share} images of a process's batch, got {train.accumulate}")
 
     def batches(epoch: int) -> list[list[int]]:
-        whole = training_batches(dataset, train.batch_size, train.seed, epoch)
+        whole = training_batches(dataset, train.batch_size, train.seed, epoch, train.repeat_threshold)
         return [batch[rank * share : (rank + 1) * share] for batch in whole]
 
     return Loader(BatchReader(dataset, config, training=True), batches, config.data.workers).at(epoch, start_batch)
@@ -167,6 +216,9 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
     config: Config
     training: bool
 
+    def __post_init__(self) -> None:
+        self._steps = augment.parse(self.config.train.augment) if self.training else []
+
     def __getitem__(self, position: tuple[int, list[int]]) -> Batch | Exception:
         """The batch at a position, or the error: raised in a worker, its text would be buried in a traceback's."""
         try:
@@ -185,6 +237,7 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
                 except UnreadableImage as error:
                     unreadable[self.dataset.path(candidate)] = str(error)
                 else:
+                    sample = self._augmented(sample, epoch, candidate)
                     samples.append((sample, self._prepared(sample, epoch, candidate)))
                     break
             else:
@@ -205,23 +258,37 @@ class BatchReader(torch.utils.data.Dataset["Batch | Exception"]):
             unreadable,
         )
 
+    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
+        if not self._steps:
+            return sample
+
+        def other(number: int) -> Sample:
+            # Where it can't be decoded the image itself is taken; a batch that it belongs to will report it.
+            try:
+                return self.dataset[number]
+            except UnreadableImage:
+                return sample
+
+        key = f"{self.config.train.seed} {epoch} {index}"
+        return augment.apply(self._steps, sample, key, other, len(self.dataset))
+
     def _prepared(self, sample: Sample, epoch: int, index: int) -> Sample:
         train, test = self.config.train, self.config.test
         if not self.training:
-            return _resized(sample, test.short_side, test.long_side)
+            return _resized(sample, test.short_side, test.long_side, test)
         # Of a seeded generator only `random()` is the same in every Python.
         draw = random.Random(f"image {train.seed} {epoch} {index}").random
         low, high = train.train_short_side
-        sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side)
+        sample = _resized(sample, low + int(draw() * (high - low + 1)), train.train_long_side, test)
         if draw() < train.flip:
             sample = sample._replace(image=sample.image.flip(2), boxes=flip_boxes(sample.boxes, sample.size[1]))
         return sample
 
 
-def _resized(sample: Sample, short_side: int, long_side: int) -> Sample:
-    size = keep_ratio_size(*sample.size, short_side, long_side)
+def _resized(sample: Sample, short_side: int, long_side: int, test: InferenceConfig) -> Sample:
+    size = input_size(sample.size, short_side, long_side, test)
     boxes = resize_boxes(sample.boxes, sample.size, size)
-    return sample._replace(image=resize(sample.image, *size), boxes=boxes, size=size)
+    return sample._replace(image=resize(sample.image, *size, stretch=test.resize == "stretch"), boxes=boxes, size=size)
 
 
 class Loader:
@@ -232,7 +299,7 @@ class Loader:
     """
 
     def __init__(self, reader: BatchReader, batches: Callable[[int], list[list[int]]], workers: int):
-        self.dataset = reader.dataset
+        self.dataset, self._reader = reader.dataset, reader
         self._of_epoch = batches
         # The sampler is a list and not this object: in a reference cycle the workers would outlive it until killed.
         self._positions: list[tuple[int, list[int]]] = []
@@ -276,6 +343,5 @@ class Loader:
 
 
 def _start_worker(number: int) -> None:
-    # Each worker has one core; and Ctrl-C reaches all processes, of which the main one ends the others.
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # each worker has one core
+    leave_stopping_to_main()

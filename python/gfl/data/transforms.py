@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import files
+from ..config import InferenceConfig, ModelConfig
 
-# Of red, green and blue over ImageNet, in levels of 0 to 255.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 # Bytes of an image file, of which the largest photos have a tenth.
 LARGEST_FILE = 2**29
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap height and width
 _TURN = Image.Transpose
 TURNS = {
@@ -58,6 +62,29 @@ def read_image(
         if error.errno not in (errno.EINVAL, errno.EFBIG):
             raise
         raise UnreadableImage(f"{path} can't be decoded: {error.strerror}") from None
+    image = _jpeg(content)
+    if image is None:
+        image = _by_pillow(path, content, size, upright)
+    if size is not None and tuple(image.shape[1:]) != size:
+        shape = f"{image.shape[2]}×{image.shape[1]}"
+        raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
+    return image
+
+
+def _jpeg(content: bytes) -> Tensor | None:
+    """A JPEG file by simplejpeg, with pillow's very pixels but sooner; None for what is damaged, large or not plain."""
+    if simplejpeg is None or not content.startswith(b"\xff\xd8") or b"Exif\0\0" in content:
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        if colors != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+    except ValueError:
+        return None
+
+
+def _by_pillow(path: str | Path, content: bytes, size: tuple[int, int] | None, upright: Callable[[], bool]) -> Tensor:
     with _open(path, io.BytesIO(content)) as stored:
         try:
             stored.load()
@@ -65,16 +92,12 @@ def read_image(
             turn = TURNS.get(_orientation(stored))
             if turn is not None and size == unturned and (size != turned or not upright()):
                 turn = None
-            image = to_tensor(stored if turn is None else stored.transpose(turn))
+            return to_tensor(stored if turn is None else stored.transpose(turn))
         except (ConflictingOrientations, MemoryError):
             raise
         # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
         except Exception as error:
             raise UnreadableImage(f"{path} can't be decoded: {error}") from error
-    if size is not None and tuple(image.shape[1:]) != size:
-        shape = f"{image.shape[2]}×{image.shape[1]}"
-        raise ValueError(f"{path} is {shape} pixels, its annotation file says {size[1]}×{size[0]}")
-    return image
 
 
 def stored_size(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -129,6 +152,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def input_size(size: tuple[int, int], short_side: int, long_side: int, test: InferenceConfig) -> tuple[int, int]:
+    """(height, width) that an image of `size` is resized to, by ``test.resize`` and the given sides."""
+    return (short_side, long_side) if test.resize == "stretch" else keep_ratio_size(*size, short_side, long_side)
+
+
 def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
     """(height, width) at the largest scale at which neither the short nor the long side exceeds its limit.
 
@@ -138,16 +166,28 @@ def keep_ratio_size(height: int, width: int, short_side: int, long_side: int) ->
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def resize(image: Tensor, height: int, width: int, fp32: bool = False) -> Tensor:
+def resize(image: Tensor, height: int, width: int, fp32: bool = False, stretch: bool = False) -> Tensor:
     """An image uint8 ``[3, H, W]`` in another size, the same at any number of threads.
 
-    Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``. With `fp32` as a GPU
-    has to interpolate, at most one level from the CPU's fixed-point weights.
+    Bilinear, half-pixel centres, no antialiasing: within one level of OpenCV's ``INTER_LINEAR``. With `stretch` it is
+    sampled at (i·W/width, j·H/height) without a shift, 0 outside, as OpenCV's ``warpAffine`` does in NanoDet. With
+    `fp32` as a GPU has to interpolate, at most one level from the CPU's fixed-point weights.
     """
     if tuple(image.shape[1:]) == (height, width):
         return image
     given = image[None].float() if fp32 else image[None]
-    resized = functional.interpolate(given, (height, width), mode="bilinear", align_corners=False)[0]
+    if stretch:
+        # Corners aligned, one pixel more on both sides: the step between samples is then (W + 1 - 1) / (width + 1 - 1).
+        given = functional.pad(given, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
+        larger = functional.interpolate(given, (height + 1, width + 1), mode="bilinear", align_corners=True)
+        resized = larger[0, :, :height, :width]
+    else:
+        if not fp32 and not image.is_cuda:
+            # A batch of one may have any stride; by this one its memory format is seen and kept, which takes half the
+            # time here, and a tenth where the image is copied into a batch.
+            rows = max(length * stride for length, stride in zip(image.shape, image.stride()))
+            given = given.as_strided(given.shape, (rows, *image.stride()))
+        resized = functional.interpolate(given, (height, width), mode="bilinear", align_corners=False)[0]
     return resized.round_().clamp_(0, 255).to(torch.uint8) if fp32 else resized
 
 
@@ -180,15 +220,20 @@ def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
     return batch, torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
 
 
-def normalise(images: Tensor, image_sizes: Tensor) -> Tensor:
-    """The network's input, fp32, contiguous: ImageNet's mean subtracted, divided by its deviation, padded with zero.
+def normalise(images: Tensor, image_sizes: Tensor, config: ModelConfig | None = None) -> Tensor:
+    """The network's input, fp32, contiguous: mean subtracted, divided by the deviation, padded with zero.
 
     Args:
-        images: uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``.
+        images: RGB, uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``.
         image_sizes: ``[B, 2]``, (height, width) without padding, on the same device; the host does not wait for it.
+        config: the network's, with `mean`, `std` and `channel_order`; by default those of ImageNet, RGB.
     """
-    result = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):
+    config = config or ModelConfig()
+    bgr = config.channel_order == "bgr"
+    ordered = images.flip(1) if bgr else images
+    result = ordered.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    statistics = list(zip(config.mean, config.std, strict=True))[:: -1 if bgr else 1]
+    for channel, (mean, std) in zip(result.unbind(1), statistics, strict=True):
         channel.sub_(mean).div_(std)
     rows = torch.arange(images.shape[2], device=images.device)[None] < image_sizes[:, :1]
     columns = torch.arange(images.shape[3], device=images.device)[None] < image_sizes[:, 1:]

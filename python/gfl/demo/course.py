@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .. import files
 from ..config import Config, preset
 from ..data.loader import validation_dataset
 from ..detector import Detector
-from ..engine.folder import BEST
+from ..engine.folder import BEST, CONFIG
 from ..engine.train import train
 from ..files import replacing, say
 from . import ITERATIONS, pictures
 from .scenes import write_dataset
 
 BATCH, EPOCHS, SIZE = 8, 8, 160
+# What a demo that was interrupted needs to go on.
+STATE = "demo.json"
 PICTURES = ("detections.jpg", "distributions.jpg")
 # A batch of small images does not occupy more.
 MOST_THREADS = 8
@@ -59,30 +63,32 @@ def configuration(data: Path, seed: int, amp: str) -> Config:
 def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, device: str = "cpu") -> dict[str, float]:
     """Draws scenes, trains on them from scratch, evaluates on others, writes two pictures, and prints what it does.
 
-    `out`, a new folder, gets ``data/``, ``training/`` (as `gfl train` leaves it), ``detections.jpg`` and
-    ``distributions.jpg``. The seed is that of the scenes, the initial weights and the order of images. There are as
-    many scenes as iterations, steps of 8 images, so each is seen eight times. Returns the metrics on the held-out
-    scenes. It is a ValueError if `iterations` is below 1, or `out` holds a demo.
+    `out`, a new folder or one in which the same demo was interrupted, gets ``data/``, ``training/`` (as `gfl train`
+    leaves it), ``detections.jpg`` and ``distributions.jpg``. The seed is that of the scenes, the initial weights and
+    the order of images. There are as many scenes as iterations, steps of 8 images, so each is seen eight times. Returns
+    the metrics on the held-out scenes. It is a ValueError if `iterations` is below 1, or `out` holds another demo or a
+    finished one.
     """
     if iterations < 1:
         raise ValueError(f"gfl demo: `iterations` must be at least 1, got {iterations}")
     out = Path(out)
-    made_before = [name for name in ("data", "training", *PICTURES) if (out / name).exists()]
-    if made_before:
-        raise ValueError(f"{out} holds a demo, or other files ({made_before[0]}): choose another folder for this one")
+    state = _begin(out, {"seed": seed, "iterations": iterations})
     started = time.perf_counter()
     amp = "bf16" if device != "cpu" or computes_bf16() else "none"
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     held_out = max(8, min(300, iterations // 8))
-    say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
-    write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
+    if not state["drawn"]:
+        say(f"drawing {iterations} scenes to train on and {held_out} held-out ones")
+        write_dataset(out / "data", train=iterations, val=held_out, size=SIZE, seed=seed)
+        files.write_json(out / STATE, state := state | {"drawn": True})
     drawn = time.perf_counter()
     config = configuration(out / "data", seed, amp)
     threads = torch.get_num_threads()
     machine = f"{threads} CPU thread{'s' * (threads > 1)}" if device == "cpu" else device
     machine += f", {'fp32' if amp == 'none' else amp}"
     say(f"training gfl_tiny from scratch: {iterations} steps of {BATCH} images on {machine}")
-    metrics = train(config, out / "training", device=device)
+    begun = (out / "training" / CONFIG).exists()
+    metrics = train(config, out / "training", device=device, resume=begun)
     trained = time.perf_counter()
 
     best = out / "training" / BEST
@@ -100,9 +106,26 @@ def run_demo(out: str | Path, *, seed: int = 0, iterations: int = ITERATIONS, de
             with replacing(out / name) as part:
                 picture.save(part, quality=80)
             say(f"  {name:<20}{out / name}")
+    files.write_json(out / STATE, state | {"finished": True})
     say(f"  {'detector':<20}{best}\n\nTry it:")
     say(f"  gfl detect {best} {out / 'data' / 'val'} --out {out / 'found'}")
     return metrics
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Where the demo in a folder stands; a ValueError if another one, or other files, are in it."""
+    new = settings | {"drawn": False, "finished": False}
+    if (out / STATE).exists():
+        state = json.loads(files.read_bytes(out / STATE))
+        if not state["finished"] and all(state[name] == value for name, value in settings.items()):
+            say(f"going on with the demo in {out}")
+            return state
+    made_before = [name for name in (STATE, "data", "training", *PICTURES) if (out / name).exists()]
+    if made_before:
+        raise ValueError(f"{out} holds a demo, or other files ({made_before[0]}): choose another folder for this one")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / STATE, new)
+    return new
 
 
 # Below 32 pixels square is small in COCO's terms.

@@ -26,6 +26,7 @@ class Process:
     rank: int  # its number, from 0
     world: int  # how many there are
     device: torch.device  # computes its share of the batch
+    host: Any = None  # a group for what processes tell each other on the CPU; None for a single process
 
     @property
     def main(self) -> bool:
@@ -58,8 +59,9 @@ def processes(device: str | None = None, timeout: float = TIMEOUT) -> Iterator[P
             dist.init_process_group("gloo", timeout=limit)
         # Of its own, since a group is unusable after an error.
         monitor = dist.new_group(backend="gloo", timeout=limit) if joined else None
+        host = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
         try:
-            yield Process(rank, world, where)
+            yield Process(rank, world, where, host)
         except RuntimeError as error:
             if not joined or not _LOST.search(str(error)):
                 raise
@@ -90,17 +92,18 @@ def _silent(monitor: Any, rank: int) -> str:
 
 
 def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device of that name; for None the GPU numbered `local_rank`, or the CPU where torch has no GPU.
+    """The device of that name, as cuda:1 or 1; for None the GPU numbered `local_rank`, or the CPU where there is none.
 
     It is a ValueError if torch does not know the device or this machine does not have it. torch's current device stays
     what it is.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{name}" if name.isdecimal() else name
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"`device` must be one of torch's, as cpu, cuda or cuda:1, got {name!r}") from None
+        raise ValueError(f"`device` must be cpu, cuda, or a GPU as cuda:1 or 1, got {name!r}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"`device` is {name!r}, but torch {torch.__version__} sees no GPU here")

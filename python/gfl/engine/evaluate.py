@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's average precision of a detector, or of stored detections, by pycocotools."""
+"""COCO's average precision of a detector, or of stored detections, by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ..data.values import ImageId
 from ..models.fused import FusedGFL
 from .distributed import current_device
 from .pipeline import InputBatch, Pipeline, fetch, testing
+from .quality import AREAS, POINT, curves
 from .step import on_device
 
 # In the order of pycocotools' own summary. AR100 is the share of the objects that 100 boxes per image find.
@@ -61,7 +62,7 @@ def evaluate(
 
     Raises:
         ValueError: the model has another number of classes; an image or annotation is broken (see `CocoDataset`).
-        RuntimeError: pycocotools is not installed.
+        RuntimeError: neither faster-coco-eval nor pycocotools is installed.
     """
     classes = getattr(getattr(model, "config", None), "num_classes", None)
     if classes not in (None, len(dataset.classes)):
@@ -120,7 +121,7 @@ def _detect(
         if pipeline is not None:
             found = pipeline.run(inputs).detections
         else:
-            found = model(normalise(*inputs[:2]), *inputs[1:])
+            found = model(normalise(*inputs[:2], getattr(model, "config", None)), *inputs[1:])
         return fetch(found, device), batch.image_ids
 
     own: list[dict[str, Any]] = []
@@ -144,19 +145,25 @@ def coco_metrics(
 ) -> dict[str, float]:
     """The twelve figures of pycocotools for boxes, by the names of `METRICS`; NaN where there is no object to find.
 
+    After them come `quality.POINT`: precision, recall and F1 at an IoU of 0.5, means over the classes, and the score
+    threshold at which that F1 is highest.
+
     Args:
-        annotations: the file or what was read from it. Numbers are exactly pycocotools' for a file that it can read.
+        annotations: the file or what was read from it. Numbers are exactly pycocotools' for a file that it can read,
+            or with faster-coco-eval the same to twelve digits.
         detections: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``; may be empty.
         image_ids: the images that count; None: all of the annotations.
 
     Raises:
         OSError, ValueError: as `read_annotations`; an image that the annotations don't know.
-        RuntimeError: pycocotools is not installed.
+        RuntimeError: neither faster-coco-eval nor pycocotools is installed.
     """
     evaluation = coco_evaluation(annotations, detections, image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
-    return {name: _figure(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+    # faster-coco-eval has more figures after these.
+    figures = {name: _figure(value) for name, value in zip(METRICS, evaluation.stats)}
+    return figures | curves(evaluation).best()
 
 
 def class_metrics(
@@ -169,11 +176,16 @@ def class_metrics(
     Where two categories share a name, each name ends with its category's id.
     """
     annotations = read_annotations(annotations)
+    evaluation = coco_evaluation(annotations, detections, image_ids)
+    return dict(zip(annotations.distinct_names(), class_figures(evaluation), strict=True))
+
+
+def class_figures(evaluation: Any) -> list[float]:
+    """AP of each category of a `coco_evaluation`."""
     # [IoU thresholds, recalls, categories, areas, limits of detections]
-    precision = torch.from_numpy(coco_evaluation(annotations, detections, image_ids).eval["precision"])
+    precision = torch.as_tensor(evaluation.eval["precision"])
     of_class = precision[:, :, :, 0, -1].permute(2, 0, 1).flatten(1)
-    names = annotations.distinct_names()
-    return {name: _figure(values.mean()) for name, values in zip(names, of_class, strict=True)}
+    return [_figure(values.mean()) for values in of_class]
 
 
 def coco_evaluation(
@@ -181,28 +193,49 @@ def coco_evaluation(
     detections: Sequence[Mapping[str, Any]],
     image_ids: Iterable[ImageId] | None = None,
 ) -> Any:
-    """pycocotools' ``COCOeval`` of boxes, evaluated and accumulated; arguments and errors as for `coco_metrics`."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise RuntimeError(f"an evaluation needs the package pycocotools: {error}") from None
+    """A ``COCOeval`` of boxes, evaluated and accumulated; arguments and errors as for `coco_metrics`.
+
+    It is faster-coco-eval's where that is installed, seven times as fast with the same figures, or pycocotools'.
+    """
+    COCO, COCOeval = _package()
     annotations = read_annotations(annotations)
     detections = check_detections(detections, annotations)
     truth, found = COCO(), COCO()
     truth.dataset = annotations.to_coco()
+    # Numbers in the order of the ids, which may be texts.
+    number_of = {image: number for number, image in enumerate(sorted(annotations.image_ids), 1)}
+    for image in truth.dataset["images"]:
+        image["id"] = number_of[image["id"]]
+    for one in (*truth.dataset["annotations"], *detections):
+        one["image_id"] = number_of[one["image_id"]]
     found.dataset = {**truth.dataset, "annotations": detections}
-    for number, d in enumerate(found.dataset["annotations"], 1):
+    for number, d in enumerate(detections, 1):
         d |= {"id": number, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
         evaluation = COCOeval(truth, found, "bbox")
         if image_ids is not None:
-            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.params.imgIds = sorted(number_of[image] for image in image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
+
+
+def _package() -> tuple[Any, Any]:
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
+    except ImportError:
+        pass
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+    except ImportError as error:
+        raise RuntimeError(f"an evaluation needs the package faster-coco-eval or pycocotools: {error}") from None
 
 
 def to_results(
@@ -232,6 +265,26 @@ def class_table(metrics: Mapping[str, float]) -> str:
     cells = [f"  {name:<28} {shown(value):>6}" for name, value in zip(names, metrics.values())]
     half = -(-len(cells) // 2)
     return "\n".join("".join(cells[row::half]).rstrip() for row in range(half))
+
+
+def point_line(metrics: Mapping[str, float]) -> str:
+    """Precision, recall and F1 of `coco_metrics` in a line."""
+    if math.isnan(metrics["threshold"]):
+        return "no object to find: no precision, recall and F1"
+    figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in POINT[:3])
+    return f"{figures} at IoU 0.5 and scores from {metrics['threshold']:.2f} on"
+
+
+def quality_table(names: Sequence[str], evaluation: Any, threshold: float) -> str:
+    """Precision, recall and F1 at a score threshold, of each class and of each size, 59 characters wide."""
+    at = curves(evaluation).at(threshold)
+    rows = [(name, at[:, label, 0]) for label, name in enumerate(names)]
+    rows += [(f"{area} objects", at[:, :, size].nanmean(1)) for size, area in enumerate(AREAS)]
+    lines = ["  " + " " * 28 + "".join(f"{name:>10}" for name in POINT[:3])]
+    for name, values in rows:
+        short = name if len(name) <= 28 else name[:27] + "…"
+        lines.append(f"  {short:<28}" + "".join(f"{shown(value):>10}" for value in values.tolist()))
+    return "\n".join(lines)
 
 
 def shown(value: float) -> str:

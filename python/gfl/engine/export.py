@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..data.transforms import MEAN, STD
 from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
+from ..models.head import GFLHead
 from ..models.layers import GroupNormReLU
 from .distributed import current_device
 
+FORMATS = ("onnx", "torch-export", "aotinductor")
 MAPS, DECODED, DETECTIONS = "maps", "decoded", "detections"
 OPSET = 18
 MAX_PAIRS = 2**24  # fp32 holds integers exactly up to here
@@ -74,7 +75,8 @@ class Exportable(nn.Module):
         super().__init__()
         network = FusedGFL(model)
         # The head's own layers share one convolution for the distributions of all levels.
-        network.bbox_head = copy.deepcopy(model.bbox_head).eval()
+        if isinstance(model.bbox_head, GFLHead):
+            network.bbox_head = copy.deepcopy(model.bbox_head).eval()
         for module in network.bbox_head.modules():
             if isinstance(module, GroupNormReLU):
                 module.plain = True
@@ -91,7 +93,7 @@ class Exportable(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Of normalised RGB, fp32 ``[B, 3, H, W]``, zero in its padding."""
+        """Of normalised images, fp32 ``[B, 3, H, W]``, zero in its padding."""
         cls_scores, reg_preds = self.network.predict_maps(images)
         if self.outputs == MAPS:
             return (*(x.float() for x in cls_scores), *(x.float() for x in reg_preds))
@@ -127,6 +129,27 @@ class Exportable(nn.Module):
         return ["boxes", "scores"] if self.outputs == DECODED else list(CANDIDATES)
 
 
+class OfPixels(nn.Module):
+    """A detector that takes pixels as image libraries give them, and normalises them itself.
+
+    Images are RGB, uint8 ``[B, H, W, 3]``, resized and padded right and below with anything; `sizes`, int64 ``[B, 2]``,
+    are their (height, width) without padding.
+    """
+
+    def __init__(self, detector: Exportable, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.detector = detector
+        config = detector.config
+        self.mean, self.std = (nn.Buffer(torch.tensor(values)[:, None, None]) for values in (config.mean, config.std))
+        self.bgr = config.channel_order == "bgr"
+        self.rows, self.columns = (nn.Buffer(torch.arange(side)[None]) for side in size)
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        images = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        inside = (self.rows < sizes[:, :1])[:, None, :, None] & (self.columns < sizes[:, 1:])[:, None, None, :]
+        return self.detector((images.flip(1) if self.bgr else images) * inside.float())
+
+
 def _rows(maps: list[Tensor]) -> Tensor:
     """fp32 ``[B, A, C]`` of levels ``[B, C, H, W]``."""
     return torch.cat([x.float().flatten(2).transpose(1, 2) for x in maps], 1)
@@ -141,12 +164,15 @@ def to_onnx(
     outputs: str = DETECTIONS,
     dtype: torch.dtype = torch.float32,
     classes: list[str] | None = None,
+    pixels: bool = False,
 ) -> None:
     """Writes a detector as ONNX, of standard operators alone.
 
-    The input is `images`, fp32 ``[B, 3, H, W]``: normalised RGB, zero in the padding. `outputs` as for `Exportable`;
+    The input is `images`, fp32 ``[B, 3, H, W]``: normalised, zero in the padding. `outputs` as for `Exportable`;
     with "detections" ONNX's NonMaxSuppression follows, class by class, and the outputs are `boxes` ``[n, 4]``,
     `scores` ``[n]`` and `labels` ``[n]`` of the one image, the best first, n at most the model's `max_detections`.
+
+    With `pixels` the inputs are `pixels` and `sizes`, as for `OfPixels`, and there is nothing to normalise.
 
     `size` is the (height, width) of the input, `batch` the images at a time, None for any number. `dtype` is fp32, or
     fp16 for the convolutions; the integral is fp32 in any case. `classes` are names for the file's metadata.
@@ -161,12 +187,21 @@ def to_onnx(
     except ImportError as error:
         raise RuntimeError(f"ONNX needs onnx and onnxscript: pip install 'gfl-ops[export]' ({error})") from None
     _check(model, outputs, batch, size)
-    whole = Exportable(model, size, outputs, dtype)
+    detector = Exportable(model, size, outputs, dtype)
     images, shapes = _example(batch, size)
+    whole: nn.Module = detector
+    inputs = {"images": images}
+    if pixels:
+        whole = OfPixels(detector, size)
+        bytes_ = torch.zeros(len(images), *size, 3, dtype=torch.uint8)
+        inputs = {"pixels": bytes_, "sizes": torch.tensor([size] * len(images))}
+    if shapes is not None:
+        shapes = dict.fromkeys(inputs, shapes["images"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": whole.names(), "dynamic_shapes": shapes}
-        program = torch.onnx.export(whole, (images,), dynamo=True, verbose=False, opset_version=OPSET, **names)
+        names: dict[str, Any] = {"input_names": [*inputs], "output_names": detector.names(), "dynamic_shapes": shapes}
+        given = tuple(inputs.values())
+        program = torch.onnx.export(whole, given, dynamo=True, verbose=False, opset_version=OPSET, **names)
     assert program is not None
     proto = program.model_proto
     if outputs == DETECTIONS:
@@ -252,8 +287,10 @@ def _describe(
     values = {
         "outputs": outputs,
         "size": f"{size[0]},{size[1]}",
-        "mean": ",".join(map(str, MEAN)),
-        "std": ",".join(map(str, STD)),
+        "mean": ",".join(map(str, model.config.mean)),
+        "std": ",".join(map(str, model.config.std)),
+        "channel_order": model.config.channel_order,
+        "resize": model.test.resize,
         INTEGRAL_NODES: ",".join(integral),
         "strides": ",".join(map(str, model.config.strides)),
         "reg_max": str(model.config.reg_max),

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import checkpoint, files
 from ..config import Config
+from ..files import error_text
 from .distributed import Process
 
 LAST = "last.pt"
@@ -43,9 +47,26 @@ def saved_training(out: Path, resume: bool, process: Process) -> dict[str, Any] 
         saved = checkpoint.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; {_fall_back(path, out, process)}") from None
-    if "training" not in saved or "optimizer" not in saved:
+    if not all(isinstance(saved.get(part), Mapping) for part in ("training", "optimizer")):
         raise ValueError(f"{path} has weights alone: `init` starts a training from them, `resume` can't")
     return saved
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Makes what a checkpoint lacks, or has in another form than is needed here, a ValueError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {files.shown(str(error))}"
+        raise ValueError(
+            f"{path}: what a training goes on from is not as this version needs it ({why}): `init` starts a new one "
+            "from its weights"
+        ) from None
 
 
 def _fall_back(damaged: Path, out: Path, process: Process) -> str:
@@ -72,9 +93,8 @@ def stored_config(out: Path) -> Config:
         for name in (LAST, PREVIOUS):  # A full disk may have cut the file.
             with suppress(OSError, ValueError, KeyError):
                 return Config.from_dict(checkpoint.read(out / name)["meta"]["config"])
-        raise ValueError(
-            f"{out} holds no training to resume: {CONFIG} is not there or can't be read ({error})"
-        ) from None
+        why = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error_text(error)})"
+        raise ValueError(f"{out} holds no training to resume: {CONFIG} {why}") from None
 
 
 def _read_config(path: Path) -> Config:

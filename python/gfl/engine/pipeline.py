@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,8 @@ import gfl_ops
 from ..config import InferenceConfig, ModelConfig
 from ..data import transforms
 from ..draw import Edges
+from ..models.autotune import CudnnTuning
+from ..models.fused import FusedGFL
 from ..models.gfl import GFL, locations
 from .distributed import current_device
 from .graphs import GraphCache, host_waits
@@ -66,9 +69,13 @@ class Pipeline:
         self.maps: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = network.predict_maps
         if compile:
             self.maps = torch.compile(network.predict_maps, dynamic=False)
+        # Here and not in the network: a setting that a compiled network changes would break it into several graphs.
+        self._tuning = CudnnTuning()
         self.graphs = GraphCache(device=device) if graphs and device.type == "cuda" else None
         self._copies = torch.cuda.Stream(device) if self.graphs is not None else None
         self._done: torch.cuda.Event | None = None  # the last use of the graphs' memory
+        self._unwanted: dict[tuple[int, ...], Tensor] = {}  # masks of classes; graphs read them
+        self.seconds = (0.0, 0.0)  # of the last batch on a CPU: the network, and from its maps to boxes
 
     def graphed(self) -> bool:
         """Whether batches run as graphs, by the backend that is set now."""
@@ -83,15 +90,16 @@ class Pipeline:
 
         With graphs this happens while the device computes, and empty images fill the batch up to `rows`.
         """
-        divisor = self.network.test.size_divisor
+        test = self.network.test
+        divisor, resize = test.size_divisor, partial(transforms.resize, stretch=test.resize == "stretch")
         if self._copies is None:
             # Also on a GPU without graphs: results are to be the CPU's.
-            resized = [transforms.resize(image, *size) for image, size in zip(images, sizes, strict=True)]
+            resized = [resize(image, *size) for image, size in zip(images, sizes, strict=True)]
             return InputBatch(*(part.to(self.device) for part in transforms.pad(resized, divisor)))
         with current_device(self.device):
             with torch.cuda.stream(self._copies):
                 sent = [self._send(image) for image in images]
-                resized = [transforms.resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
+                resized = [resize(image, *size, fp32=True) for image, size in zip(sent, sizes, strict=True)]
                 resized += [sent[0].new_zeros(3, 1, 1)] * (rows - len(sent))
                 batch, inner = transforms.pad(resized, divisor)
                 loaded = InputBatch(batch, self._send(inner))
@@ -106,9 +114,13 @@ class Pipeline:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, batch: InputBatch, *, edges: bool = False) -> Predictions:
-        """Detections of a batch; on a GPU they are queued, not there yet."""
-        function, inputs = partial(self._predict, edges=edges), [x for x in batch if x is not None]
+    def run(self, batch: InputBatch, *, edges: bool = False, without: tuple[int, ...] = ()) -> Predictions:
+        """Detections of a batch, none of the classes `without`; on a GPU they are queued, not there yet."""
+        if without and without not in self._unwanted:
+            mask = torch.zeros(self.network.config.num_classes, 1, 1, dtype=torch.bool)
+            mask[list(without)] = True
+            self._unwanted[without] = mask.to(self.device)
+        function, inputs = partial(self._predict, edges=edges, without=without), [x for x in batch if x is not None]
         with current_device(self.device):
             if self.graphs is None or not self.graphed():
                 return function(*inputs)
@@ -116,18 +128,32 @@ class Pipeline:
             now = torch.cuda.current_stream(self.device)
             if self._done is not None:
                 now.wait_event(self._done)
-            key = (gfl_ops.get_backend(), edges, *dataclasses.astuple(self.network.test))
+            key = (gfl_ops.get_backend(), edges, without, *dataclasses.astuple(self.network.test))
             # The next run writes to the same places.
             found: Predictions = tree_map_only(Tensor, torch.clone, self.graphs.run(function, *inputs, key=key))
             self._done = now.record_event()
             return found
 
     def _predict(
-        self, images: Tensor, sizes: Tensor, scale_factors: Tensor | None = None, *, edges: bool
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        scale_factors: Tensor | None = None,
+        *,
+        edges: bool,
+        without: tuple[int, ...] = (),
     ) -> Predictions:
-        maps = self.maps(transforms.normalise(images, sizes))
-        found = self.network.read_maps(*maps, sizes, scale_factors)
-        return Predictions(found, _edges(maps[1], found.locations, self.network.config) if edges else None)
+        begun = time.perf_counter()
+        normalised = transforms.normalise(images, sizes, self.network.config)
+        with self._tuning(normalised):
+            cls_scores, reg_preds = self.maps(normalised)
+        middle = time.perf_counter()
+        if without:
+            cls_scores = [scores.masked_fill(self._unwanted[without], -torch.inf) for scores in cls_scores]
+        found = self.network.read_maps(cls_scores, reg_preds, sizes, scale_factors)
+        result = Predictions(found, _edges(reg_preds, found.locations, self.network.config) if edges else None)
+        self.seconds = (middle - begun, time.perf_counter() - middle)
+        return result
 
 
 def _edges(reg_preds: Sequence[Tensor], found: Tensor, config: ModelConfig) -> Edges:
@@ -145,16 +171,18 @@ def testing(model: Any, test: InferenceConfig) -> Iterator[None]:
     One thread at a time is within: modes, settings and the memory of graphs are the model's, not a thread's.
     """
     with _LOCKS.setdefault(model, threading.RLock()):
-        modes = [(module, module.training) for module in model.modules()]
+        # A fused network is always in evaluation, and to ask its hundreds of modules takes milliseconds.
+        trained = [] if isinstance(model, FusedGFL) else [module for module in model.modules() if module.training]
         before = getattr(model, "test", None)
-        model.eval()
+        if trained:
+            model.eval()
         if before is not None:
             model.test = test
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in trained:
+                module.training = True
             if before is not None:
                 model.test = before
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..config import TrainConfig
@@ -24,6 +25,7 @@ from ..data.transforms import normalise
 from ..models.autotune import CudnnTuning
 from ..models.gfl import GFL
 from .graphs import GraphCache, few_shapes, host_waits
+from .optimizer import SCALE
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +60,7 @@ class Step:
         """One step at a learning rate."""
         self.set_rate(rate)
         images = batch.images
+        count = self.settings.accumulate
         graphed = self.graphs is not None and max(batch.counts, default=0) <= self.settings.graph_slots
         if graphed:
             images = few_shapes(images, self.settings.train_long_side, self.model.test.size_divisor)
@@ -66,23 +69,36 @@ class Step:
                 objects = slots(batch, self.settings.graph_slots)
                 self.graphs.run(self.compute, images, batch.image_sizes, *objects)
                 return
-            with self._precision(images.device):
-                losses = self.network(normalise(images, batch.image_sizes), batch.image_sizes, targets=batch.targets)
-            self._descend(losses)
+            self.optimizer.zero_grad(set_to_none=True)
+            for number, part in enumerate(batch.parts(count), 1):
+                # Several processes add up their gradients once per step, with the last part.
+                alone = isinstance(self.network, DistributedDataParallel) and number < count
+                with self.network.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                    with self._precision(images.device):
+                        inputs = self._input(part.images, part.image_sizes)
+                        losses = self.network(inputs, part.image_sizes, targets=part.targets)
+                    self._backward({name: loss / count for name, loss in losses.items()} if count > 1 else losses)
+            self._descend()
 
     def set_rate(self, rate: float) -> None:
-        """A graph reads the rate from a tensor, which is filled without waiting."""
+        """Of each group of weights, times its share; a graph reads it from a tensor, filled without waiting."""
         for group in self.optimizer.param_groups:
+            own = rate * group.get(SCALE, 1.0)
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(own)
             else:
-                group["lr"] = rate
+                group["lr"] = own
 
     def compute(self, images: Tensor, image_sizes: Tensor, boxes: Tensor, labels: Tensor) -> None:
         """The step of a batch with its objects in `slots`; nothing in it makes the host wait."""
         with self._precision(images.device):
-            losses = self.model.padded_loss(normalise(images, image_sizes), boxes, labels, image_sizes)
-        self._descend(losses)
+            losses = self.model.padded_loss(self._input(images, image_sizes), boxes, labels, image_sizes)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward(losses)
+        self._descend()
+
+    def _input(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        return normalise(images, image_sizes, self.model.config)
 
     def _precision(self, device: torch.device) -> torch.autocast:
         # Casts of weights are kept until the context ends, so that a layer of five levels casts its own once, and a
@@ -90,16 +106,17 @@ class Step:
         amp = self.settings.amp
         return torch.autocast(device.type, PRECISION.get(amp), enabled=amp in PRECISION)
 
-    def _descend(self, losses: dict[str, Tensor]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _backward(self, losses: dict[str, Tensor]) -> None:
         cls, box, dfl = (losses[name] for name in LOSSES)
         self.scaler.scale(cls + box + dfl).backward()
+        self.sums += torch.stack([cls.detach(), box.detach(), dfl.detach()])
+
+    def _descend(self) -> None:
         if self.settings.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums += torch.stack([cls.detach(), box.detach(), dfl.detach()])
 
 
 @contextmanager
@@ -132,6 +149,7 @@ def check_graph(settings: TrainConfig, device: torch.device, wrapped: bool) -> N
         (device.type != "cuda", f"`graph` needs a GPU, the training is on {device}"),
         (wrapped, "`graph` is for one process"),
         (settings.amp == "fp16", "`graph` goes with `amp` none or bf16: fp16's scale is decided by the host"),
+        (settings.accumulate > 1, "`graph` computes a batch at once: `accumulate` must be 1"),
         (settings.graph_slots < 1, f"`graph_slots` must be positive, got {settings.graph_slots}"),
     ):
         if wrong:

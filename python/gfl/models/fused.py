@@ -22,22 +22,35 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .autotune import CudnnTuning, Fastest
+from .autotune import Fastest
 from .deform import DeformConv2d
 from .gfl import GFL
+from .ghost_pan import GhostPAN
 from .head import GFLHead
 from .layers import Conv, TowerLayer
+from .nanodet_head import NanoDetPlusHead
 from .resnet import Block, ResNet
+from .separable import SLOPE
+from .shufflenet import ShuffleNetV2
 from .winograd import Winograd, sizes_of, tiles_in
 
 # With fewer tiles or channels a direct convolution is faster (each call reads all 36 transformed filters).
 MIN_TILES, MIN_CHANNELS = 16, 64
+# Activations by oneDNN's names.
+NONE, RELU, LEAKY_RELU = "none", "relu", "leaky_relu"
+# oneDNN's call of a convolution and an activation.
+HAS_CONVOLUTION = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+CONVOLUTION: Any = torch.ops.mkldnn._convolution_pointwise.default if HAS_CONVOLUTION else None
+# glibc returns freed memory to the system from a size on that grows with the largest buffer so far, and half of it is
+# its limit: then no feature map of a small network costs page faults in every run.
+HEAP_BYTES = 2**25 - 2**16
 # Input sizes for which oneDNN's own layouts of a weight are kept: two, and as many as fit into this many bytes.
 PACKED, PACKED_BYTES = 2, 2**20
 
@@ -61,13 +74,15 @@ class FusedConv(nn.Module):
     A bias of zeros is the same as none.
     """
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, relu: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, act: str = NONE) -> None:
         super().__init__()
         stride, padding = conv.stride[0], int(conv.padding[0])
-        self.stride, self.padding, self.groups, self.relu = (stride, stride), (padding, padding), conv.groups, relu
+        self.stride, self.padding, self.groups, self.act = (stride, stride), (padding, padding), conv.groups, act
+        self._where = (self.padding, self.stride, (1, 1), conv.groups)
+        self._slope: list[float | None] = [SLOPE] if act == LEAKY_RELU else []
         self.weight = nn.Buffer(weight.detach().float().contiguous(memory_format=torch.channels_last))
         self.bias = None if bias is None or not bias.any() else nn.Buffer(bias.detach().float().contiguous())
-        self._onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        self._onednn = CONVOLUTION is not None
         self._fastest = Fastest()
         self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._winograd: Winograd | None = None
@@ -76,30 +91,37 @@ class FusedConv(nn.Module):
 
     @staticmethod
     def of(
-        conv: nn.Module, norm: nn.Module | None = None, relu: bool = False, more_bias: Tensor | None = None
+        conv: nn.Module, norm: nn.Module | None = None, act: str = NONE, more_bias: Tensor | None = None
     ) -> FusedConv:
-        """A convolution, the batch norm after it, a bias that is added to its own, and ReLU."""
+        """A convolution, the batch norm after it, a bias that is added to its own, and an activation."""
         assert isinstance(conv, nn.Conv2d)
         weight, bias = folded(conv.weight, conv.bias, norm)
-        return FusedConv(conv, weight, bias if more_bias is None else bias + more_bias, relu)
+        return FusedConv(conv, weight, bias if more_bias is None else bias + more_bias, act)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        """relu(convolution(x) + bias + summand), of ``[B, C, H, W]``."""
+        """act(convolution(x) + bias + summand), of ``[B, C, H, W]``."""
+        # A network of a hundred small convolutions takes a tenth of its time to decide: a known shape skips that.
+        known = not torch.compiler.is_compiling() and x.shape in self._packed
+        if known and summand is None and x.dtype == torch.float32 and x.device.type == "cpu":
+            return self._by_onednn(x, None)
         if self.weight.shape[0] >= MIN_CHANNELS and self.uses_winograd([x]):
             (y,) = self._by_winograd([x])
-            y = y if summand is None else y.add_(summand)
-            return y.relu_() if self.relu else y
+            return self._activated(y if summand is None else y.add_(summand))
         if not torch.compiler.is_compiling():
             if x.device.type == "cpu" and x.dtype == torch.float32 and self._onednn:
                 return self._by_onednn(x, summand)
-            if x.device.type == "cuda" and self.relu:
+            if x.device.type == "cuda" and self.act == RELU:
                 return self._by_the_faster(x, summand)
         return self._separately(x, summand)
 
     def _separately(self, x: Tensor, summand: Tensor | None) -> Tensor:
         y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-        y = y if summand is None else y + summand
-        return y.relu_() if self.relu else y
+        return self._activated(y if summand is None else y + summand)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.act == LEAKY_RELU:
+            return functional.leaky_relu_(y, SLOPE)
+        return y.relu_() if self.act == RELU else y
 
     def _by_the_faster(self, x: Tensor, summand: Tensor | None) -> Tensor:
         ways = {"separate": partial(self._separately, x, summand), "fused": partial(self._by_cudnn, x, summand)}
@@ -119,7 +141,7 @@ class FusedConv(nn.Module):
         """`forward` of several maps."""
         if not self.uses_winograd(maps):
             return [self(x) for x in maps]
-        return [y.relu_() if self.relu else y for y in self._by_winograd(maps)]
+        return [self._activated(y) for y in self._by_winograd(maps)]
 
     def _by_winograd(self, maps: Sequence[Tensor]) -> list[Tensor]:
         if self._winograd is None:
@@ -127,20 +149,22 @@ class FusedConv(nn.Module):
         return self._winograd(maps)
 
     def _by_onednn(self, x: Tensor, summand: Tensor | None) -> Tensor:
-        where = (self.padding, self.stride, (1, 1), self.groups)
+        where = self._where
         x = x.contiguous(memory_format=torch.channels_last)
-        weight = self._packed.get(tuple(x.shape))
+        weight = self._packed.get(x.shape)
         if weight is None:
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, list(x.shape))
-            self._packed[tuple(x.shape)] = weight
+            self._packed[x.shape] = weight
             if len(self._packed) > max(PACKED, PACKED_BYTES // (4 * self.weight.numel())):
                 self._packed.popitem(last=False)
-        last = "relu" if self.relu else None
         if summand is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *where, last or "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise.binary(
+            return CONVOLUTION(x, weight, self.bias, *where, self.act, self._slope, "")
+        # Of activations after a sum it only has ReLU.
+        last = self.act if self.act == RELU else None
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
             x, summand, weight, self.bias, *where, "add", None, last, [], None
         )
+        return y if last == self.act else self._activated(y)
 
     def _by_cudnn(self, x: Tensor, summand: Tensor | None) -> Tensor:
         """Raises RuntimeError where cuDNN has no such call for these shapes or this type."""
@@ -186,7 +210,7 @@ def _fuse_norm(parent: nn.Module, conv: str, norm: str, more_bias: Tensor | None
     if isinstance(layer, DeformConv2d):
         setattr(parent, conv, FusedDeform(layer, norm_layer))
     else:
-        setattr(parent, conv, FusedConv.of(layer, norm_layer, True, more_bias))
+        setattr(parent, conv, FusedConv.of(layer, norm_layer, RELU, more_bias))
     setattr(parent, norm, nn.Identity())
 
 
@@ -202,6 +226,32 @@ def _fuse_block(block: Block) -> None:
         _fuse_norm(block, f"conv{number}", f"bn{number}", shortcut_bias if number == last else None)
 
 
+def fuse_sequences(network: nn.Module) -> None:
+    """Makes one module of each convolution, batch norm and LeakyReLU that follow each other in an `nn.Sequential`."""
+    for sequence in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        layers = list(sequence.named_children())
+        for (name, conv), (_, norm), (_, act) in zip(layers, layers[1:], [*layers[2:], ("", None)]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                leaky = isinstance(act, nn.LeakyReLU)
+                setattr(sequence, name, FusedConv.of(conv, norm, LEAKY_RELU if leaky else NONE))
+        for name, module in layers:
+            if isinstance(module, (nn.BatchNorm2d, nn.LeakyReLU)):
+                delattr(sequence, name)
+
+
+def _fuse_nanodet_head(head: NanoDetPlusHead, dtype: torch.dtype) -> NanoDetPlusHead:
+    fused = copy.deepcopy(head)
+    fuse_sequences(fused)
+    fused.to(dtype)
+    fused.gfl_cls = nn.ModuleList(FusedConv.of(conv) for conv in head.gfl_cls).to(_precise(dtype))
+    return fused
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """Of the last layers: fp32 instead of bf16, of whose 8 bits many scores would be equal."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 def _fuse_head(head: GFLHead, dtype: torch.dtype) -> GFLHead:
     fused = copy.deepcopy(head)
     for layer in (*fused.cls_convs, *fused.reg_convs):
@@ -210,8 +260,7 @@ def _fuse_head(head: GFLHead, dtype: torch.dtype) -> GFLHead:
     fused.to(dtype)
     factors = [float(scale.get_parameter("scale").detach()) for scale in head.scales]
     fused.scales = nn.ModuleList(nn.Identity() for _ in factors)
-    # The last layers, in fp32 instead of bf16, of whose 8 bits many scores would be equal.
-    precise = torch.float32 if dtype == torch.bfloat16 else dtype
+    precise = _precise(dtype)
     fused.gfl_cls = FusedConv.of(head.gfl_cls).to(precise)  # type: ignore[assignment]
     fused.gfl_reg = ScaledConv(head.gfl_reg, factors).to(precise)  # type: ignore[assignment]
     fused.reg_conf = None if head.reg_conf is None else copy.deepcopy(head.reg_conf).to(precise)
@@ -236,12 +285,18 @@ class FusedGFL(GFL):
                 _fuse_norm(module, "conv1", "bn1")
             elif isinstance(module, Block):
                 _fuse_block(module)
-        for layer in (*self.neck.lateral_convs, *self.neck.fpn_convs):
-            assert isinstance(layer, Conv)
-            layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
+        if isinstance(self.backbone, ShuffleNetV2):
+            fuse_sequences(self.backbone)
+        if isinstance(self.neck, GhostPAN):
+            fuse_sequences(self.neck)
+        for layer in self.neck.modules():
+            if isinstance(layer, Conv):
+                layer.conv = FusedConv.of(layer.conv)  # type: ignore[assignment]
         self.to(dtype)
-        self.bbox_head = _fuse_head(model.bbox_head, dtype)
-        self._tuning = CudnnTuning()
+        head = model.bbox_head
+        fuse = _fuse_nanodet_head if isinstance(head, NanoDetPlusHead) else _fuse_head
+        self.bbox_head = fuse(head, dtype)
+        torch.empty(HEAP_BYTES, dtype=torch.uint8)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FusedGFL:
@@ -250,8 +305,4 @@ class FusedGFL(GFL):
         return self
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        images = images.to(self.dtype, memory_format=torch.channels_last)
-        if torch.compiler.is_compiling():
-            return super().predict_maps(images)
-        with torch.cuda.device_of(images), self._tuning(images):
-            return super().predict_maps(images)
+        return super().predict_maps(images.to(self.dtype, memory_format=torch.channels_last))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from ..config import Config, InferenceConfig, ModelConfig
 from . import _inputs
 from .backbone import Backbone
 from .fpn import FPN
+from .ghost_pan import GhostPAN
 from .head import GFLHead
+from .nanodet_head import NanoDetPlusHead
 
 Pairs = Tensor | Sequence[Sequence[float]]
 # The key of a state dict's metadata that holds the configuration.
 METADATA = "gfl"
+NECKS: dict[str, Callable[..., nn.Module]] = {"fpn": FPN, "ghost_pan": GhostPAN}
+HEADS: dict[str, Callable[[ModelConfig], Any]] = {"gfl": GFLHead, "nanodet_plus": NanoDetPlusHead}
 
 
 class GFL(nn.Module):
@@ -33,6 +37,9 @@ class GFL(nn.Module):
         backbone: gives maps of strides 8, 16 and 32.
         config: of the network; defines neck and head. The attribute has the backbone's current frozen stages and norms.
         test: how boxes are read from the maps; the attribute may be changed at any time.
+
+    The attribute `class_weights`, fp32 ``[C]`` on the network's device or None, multiplies the gradient of each class's
+    logits, which is what weights of the classes in their loss do; the loss that is returned is without them.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
@@ -40,8 +47,9 @@ class GFL(nn.Module):
         self._config = config
         self.test = InferenceConfig() if test is None else test
         self.backbone = backbone
-        self.neck = FPN(backbone.channels, config.neck_channels, len(config.strides))
-        self.bbox_head = GFLHead(config)
+        self.neck = NECKS[config.neck](backbone.channels, config.neck_channels, len(config.strides))
+        self.bbox_head = HEADS[config.head](config)
+        self.class_weights: Tensor | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -67,7 +75,8 @@ class GFL(nn.Module):
         """Detections of a batch, or with `targets` its losses, so that wrappers of a module such as DDP see them.
 
         Args:
-            images: normalised RGB, floating ``[B, 3, H, W]``, padded with 0 below and to the right.
+            images: normalised, in the `channel_order` of `config`, floating ``[B, 3, H, W]``, padded with 0 below and
+                to the right.
             image_sizes: ``[B, 2]``, height and width of each image without its padding, in pixels; by default H, W.
                 Boxes are clipped to them.
             scale_factors: ``[B, 2]``, horizontal and vertical; boxes are divided by them. By default boxes are in
@@ -124,7 +133,7 @@ class GFL(nn.Module):
         ranks' gradients is that of the whole batch.
 
         Args:
-            images: normalised RGB, floating ``[B, 3, H, W]``.
+            images: normalised, floating ``[B, 3, H, W]``.
             targets: per image ``{"boxes": [n, 4] xyxy in pixels of images, "labels": [n] integers in [0, C)}``, n = 0
                 for an image without objects. Labels are checked where they are on the CPU; on another device one
                 outside [0, C) counts as background, since a check would wait for the device.
@@ -148,6 +157,8 @@ class GFL(nn.Module):
         """
         config = self._config
         cls_scores, reg_preds = self.predict_maps(images)
+        if self.class_weights is not None:
+            cls_scores = [_scale_gradient(logits, self.class_weights) for logits in cls_scores]
         assignment = gfl_ops.atss_assign(
             [(m.shape[2], m.shape[3]) for m in cls_scores],
             config.strides,
@@ -181,6 +192,14 @@ class GFL(nn.Module):
         """
         _inputs.check_images("predict_maps", images)
         return self.bbox_head(self.neck(self.backbone(images)))
+
+
+def _scale_gradient(logits: Tensor, weights: Tensor) -> Tensor:
+    """The logits ``[B, C, H, W]``, whose gradient will be multiplied by ``[C]``, out of place."""
+    if logits.requires_grad:
+        logits = logits.view_as(logits)
+        logits.register_hook(lambda gradient: gradient * weights[:, None, None].to(gradient.dtype))
+    return logits
 
 
 def locations(

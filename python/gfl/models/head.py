@@ -14,10 +14,11 @@ from torch.nn import functional
 import gfl_ops
 
 from ..config import ModelConfig
-from .layers import Scale, TowerLayer, in_own_precision, over_levels
+from .layers import Scale, TowerLayer, last_layer
 
 # Initial probability of an object at a location: keeps the first losses of the many background locations small.
 PRIOR_PROBABILITY = 0.01
+PRIOR_LOGIT = -math.log(1 / PRIOR_PROBABILITY - 1)
 # The quality branch: how many of a side's highest probabilities it reads, and its hidden channels.
 PEAKS, QUALITY_CHANNELS = 4, 64
 
@@ -68,25 +69,26 @@ class GFLHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.constant_(self.gfl_cls.bias, -math.log(1 / PRIOR_PROBABILITY - 1))  # type: ignore[arg-type]
+        nn.init.constant_(self.gfl_cls.bias, PRIOR_LOGIT)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """``[B, inputs, H, W]`` per level to class logits ``[B, C, H, W]`` and the logits of the distances left, top,
         right and bottom, ``[B, 4(R+1), H, W]``, bins innermost."""
-        reg_preds = self._last(self.gfl_reg, self.reg_convs(maps))
+        reg_preds = last_layer(self.gfl_reg, self.reg_convs(maps), self.training)
         reg_preds = [scale(x) for scale, x in zip(self.scales, reg_preds, strict=True)]
-        cls_scores = self._last(self.gfl_cls, self.cls_convs(maps))
+        cls_scores = last_layer(self.gfl_cls, self.cls_convs(maps), self.training)
         return [self.rescored(c, r) for c, r in zip(cls_scores, reg_preds, strict=True)], reg_preds
 
-    def _last(self, layer: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits. Those that are detected by are as precise as the layer's weights: in bf16 many would be equal."""
-        return over_levels(layer, maps) if self.training else in_own_precision(layer, maps)
+    def class_layers(self) -> list[nn.Conv2d]:
+        """The last layers of the class logits, as many as there are sets of weights."""
+        return [self.gfl_cls]
 
     def rescored(self, cls_score: Tensor, reg_pred: Tensor) -> Tensor:
         """A level's class logits, multiplied in probability by the quality if there is such a branch."""
         if self.reg_conf is None:
             return cls_score
-        return joint_logit(cls_score, *self._last(self.reg_conf, [self._peaks(reg_pred)])).to(cls_score.dtype)
+        quality = last_layer(self.reg_conf, [self._peaks(reg_pred)], self.training)
+        return joint_logit(cls_score, *quality).to(cls_score.dtype)
 
     def _peaks(self, reg_pred: Tensor) -> Tensor:
         """Each side's highest probabilities and their mean, ``[B, 4(PEAKS + 1), H, W]``."""

@@ -68,6 +68,11 @@ def in_own_precision(conv: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
         return over_levels(conv, maps)
 
 
+def last_layer(layer: nn.Module, maps: Sequence[Tensor], training: bool) -> list[Tensor]:
+    """Logits. Those that are detected by are as precise as the layer's weights: in bf16 many would be equal."""
+    return over_levels(layer, maps) if training else in_own_precision(layer, maps)
+
+
 class Scale(nn.Module):
     """A learned factor, initially 1."""
 

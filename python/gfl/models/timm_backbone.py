@@ -62,7 +62,8 @@ def _create(name: str) -> nn.Module:
         import timm
     except ImportError as error:
         raise RuntimeError(f"gfl: the backbone timm:{name} needs timm: pip install timm") from error
-    if name.split(".")[0] not in timm.list_models():
+    # A name with a scheme would be one of a model elsewhere.
+    if ":" in name or name.split(".")[0] not in timm.list_models():
         raise ValueError(f"gfl.ModelConfig: `backbone`: timm {timm.__version__} has no model {name!r}")
     body: Any = timm.create_model(name, pretrained=False, features_only=True)
     reductions = list(body.feature_info.reduction())

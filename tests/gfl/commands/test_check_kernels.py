@@ -46,7 +46,7 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(distributed, "current_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(kernel_check, "ensure_checked", found.append)
     monkeypatch.setattr(checkpoint, "model_from", lambda *_, **__: (None, preset("gfl_tiny"), None, None))
-    monkeypatch.setattr(loader, "validation_dataset", lambda config: None)
+    monkeypatch.setattr(loader, "validation_dataset", lambda *_: None)
     monkeypatch.setattr(evaluation, "_check_classes", lambda *_: None)
     monkeypatch.setattr(train, "train", used)
     monkeypatch.setattr(distributed, "processes", used)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from gfl.config import Config, ModelConfig
 from gfl.data import transforms
 
 ORIENTATION = 0x0112
@@ -54,6 +57,43 @@ def test_resize_is_bilinear(size: tuple[int, int], new: tuple[int, int], generat
     exact = bilinear(image.numpy().astype(float), *new)
     # Rounded once in either direction, with weights of 15 bits.
     assert np.abs(resized.numpy() - exact).max() < 1.01
+
+
+@pytest.mark.parametrize("fp32", [False, True], ids=["uint8", "fp32"])
+@pytest.mark.parametrize("size", [(48, 64), (37, 51), (1, 9), (90, 33)], ids=str)
+def test_stretching_samples_from_the_corner_without_a_shift(
+    size: tuple[int, int], fp32: bool, generator: torch.Generator
+) -> None:
+    """Row j of H' rows is the source's row j·H / H', between rows by distance, 0 beyond the last one."""
+    image, new = random_image(generator, *size), (41, 61)
+    framed = np.pad(image.numpy().astype(float), ((0, 0), (0, 1), (0, 1)))
+    rows, columns = (np.arange(side) * old / side for side, old in zip(new, size))
+    y, x = rows.astype(int), columns.astype(int)
+    fy, fx = (rows - y)[:, None], columns - x
+    above, below = (framed[:, y + i][:, :, x] * (1 - fx) + framed[:, y + i][:, :, x + 1] * fx for i in (0, 1))
+    resized = transforms.resize(image, *new, fp32=fp32, stretch=True)
+    assert resized.dtype == torch.uint8 and resized.shape == (3, *new)
+    # Rounded once in either direction, with weights of 15 bits.
+    assert np.abs(resized.numpy() - (above * (1 - fy) + below * fy)).max() < 1.01
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("new", [(416, 416), (192, 256), (720, 480)], ids=str)
+def test_stretching_is_opencvs_warp(new: tuple[int, int], generator: torch.Generator) -> None:
+    """OpenCV rounds a sample's place to a 32nd of a pixel, so that neighbours of little contrast are compared."""
+    cv2 = pytest.importorskip("cv2")
+    coarse = torch.rand(1, 3, 9, 11, generator=generator) * 255
+    image = torch.nn.functional.interpolate(coarse, (427, 640), mode="bilinear")[0].to(torch.uint8)
+    matrix = np.array([[new[1] / 640, 0, 0], [0, new[0] / 427, 0]])
+    theirs = torch.from_numpy(cv2.warpAffine(image.permute(1, 2, 0).numpy(), matrix, new[::-1])).permute(2, 0, 1)
+    inside = (transforms.resize(image, *new, stretch=True).int() - theirs.int())[:, :-2, :-2]
+    assert inside.abs().max() <= 2 and inside.abs().float().mean() < 0.5
+
+
+@pytest.mark.parametrize("resize, expected", [("keep_ratio", (300, 400)), ("stretch", (320, 400))])
+def test_images_keep_their_shape_unless_stretched(resize: str, expected: tuple[int, int]) -> None:
+    test = Config().replace(resize=resize).test
+    assert transforms.input_size((480, 640), 320, 400, test) == expected
 
 
 @pytest.mark.peers
@@ -110,6 +150,7 @@ def test_boxes_follow_the_image(generator: torch.Generator) -> None:
 
 def test_pad_and_normalise(generator: torch.Generator) -> None:
     images = [random_image(generator, 20, 33), random_image(generator, 31, 7)]
+    config = ModelConfig()
     batch, sizes = transforms.pad(images, 16)
     assert batch.shape == (2, 3, 32, 48) and sizes.tolist() == [[20, 33], [31, 7]]
     assert torch.equal(batch[0, :, :20, :33], images[0]) and batch[0, :, 20:].sum() + batch[0, :, :, 33:].sum() == 0
@@ -119,9 +160,13 @@ def test_pad_and_normalise(generator: torch.Generator) -> None:
     expected = torch.zeros(batch.shape, dtype=torch.float64)
     for row, image, (h, w) in zip(expected, images, sizes.int().tolist()):
         for c in range(3):
-            row[c, :h, :w] = (image[c].double() - transforms.MEAN[c]) / transforms.STD[c]
+            row[c, :h, :w] = (image[c].double() - config.mean[c]) / config.std[c]
     # Two roundings of values up to 3.
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
+    other = dataclasses.replace(config, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), channel_order="bgr")
+    blue_first = transforms.normalise(batch, sizes, other)
+    torch.testing.assert_close(blue_first[0, 0, :20, :33], (images[0][2].float() - 3) / 6)
+    torch.testing.assert_close(blue_first[1, 2, :31, :7], (images[1][0].float() - 1) / 4)
     floats = batch.float()
     transforms.normalise(floats, sizes)
     assert torch.equal(floats, before.float()), "the input was changed"
@@ -190,6 +235,53 @@ def test_exif_orientation(tmp_path: Path, generator: torch.Generator) -> None:
     assert torch.equal(transforms.read_image(file, (40, 60)), image)
     with pytest.raises(ValueError, match=r"turned.png is 40×60 pixels, its annotation file says 30×50"):
         transforms.read_image(file, (50, 30))
+
+
+def test_images_keep_their_memory_format(generator: torch.Generator) -> None:
+    """A resized image of a file is copied into a batch of the same format, which is many times as fast."""
+    image = random_image(generator, 40, 60).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    resized = transforms.resize(image, 50, 75)
+    assert resized.stride() == (1, 225, 3)
+    assert torch.equal(resized, transforms.resize(image.contiguous(), 50, 75))
+
+
+def test_jpeg_files_by_another_decoder(tmp_path: Path, generator: torch.Generator) -> None:
+    """simplejpeg gives pillow's pixels, and what it does not take is pillow's affair."""
+    pytest.importorskip("simplejpeg")
+    image = as_pillow(random_image(generator, 45, 67))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image.save(tmp_path / "plain.jpg")
+    image.save(tmp_path / "progressive.jpg", progressive=True, subsampling=2, quality=60)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("L").save(tmp_path / "grey.jpg")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes()[:-400])
+    for path in sorted(tmp_path.glob("*.jpg")):
+        results = []
+        for decoder in (transforms.simplejpeg, None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(transforms, "simplejpeg", decoder)
+                try:
+                    results.append(transforms.read_image(path))
+                except transforms.UnreadableImage as error:
+                    results.append(str(error))
+        assert type(results[0]) is type(results[1]), path
+        assert results[0] == results[1] if path.stem == "cut" else torch.equal(*results), path
+
+
+def test_a_decoder_that_refuses_or_is_absent(tmp_path: Path, generator: torch.Generator, monkeypatch) -> None:
+    as_pillow(random_image(generator, 40, 60)).save(tmp_path / "a.jpg")
+    given: list[int] = []
+
+    def decode_jpeg(content: bytes) -> np.ndarray:
+        given.append(len(content))
+        raise ValueError("Corrupt JPEG data")
+
+    monkeypatch.setattr(transforms, "simplejpeg", SimpleNamespace(decode_jpeg_header=decode_jpeg))
+    refused = transforms.read_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert torch.equal(refused, transforms.read_image(tmp_path / "a.jpg")) and len(given) == 1
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated jpeg", "truncated png", "broken png"])

@@ -27,6 +27,7 @@ from gfl import checkpoint, cli, models
 from gfl.config import Config, preset
 from gfl.data.coco import CocoDataset, read_annotations
 from gfl.engine import evaluate
+from gfl.engine.quality import POINT
 from gfl.models.fused import FusedGFL
 
 Draw = Callable[[int], CocoDataset]
@@ -108,8 +109,9 @@ def test_reference_detections_by_the_command(tmp_path: Path, capsys: pytest.Capt
 
 
 @real
-def test_figures_are_pycocotools(generator: torch.Generator) -> None:
+def test_figures_are_pycocotools(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """On other detections than the reference's: objects moved at random, some left out, some made up."""
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     content = json.loads(real_data.annotations().read_text())
     detections = []
     for a in content["annotations"]:
@@ -120,11 +122,40 @@ def test_figures_are_pycocotools(generator: torch.Generator) -> None:
             detections.append({"image_id": a["image_id"], "category_id": a["category_id"], "bbox": box, "score": score})
     expected = pycocotools_stats(real_data.annotations(), detections)
     metrics = evaluate.coco_metrics(real_data.annotations(), detections)
-    assert list(metrics) == list(evaluate.METRICS) and list(metrics.values()) == expected
+    assert list(metrics) == [*evaluate.METRICS, *POINT]
+    assert [metrics[name] for name in evaluate.METRICS] == expected
     by_class = evaluate.class_metrics(real_data.annotations(), detections)
     there = [value for value in by_class.values() if not math.isnan(value)]
     assert len(by_class) == 80 and len(there) == 60
     assert sum(there) / len(there) == pytest.approx(metrics["AP"], abs=1e-12)
+
+
+@real
+@pytest.mark.parametrize("text_ids", [False, True])
+def test_the_fast_package_gives_what_pycocotools_gives(
+    text_ids: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faster_coco_eval")
+    data = read_annotations(real_data.annotations())
+    if text_ids:
+        data.image_ids = [f"photo {number}" for number in data.image_ids]
+    found = []
+    for a in data.to_coco()["annotations"]:
+        shift = 1 + 0.2 * torch.randn(4, generator=generator)
+        box = (torch.tensor(a["bbox"]) * shift).clamp(min=1).tolist()
+        score = float(torch.rand((), generator=generator))
+        found.append({"image_id": a["image_id"], "category_id": a["category_id"], "bbox": box, "score": score})
+    chosen = data.image_ids[:40]
+    used, measured = [], []
+    for package in ("faster_coco_eval", "pycocotools"):
+        if package == "pycocotools":
+            monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+        used.append(type(evaluate.coco_evaluation(data, found, chosen)).__module__.split(".")[0])
+        figures = (function(data, found, chosen) for function in (evaluate.coco_metrics, evaluate.class_metrics))
+        measured.append(list(figures))
+    assert used == ["faster_coco_eval", "pycocotools"]
+    for one, other in zip(*measured, strict=True):
+        assert one == pytest.approx(other, rel=1e-12, nan_ok=True)
 
 
 def test_a_detector_from_files_to_figures(draw: Draw, stub: ModuleType) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfl import checkpoint
 from gfl.config import preset
 from gfl.data import transforms
+from gfl.data.coco import CocoDataset, coco_detection
+from gfl.data.loader import training_dataset, validation_dataset
+from gfl.demo.course import run_demo
 from gfl.engine import export
+from gfl.engine.evaluate import coco_metrics
 from gfl.models import GFL, build
 
 SIZE = (96, 128)
@@ -117,6 +123,28 @@ def test_onnx_detections_of_real_photos_are_the_models(model: GFL, data: Path, t
     assert properties["classes"].split("\n") == ["a", "b", "c", "d", "e"] and properties["reg_max"] == "16"
 
 
+def test_onnx_of_pixels_normalises_and_the_example_runs_it(
+    model: GFL, data: Path, tmp_path: Path, seed: int, generator: torch.Generator
+) -> None:
+    needs_onnx()
+    file, (height, width) = tmp_path / "detector.onnx", SIZE
+    export.to_onnx(model, file, SIZE, outputs="detections", classes=["a", "b", "c", "d", "e"], pixels=True)
+    pixels = torch.randint(256, (1, height, width, 3), dtype=torch.uint8, generator=generator)
+    size = (80, 112)
+    batch = transforms.normalise(pixels.permute(0, 3, 1, 2), torch.tensor([size], dtype=torch.float32))
+    given = {"pixels": pixels.numpy(), "sizes": torch.tensor([size]).numpy()}
+    boxes, scores, labels = (torch.from_numpy(part) for part in session(file).run(None, given))
+    want = model(batch)
+    n = int(want.count) // 2
+    assert n > 2 and len(labels) == len(boxes)
+    torch.testing.assert_close(scores[:n], want.scores[0, :n], rtol=0, atol=1e-4)
+    photo = sorted((data / "coco_val2017_47" / "images").iterdir())[seed % 47]
+    example = Path(__file__).parents[3] / "examples" / "onnx_detect.py"
+    words = [sys.executable, str(example), str(file), str(photo)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert re.match(r"[a-e] 0\.\d\d( -?\d+\.\d){4}\n", done.stdout)
+
+
 def test_onnx_in_half_precision_keeps_the_integral(model: GFL, tmp_path: Path, generator: torch.Generator) -> None:
     onnx = needs_onnx()
     file = tmp_path / "detector.onnx"
@@ -140,6 +168,49 @@ def test_onnx_in_half_precision_keeps_the_integral(model: GFL, tmp_path: Path, g
     # fp16 has 11 bits; logits of a few units pass some ten roundings.
     torch.testing.assert_close(scores, want_scores, rtol=0, atol=2e-2)
     assert (boxes - want_boxes).abs().mean() < 0.3
+
+
+@pytest.mark.slow
+def test_static_quantisation_keeps_the_average_precision(tmp_path: Path) -> None:
+    """To 8 bits in QDQ form, as the help says, of a detector that finds something."""
+    needs_onnx()
+    quantisation = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
+    threads = torch.get_num_threads()
+    try:
+        run_demo(tmp_path / "demo", iterations=500)
+    finally:
+        torch.set_num_threads(threads)
+    model, config, *_ = checkpoint.model_from(tmp_path / "demo" / "training" / "best.pt")
+    floating, whole = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    size = (config.test.short_side, config.test.long_side)
+    export.to_onnx(model, floating, size)
+    shown, held_out = training_dataset(config), validation_dataset(config)
+    calibration = iter([{"images": prepared(shown[i].image)} for i in range(32)])
+
+    class Reader(quantisation.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def get_next(self) -> Any:
+            return next(calibration, None)
+
+    excluded = session(floating).get_modelmeta().custom_metadata_map[export.INTEGRAL_NODES].split(",")
+    form = quantisation.QuantFormat.QDQ
+    quantisation.quantize_static(str(floating), str(whole), Reader(), quant_format=form, nodes_to_exclude=excluded)
+    assert whole.stat().st_size < 0.6 * floating.stat().st_size
+    before, after = (average_precision(session(file), held_out) for file in (floating, whole))
+    print(f"AP {before:.4f} in fp32, {after:.4f} in 8 bits")
+    assert before > 0.1 and abs(after - before) < 0.01
+
+
+def prepared(image: Tensor) -> Any:
+    return transforms.normalise(image[None], torch.tensor([image.shape[1:]], dtype=torch.float32)).numpy()
+
+
+def average_precision(run: Any, data: CocoDataset) -> float:
+    found = []
+    for sample in (data[i] for i in range(len(data))):
+        boxes, scores, labels = (part.tolist() for part in run.run(None, {"images": prepared(sample.image)}))
+        ids = [data.category_ids[label] for label in labels]
+        found += [coco_detection(sample.image_id, *one) for one in zip(ids, boxes, scores)]
+    return coco_metrics(data.annotations, found)["AP"]
 
 
 def test_a_program_runs_without_this_package(model: GFL, tmp_path: Path, generator: torch.Generator) -> None:

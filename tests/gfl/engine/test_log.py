@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from gfl.engine.log import EVALUATIONS, STEPS, TEXT, RunLog
+import pytest
+import torch
+
+from gfl.engine.log import EVALUATIONS, LOGGER, STEPS, TEXT, Pace, RunLog
 
 
 def write(folder: Path, steps: range, step: int = 0, evaluated: int = 0) -> None:
@@ -41,6 +47,56 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     log.say("something")
     log.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_program_that_logs_gets_the_lines_and_the_screen_stays_free(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path)
+    log.say("one \x1b[2J line")
+    log.close()
+    assert [(r.name, r.levelname, r.message) for r in caplog.records][-1] == ("gfl.train", "INFO", "one \\x1b[2J line")
+    assert "line" not in capsys.readouterr().err and LOGGER.handlers == []
+
+
+def test_without_one_the_lines_are_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    log = RunLog(tmp_path)
+    log.say("a line")
+    log.close()
+    assert "a line\n" in capsys.readouterr().err
+
+
+def test_an_older_table_keeps_its_columns(tmp_path: Path) -> None:
+    (tmp_path / STEPS).write_text("step,loss\n1,0.5\n")
+    log = RunLog(tmp_path, 1)
+    log.row(STEPS, 2, {"memory_gib": 3.0, "loss": 0.25})
+    log.close()
+    assert (tmp_path / STEPS).read_text().splitlines() == ["step,loss", "1,0.5", "2,0.25"]
+
+
+def test_a_pace_counts_waiting_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def items() -> Iterator[int]:
+        for item in range(2):
+            clock[0] += 3
+            yield item
+
+    pace = Pace(torch.device("cpu"))
+    for _ in pace.waiting(items()):
+        clock[0] += 1
+        pace.count(4)
+    row = pace.read()
+    assert row["images_per_second"] == 1 and row["data_wait"] == 0.75 and 0 < row["memory_gib"] < 1000
+    assert pace.left(1000) == "1:06:40"
+    # An evaluation, say.
+    clock[0] += 5000
+    pace.start()
+    assert pace.left(10) == "0:00:40"
 
 
 def test_what_is_said_is_kept(tmp_path: Path) -> None:

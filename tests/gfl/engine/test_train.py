@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from gfl import checkpoint
-from gfl.config import Config, preset
+from gfl.config import Config, TrainConfig, preset
 from gfl.demo.course import computes_bf16
 from gfl.detector import Detector
 from gfl.engine import train as training
 from gfl.engine.log import EVALUATIONS, STEPS, TEXT
+from gfl.engine.optimizer import make_optimizer
 from gfl.engine.step import Step
 from gfl.engine.train import BEST, CONFIG, LAST, LOSSES, train
 
 Small = Callable[..., Config]
 # What differs from one run to the next by its nature.
-TIMES = ("images_per_second", "seconds")
+TIMES = ("images_per_second", "seconds", "data_wait", "memory_gib")
 
 
 def weights(folder: Path, name: str = LAST) -> dict[str, Tensor]:
@@ -265,12 +266,12 @@ def test_a_rate_that_a_graph_reads_is_a_number_in_a_checkpoint(
     """The tensor of ``--graph`` would bind the file to its device; a training with and without a graph resumes it."""
     config = small(epochs=1, val_annotations="")
 
-    def with_tensor(model: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    def with_tensor(model: torch.nn.Module, settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(parameters, lr=torch.tensor(config.train.lr), momentum=0.9, fused=True)
+        return torch.optim.SGD(parameters, lr=torch.tensor(settings.lr), momentum=0.9, fused=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_optimizer", with_tensor)
+        patch.setattr(training, "make_optimizer", with_tensor)
         train(config, tmp_path / "run", device="cpu")
         (group,) = checkpoint.read(tmp_path / "run" / LAST)["optimizer"]["param_groups"]
         assert type(group["lr"]) is float and group["lr"] > 0
@@ -363,7 +364,7 @@ def test_an_optimizer_of_a_graph_can_be_captured_and_reads_its_rate_from_a_tenso
         model = torch.nn.Linear(3, 2)
         torch.nn.init.constant_(model.weight, 0.5)
         torch.nn.init.zeros_(model.bias)
-        built = training._optimizer(model, config.replace(graph=graph), torch.device("cuda"))
+        built = make_optimizer(model, config.replace(graph=graph).train, torch.device("cuda"))
         for group in built.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == graph
             # Where an optimizer has the option, it refuses to be captured without it.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gfl.models import autotune
 from gfl.models.autotune import CudnnTuning, Fastest
-from gfl.models.fused import FusedConv
+from gfl.models.fused import RELU, FusedConv
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_convolution_takes_the_faster_call(
     want = conv(x).detach()
     z = torch.randn(want.shape, generator=generator) if summand else None
     want = (want if z is None else want + z).relu()
-    fused = FusedConv.of(conv, relu=True)
+    fused = FusedConv.of(conv, act=RELU)
     # Where a GPU is asked for by the device of `x`.
     torch.testing.assert_close(fused._by_the_faster(x, z), want)
     calls.clear()

@@ -54,6 +54,13 @@ def test_stages_are_frozen_in_their_order(name: str, fixed: str, trained: str) -
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["hf-hub:a/b", "resnet18.hf-hub:a/b", "resnet18:x", "no_such_net"])
+def test_a_name_of_something_elsewhere_is_refused(name: str) -> None:
+    """A checkpoint may name its backbone."""
+    with pytest.raises(ValueError, match="has no model"):
+        create_model("gfl_tiny", backbone=f"timm:{name}")
+
+
 def test_the_stem_of_a_resnet_alone() -> None:
     backbone = create_model("gfl_r18_1x", backbone="timm:resnet18", frozen_stages=0).backbone
     assert {k for k, p in backbone.named_parameters() if not p.requires_grad} == {
