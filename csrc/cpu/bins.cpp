@@ -47,8 +47,10 @@ const float* floats(const void* p) { return static_cast<const float*>(p); }
 float* floats(void* p) { return static_cast<float*>(p); }
 
 template <class A> void boxes_of_means(const DecodeInput& in, A* boxes, int64_t begin, int64_t end) {
+  LocationIndex i = location_index(in.pred, begin);
   for (int64_t location = begin; location < end; ++location) {
-    BoxSide<A> box(in, location * 4);
+    BoxSide<A> box(in, i, 0);
+    if (++i.inner == in.pred.count_inner) i = {i.outer + 1, 0};
     for (box.side = 0; box.side < 4; ++box.side) {
       A& at = boxes[location * 4 + box.side];
       at = box.at(at).value;

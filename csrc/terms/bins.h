@@ -113,8 +113,9 @@ template <class A> struct BoxSide {
   A scale;         // pixels per bin
   int side;
 
-  GFL_HOST_DEVICE BoxSide(const DecodeInput& in, int64_t row) : side(static_cast<int>(row & 3)) {
-    const LocationIndex i = location_index(in.pred, row >> 2);
+  GFL_HOST_DEVICE BoxSide(const DecodeInput& in, int64_t row)
+      : BoxSide(in, location_index(in.pred, row >> 2), static_cast<int>(row & 3)) {}
+  GFL_HOST_DEVICE BoxSide(const DecodeInput& in, const LocationIndex& i, int of_side) : side(of_side) {
     point = static_cast<const A*>(in.points) + i.offset(in.stride_points);
     scale = static_cast<const A*>(in.scale)[i.offset(in.stride_scale)];
     limit = in.limit == nullptr ? nullptr : static_cast<const A*>(in.limit) + i.offset(in.stride_limit);

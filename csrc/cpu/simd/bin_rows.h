@@ -28,34 +28,35 @@ struct BinSums {
 // Far enough from the ends of fp32's range that a gradient may be divided by such a sum.
 constexpr float kModerateLogit = 30.0f;
 
-// The sums of kWidth rows from exponential(bin); with kKeep the exponentials go to `e` [bins, kLanes].
-template <bool kKeep, class Bins, class Exponential>
-GFL_INLINE void bin_sums(int k, Bins bins, Floats origin, BinSums& s, float* e, const Exponential& exponential) {
+// The sums of kWidth rows, to which their exponentials are added bin by bin.
+struct RunningSums {
   Floats total{}, moment{}, bin{};
-  for (int j = 0; j < bins; ++j) {
-    const Floats value = exponential(j);
-    total += value;
-    moment = multiply_add(value, bin, moment);
-    bin += 1.0f;
-    if (kKeep) store_floats(value, e + j * kLanes + k);
-  }
-  store_floats(total, s.total.at + k);
-  store_floats(moment, s.moment.at + k);
-  store_floats(origin, s.origin.at + k);
-}
 
-// The fast path: right for rows with moderate logits, which the result tells, the largest absolute value of each row's
-// logits. NaN does not count.
-template <bool kKeep, class Bins>
-GFL_INLINE Floats fast_exponentials(const Lanes* tile, int k, Bins bins, BinSums& s, float* e) {
+  GFL_INLINE void add(Floats exponential) {
+    total += exponential;
+    moment = multiply_add(exponential, bin, moment);
+    bin += 1.0f;
+  }
+  GFL_INLINE void store(int k, Floats origin, BinSums& s) const {
+    store_floats(total, s.total.at + k);
+    store_floats(moment, s.moment.at + k);
+    store_floats(origin, s.origin.at + k);
+  }
+};
+
+// The fast path: right for rows with moderate logits. `extent` is the largest absolute value of each row's logits; NaN
+// does not count.
+struct FastSums : RunningSums {
   Floats extent{};
-  bin_sums<kKeep>(k, bins, Floats{}, s, e, [&](int j) GFL_INLINED {
-    const Floats x = lanes_at(tile[j], k);
+
+  GFL_INLINE Floats add_logit(Floats x) {
     extent = larger_of(absolute_of(x), extent);
-    return exp_of_moderate(x);
-  });
-  return extent;
-}
+    const Floats e = exp_of_moderate(x);
+    add(e);
+    return e;
+  }
+  GFL_INLINE bool right() const { return !any_of(extent > kModerateLogit); }
+};
 
 // The general path, for any logits. Rows among them with moderate logits get the bits of the fast path.
 template <bool kKeep>
@@ -63,19 +64,48 @@ template <bool kKeep>
   Floats highest = bounded(lanes_at(tile[0], k));
   for (int j = 1; j < bins; ++j) highest = larger_of(bounded(lanes_at(tile[j], k)), highest);
   const Floats origin = extent > kModerateLogit ? highest : Floats{};
-  bin_sums<kKeep>(k, bins, origin, s, e,
-                  [&](int j) GFL_INLINED { return exp_of_negative(bounded(lanes_at(tile[j], k)) - origin); });
+  RunningSums sums;
+  for (int j = 0; j < bins; ++j) {
+    const Floats value = exp_of_negative(bounded(lanes_at(tile[j], k)) - origin);
+    sums.add(value);
+    if (kKeep) store_floats(value, e + j * kLanes + k);
+  }
+  sums.store(k, origin, s);
 }
 
-// The softmax of a tile of logits.
+// The softmax of a tile of logits; with kKeep the exponentials go to `e` [bins, kLanes].
 template <bool kKeep, class Bins> GFL_INLINE void softmax_of_tile(const Lanes* tile, Bins bins, BinSums& s, float* e) {
   s.beyond = false;
   for (int k = 0; k < kLanes; k += kWidth) {
-    const Floats extent = fast_exponentials<kKeep>(tile, k, bins, s, e);
-    if (!any_of(extent > kModerateLogit)) continue;
-    general_exponentials<kKeep>(tile, k, bins, extent, s, e);
-    s.beyond = s.beyond || any_of(extent > kLargestLogit);
+    FastSums sums;
+    for (int j = 0; j < bins; ++j) {
+      const Floats value = sums.add_logit(lanes_at(tile[j], k));
+      if (kKeep) store_floats(value, e + j * kLanes + k);
+    }
+    sums.store(k, Floats{}, s);
+    if (sums.right()) continue;
+    general_exponentials<kKeep>(tile, k, bins, sums.extent, s, e);
+    s.beyond = s.beyond || any_of(sums.extent > kLargestLogit);
   }
+}
+
+// The sums of evenly spaced rows straight from memory; false where a group is none, or its logits want the general path.
+template <class T, class Bins>
+GFL_INLINE bool sums_without_tile(const RowGroup<T>& group, int64_t stride_bin, Bins bins, BinSums& s) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!group.spaced || stride_bin != 1 || bins < 4) return false;
+    bool right = true;
+    for (int k = 0; k < kLanes; k += kWidth) {
+      FastSums sums;
+      for_columns(SpacedRows<const T*>{group.from[0], group.pitch}, bins, k,
+                  [&](Floats x) GFL_INLINED { sums.add_logit(x); });
+      sums.store(k, Floats{}, s);
+      right = right && sums.right();
+    }
+    s.beyond = false;
+    return right;
+  }
+  return false;
 }
 
 // The gradient of the logits: gradient(k) is a function of a bin and its exponentials in `e` [bins, kLanes], for the
@@ -112,14 +142,17 @@ struct KeepNothing {
   }
 };
 
-// forward(group, tile, sums) stores the results of a group of rows.
+// forward(group, tile, sums) stores the results of a group of rows; one with kSumsAlone reads no tile, and may get none.
 template <class T, class Forward, class Keep = KeepNothing>
 void forward_rows(const BinRows& pred, int64_t begin, int64_t end, const Forward& forward, const Keep& keep = {}) {
   with_bins(pred.bins, [&](auto bins) {
     Lanes tile[kMaxBins];
     for_row_groups<T>(pred, begin, end, [&](const RowGroup<T>& group) {
-      load_tile(group, pred.stride_bin, bins, tile);
       BinSums s;
+      if constexpr (Forward::kSumsAlone) {
+        if (sums_without_tile(group, pred.stride_bin, bins, s)) return forward(group, nullptr, s);
+      }
+      load_tile(group, pred.stride_bin, bins, tile);
       keep.softmax(tile, group, bins, s);
       forward(group, tile, s);
     });

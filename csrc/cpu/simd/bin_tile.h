@@ -50,6 +50,14 @@ inline void store_block(Block v, float* low, float* high, bool to_high) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The rows of one block, then those of another. With all lanes masked in, as in vector_math.h.
+inline Floats join(Block low, Block high) {
+  const __m512d of_low = _mm512_castpd256_pd512((__m256d)low);
+  return (Floats)_mm512_maskz_insertf64x4(0xff, of_low, (__m256d)high, 1);
+}
+#endif
+
 #if defined(__clang__)
 #define GFL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -87,6 +95,32 @@ template <class Bins, class Body> GFL_INLINE void for_four_columns(Bins bins, co
   body(bins - 4);
 }
 
+// Columns [j, j + 4) of kBlockRows rows from k on.
+struct FourColumns { Block of[4]; };
+template <class Rows> GFL_INLINE FourColumns four_columns(const Rows& rows, int k, int j) {
+  const auto block = [&](int i) GFL_INLINED { return load_block(rows[k + i] + j, rows[k + i + kBlockRows - 4] + j); };
+  FourColumns c{{block(0), block(1), block(2), block(3)}};
+  transpose(c.of[0], c.of[1], c.of[2], c.of[3]);
+  return c;
+}
+
+// Calls column(values) for each bin, in their order, of the kWidth rows from k on; at least four bins.
+template <class Rows, class Bins, class Column>
+GFL_INLINE void for_columns(const Rows& rows, Bins bins, int k, const Column& column) {
+  const auto visit = [&](int j, int seen) GFL_INLINED {
+    const FourColumns c = four_columns(rows, k, j);
+#if defined(__AVX512F__)
+    const FourColumns high = four_columns(rows, k + kBlockRows, j);
+    for (int i = seen; i < 4; ++i) column(join(c.of[i], high.of[i]));
+#else
+    for (int i = seen; i < 4; ++i) column(c.of[i]);
+#endif
+  };
+  int j = 0;
+  for (; j + 4 < bins; j += 4) visit(j, 0);
+  visit(bins - 4, j + 4 - bins);
+}
+
 // Rows of `bins` floats -> tile, and back to the first `count` rows. Rows are pointers or SpacedRows.
 template <class Rows, class Bins> GFL_INLINE void gather_rows(const Rows& rows, Bins bins, Lanes* tile) {
   if (bins < 4) {
@@ -97,14 +131,8 @@ template <class Rows, class Bins> GFL_INLINE void gather_rows(const Rows& rows, 
   }
   for_four_columns(bins, [&](int j) GFL_INLINED {
     for (int k = 0; k < kLanes; k += kBlockRows) {
-      const auto block = [&](int i)
-                             GFL_INLINED { return load_block(rows[k + i] + j, rows[k + i + kBlockRows - 4] + j); };
-      Block a = block(0), b = block(1), c = block(2), d = block(3);
-      transpose(a, b, c, d);
-      std::memcpy(tile[j].at + k, &a, sizeof a);
-      std::memcpy(tile[j + 1].at + k, &b, sizeof b);
-      std::memcpy(tile[j + 2].at + k, &c, sizeof c);
-      std::memcpy(tile[j + 3].at + k, &d, sizeof d);
+      const FourColumns c = four_columns(rows, k, j);
+      for (int i = 0; i < 4; ++i) std::memcpy(tile[j + i].at + k, &c.of[i], sizeof(Block));
     }
   });
 }

@@ -24,6 +24,7 @@ struct MeanGradient {
 };
 
 struct IntegralForward {
+  static constexpr bool kSumsAlone = true;
   float* distance;
   template <class T> GFL_INLINE void operator()(const RowGroup<T>& group, const Lanes*, const BinSums& s) const {
     Lanes mean;
@@ -163,6 +164,7 @@ inline void entropies(const DflInput& in, const RowGroup<T>& group, const Lanes*
 }
 
 struct DflForward {
+  static constexpr bool kSumsAlone = false;
   const DflInput& in;
   float *loss, *distance;  // null where not wanted
   template <class T> GFL_INLINE void operator()(const RowGroup<T>& group, const Lanes* tile, const BinSums& s) const {
