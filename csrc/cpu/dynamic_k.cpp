@@ -2,9 +2,9 @@
 // Assignment with a dynamic k on the CPU, images [begin, end) of the caller's chunk.
 //
 // The locations inside a box are a rectangle of each grid, found by bisection; those of all boxes are the candidates,
-// whose predictions are put together as a structure of arrays. The vector code in simd/dynamic_k.cpp goes over them once
-// per box, for its largest overlaps and its least costs. Then every location that several boxes selected goes to the
-// least cost. Scratch: O(locations + slots + k).
+// whose predictions are put together as a structure of arrays. The vector code in simd/dynamic_k.cpp goes over them
+// once per box, for its largest overlaps and its least costs. Then every location that several boxes selected goes to
+// the least cost. Scratch: O(locations + slots + k).
 #include "dynamic_k.h"
 
 #include <algorithm>

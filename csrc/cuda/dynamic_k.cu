@@ -10,8 +10,8 @@
 // per location decides and writes. Until then the memory of `labels` holds who has selected a location (count and sum
 // of slots) and that of `matched` its mark and its sum.
 // Bytes per pair of a box and a location: 28 read, from the L2 cache; per location 16 cleared, its classes and 16 read,
-// 20 written. Arithmetic: terms/dynamic_k.h, rounded as on the CPU. Repeatable: sums of integers depend on no order, and
-// the classes are summed in a fixed one.
+// 20 written. Arithmetic: terms/dynamic_k.h, rounded as on the CPU. Repeatable: sums of integers depend on no order,
+// and the classes are summed in a fixed one.
 #include "terms/dynamic_k.h"
 
 #include "grid_cells.h"

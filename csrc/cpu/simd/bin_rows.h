@@ -89,7 +89,8 @@ template <bool kKeep, class Bins> GFL_INLINE void softmax_of_tile(const Lanes* t
   }
 }
 
-// The sums of evenly spaced rows straight from memory; false where a group is none, or its logits want the general path.
+// The sums of evenly spaced rows straight from memory; false where a group is none, or its logits want the general
+// path.
 template <class T, class Bins>
 GFL_INLINE bool sums_without_tile(const RowGroup<T>& group, int64_t stride_bin, Bins bins, BinSums& s) {
   if constexpr (std::is_same_v<T, float>) {
@@ -142,7 +143,8 @@ struct KeepNothing {
   }
 };
 
-// forward(group, tile, sums) stores the results of a group of rows; one with kSumsAlone reads no tile, and may get none.
+// forward(group, tile, sums) stores the results of a group of rows; one with kSumsAlone reads no tile, and may get
+// none.
 template <class T, class Forward, class Keep = KeepNothing>
 void forward_rows(const BinRows& pred, int64_t begin, int64_t end, const Forward& forward, const Keep& keep = {}) {
   with_bins(pred.bins, [&](auto bins) {
