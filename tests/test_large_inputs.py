@@ -144,4 +144,6 @@ def test_every_backend_agrees(name: str, backend: str, device: str, generator: t
         want = call(*args)
     with gfl_ops.set_backend(backend):
         got = call(*tree_map_only(Tensor, lambda t: t.to(device), args))
-    torch.testing.assert_close(tree_map_only(Tensor, Tensor.cpu, got), want, rtol=2e-5, atol=2e-5)
+    # A coordinate keeps the rounding of its point and its distance, of up to a thousand pixels each.
+    atol = 1e-4 if stem == "decode" else 2e-5
+    torch.testing.assert_close(tree_map_only(Tensor, Tensor.cpu, got), want, rtol=2e-5, atol=atol)

@@ -78,8 +78,8 @@ def task_aligned(
     inside = (margin.amin(-1) > 1e-9) & real
     image, slot, place = inside.nonzero(as_tuple=True)
     iou = complete_iou(boxes[image, place], gt_boxes[image, slot]).clamp(min=0)
-    found = scores[image, place, gt_labels[image, slot]].to(iou.dtype)
-    overlap, metric = torch.zeros(inside.shape, device=boxes.device), torch.zeros(inside.shape, device=boxes.device)
+    found = widen(scores[image, place, gt_labels[image, slot]])
+    overlap, metric = boxes.new_zeros(inside.shape), found.new_zeros(inside.shape)
     overlap[inside], metric[inside] = iou, found.sqrt() * iou.pow(6)
     chosen = torch.zeros_like(inside).scatter_(2, metric.topk(topk, 2).indices, True) & inside
     several = chosen.sum(1, keepdim=True) > 1
@@ -133,7 +133,7 @@ def complete_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     apart = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]).square().sum(1) / 4
     turn = torch.atan(size_a[:, 0] / (size_a[:, 1] + eps)) - torch.atan(size_b[:, 0] / (size_b[:, 1] + eps))
     v = 4 / math.pi**2 * turn.square()
-    return iou - apart / whole - v * v / (1 - iou + v + eps)
+    return iou - apart / whole - v * (v / (1 - iou + v + eps)).detach()
 
 
 def gfl_loss(

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
     with processes(options.device) as process:
         if process.world > 1 and (sources.live or "-" in options.images):
             raise ValueError("a camera, a stream and standard input can't be shared out: use one process")
-        with files.locked(out) if process.main else nullcontext():
-            return _detect(options, sources, out, process)
+        with ExitStack() as held:
+            return _detect(options, sources, out, process, held)
 
 
-def _detect(options: argparse.Namespace, sources: Sources, out: Path, process: Process) -> int:
+def _detect(options: argparse.Namespace, sources: Sources, out: Path, process: Process, held: ExitStack) -> int:
     import torch
 
     from ..detector import Detector
@@ -97,6 +97,8 @@ def _detect(options: argparse.Namespace, sources: Sources, out: Path, process: P
         config=given_config(options),
     )
     detector.model.test = _settings(detector.model.test, options)
+    if process.main:  # Not before the model is read, which may fail.
+        held.enter_context(files.locked(out))
     names = detections.Names(out)
     process.wait()  # All have listed the folder before one writes to it.
     out.mkdir(parents=True, exist_ok=True)
