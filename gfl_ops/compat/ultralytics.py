@@ -236,7 +236,7 @@ def non_max_suppression(
         image, place = (best > conf_thres).nonzero(as_tuple=True)
         label = classes_of[image, place]
     if classes is not None:
-        wanted = torch.isin(label, torch.tensor(classes, device=label.device))
+        wanted = torch.isin(label, torch.as_tensor(classes, device=label.device))
         image, place, label = image[wanted], place[wanted], label[wanted]
     found = maps[image, :, place]
     score = scores[image, place, label]
