@@ -25,6 +25,7 @@ _REST = "remainders of unrolled loops, in copies for a layout, a dtype or an opt
 LESS = {
     r"score_\w+_kernel<.*General<": (0.8, _POW),
     r"gfl_loss_tile_kernel<.*General<": (0.72, _POW),
+    r"gfl_loss_tile_kernel<.*FastPath<": (0.93, _DIVISION),
     r"task_aligned_(candidates|resolve)_kernel": (0.87, _POW),
     r"iou_\w+_kernel<double, iou_kind::siou>": (0.8, _SINE),
     r"(bins_\w+_kernel<double, Dfl|multiclass_count_kernel)": (0.92, _DIVISION),
