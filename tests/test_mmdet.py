@@ -147,9 +147,13 @@ def test_losses_and_gradients(
                 call = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
                 scale = normal(*shape, generator=generator) if reduction == "none" else None
                 got = evaluate(ours, leaves, arrange, scale, **call)
-                # SIoU has eps, 1e-6, under widths of 4 and more too.
-                atol = 3e-7 if name == "SIoULoss" else 1e-12
-                assert_same(got, evaluate(theirs, leaves, arrange, scale, **call), atol)
+                want = evaluate(theirs, leaves, arrange, scale, **call)
+                atol = 1e-12
+                if name == "SIoULoss":
+                    # mmdet adds its eps of 1e-6 to widths of 4 and more too, moving a term by up to 1e-6 / 4 of it;
+                    # an average factor of 0 makes the terms large.
+                    atol = 3e-7 * max(1.0, *(float(result.abs().max()) for result in want))
+                assert_same(got, want, atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
