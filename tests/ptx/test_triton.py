@@ -79,6 +79,15 @@ def test_every_kernel_agrees_with_the_oracle(spec: OpSpec, seed: int) -> None:
     assert reached
 
 
+def test_nms_in_panels(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beyond 4096 boxes of a class, with panels of two tiles."""
+    monkeypatch.setattr(nms, "CHAIN", 100)
+    monkeypatch.setattr(nms, "PANEL", 128)
+    for sample in drawn(SPECS["nms"], torch.float32, seed):
+        if sample.id in ("one-class-n500", "classes-n500"):
+            agrees(SPECS["nms"], sample, seed)
+
+
 @pytest.mark.slow
 @every_dtype
 @every_operator
