@@ -9,7 +9,7 @@
   ``gfl_reference::<name>``, opaque to the compiler because its control flow depends on data.
 
 `<name>` is ``<stem>_fwd``, with a ``<stem>_bwd`` beside it, for a differentiable operator, else ``<stem>``. Contract
-tests, benchmarks, the doctor and the table in the README all read `SPECS`.
+tests, benchmarks, the doctor and the table in docs/operators.md all read `SPECS`.
 """
 
 from __future__ import annotations
