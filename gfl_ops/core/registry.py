@@ -170,9 +170,8 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
         if isinstance(value, Tensor):
             if value.requires_grad:
                 return True
-        elif isinstance(value, (list, tuple)):
-            if any(isinstance(v, Tensor) and v.requires_grad for v in value):
-                return True
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) and v.requires_grad for v in value):
+            return True
     return False
 
 
