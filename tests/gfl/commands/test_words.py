@@ -6,16 +6,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import UnidentifiedImageError
 
 from gfl import cli
 from gfl.commands import export
 from gfl.demo import course
 from gfl.engine import distributed
 from gfl.engine.distributed import choose_device
-from gfl.files import error_text
+from gfl.files import error_text, reason
 
 
 @pytest.mark.parametrize(
@@ -53,11 +55,29 @@ def test_a_wrong_command_line_is_answered_by_its_command(
         (OSError("of its own words"), "of its own words"),
         (ValueError("gfl: `epochs` must be positive"), "`epochs` must be positive"),
         (ValueError("gfl demo: `iterations` must be"), "`iterations` must be"),
+        (ValueError("gfl.TrainConfig: `epochs` must be"), "`epochs` must be"),
         (RuntimeError("gflops"), "gflops"),
     ],
 )
 def test_errors_have_one_form(error: Exception, text: str) -> None:
     assert error_text(error) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.pt"), "no such file or directory"),
+        (
+            UnidentifiedImageError("cannot identify image file <_io.BytesIO object at 0x7f325959c5e0>"),
+            "cannot identify image file",
+        ),
+        (URLError(ConnectionRefusedError(111, "Connection refused")), "connection refused"),
+        (URLError("no host given"), "no host given"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_reason_is_in_words(error: Exception, text: str) -> None:
+    assert reason(error) == text
 
 
 def test_a_missing_file_is_named_without_the_systems_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
