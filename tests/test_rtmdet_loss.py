@@ -84,8 +84,12 @@ def leaves_of(given: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize(
     ("offset", "beta", "options"),
-    [(0.0, 2.0, {}), (0.5, 1.5, {"topk": 5, "iou_weight": 2.0, "soft_center_radius": 2.0})],
-    ids=["mmdet's", "others"],
+    [
+        (0.0, 2.0, {}),
+        (0.0, 2.0, {"variant": "mmyolo"}),
+        (0.5, 1.5, {"topk": 5, "iou_weight": 2.0, "soft_center_radius": 2.0}),
+    ],
+    ids=["mmdet's", "mmyolo's", "others"],
 )
 def test_it_is_the_composition(
     offset: float,
@@ -168,6 +172,7 @@ def test_one_graph_and_the_half_types(generator: torch.Generator) -> None:
         ({"gt_labels": torch.zeros(2, 8)}, TypeError, "`gt_labels` must"),
         ({"topk": 0}, ValueError, "`topk` must be >= 1"),
         ({"iou_weight": -1.0}, ValueError, "`iou_weight` must be >= 0"),
+        ({"variant": "nanodet"}, ValueError, "`variant` must be one of 'mmdet', 'mmyolo'"),
         ({"beta": -1.0}, ValueError, "`beta` must be >= 0"),
         ({"loss_weights": (1.0, 2.0, 3.0)}, ValueError, "`loss_weights` must hold two numbers"),
     ],

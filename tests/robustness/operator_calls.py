@@ -196,6 +196,7 @@ def valid_calls(seed: int) -> dict[str, Call]:
             "center_offset": 0.5,
             "beta": 2.0,
             "loss_weights": (1.0, 2.0),
+            "variant": "mmdet",
         },
         "head_loss_norms": {"cls_scores": maps, "assignment": (assigned, matched)},
         "group_norm_relu": {
