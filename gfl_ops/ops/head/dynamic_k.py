@@ -137,7 +137,7 @@ def assign(
     center_offset: float | Sequence[float],
     points: Tensor | None,
     cost: str,
-    **numbers: float,
+    numbers: dict[str, float],
 ) -> Assignment:
     """Either of the functions below, `op`, which calls the scores `name`.
 
@@ -239,7 +239,7 @@ def dynamic_soft_label_assign(
     checks.choice(op, "variant", variant, VARIANTS)
     given = logits, boxes, level_sizes, strides, gt_boxes, gt_labels, center_offset, points, variant
     numbers = {"topk": topk, "iou_weight": iou_weight, "cls_weight": 1.0, "soft_center_radius": soft_center_radius}
-    return assign(op, "logits", *given, **numbers)
+    return assign(op, "logits", *given, numbers)
 
 
 def simota_assign(
@@ -300,4 +300,4 @@ def simota_assign(
         "cls_weight": cls_weight,
         "center_radius": center_radius,
     }
-    return assign("simota_assign", "scores", *given, **numbers)
+    return assign("simota_assign", "scores", *given, numbers)

@@ -109,10 +109,7 @@ def rtmdet_loss(
         offsets,
         None,
         "mmdet",
-        topk=topk,
-        iou_weight=iou_weight,
-        cls_weight=1.0,
-        soft_center_radius=soft_center_radius,
+        {"topk": topk, "iou_weight": iou_weight, "cls_weight": 1.0, "soft_center_radius": soft_center_radius},
     )
     cls, box, _none, num_pos, score_sum = head_loss(
         cls_maps,
