@@ -156,6 +156,27 @@ def test_onnx_detections_of_a_batch_are_those_of_its_images(
     assert not boxes.any() and not scores.any() and (labels == -1).all()
 
 
+@pytest.mark.parametrize("batch", [1, None])
+def test_openvino_runs_the_file(batch: int | None, model: GFL, tmp_path: Path, generator: torch.Generator) -> None:
+    needs_onnx()
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    file, (height, width) = tmp_path / "detector.onnx", SIZE
+    export.to_onnx(model, file, SIZE, outputs="detections", batch=batch, pixels=True)
+    coarse = photo_like(1 if batch else 2, generator)
+    pixels = (128 + 40 * coarse).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    given = {"pixels": pixels, "sizes": torch.tensor([[height, width - 20]] * len(pixels)).numpy()}
+    network = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    boxes, scores, labels = (torch.from_numpy(part).clone() for part in network(given).values())
+    want = [torch.from_numpy(part) for part in session(file).run(None, given)]
+    assert boxes.shape == want[0].shape and scores.shape == want[1].shape
+    # Where two scores are closer than the runtimes' arithmetic, either may come first.
+    torch.testing.assert_close(scores, want[1], rtol=0, atol=1e-3)
+    clear = (scores.diff(dim=-1).abs() > 2e-3).float()
+    clear = torch.nn.functional.pad(clear, (0, 1)) * torch.nn.functional.pad(clear, (1, 0)) > 0
+    assert torch.equal(labels[clear], want[2][clear])
+    torch.testing.assert_close(boxes[clear], want[0][clear], rtol=0, atol=0.05)
+
+
 def test_onnx_of_pixels_normalises_and_the_example_runs_it(
     model: GFL, data: Path, tmp_path: Path, seed: int, generator: torch.Generator
 ) -> None:

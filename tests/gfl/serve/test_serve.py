@@ -129,6 +129,14 @@ def test_limits_of_time_and_number(detector: Detector, photo: bytes, monkeypatch
             time.sleep(0.01)
 
 
+def test_it_is_a_part_of_another_application(detector: Detector, photo: bytes) -> None:
+    fastapi = pytest.importorskip("fastapi", reason="fastapi is not installed")
+    whole = fastapi.FastAPI()
+    whole.mount("/objects", create_app(detector))
+    answer = testclient.TestClient(whole).post("/objects/detect", files={"image": ("x.png", photo, "image/png")})
+    assert answer.status_code == 200 and len(answer.json()["detections"]) == len(detector(photo))
+
+
 def test_the_page(detector: Detector) -> None:
     where = client(detector)
     for path in ("/", "/page.js"):
