@@ -184,7 +184,7 @@ def test_mmyolo(scene: str, batch_iou: bool, generator: torch.Generator, monkeyp
     assert list(got) == list(want) and (none["assigned_labels"] == module.num_classes).all()
     for part, w in want.items():
         assert got[part].dtype == w.dtype and torch.equal(got[part], w), part
-    assert int((want["assigned_labels"] < module.num_classes).sum()) > 30
+    assert int((want["assigned_labels"] < module.num_classes).sum()) > (3 if scene == "few" else 20)
 
 
 @needs("mmyolo")

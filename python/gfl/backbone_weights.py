@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, files
 from .models.backbone import Backbone
 from .models.resnet import ARCHITECTURES, ResNet
+from .models.shufflenet import ShuffleNetV2
 from .models.timm_backbone import TimmBackbone
 from .zoo.download import cached
 
-# The layers after the last map, which a detector doesn't have.
-CLASSIFIER = ("fc.", "head.", "classifier.")
+# The layers after the last map, which a detector doesn't have; ShuffleNetV2 has a convolution there.
+CLASSIFIER = ("fc.", "head.", "classifier.", "conv5.")
 # Pixel statistics in [0, 1]; torchvision's and this package's.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Trained on ImageNet, as the published detectors' backbones; torchvision has no ResNeXt-101 32x4d. A name ends with the
@@ -26,7 +27,12 @@ PUBLISHED = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "resnext101_32x4d": "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth",
+    "shufflenetv2_x1": "https://download.pytorch.org/models/shufflenetv2_x1-5666bf0f80.pth",
+    "shufflenetv2_x1_5": "https://download.pytorch.org/models/shufflenetv2_x1_5-3c479a10.pth",
 }
+# Of the networks that were published, by the channels of their first stage.
+SHUFFLENETS = {116: "shufflenetv2_x1", 176: "shufflenetv2_x1_5"}
+RESNET_WIDTH = 64
 
 
 def load(backbone: Backbone, choice: str) -> list[str]:
@@ -49,20 +55,34 @@ def load(backbone: Backbone, choice: str) -> list[str]:
     if not choice:
         raise ValueError("`backbone_weights` must be a file, torchvision, timm or none, got ''")
     if choice == "torchvision":
-        choice = str(cached(PUBLISHED[_resnet_name(backbone, choice)]))
+        choice = str(cached(PUBLISHED[_published_name(backbone)]))
     _fill(backbone, checkpoint.normalise(checkpoint.read(choice)).state_dict, choice)
     return [f"backbone weights: {choice}"]
 
 
+def _published_name(backbone: Backbone) -> str:
+    if not isinstance(backbone, ShuffleNetV2):
+        return _resnet_name(backbone, "torchvision")
+    width = backbone.channels[0]
+    if width not in SHUFFLENETS:
+        raise _width_error("116 or 176", width)
+    return SHUFFLENETS[width]
+
+
 def _resnet_name(backbone: Backbone, choice: str) -> str:
     if not isinstance(backbone, ResNet):
-        raise ValueError(f"`backbone_weights` {choice} is for ResNets; for a timm backbone say timm")
+        kinds = "ResNets and ShuffleNetV2" if choice == "torchvision" else "ResNets and timm's backbones"
+        raise ValueError(f"`backbone_weights` {choice} is for {kinds}; for a timm backbone say timm")
     width = backbone.conv1.out_channels
-    if width != 64:
-        raise ValueError(
-            f"`backbone_weights`: the published weights are for a `width` of 64, this backbone has {width}"
-        )
+    if width != RESNET_WIDTH:
+        raise _width_error(str(RESNET_WIDTH), width)
     return next(name for name, known in ARCHITECTURES.items() if known == backbone.architecture)
+
+
+def _width_error(published: str, width: int) -> ValueError:
+    return ValueError(
+        f"`backbone_weights`: the published weights are for a `width` of {published}, this backbone has {width}"
+    )
 
 
 def _timm(backbone: Backbone) -> list[str]:
@@ -79,8 +99,8 @@ def _timm(backbone: Backbone) -> list[str]:
     except Exception as error:  # whatever the libraries below it raise without a network
         place = f"https://huggingface.co/{published.hf_hub_id}" if published.hf_hub_id else published.url
         raise OSError(
-            f"timm's weights of {name} not downloaded ({type(error).__name__}: {str(error).splitlines()[0]}): fetch the"
-            f" model.safetensors or pytorch_model.bin of {place} and give that file as `backbone_weights`"
+            f"timm's weights of {name} not downloaded ({type(error).__name__}: {files.reason(error).splitlines()[0]}):"
+            f" fetch the model.safetensors or pytorch_model.bin of {place} and give that file as `backbone_weights`"
         ) from None
     target: nn.Module = backbone.body if isinstance(backbone, TimmBackbone) else backbone
     _fill(target, body.state_dict(), f"timm's {name}")

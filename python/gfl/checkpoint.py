@@ -29,6 +29,7 @@ from .config import Config
 from .foreign import CLASS_KEYS, FORMAT, check_start, configuration, normalise
 from .foreign import Weights as Weights
 from .foreign import infer_model as infer_model
+from .models.auxiliary import without_auxiliary
 
 # Objects that training frameworks store beside the weights, such as log histories: they become inert and are never
 # imported. A file that asks for anything else is refused.
@@ -261,36 +262,48 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, allow_ne
     """Copy weights into a model, all of them or none.
 
     Counters of batch norms and the head's constant bins may be missing. With `allow_new_head` the model keeps its class
-    layer where the number of classes differs. Returns notes for the log, in lines.
+    outputs where the number of classes differs. Returns notes for the log, in lines.
 
     Raises:
         ValueError: keys that are missing, unexpected, or of another shape, every one named; the model is unchanged.
     """
-    skipped = _compare(model, state_dict, allow_new_head)
-    model.load_state_dict({k: v for k, v in state_dict.items() if k not in skipped}, strict=False)
-    if not skipped:
+    fresh = _compare(model, state_dict, allow_new_head)
+    if not fresh:
+        model.load_state_dict(state_dict, strict=False)
         return []
-    # The layer may have other outputs too, as many in the file as in the model.
+    own = model.state_dict()
     here = int(getattr(model, "config").num_classes)  # noqa: B009  # of an `nn.Module`
-    there = here + len(state_dict[skipped[0]]) - len(model.state_dict()[skipped[0]])
-    return [f"the weights are for {there} classes, the model has {here}: its last class layer stays as it was"]
+    # After the classes a layer may have other outputs, whose number is the same for any classes.
+    merged = {k: torch.cat([own[k][:here], state_dict[k][len(state_dict[k]) - len(own[k]) + here :]]) for k in fresh}
+    there = here + len(state_dict[fresh[0]]) - len(own[fresh[0]])
+    model.load_state_dict({**state_dict, **merged}, strict=False)
+    layers = ", ".join(dict.fromkeys(key.rpartition(".")[0] for key in fresh))
+    counts = f"the weights are for {there} classes, the model has {here}"
+    return [f"{counts}: new are the class outputs of {layers}, all else is taken over"]
 
 
 def _compare(model: nn.Module, state_dict: Mapping[str, Tensor], allow_new_head: bool = False) -> list[str]:
-    """The keys that a model does not take from these weights; ValueError if they are not this model's."""
+    """The keys whose class outputs a model keeps as they are; ValueError if the weights are not this model's."""
     own = model.state_dict()
     differing = [k for k, v in state_dict.items() if k in own and _shape(v) != list(own[k].shape)]
     other_classes = any(map(CLASS_KEYS.fullmatch, differing))
-    skipped = list(filter(CLASS_KEYS.fullmatch, own)) if allow_new_head and other_classes else []
+    classes = list(filter(CLASS_KEYS.fullmatch, own)) if allow_new_head and other_classes else []
+    fresh = [k for k in classes if k in state_dict and _of_other_classes(state_dict[k], own[k], model)]
     problems = [f"missing: {k}" for k in own if k not in state_dict and not k.endswith(CONSTANT)]
     problems += [f"unexpected: {k}" for k in state_dict if k not in own]
-    for k in (k for k in differing if k not in skipped):
+    for k in (k for k in differing if k not in fresh):
         problems.append(f"shape: {k} is {_shape(state_dict[k])} in the file, {list(own[k].shape)} in the model")
     if problems:
-        if other_classes and not skipped:
-            problems.append("the numbers of classes differ; a training can start from it with a new last layer (init)")
+        if other_classes and not allow_new_head:
+            problems.append("the numbers of classes differ; a training can start from it with new class outputs (init)")
         raise ValueError("the weights are not this model's:\n  " + "\n  ".join(problems))
-    return skipped
+    return fresh
+
+
+def _of_other_classes(value: object, own: Tensor, model: nn.Module) -> bool:
+    """Whether a class layer's weight in a file differs from the model's in the number of classes alone."""
+    others = len(own) - int(getattr(model, "config").num_classes)  # noqa: B009  # of an `nn.Module`
+    return isinstance(value, Tensor) and value.shape[1:] == own.shape[1:] and value.ndim > 0 and len(value) > others
 
 
 def _shape(value: object) -> list[int] | str:
@@ -343,13 +356,21 @@ def model_from(
 
 
 def start(model: models.GFL, source: str | os.PathLike[str]) -> list[str]:
-    """Gives a model the weights of a file or name; for other classes its class layer stays. Returns notes in lines.
+    """Gives a model the weights of a file or name; for other classes its class outputs stay. Returns notes in lines.
 
-    The errors are those of `model_from`, and a ValueError if the file says that it is of another network.
+    An auxiliary head starts from the file's, if it has one. The errors are those of `model_from`, and a ValueError if
+    the file says that it is of another network.
     """
     weights = normalise(read(source))
+    own = model.state_dict()
+    auxiliary = {key: own[key] for key in own.keys() - without_auxiliary(own).keys()}
+    notes = []
+    if auxiliary and auxiliary.keys() <= weights.auxiliary.keys():
+        auxiliary = {key: weights.auxiliary[key] for key in auxiliary}
+    elif auxiliary:
+        notes.append("the weights have no auxiliary head: the model's is new")
     try:
         check_start(weights, model.config)
-        return load_weights(model, weights.state_dict, allow_new_head=True)
+        return load_weights(model, {**weights.state_dict, **auxiliary}, allow_new_head=True) + notes
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

@@ -57,7 +57,15 @@ class ModelConfig:
     reg_max: int = _option(16, "last bin of each side's distribution (bins 0 to reg_max), in strides")
     strides: tuple[int, ...] = _option((8, 16, 32, 64, 128), "stride of each pyramid level, pixels")
     anchor_scale: float = _option(8.0, "side of a location's anchor box in the assignment, in strides")
-    topk: int = _option(9, "candidates per object and level in the assignment (ATSS)")
+    assignment: Literal["atss", "soft_labels"] = _option(
+        "atss", "which locations learn an object: by geometry, or by what is predicted there (NanoDet-Plus)"
+    )
+    topk: int = _option(
+        9, "candidates per object and level (atss), or overlaps that its number of locations is the sum of"
+    )
+    aux_convs: int = _option(
+        0, "convolutions of an auxiliary head that assigns the locations in training (soft_labels; 0: no such head)"
+    )
     beta: float = _option(2.0, "exponent of quality focal loss")
     loss_weights: tuple[float, float, float] = _option((1.0, 2.0, 0.25), "weights of class, box and DFL loss", "X,X,X")
     center_offset: float = _option(0.0, "offset of a location from its cell's corner, in strides")
@@ -97,7 +105,7 @@ class TrainConfig:
         "", "initial weights: torchvision, timm, a file, or none (from scratch); needed without --init", "NAME|FILE"
     )
     init: str = _option(
-        "", "checkpoint or published model to start from; other classes get a new class layer", "NAME|FILE"
+        "", "checkpoint or published model to start from; other classes get new class outputs", "NAME|FILE"
     )
     epochs: int = _option(12, "passes over the training images")
     steps: int = _option(0, "length of the training in steps, in place of epochs (0: by epochs)")
@@ -114,6 +122,7 @@ class TrainConfig:
     norm_decay: bool = _option(True, "weight decay on norms and biases too")
     clip_grad_norm: float = _option(0.0, "max gradient norm (0: off)")
     batch_size: int = _option(16, "images per step, over all processes; 0: as many as fit the GPU")
+    aux_epochs: int = _option(10, "epochs after which an auxiliary head no longer trains backbone and neck")
     accumulate: int = _option(1, "parts that a batch is computed in, adding up gradients, to need less memory")
     ema: float = _option(0.0, "decay of an average of the weights, to evaluate and keep in their place (0: off)")
     patience: int = _option(0, "stop after this many evaluations without a higher AP (0: off)")
@@ -292,14 +301,15 @@ def _tiny() -> Config:
 
 
 def _nanodet_plus(size: int, width: int = 116, channels: int = 96) -> Config:
-    """NanoDet-Plus as its authors trained it, but for the augmentation: 300 epochs, batches of 96."""
+    """NanoDet-Plus as its authors trained it, but for the augmentation and a rate that falls to 0: 300 epochs."""
     model = Config().replace(backbone="shufflenetv2", width=width, neck="ghost_pan", head="nanodet_plus")
     model = model.replace(frozen_stages=-1, norm_eval=False, neck_channels=channels, head_channels=channels)
     model = model.replace(head_convs=2, reg_max=7, strides=(8, 16, 32, 64), channel_order="bgr")
+    model = model.replace(assignment="soft_labels", topk=13, aux_convs=4)
     sized = model.replace(resize="stretch", short_side=size, long_side=size, test_batch_size=8)
     sized = sized.replace(train_short_side=(size, size), train_long_side=size, batch_size=96)
     trained = sized.replace(optimizer="adamw", lr=0.001 / 6, weight_decay=0.05, clip_grad_norm=35.0)
-    return trained.replace(schedule="cosine", epochs=300, eval_every=10)
+    return trained.replace(schedule="cosine", epochs=300, eval_every=10, ema=0.9998)
 
 
 # Whole detectors by name; each call gives a fresh configuration.

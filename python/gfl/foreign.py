@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, ModelConfig, preset, replace
+from .models.auxiliary import without_auxiliary
 from .models.gfl import METADATA
 from .models.resnet import ARCHITECTURES, Architecture
 
@@ -55,6 +56,7 @@ class Weights:
     classes: list[str] | None = None  # names in the order of the labels
     category_ids: list[int] | None = None  # of the annotation file, in that order
     notes: list[str] = field(default_factory=list)  # what was renamed or left out, in lines
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)  # weights that only a training uses
     stated: dict[str, Any] | None = None  # fields that mmdet's own configuration says, if the file is mmdet's
 
     @property
@@ -72,8 +74,8 @@ class Dialect(NamedTuple):
     source: str = ""
 
 
-# The only weights whose shape depends on the number of classes.
-CLASS_KEYS = re.compile(r"bbox_head\.gfl_cls\.(\d+\.)?(weight|bias)")
+# The only weights whose shape depends on the number of classes, which is that of their first outputs.
+CLASS_KEYS = re.compile(r"(bbox|aux)_head\.gfl_cls\.(\d+\.)?(weight|bias)")
 QUALITY = r"^bbox_head\.reg_conf\."
 V1, V2, NANODET = "GFocal v1", "GFocal V2", "NanoDet-Plus"
 # The preset of what its weights can't tell.
@@ -88,7 +90,6 @@ DIALECTS = (
         V1,
     ),
     Dialect(QUALITY, r"\g<0>", source=V2),
-    Dialect(r"^aux_(fpn|head)\.", None, "left out: {} weights of the auxiliary head, which only a training uses"),
     Dialect(r"^fpn\.", "neck."),
     Dialect(r"^head\.distribution_project\.", "bbox_head.integral."),
     Dialect(r"^head\.", "bbox_head.", source=NANODET),
@@ -119,6 +120,12 @@ def normalise(content: Mapping[str, Any]) -> Weights:
     if left_out := [str(key) for key in found if str(key) not in weights]:
         result.notes.append(f"left out, not being weights: {', '.join(left_out)}")
     _unwrap(result)
+    inference = without_auxiliary(result.state_dict)
+    result.auxiliary = {key: value for key, value in result.state_dict.items() if key not in inference}
+    result.state_dict = inference
+    if result.auxiliary:
+        count = len(result.auxiliary)
+        result.notes.append(f"left out: {count} weights of the auxiliary head, which only a training uses")
     stated = meta.get("format")
     if isinstance(stated, str) and stated.startswith("gfl-ops"):
         if stated != FORMAT:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data import transforms
-from .files import printable
-from .zoo.download import is_url, read_url
+from .files import printable, reason
+from .zoo.download import is_live, is_url, read_parts, read_url
 
 # Of images in a folder; a file given by its name or by a glob may have any.
 SUFFIXES = transforms.IMAGE_SUFFIXES
@@ -51,7 +52,7 @@ class Unread:
         try:
             return transforms.read_image(self.path)
         except OSError as error:
-            raise ValueError(f"gfl: {name} can't be read: {error.strerror or error}") from error
+            raise ValueError(f"gfl: {name} can't be read: {reason(error)}") from error
 
 
 def _from_web(url: str, given: bool = True) -> bytes:
@@ -81,7 +82,7 @@ def decoded(content: bytes, name: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many types.
-        raise transforms.UnreadableImage(f"{name} can't be decoded: {error}") from error
+        raise transforms.UnreadableImage(f"{name} can't be decoded: {reason(error)}") from error
 
 
 def find_images(source: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -108,8 +109,8 @@ def is_several(source: object) -> bool:
 class Sources:
     """What a command line names, image by image: nothing is read before it is asked for, files are looked up at once.
 
-    Each of `given` is a file, a folder, a glob, a URL, a video file, a number (of a camera), a stream such as
-    rtsp://…, or - for standard input: an image, or lines that name images.
+    Each of `given` is a file, a folder, a glob, a URL (of an image, a video or a network camera), a video file, a
+    number (of a camera), a stream such as rtsp://…, or - for standard input: an image, or lines that name images.
 
     Raises:
         ValueError: no such file, folder or pattern.
@@ -138,7 +139,7 @@ class Sources:
             self.live = True
             self._add_video(int(one) if camera else one)
         elif is_url(one):
-            self._add_video(one) if video else self._parts.append(lambda: iter([Unread(one)]))
+            self._add_video(one) if video else self._add_url(one)
         elif scheme:
             raise ValueError(f"gfl: {printable(one)}: only http, https, {', '.join(STREAMS)} are taken")
         else:
@@ -153,6 +154,12 @@ class Sources:
     def _add_video(self, place: str | Path | int) -> None:
         reader = _video_reader()
         self._parts.append(lambda: _web_frames(reader, str(place)) if is_url(place) else frames(reader, place))
+
+    def _add_url(self, url: str) -> None:
+        # What is named as an image is one, and is asked for when it is read.
+        live = not urlsplit(url).path.lower().endswith(SUFFIXES) and is_live(url)
+        self.live |= live
+        self._parts.append(lambda: _live_frames(url) if live else iter([Unread(url)]))
 
     def _from_stdin(self) -> Iterator[Source]:
         stream = sys.stdin.buffer if self._stdin is None else self._stdin
@@ -222,7 +229,7 @@ def _by_pyav(place: str | Path | int) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"gfl: {_name(place)} can't be opened as a video: {error}") from None
+        raise ValueError(f"gfl: {_name(place)} can't be opened as a video: {reason(error)}") from None
 
 
 def frames(reader: Callable[[str | Path | int], Iterator[np.ndarray]], place: str | Path | int) -> Iterator[Named]:
@@ -233,6 +240,23 @@ def frames(reader: Callable[[str | Path | int], Iterator[np.ndarray]], place: st
         yield Named(f"{_name(place)}#{number}", torch.from_numpy(frame).permute(2, 0, 1))
     if empty:
         raise ValueError(f"gfl: {_name(place)} has no frame that can be decoded")
+
+
+def _live_frames(url: str) -> Iterator[Named]:
+    """The images of a network camera as they come; damaged ones are left out."""
+    number = 0
+    try:
+        for content in read_parts(url, transforms.LARGEST_FILE):
+            try:
+                pixels = decoded(content, _name(url))
+            except transforms.UnreadableImage:
+                continue
+            number += 1
+            yield Named(f"{_name(url)}#{number}", pixels)
+    except OSError as error:
+        raise ValueError(f"gfl: {error}") from None
+    if not number:
+        raise ValueError(f"gfl: {_name(url)} has no frame that can be decoded")
 
 
 def _web_frames(reader: Callable[[str | Path | int], Iterator[np.ndarray]], url: str) -> Iterator[Named]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gfl import backbone_weights
+from gfl import PRESETS, backbone_weights, preset
 from gfl.models import GFL, create_model
 
 try:
@@ -85,9 +85,63 @@ def test_none_trains_everything_and_says_so() -> None:
 
 
 def test_every_network_has_a_published_file() -> None:
-    assert list(backbone_weights.PUBLISHED) == list(backbone_weights.ARCHITECTURES)
+    shuffle = [*backbone_weights.SHUFFLENETS.values()]
+    assert list(backbone_weights.PUBLISHED) == [*backbone_weights.ARCHITECTURES, *shuffle]
     for name, url in backbone_weights.PUBLISHED.items():
-        assert re.fullmatch(rf"https://.*/{name}-[0-9a-f]{{8}}\.pth", url)
+        assert re.fullmatch(rf"https://.*/{name}-[0-9a-f]{{8}}([0-9a-f]{{2}})?\.pth", url)
+    widths = {preset(name).model.width for name in PRESETS if name.startswith("nanodet")}
+    assert widths == backbone_weights.SHUFFLENETS.keys()
+
+
+@pytest.mark.parametrize("name", ["m_416", "m_1.5x_416"])
+def test_shufflenets_start_from_torchvisions_weights(
+    name: str, cache: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have a last convolution and a classifier."""
+    torch.manual_seed(seed)
+    detector = create_model(f"nanodet_plus_{name}")
+    weights = {
+        k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in detector.backbone.state_dict().items()
+    }
+    rest = {f"conv5.{i}.{k}": torch.zeros(1) for i, k in ((0, "weight"), (1, "weight"), (1, "running_var"))}
+    cache.mkdir(parents=True)
+    torch.save(weights | rest | {"fc.weight": torch.zeros(1000, 1024), "fc.bias": torch.zeros(1000)}, cache / "x.pth")
+    digest = hashlib.sha256((cache / "x.pth").read_bytes()).hexdigest()[:10]
+    (cache / "x.pth").rename(cache / f"x-{digest}.pth")
+    key = backbone_weights.SHUFFLENETS[detector.config.width]
+    monkeypatch.setitem(backbone_weights.PUBLISHED, key, f"https://example.org/x-{digest}.pth")
+    assert backbone_weights.load(detector.backbone, "torchvision") == [f"backbone weights: {cache / f'x-{digest}.pth'}"]
+    assert same(detector.backbone, weights)
+    assert (detector.config.frozen_stages, detector.config.norm_eval) == (-1, False)
+    slim = create_model(f"nanodet_plus_{name}", width=24)
+    with pytest.raises(ValueError, match="for a `width` of 116 or 176, this backbone has 24"):
+        backbone_weights.load(slim.backbone, "torchvision")
+    with pytest.raises(ValueError, match="timm is for ResNets and timm's backbones"):
+        backbone_weights.load(slim.backbone, "timm")
+
+
+@pytest.mark.peers
+def test_torchvisions_shufflenet_is_this_one(tmp_path: Path, seed: int) -> None:
+    """Key by key, and with ReLU in place of LeakyReLU value by value."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(seed)
+    for name, make in (("m_416", models.shufflenet_v2_x1_0), ("m_1.5x_416", models.shufflenet_v2_x1_5)):
+        theirs, backbone = make(weights=None).eval(), create_model(f"nanodet_plus_{name}").backbone.eval()
+        torch.save(theirs.state_dict(), tmp_path / "x.pth")
+        backbone_weights.load(backbone, str(tmp_path / "x.pth"))
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.negative_slope = 0.0
+        images = torch.randn(1, 3, 64, 96)
+        with torch.no_grad():
+            x, want = theirs.maxpool(theirs.conv1(images)), []
+            for stage in (theirs.stage2, theirs.stage3, theirs.stage4):
+                x = stage(x)
+                want.append(x)
+            for one, other in zip(backbone(images), want, strict=True):
+                torch.testing.assert_close(one, other)
+        url = getattr(models, f"ShuffleNet_V2_X{'1_0' if name == 'm_416' else '1_5'}_Weights").IMAGENET1K_V1.url
+        assert url == backbone_weights.PUBLISHED[backbone_weights.SHUFFLENETS[backbone.channels[0]]]
 
 
 @pytest.fixture

@@ -226,7 +226,9 @@ def test_other_classes_are_refused_unless_the_head_may_be_new(model: GFL, config
         checkpoint.load_weights(other, model.state_dict())
     assert "numbers of classes differ" in str(info.value)
     notes = checkpoint.load_weights(other, model.state_dict(), allow_new_head=True)
-    assert notes == ["the weights are for 4 classes, the model has 9: its last class layer stays as it was"]
+    layers = "bbox_head.gfl_cls"
+    counts = "the weights are for 4 classes, the model has 9"
+    assert notes == [f"{counts}: new are the class outputs of {layers}, all else is taken over"]
     assert torch.equal(other.bbox_head.gfl_cls.weight, fresh)
     assert torch.equal(other.bbox_head.gfl_reg.weight, model.bbox_head.gfl_reg.weight)
     # A file whose configuration and weights disagree.

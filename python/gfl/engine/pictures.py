@@ -33,7 +33,7 @@ def results(out: Path) -> Image.Image:
     """Losses, learning rate and AP of a training's tables."""
     figure, axes = _figure(1, 3)
     steps, evaluations = (_columns(out / name) for name in (STEPS, EVALUATIONS))
-    for name in ("loss", "loss_cls", "loss_bbox", "loss_dfl"):
+    for name in (column for column in steps if column.startswith("loss")):
         axes[0].plot(steps["step"], steps[name], label=name)
     axes[1].plot(steps["step"], steps["lr"], label="learning rate")
     for name in ("AP", "AP50", "AP75"):

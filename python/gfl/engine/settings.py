@@ -19,7 +19,7 @@ from .step import Step, preserve_training_state
 POSITIVE = ("epochs", "lr", "log_steps", "rank_timeout", "accumulate", "layer_decay")
 NOT_NEGATIVE = (
     *("steps", "warmup_steps", "clip_grad_norm", "eval_every", "checkpoint_steps", "weight_decay", "patience"),
-    *("batch_size", "repeat_threshold", "ema"),
+    *("batch_size", "repeat_threshold", "ema", "aux_epochs"),
 )
 BALANCED = "balanced"
 # Of a GPU's memory, what a batch may take; images that differ in size make the allocator waste some.

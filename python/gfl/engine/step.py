@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from itertools import chain
 
 import torch
@@ -24,20 +25,18 @@ from ..data.loader import Batch
 from ..data.transforms import normalise
 from ..models.autotune import CudnnTuning
 from ..models.gfl import GFL
+from ..models.losses import OPERATORS
 from .graphs import GraphCache, few_shapes, host_waits
 from .optimizer import SCALE
 
-LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# The operators of a step, which a graph holds only if kernels run them.
-GRAPHED = ("atss", "gfl_loss", "group_norm_relu")
 
 
 class Step:
     """Takes batches on the device and updates the weights of `model`.
 
-    `network` is the model, or what wraps it for several processes; `sums` are those of the `LOSSES` since it was last
-    zeroed, fp32 ``[3]`` on the device. Without `graphs` every step is queued kernel by kernel.
+    `network` is the model, or what wraps it for several processes; `sums` are those of the model's losses, by its
+    `loss_names`, since it was last zeroed, fp32 on the device. Without `graphs` every step is queued kernel by kernel.
     """
 
     def __init__(
@@ -45,12 +44,14 @@ class Step:
     ) -> None:
         self.model, self.network, self.optimizer, self.settings = model, network, optimizer, settings
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-        self.sums = torch.zeros(len(LOSSES), device=device)
+        self.losses = model.loss_names
+        self.sums = torch.zeros(len(self.losses), device=device)
         self.graphs: GraphCache | None = None
         self._tuning = CudnnTuning()
         if settings.graph:
             check_graph(settings, device, network is not model)
-            if without := host_waits(device, *GRAPHED):
+            # A graph holds the operators of a step only if kernels run them.
+            if without := host_waits(device, *OPERATORS[model.config.assignment], "group_norm_relu"):
                 why = f"{', '.join(without)} run on the reference or with GFL_OPS_CHECK=1, which makes the host wait"
                 warnings.warn(f"gfl: `graph` has no effect: {why}: see `gfl doctor`", RuntimeWarning, stacklevel=2)
             else:
@@ -67,7 +68,7 @@ class Step:
         with torch.cuda.device_of(images), self._tuning(images):
             if self.graphs is not None and graphed:
                 objects = slots(batch, self.settings.graph_slots)
-                self.graphs.run(self.compute, images, batch.image_sizes, *objects)
+                self.graphs.run(self.compute, images, batch.image_sizes, *objects, key=self.model.aux_detached)
                 return
             self.optimizer.zero_grad(set_to_none=True)
             for number, part in enumerate(batch.parts(count), 1):
@@ -107,9 +108,9 @@ class Step:
         return torch.autocast(device.type, PRECISION.get(amp), enabled=amp in PRECISION)
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
-        cls, box, dfl = (losses[name] for name in LOSSES)
-        self.scaler.scale(cls + box + dfl).backward()
-        self.sums += torch.stack([cls.detach(), box.detach(), dfl.detach()])
+        values = [losses[name] for name in self.losses]
+        self.scaler.scale(reduce(torch.add, values)).backward()
+        self.sums += torch.stack([value.detach() for value in values])
 
     def _descend(self) -> None:
         if self.settings.clip_grad_norm:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from .. import checkpoint, files, models
 from ..config import SECTION_OF, Config
-from ..data import sources
+from ..data import sets
 from ..data.cache import ImageCache
 from ..data.coco import CocoDataset
 from ..data.loader import training_dataset, training_loader
+from ..models.auxiliary import without_auxiliary
 from . import report
 from .callbacks import Callback
 from .distributed import Process, processes
@@ -32,7 +33,7 @@ from .log import EVALUATIONS, STEPS, Pace, RunLog
 from .optimizer import SCALE, Average, make_optimizer
 from .schedule import learning_rate, schedule_warnings, total_steps
 from .settings import check_settings, class_weights, initial_weights, largest_batch
-from .step import LOSSES, Step, on_device
+from .step import Step, on_device
 from .stopping import Stop
 
 # Which of its kernels an optimizer uses, not what it computes.
@@ -136,7 +137,7 @@ class Training:
             file = out / f"{files.PART}images-{process.rank}" if config.train.cache == "disk" else None
             out.mkdir(parents=True, exist_ok=True)
             self.data.cache = ImageCache(self.data.sizes, file)
-        self.validation = sources.dataset(config.data, "val", self.data.classes)
+        self.validation = sets.dataset(config.data, "val", self.data.classes)
         notes, classes = [], self.data.classes
         if self.validation is not None and self.validation.classes != classes:
             raise ValueError(
@@ -148,7 +149,7 @@ class Training:
             notes.append(f"{len(classes)} classes, as the data has them: {', '.join(classes)}")
         torch.manual_seed(config.train.seed)
         if saved is None:
-            model = models.build(config.model, config.test)
+            model = models.build(config.model, config.test, training=True)
             notes += initial_weights(model, config.train)
         else:
             with restoring(out / LAST):
@@ -158,7 +159,7 @@ class Training:
                     f"{out / LAST} was trained on the classes {', '.join(names)}; "
                     f"{self.data.annotations.path} has {', '.join(classes)}"
                 )
-            model = models.build(before.model, config.test)
+            model = models.build(before.model, config.test, training=True)
         self.model = model.to(process.device)
         if config.train.batch_size == 0:
             fitting = before.train.batch_size if saved is not None else largest_batch(model, config, process)
@@ -249,6 +250,7 @@ class Training:
     def _epoch(self, stop: Stop) -> None:
         at, settings = self.position, self.config.train
         self.network.train()
+        self.model.aux_detached = at.epoch >= settings.aux_epochs
         batches = on_device(self.loader.at(at.epoch, at.batch), self.process.device)
         epochs = -(-self.total_steps // self.steps_per_epoch)
         title = f"epoch {at.epoch + 1}/{epochs}"
@@ -295,10 +297,10 @@ class Training:
             self._check_finite(sum(means))
         rate = float(self.optimizer.param_groups[0]["lr"]) / self.optimizer.param_groups[0].get(SCALE, 1)
         row = {"epoch": (at.step - 1) // self.steps_per_epoch + 1, "lr": rate, "loss": sum(means)}
-        row |= dict(zip(LOSSES, means))
+        row |= dict(zip(self.step.losses, means))
         row |= self.pace.read() | {"unreadable_images": len(self.data.unreadable)}
         self.log.row(STEPS, at.step, row)
-        parts = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in zip(LOSSES, means))
+        parts = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in zip(self.step.losses, means))
         self.log.say(
             f"epoch {row['epoch']}  step {at.step}/{self.total_steps}  loss {row['loss']:.4f} ({parts})  "
             f"lr {rate:.2g}  {row['images_per_second']:.1f} images/s  waiting for data {row['data_wait']:.0%}  "
@@ -356,7 +358,8 @@ class Training:
             at.best, at.stale = metrics["AP"], 0
             if self.process.main:
                 meta = self._meta() | {"score_threshold": metrics.get("threshold")}
-                checkpoint.write(self.out / BEST, {"meta": meta, "state_dict": self.result.state_dict()})
+                weights = without_auxiliary(self.result.state_dict())
+                checkpoint.write(self.out / BEST, {"meta": meta, "state_dict": weights})
         self._save()
         for callback in self.callbacks:
             callback.on_evaluation(at.step, metrics)

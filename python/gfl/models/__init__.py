@@ -12,6 +12,7 @@ from ..config import InferenceConfig, ModelConfig
 from .backbone import STRIDES, Backbone
 from .gfl import GFL
 from .head import PEAKS
+from .losses import SOFT_LABELS
 from .resnet import ARCHITECTURES, ResNet
 from .shufflenet import ShuffleNetV2
 from .timm_backbone import TimmBackbone
@@ -51,10 +52,10 @@ def create_model(name: str, num_classes: int = 80, *, pretrained: bool = False, 
     return model
 
 
-def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
+def build(config: ModelConfig, test: InferenceConfig | None = None, *, training: bool = False) -> GFL:
     """A detector with random weights; by default boxes are read from its maps as in the paper.
 
-    The errors are those of `create_model`.
+    For a `training` it has the auxiliary head, if its configuration wants one. The errors are those of `create_model`.
     """
     _check(config)
     if config.backbone.startswith(TIMM):
@@ -63,14 +64,17 @@ def build(config: ModelConfig, test: InferenceConfig | None = None) -> GFL:
         backbone = ShuffleNetV2(config)
     else:
         backbone = ResNet(ARCHITECTURES[config.backbone], config)
-    return GFL(backbone, config, test)
+    model = GFL(backbone, config, test)
+    if training:
+        model.add_auxiliary()
+    return model
 
 
 def _check(config: ModelConfig) -> None:
     timm = config.backbone.startswith(TIMM)
     architecture, shuffle = ARCHITECTURES.get(config.backbone), config.backbone == SHUFFLENET
     names = ", ".join([*ARCHITECTURES, SHUFFLENET])
-    levels = len(config.strides)
+    levels, soft = len(config.strides), config.assignment == SOFT_LABELS
     ghosts, nanodet = config.neck == "ghost_pan", config.head == "nanodet_plus"
     most = len(STRIDES) + 1 if ghosts else MAX_LEVELS
     strides = 3 <= levels <= most and tuple(config.strides) == tuple(STRIDES[0] * 2**i for i in range(levels))
@@ -88,6 +92,9 @@ def _check(config: ModelConfig) -> None:
         ("reg_max", 1 <= config.reg_max <= MAX_REG_MAX, f"must be in [1, {MAX_REG_MAX}]"),
         ("quality_branch", quality, f"needs a `reg_max` of {PEAKS - 1} or more"),
         ("quality_branch", not (nanodet and config.quality_branch), "is for `head` gfl"),
+        ("legacy", not (soft and config.legacy), "is for `assignment` atss"),
+        ("aux_convs", 0 <= config.aux_convs <= MAX_CONVS, f"must be in [0, {MAX_CONVS}]"),
+        ("aux_convs", soft or config.aux_convs == 0, f"is for `assignment` {SOFT_LABELS}"),
         ("neck_channels", not ghosts or config.neck_channels % 2 == 0, "must be even for ghost_pan"),
         ("std", min(config.std) > 0, "must be > 0"),
         ("frozen_stages", -1 <= config.frozen_stages <= 4, "must be in [-1, 4]"),

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 import gfl_ops
 from gfl_ops.ops.head.atss import centres
 
 from ..config import Config, InferenceConfig, ModelConfig
-from . import _inputs
+from . import _inputs, losses
+from .auxiliary import AuxiliaryHead
 from .backbone import Backbone
 from .fpn import FPN
 from .ghost_pan import GhostPAN
@@ -40,6 +42,7 @@ class GFL(nn.Module):
 
     The attribute `class_weights`, fp32 ``[C]`` on the network's device or None, multiplies the gradient of each class's
     logits, which is what weights of the classes in their loss do; the loss that is returned is without them.
+    `aux_detached` says that the auxiliary head, which `add_auxiliary` adds, trains nothing but itself.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, test: InferenceConfig | None = None) -> None:
@@ -50,6 +53,19 @@ class GFL(nn.Module):
         self.neck = NECKS[config.neck](backbone.channels, config.neck_channels, len(config.strides))
         self.bbox_head = HEADS[config.head](config)
         self.class_weights: Tensor | None = None
+        self.aux_fpn: nn.Module | None = None
+        self.aux_head: AuxiliaryHead | None = None
+        self.aux_detached = False
+
+    def add_auxiliary(self) -> None:
+        """Adds the second pyramid and head that the configuration has for a training, if any, with random weights."""
+        if self._config.aux_convs:
+            self.aux_fpn, self.aux_head = copy.deepcopy(self.neck), AuxiliaryHead(self._config)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Of what `loss` returns."""
+        return losses.LOSSES if self.aux_head is None else (*losses.LOSSES, losses.AUXILIARY)
 
     @property
     def config(self) -> ModelConfig:
@@ -118,16 +134,13 @@ class GFL(nn.Module):
             topk_mode=config.topk_mode,
             scale_factors=scale_factors,
             **{name: getattr(self.test, name) for name in names},
-            **self._geometry(),
+            **losses.geometry(config),
         )
-
-    def _geometry(self) -> dict[str, Any]:
-        return {"center_offset": self._config.center_offset, "legacy": self._config.legacy}
 
     def loss(
         self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], image_sizes: Pairs | None = None
     ) -> dict[str, Tensor]:
-        """The three losses of a batch, weighted and normalised, to be summed.
+        """The losses of a batch, weighted and normalised, to be summed.
 
         Where `torch.distributed` is initialised, the normalisers are means over the ranks, so that the mean of the
         ranks' gradients is that of the whole batch.
@@ -140,7 +153,8 @@ class GFL(nn.Module):
             image_sizes: ``[B, 2]`` (h, w) without padding: locations beyond ceil(size/stride) cells are left out.
 
         Returns:
-            ``loss_cls``, ``loss_bbox``, ``loss_dfl``: fp32 scalars on the maps' device.
+            ``loss_cls``, ``loss_bbox``, ``loss_dfl``, and with an auxiliary head ``loss_aux``, its three in one: fp32
+            scalars on the maps' device.
 
         Raises:
             TypeError, ValueError: an argument of wrong dtype or shape; labels out of range.
@@ -155,35 +169,30 @@ class GFL(nn.Module):
 
         Sizes are fp32 ``[B, 2]``, everything is on the images' device, and values are not checked, so nothing waits.
         """
-        config = self._config
-        cls_scores, reg_preds = self.predict_maps(images)
+        maps, auxiliary = self._training_maps(images)
+        objects = losses.Objects(gt_boxes, gt_labels, image_sizes)
+        if self._config.assignment == losses.ATSS:
+            return losses.atss_losses(self._config, maps, objects)
+        return losses.soft_label_losses(self._config, maps, auxiliary, objects)
+
+    def _training_maps(self, images: Tensor) -> tuple[losses.Maps, losses.Maps | None]:
+        """Of the head, and of the auxiliary one if there is one."""
+        _inputs.check_images("predict_maps", images)
+        features = self.backbone(images)
+        pyramid = self.neck(features)
+        maps = self._weighted(self.bbox_head(pyramid))
+        if self.aux_fpn is None or self.aux_head is None:
+            return maps, None
+        if self.aux_detached:
+            features, pyramid = ([x.detach() for x in of] for of in (features, pyramid))
+        both = [torch.cat(pair, 1) for pair in zip(pyramid, self.aux_fpn(features), strict=True)]
+        return maps, self._weighted(self.aux_head(both))
+
+    def _weighted(self, maps: tuple[list[Tensor], list[Tensor]]) -> losses.Maps:
+        cls_scores, reg_preds = maps
         if self.class_weights is not None:
             cls_scores = [_scale_gradient(logits, self.class_weights) for logits in cls_scores]
-        assignment = gfl_ops.atss_assign(
-            [(m.shape[2], m.shape[3]) for m in cls_scores],
-            config.strides,
-            gt_boxes,
-            gt_labels,
-            valid_sizes=image_sizes,
-            topk=config.topk,
-            anchor_scale=config.anchor_scale,
-            **self._geometry(),
-        )
-        cls_norm, box_norm = _shared_norms(cls_scores, assignment)
-        losses = gfl_ops.gfl_loss(
-            cls_scores,
-            reg_preds,
-            config.strides,
-            assignment,
-            gt_boxes,
-            reg_max=config.reg_max,
-            loss_weights=config.loss_weights,
-            beta=config.beta,
-            cls_norm=cls_norm,
-            box_norm=box_norm,
-            **self._geometry(),
-        )
-        return {"loss_cls": losses.cls, "loss_bbox": losses.box, "loss_dfl": losses.dfl}
+        return losses.Maps(cls_scores, reg_preds)
 
     def predict_maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Class logits ``[B, C, H_l, W_l]`` and distribution logits ``[B, 4(R+1), H_l, W_l]`` per level.
@@ -211,15 +220,3 @@ def locations(
     points = [centres(*size, stride, offset, legacy, where) for size, stride in levels]
     strides = [p.new_full((len(p), 1), stride) for p, stride in zip(points, config.strides)]
     return torch.cat(points), torch.cat(strides)
-
-
-def _shared_norms(
-    cls_scores: Sequence[Tensor], assignment: gfl_ops.Assignment
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Normalisers of the class loss and of the box losses as means over ranks; None: those of this process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None, None
-    norms = gfl_ops.head_loss_norms(cls_scores, assignment)
-    distributed.all_reduce(norms)
-    norms = norms / distributed.get_world_size()
-    return norms[0], norms[1].clamp(min=1)

@@ -27,14 +27,17 @@ class Conv(nn.Module):
 
 
 class GroupNormReLU(nn.GroupNorm):
-    """Group norm and ReLU of all levels of a pyramid at once.
+    """Group norm and ReLU of all levels of a pyramid at once; LeakyReLU with a `slope`.
 
     With `plain` it is made of torch's own operators, for programs that run without this package.
     """
 
     plain = False
+    slope = 0.0
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        if self.slope:
+            return [functional.leaky_relu_(super(GroupNormReLU, self).forward(x), self.slope) for x in maps]
         if self.plain:
             return [torch.relu(super(GroupNormReLU, self).forward(x)) for x in maps]
         return gfl_ops.group_norm_relu(maps, self.num_groups, self.weight, self.bias, self.eps)

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from ..files import printable
+from ..files import printable, reason
 
 # Seconds without a byte, and for a whole image; tries of one call, each from where the last one ended.
 SILENCE, DEADLINE, TRIES = 30.0, 120.0, 3
@@ -31,6 +31,7 @@ PARTIAL = ".partial"
 # The first digits of a file's SHA-256 at the end of its name, as torch.hub has them.
 HASH = re.compile(r"-([0-9a-f]{8,64})\.[^.]*$")
 WEB = ("http", "https")
+LIVE = "multipart/x-mixed-replace"
 
 
 class WrongFile(ValueError):
@@ -123,11 +124,51 @@ def read_url(url: str, limit: int, given: bool = True) -> bytes:
     return bytes(content)
 
 
+def is_live(url: str) -> bool:
+    """Whether a URL gives one image after another, as network cameras do by HTTP; not if it can't be read."""
+    try:
+        with _open(url, url) as response:
+            return response.headers.get_content_type() == LIVE
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+
+
+def read_parts(url: str, limit: int) -> Iterator[bytes]:
+    """The images that a live URL gives, of at most `limit` bytes each, until it ends.
+
+    Raises:
+        OSError: not there, not allowed, too large or silent; names the URL.
+    """
+    try:
+        with _open(url, url) as response:
+            mark = b"--" + (response.headers.get_boundary() or "").encode().removeprefix(b"--")
+            _, more = _up_to(response, mark, limit)
+            while more:
+                length = http.client.parse_headers(response).get("Content-Length", "")
+                if length.isdecimal() and int(length) <= limit:
+                    yield response.read(int(length))
+                    _, more = _up_to(response, mark, limit)
+                else:
+                    content, more = _up_to(response, mark, limit)
+                    yield content
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"{printable(url)}: {_reason(error)}") from None
+
+
+def _up_to(response: Any, mark: bytes, limit: int) -> tuple[bytes, bool]:
+    """What comes before the next line that begins with a mark, and whether another part follows it."""
+    content = bytearray()
+    while line := response.readline(BLOCK):
+        if line.startswith(mark):
+            return bytes(content), not line.startswith(mark + b"--")
+        content += line
+        if len(content) > limit:
+            raise OSError(f"an image is larger than {limit >> 20} MiB")
+    return bytes(content), False
+
+
 def _reason(error: BaseException) -> str:
-    inner = getattr(error, "reason", error)
-    if isinstance(error, urllib.error.HTTPError):
-        inner = f"HTTP status {error.code}"
-    return printable(str(inner) or type(inner).__name__)
+    return f"HTTP status {error.code}" if isinstance(error, urllib.error.HTTPError) else printable(reason(error))
 
 
 def _file_name(url: str) -> str:

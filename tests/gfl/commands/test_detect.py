@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import file_server
@@ -21,6 +25,7 @@ from gfl import sources
 from gfl.cli import main
 from gfl.detector import Detector
 from gfl.files import say
+from gfl.zoo import download
 
 try:
     import cv2
@@ -213,6 +218,66 @@ def test_cameras_and_streams_are_numbers_and_addresses(monkeypatch: pytest.Monke
     names = [one["image"]["file_name"] for one in lines(out)]
     assert names == ["camera 0#1", "camera 0#2", "rtsp://camera.example/live#1", "rtsp://camera.example/live#2"]
     assert "camera 0-000001.jpg" in tree(out)
+
+
+@pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "marks"])
+def test_a_network_camera_gives_images_by_http(lengths: bool, file: Path, folder: Path, out: Path) -> None:
+    """One after another in a single answer; one of them is damaged."""
+    images = [(folder / name).read_bytes() for name in ("a.jpg", "notes.txt", "b.png")]
+    answer = b"\r\n"
+    for image in images:
+        size = f"Content-Length: {len(image)}\r\n" if lengths else ""
+        answer += f"--frame\r\nContent-Type: image/jpeg\r\n{size}\r\n".encode() + image + b"\r\n"
+    with file_server.serving() as server:
+        server.files = {"video": answer + b"--frame--\r\n", "still": images[0], "none": b"--frame--"}
+        server.kinds = dict.fromkeys(("video", "none"), "multipart/x-mixed-replace; boundary=frame")
+        assert detect(file, out, server.url("video"), server.url("still")) == 0
+        assert [name for name, _ in server.requests] == ["video", "still", "video", "still"]
+        assert detect(file, out.parent / "none", server.url("none")) == 1
+    shown = [f"{server.url('video')}#1", f"{server.url('video')}#2", server.url("still")]
+    found = lines(out)
+    assert [one["image"]["file_name"] for one in found] == shown
+    alone = Detector(file, "cpu", score_threshold=0.1)
+    for one, name in zip(found, ("a.jpg", "b.png", "a.jpg"), strict=True):
+        assert [a["score"] for a in one["annotations"]] == alone(folder / name).scores.tolist()
+
+
+def test_a_network_camera_s_image_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with file_server.serving() as server:
+        server.files["video"] = b"--x\r\nContent-Length: 99999999\r\n\r\n" + b"\n" * 5000
+        server.kinds["video"] = "multipart/x-mixed-replace; boundary=x"
+        with pytest.raises(OSError, match="video: an image is larger than 0 MiB"):
+            list(download.read_parts(server.url("video"), 4096))
+
+
+@pytest.fixture
+def broadcast(video: Path) -> Iterator[str]:
+    """The address of a program that sends a video to whoever connects, as a stream."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.sendall(video.read_bytes())
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+    with contextlib.suppress(OSError):
+        listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    thread.join()
+
+
+def test_a_stream_by_opencv_itself(broadcast: str, video: Path, file: Path, out: Path) -> None:
+    assert detect(file, out, broadcast) == 0
+    assert [one["image"]["file_name"] for one in lines(out)] == [f"{broadcast}#{n}" for n in (1, 2, 3)]
+    capture, alone = cv2.VideoCapture(str(video)), Detector(file, "cpu", score_threshold=0.1)
+    for one in lines(out):
+        frame = np.ascontiguousarray(capture.read()[1][:, :, ::-1])
+        assert [a["score"] for a in one["annotations"]] == alone(frame).scores.tolist()
 
 
 def test_without_a_decoder_a_video_says_what_to_install(

@@ -23,9 +23,10 @@ from gfl.data.loader import Batch, training_dataset, training_loader
 from gfl.data.transforms import keep_ratio_size
 from gfl.engine import step as step_module
 from gfl.engine.graphs import GraphCache
-from gfl.engine.step import GRAPHED, Step, on_device, preserve_training_state, slots
+from gfl.engine.step import Step, on_device, preserve_training_state, slots
 from gfl.engine.train import train
 from gfl.models import GFL, build
+from gfl.models.losses import OPERATORS
 from gfl_ops.core import backends
 
 Small = Callable[..., Config]
@@ -179,18 +180,21 @@ def test_a_rate_in_a_tensor_is_filled(small: Small, seed: int) -> None:
     assert step.optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
 
 
-@pytest.mark.parametrize("stem", GRAPHED)
+@pytest.mark.parametrize(
+    ("assignment", "stem"), [(way, stem) for way, stems in OPERATORS.items() for stem in (*stems, "group_norm_relu")]
+)
 def test_a_graph_is_made_only_where_kernels_run_the_step(
-    stem: str, small: Small, seed: int, monkeypatch: pytest.MonkeyPatch
+    assignment: str, stem: str, small: Small, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_module, "check_graph", lambda *_: None)
     monkeypatch.setattr(step_module, "GraphCache", lambda *_, **__: "graphs")
-    assert new_step(small(graph=True), seed).graphs == "graphs"
+    config = small(graph=True, assignment=assignment)
+    assert new_step(config, seed).graphs == "graphs"
     serving = backends.serving
     by_reference = lambda name, device: "reference" if name == stem else serving(name, device)  # noqa: E731
     monkeypatch.setattr(backends, "serving", by_reference)
     with pytest.warns(RuntimeWarning, match=f"`graph` has no effect: {stem} run on the reference"):
-        assert new_step(small(graph=True), seed).graphs is None
+        assert new_step(config, seed).graphs is None
 
 
 def test_a_graph_casts_each_weight_once(small: Small, seed: int, recording: Callable[..., Any]) -> None:

@@ -28,7 +28,8 @@ from gfl.engine import train as training
 from gfl.engine.log import EVALUATIONS, STEPS, TEXT
 from gfl.engine.optimizer import make_optimizer
 from gfl.engine.step import Step
-from gfl.engine.train import BEST, CONFIG, LAST, LOSSES, train
+from gfl.engine.train import BEST, CONFIG, LAST, train
+from gfl.models.losses import LOSSES
 
 Small = Callable[..., Config]
 # What differs from one run to the next by its nature.

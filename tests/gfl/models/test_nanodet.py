@@ -42,7 +42,8 @@ def as_published(model: GFL) -> dict[str, Tensor]:
     renamed = {}
     for key, value in model.state_dict().items():
         key = key.replace("bbox_head.integral.", "head.distribution_project.")
-        renamed[key.replace("bbox_head.", "head.").replace("neck.", "fpn.")] = value.clone()
+        key = key.replace("bbox_head.", "head.") if key.startswith("bbox") else key
+        renamed[key.replace("neck.", "fpn.") if key.startswith("neck") else key] = value.clone()
     return renamed
 
 
@@ -216,9 +217,49 @@ def test_what_is_missing_in_a_checkpoint_is_named(model: GFL) -> None:
         checkpoint.model_from(weights, preset("nanodet_plus_m_320"))
 
 
-def test_other_classes_keep_all_but_the_last_layers(model: GFL) -> None:
+def test_other_classes_keep_all_but_the_class_outputs(model: GFL) -> None:
+    """The boxes' distributions come from the same layers, after the classes."""
     other = build(preset("nanodet_plus_m_320").replace(num_classes=5, width=12, neck_channels=8, head_channels=8).model)
-    notes = checkpoint.load_weights(other, model.state_dict(), allow_new_head=True)
-    assert notes == ["the weights are for 3 classes, the model has 5: its last class layer stays as it was"]
-    fresh = [key for key, value in other.state_dict().items() if not torch.equal(value, model.state_dict()[key])]
-    assert fresh == [f"bbox_head.gfl_cls.{level}.{kind}" for level in LEVELS for kind in ("weight", "bias")]
+    before, given = ({k: v.clone() for k, v in of.state_dict().items()} for of in (other, model))
+    notes = checkpoint.load_weights(other, given, allow_new_head=True)
+    layers = [f"bbox_head.gfl_cls.{level}" for level in LEVELS]
+    counts = "the weights are for 3 classes, the model has 5"
+    assert notes == [f"{counts}: new are the class outputs of {', '.join(layers)}, all else is taken over"]
+    own = other.state_dict()
+    assert {k for k, v in own.items() if not torch.equal(v, given[k])} == {
+        f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")
+    }
+    for key in (f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")):
+        assert torch.equal(own[key][:5], before[key][:5]) and torch.equal(own[key][5:], given[key][3:])
+    given[f"{layers[1]}.weight"] = torch.zeros(32, 8, 1, 1)
+    with pytest.raises(ValueError, match=r"shape: bbox_head\.gfl_cls\.1\.weight is \[32, 8, 1, 1\] in the file, \[37"):
+        checkpoint.load_weights(other, given, allow_new_head=True)
+    assert all(torch.equal(v, own[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_training_starts_from_the_authors_auxiliary_head(model: GFL, classes: int, tmp_path: Path) -> None:
+    config = preset("nanodet_plus_m_320").replace(width=12, neck_channels=8, head_channels=8)
+    theirs = build(config.replace(num_classes=3).model, training=True)
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {f"avg_model.{key}": value for key, value in as_published(theirs).items()}}, path)
+    own = build(config.replace(num_classes=classes).model, training=True)
+    new = {k: v.clone() for k, v in own.state_dict().items()}
+    notes = checkpoint.start(own, path)
+    differing = {k for k, v in own.state_dict().items() if not torch.equal(v, theirs.state_dict()[k])}
+    if classes == 3:
+        assert notes == [] and not differing
+        return
+    assert notes[0].endswith("gfl_cls.3, aux_head.gfl_cls, all else is taken over")
+    assert {key.rpartition(".")[0] for key in differing} == {
+        *(f"bbox_head.gfl_cls.{level}" for level in LEVELS),
+        "aux_head.gfl_cls",
+    }
+    # Of a file without one, as those for inference are.
+    torch.save({"state_dict": as_published(model)}, path)
+    again = build(config.replace(num_classes=3).model, training=True)
+    new = {k: v.clone() for k, v in again.state_dict().items()}
+    assert checkpoint.start(again, path) == ["the weights have no auxiliary head: the model's is new"]
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, new[key] if key.startswith("aux_") else model.state_dict()[key])
