@@ -404,7 +404,8 @@ int main() {
     check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);
     // As many classes as a thread has accesses in flight.
     for (const Case& wide : {draw_case(draw, {{16, 16}}, 72, 3, 2.0, false, channels_last),
-                             draw_scored(draw, HeadLossKind::yolo, {{16, 16}}, 72, 4, channels_last)}) {
+                             draw_scored(draw, HeadLossKind::yolo, {{16, 16}}, 72, 4, channels_last),
+                             draw_scored(draw, HeadLossKind::rtmdet, {{16, 16}}, 72, 1, channels_last)}) {
       check<float>(wide, DType::f32, 1e-5, "many classes f32", false);
       check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
       check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
@@ -436,6 +437,8 @@ int main() {
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 2.0, false, channels_last));
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 1.5, false, channels_last));
     check_apart(draw_scored(draw, HeadLossKind::yolo, {{5, 12}, {3, 8}}, 8, 8, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last, 1.5));
   }
   // Logits where exponentials and powers are subnormal in double.
   Case far = draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false);
