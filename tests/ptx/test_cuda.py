@@ -29,7 +29,7 @@ LESS = {
     r"task_aligned_(candidates|resolve)_kernel": (0.87, _POW),
     r"iou_\w+_kernel<double, iou_kind::siou>": (0.8, _SINE),
     r"(bins_\w+_kernel<double, Dfl|multiclass_count_kernel)": (0.92, _DIVISION),
-    r"(group_norm_relu_\w+|overlap)_kernel": (0.89, _REST),
+    r"group_norm_relu_\w+_kernel": (0.89, _REST),
     r"postprocess_(select|finish)_kernel": (0.93, _DIVISION + "; " + _REST),
 }
 TIMEOUT = 400
