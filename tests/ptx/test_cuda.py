@@ -24,6 +24,7 @@ _DIVISION = "64-bit division of sizes beyond 2^32"
 _REST = "remainders of unrolled loops, in copies for a layout, a dtype or an option"
 LESS = {
     r"score_\w+_kernel<.*General<": (0.8, _POW),
+    r"gfl_loss_tile_kernel<.*General<RtmdetHead": (0.67, _POW),
     r"gfl_loss_tile_kernel<.*General<": (0.72, _POW),
     r"gfl_loss_tile_kernel<.*FastPath<": (0.93, _DIVISION),
     r"task_aligned_(candidates|resolve)_kernel": (0.87, _POW),
