@@ -243,7 +243,7 @@ class Bench:
         dense = case.dense or (case.ours if case.eager_is_reference and case.gradients else None)
         if dense is not None:
             if not compiled:
-                yield "compiled", None, eager, "left out by default for this dtype and size (--full)"
+                yield "compiled", None, eager, "left out by default for this size (--full)"
             elif self.budget.used > 0.6:
                 yield "compiled", None, eager, "no time left to compile (--limit)"
             else:
