@@ -267,6 +267,26 @@ def test_the_time_limit_leaves_out_and_says_so(parts: Any, tmp_path: Path, capsy
     assert "floor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_without_arguments_the_operators_asked_about_first_in_all_dtypes(
+    parts: Any, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, ran = parts.command("losses"), []
+
+    def run(self: Any, case: Any, dtype: str, batch: int, only: Any = (), compiled: bool = True) -> list[Any]:
+        ran.append((case.stem, dtype, compiled))
+        return []
+
+    monkeypatch.setattr(parts.harness.Bench, "run", run)
+    words = ["losses", "--size", "64x64", "--device", "cpu", "--data", str(NOWHERE), "--limit", "1e9"]
+    losses.measure(parts.bench.parse(words + ["--full"] * full))
+    stems = {stem for stem, _, _ in ran}
+    assert stems == set(parts.cases.order()) if full else stems == set(losses.FIRST) < set(parts.cases.order())
+    for stem in losses.FIRST:
+        dtypes = {dtype for name, dtype, compiled in ran if name == stem and compiled}
+        assert dtypes >= {"fp32", "bf16", "fp16"} and ("fp64" in dtypes) == full
+
+
 def test_the_stamp_says_where_it_was_made(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.stamp, "gpu", lambda: "a GPU")
     record = parts.stamp.stamp()

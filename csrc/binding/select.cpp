@@ -123,13 +123,6 @@ Candidates room_for(int64_t count, const at::Tensor& boxes, const at::Tensor& sc
           at::empty({count}, boxes.options().dtype(at::kLong))};
 }
 
-Candidates candidates_on_cpu(const MulticlassInput& in, const at::Tensor& boxes, const at::Tensor& scores) {
-  const Candidates found = room_for(cpu::multiclass_count(in), boxes, scores);
-  cpu::multiclass_gather(in, found.boxes.mutable_data_ptr(), found.scores.mutable_data_ptr(),
-                         found.labels.mutable_data_ptr<int64_t>());
-  return found;
-}
-
 #if defined(GFL_WITH_CUDA)
 Candidates candidates_on_cuda(const MulticlassInput& in, const at::Tensor& boxes, const at::Tensor& scores) {
   const c10::cuda::CUDAGuard guard(boxes.device());
@@ -149,11 +142,32 @@ Candidates candidates_on_cuda(const MulticlassInput& in, const at::Tensor& boxes
 }
 #endif
 
-Candidates candidates_of(const MulticlassInput& in, const at::Tensor& boxes, const at::Tensor& scores) {
+// Candidates, and which of them are kept, by falling score: all that are, or at least `max_detections` > 0.
+struct KeptCandidates {
+  Candidates found;
+  at::Tensor keep;
+};
+
+KeptCandidates keep_candidates(const MulticlassInput& in, const at::Tensor& boxes, const at::Tensor& scores,
+                               double iou_threshold, int64_t max_detections) {
 #if defined(GFL_WITH_CUDA)
-  if (boxes.is_cuda()) return candidates_on_cuda(in, boxes, scores);
+  if (boxes.is_cuda()) {
+    const Candidates found = candidates_on_cuda(in, boxes, scores);
+    return {found, nms_forward(found.boxes, found.scores, found.labels, iou_threshold, false)};
+  }
 #endif
-  return candidates_on_cpu(in, boxes, scores);
+  // Which of the best are kept does not depend on the others, so a few are enough for a few detections. The next try
+  // takes many more: all of them together cost little more than the last.
+  const int64_t pairs = in.rows * in.classes;
+  int64_t most = max_detections > 0 ? std::max<int64_t>(1024, 16 * std::min(max_detections, pairs)) : pairs;
+  for (;; most *= 16) {
+    const MulticlassCut cut = cpu::multiclass_cut(in, most);
+    const Candidates found = room_for(cut.count, boxes, scores);
+    cpu::multiclass_gather(in, cut, found.boxes.mutable_data_ptr(), found.scores.mutable_data_ptr(),
+                           found.labels.mutable_data_ptr<int64_t>());
+    const at::Tensor keep = nms_forward(found.boxes, found.scores, found.labels, iou_threshold, false);
+    if (cut.all || keep.size(0) >= max_detections) return {found, keep};
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::Tensor& boxes, const at::Tensor& scores,
@@ -178,10 +192,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> multiclass_nms_forward(const at::
                            scores.size(0),
                            scores.size(1),
                            score_threshold};
-  const auto [found, found_scores, labels] = candidates_of(in, boxes, scores);
-  at::Tensor keep = nms_forward(found, found_scores, labels, iou_threshold, false);
+  auto [found, keep] = keep_candidates(in, boxes, scores, iou_threshold, max_detections);
   if (max_detections > 0) keep = keep.slice(0, 0, max_detections);
-  return {at::index_select(found, 0, keep), at::index_select(found_scores, 0, keep), at::index_select(labels, 0, keep)};
+  return {at::index_select(found.boxes, 0, keep), at::index_select(found.scores, 0, keep),
+          at::index_select(found.labels, 0, keep)};
 }
 
 using Kept = std::tuple<at::Tensor, at::Tensor>;  // indices and final scores

@@ -3,6 +3,7 @@
 #include "gfl/select.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -59,9 +60,10 @@ int64_t group_by_class(const int64_t* classes, const int64_t* order, int64_t cou
 void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint8_t* keep, int64_t begin, int64_t end) {
   int64_t largest = 0;
   for (int64_t s = begin; s < end; ++s) largest = std::max(largest, bounds[s + 1] - bounds[s]);
-  std::vector<unsigned char> scratch(static_cast<size_t>(portable::nms_class_scratch_bytes(largest, in.dtype)));
+  const auto bytes = static_cast<size_t>(portable::nms_class_scratch_bytes(largest, in.dtype));
+  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[bytes]);  // not cleared: few classes need all of it
   for (int64_t s = begin; s < end; ++s) {
-    nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.data(), keep);
+    nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.get(), keep);
   }
 }
 

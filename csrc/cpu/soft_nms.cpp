@@ -3,6 +3,7 @@
 #include "gfl/select.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -57,9 +58,10 @@ void soft_nms(const SoftNmsInput& in, const int64_t* grouped, const int64_t* bou
               int64_t begin, int64_t end) {
   int64_t largest = 0;
   for (int64_t s = begin; s < end; ++s) largest = std::max(largest, bounds[s + 1] - bounds[s]);
-  std::vector<unsigned char> scratch(static_cast<size_t>(portable::soft_nms_class_scratch_bytes(largest, in.dtype)));
+  const auto bytes = static_cast<size_t>(portable::soft_nms_class_scratch_bytes(largest, in.dtype));
+  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[bytes]);
   for (int64_t s = begin; s < end; ++s) {
-    soft_nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.data(), final_scores, keep);
+    soft_nms_class(in, grouped + bounds[s], bounds[s + 1] - bounds[s], scratch.get(), final_scores, keep);
   }
 }
 

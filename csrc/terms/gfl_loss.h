@@ -86,9 +86,10 @@ template <class Head, class A> GFL_HOST_DEVICE TwoBins<A> head_bins(A centre, A 
   return bins_at_position(clamp_passing_grad(distance, A(0), most).value, reg_max + 1, false);
 }
 
-// Whether the maps hold the distances themselves, which then have an L1 loss in place of the distributions'.
+// Whether the maps hold the distances themselves, which then have an L1 loss in place of the distributions'; distances
+// in pixels always do.
 template <class Head> GFL_HOST_DEVICE bool has_distances(const HeadLossInput& in) {
-  return Head::scores_given && in.reg_max == 0;
+  return Head::in_pixels || (Head::scores_given && in.reg_max == 0);
 }
 
 // That loss of a side, in widths or heights of the image, and its derivative; an RTMDet head has none.

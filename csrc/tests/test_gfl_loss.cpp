@@ -404,7 +404,8 @@ int main() {
     check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);
     // As many classes as a thread has accesses in flight.
     for (const Case& wide : {draw_case(draw, {{16, 16}}, 72, 3, 2.0, false, channels_last),
-                             draw_scored(draw, HeadLossKind::yolo, {{16, 16}}, 72, 4, channels_last)}) {
+                             draw_scored(draw, HeadLossKind::yolo, {{16, 16}}, 72, 4, channels_last),
+                             draw_scored(draw, HeadLossKind::rtmdet, {{16, 16}}, 72, 1, channels_last)}) {
       check<float>(wide, DType::f32, 1e-5, "many classes f32", false);
       check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
       check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
@@ -436,12 +437,16 @@ int main() {
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 2.0, false, channels_last));
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 1.5, false, channels_last));
     check_apart(draw_scored(draw, HeadLossKind::yolo, {{5, 12}, {3, 8}}, 8, 8, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last, 1.5));
   }
   // Logits where exponentials and powers are subnormal in double.
-  Case far = draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false);
-  for (size_t i = 0; i < far.cls[0].size(); i += 3) far.cls[0][i] = i == 9 ? 720 : i % 2 == 0 ? -720 : -460;
-  check<double>(far, DType::f64, 1e-7, "far from 0, f64");
-  check<float>(far, DType::f32, 1e-5, "far from 0, f32");
+  for (Case far : {draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false),
+                   draw_scored(draw, HeadLossKind::rtmdet, {{5, 7}}, 5, 1, false, 1.5)}) {
+    for (size_t i = 0; i < far.cls[0].size(); i += 3) far.cls[0][i] = i == 9 ? 720 : i % 2 == 0 ? -720 : -460;
+    check<double>(far, DType::f64, 1e-7, "far from 0, f64");
+    check<float>(far, DType::f32, 1e-5, "far from 0, f32");
+  }
   // More tiles than four turns of a warp over their sums.
   const Case tiles = draw_case(draw, {{97, 127}}, 1, 1, 2.0, false, false, 1, 0.002);
   check<float>(tiles, DType::f32, 1e-5, "many tiles f32");

@@ -289,15 +289,6 @@ int main() {
     turns.push_back({{43}, 1, 512, 1, {false}, 1, relu, 0.3, 1.5});
     turns.push_back({{9}, 1, 1024, 1, {false}, 1, relu, 0.3, 1.5});
     turns.push_back({{9}, 1, 1024, 1, {true}, 1, relu, 0.3, 1.5});
-    // One turn more than four, and two and three, of every length of a run in either layout.
-    for (const int64_t turn : {5, 6, 7}) {
-      turns.push_back({{turn}, 1, 512, 1, {false}, 1, relu, 0.3, 1.5});
-      turns.push_back({{turn}, 1, 1024, 1, {false}, 0, relu, 0.3, 1.5});
-      turns.push_back({{turn}, 1, 2048, 1, {false}, 0, relu, 0.3, 1.5});
-      turns.push_back({{32 * turn}, 1, 2, 1, {true}, 1, relu, 0.3, 1.5});
-      turns.push_back({{128 * turn}, 1, 2, 1, {true}, 0, relu, 0.3, 1.5});
-      turns.push_back({{256 * turn}, 1, 2, 1, {true}, 0, relu, 0.3, 1.5});
-    }
   }
   turns.push_back({{33000}, 1, 2, 1, {true}, 0, false, 0.3, 1.5});
   shapes.insert(shapes.end(), turns.begin(), turns.end());

@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 
+#include "box_layouts.h"
 #include "terms/box.h"
 #include "testing.h"
 
@@ -136,8 +137,7 @@ std::vector<uint8_t> run(const Case& c, const NmsInput& in, const Drawn& d, cons
 #endif
 }
 
-template <class T> void check(const Case& c, DType dtype, Generator& g) {
-  const Drawn d = draw(c, g);
+template <class T> void check(const Case& c, DType dtype, const Drawn& d) {
   const std::vector<int64_t> order = sorted<T>(d.scores);
 #if !defined(GFL_TEST_CUDA)
   const std::vector<T> scores = rounded<T>(d.scores);
@@ -162,9 +162,32 @@ template <class T> void check(const Case& c, DType dtype, Generator& g) {
   }
 }
 
+#if !defined(GFL_TEST_CUDA)
+// Enough boxes, most of them kept, that the CPU looks for neighbours in a grid.
+void check_layouts(int rounds, Generator& g) {
+  for (int round = 0; round < rounds; ++round) {
+    for (int layout = 0; layout < kLayouts; ++layout) {
+      for (const double threshold : {0.0, 0.05, 0.3, 0.6, 0.95, 1.0, 1.5}) {
+        const bool legacy = g.integer(0, 3) == 0;
+        const Case c{"layout", 1700, g.integer(0, 4) == 0 ? 1 : 0, threshold, legacy};
+        Drawn d{draw_layout(layout, c.count, threshold, g), {}, std::vector<int64_t>(static_cast<size_t>(c.count))};
+        for (int64_t i = 0; i < c.count; ++i) d.scores.push_back(static_cast<double>(g.integer(0, 512)) / 512);
+        switch (g.integer(0, 6)) {
+          case 0: check<double>(c, DType::f64, d); break;
+          case 1: check<half_t>(c, DType::f16, d); break;
+          case 2: check<bfloat16_t>(c, DType::bf16, d); break;
+          default: check<float>(c, DType::f32, d);
+        }
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
-int main() {
+// The argument: how many times over the layouts are drawn.
+int main(int argc, char** argv) {
   const Case cases[] = {
       {"empty", 0, 0, 0.5, false},
       {"one", 1, 3, 0.5, false},
@@ -188,12 +211,17 @@ int main() {
   };
   Generator g(20);
   for (const Case& c : cases) {
-    check<float>(c, DType::f32, g);
+    check<float>(c, DType::f32, draw(c, g));
     if (c.count > 2100) continue;
-    check<double>(c, DType::f64, g);
+    check<double>(c, DType::f64, draw(c, g));
     if (c.count > 400) continue;
-    check<half_t>(c, DType::f16, g);
-    check<bfloat16_t>(c, DType::bf16, g);
+    check<half_t>(c, DType::f16, draw(c, g));
+    check<bfloat16_t>(c, DType::bf16, draw(c, g));
   }
+#if !defined(GFL_TEST_CUDA)
+  check_layouts(argc > 1 ? std::atoi(argv[1]) : 1, g);
+#else
+  static_cast<void>(argc), static_cast<void>(argv);
+#endif
   return result("nms");
 }

@@ -6,7 +6,7 @@
 #include <limits>
 #include <map>
 
-#include "gfl/select.h"
+#include "box_layouts.h"
 #include "testing.h"
 
 namespace {
@@ -66,15 +66,23 @@ template <class A, class T> std::vector<A> accumulated(const std::vector<T>& val
   return result;
 }
 
-template <class T, class S> void check(const Case& c, DType dtype, DType score_dtype, Generator& g) {
-  using A = acc_t<T>;
-  const size_t n = static_cast<size_t>(c.count);
-  std::vector<double> drawn, drawn_scores;
-  std::vector<int64_t> classes;
-  for (size_t i = 0; i < n; ++i) {
+std::vector<double> draw_boxes(int64_t count, Generator& g) {
+  std::vector<double> drawn;
+  for (int64_t i = 0; i < count; ++i) {
     const double x = g.uniform(0, 40), y = g.uniform(0, 40);
     drawn.insert(drawn.end(), {x, y, x + g.uniform(0, 20), y + g.uniform(0, 20)});
     if (g.integer(0, 30) == 0) drawn.back() = std::numeric_limits<double>::quiet_NaN();
+  }
+  return drawn;
+}
+
+template <class T, class S>
+void check(const Case& c, DType dtype, DType score_dtype, const std::vector<double>& drawn, Generator& g) {
+  using A = acc_t<T>;
+  const size_t n = static_cast<size_t>(c.count);
+  std::vector<double> drawn_scores;
+  std::vector<int64_t> classes;
+  for (size_t i = 0; i < n; ++i) {
     drawn_scores.push_back(g.integer(0, 30) == 0 ? std::numeric_limits<double>::quiet_NaN()
                                                  : static_cast<double>(g.integer(0, 40)) / 32);
     classes.push_back(g.integer(0, std::max<int64_t>(c.classes, 1)));
@@ -133,9 +141,37 @@ template <class T, class S> void check(const Case& c, DType dtype, DType score_d
   }
 }
 
+template <class T, class S> void check(const Case& c, DType dtype, DType score_dtype, Generator& g) {
+  check<T, S>(c, dtype, score_dtype, draw_boxes(c.count, g), g);
+}
+
+#if !defined(GFL_TEST_CUDA)
+// Enough boxes that the CPU looks for neighbours in a grid.
+void check_layouts(int rounds, Generator& g) {
+  for (int round = 0; round < rounds; ++round) {
+    for (int layout = 0; layout < kLayouts; ++layout) {
+      for (const double threshold : {-0.5, 0.0, 0.05, 0.3, 0.7}) {
+        for (const bool gaussian : {false, true}) {
+          const double sigma = std::exp2(g.uniform(-6, 3)), min_score = g.integer(0, 4) == 0 ? -1 : 0.05;
+          const Case c{"layout", 620, 1, threshold, sigma, min_score, gaussian};
+          const std::vector<double> drawn = draw_layout(layout, c.count, threshold, g);
+          switch (g.integer(0, 6)) {
+            case 0: check<double, double>(c, DType::f64, DType::f64, drawn, g); break;
+            case 1: check<half_t, float>(c, DType::f16, DType::f32, drawn, g); break;
+            case 2: check<bfloat16_t, float>(c, DType::bf16, DType::f32, drawn, g); break;
+            default: check<float, float>(c, DType::f32, DType::f32, drawn, g);
+          }
+        }
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
-int main() {
+// The argument: how many times over the layouts are drawn.
+int main(int argc, char** argv) {
   const Case cases[] = {
       {"empty", 0, 1, 0.3, 0.5, 0.001, false},           {"one", 1, 1, 0.3, 0.5, 0.001, true},
       {"linear", 40, 1, 0.3, 0.5, 0.001, false},         {"gaussian", 40, 1, 0.3, 0.5, 0.001, true},
@@ -160,7 +196,10 @@ int main() {
       });
     }
   }
-#if !defined(GFL_TEST_CUDA)
+#if defined(GFL_TEST_CUDA)
+  static_cast<void>(argc), static_cast<void>(argv);
+#else
+  check_layouts(argc > 1 ? std::atoi(argv[1]) : 1, g);
   // The best of all is kept although every score is below the minimum.
   const float boxes[] = {0, 0, 1, 1, 5, 5, 6, 6, 0, 0, 1, 1}, scores[] = {0.1f, 0.3f, 0.3f};
   const SoftNmsInput in{boxes, DType::f32, 4, 1, scores, DType::f32, 1, 3, 0.3, 0.5, 0.9, false};

@@ -38,6 +38,15 @@ struct MulticlassInput {
   double score_threshold;  // rounded to fp32, to fp64 for fp64 scores; a NaN score is never above it
 };
 
+// A part of the candidates that holds the best: those whose score is above `least`, and of those whose score equals it
+// the first `ties`.
+struct MulticlassCut {
+  double least;
+  int64_t ties;
+  int64_t count;  // of the candidates in it
+  bool all;       // there are no others
+};
+
 // `A` below is double where `dtype` is f64, else float: the type of IoUs and scores. exp is in double for either, and
 // its result rounded to A, so that all backends take the same boxes.
 struct SoftNmsInput {
@@ -107,10 +116,11 @@ void nms(const NmsInput& in, const int64_t* grouped, const int64_t* bounds, uint
 int64_t count_kept(const uint8_t* keep, int64_t count);
 void collect_kept(const uint8_t* keep, const int64_t* order, int64_t count, int64_t* kept);
 
-int64_t multiclass_count(const MulticlassInput& in);
+// The best `most` candidates, equal scores in their order; or all, where there are no more than four times as many.
+MulticlassCut multiclass_cut(const MulticlassInput& in, int64_t most);
 
-// boxes: [count, 4] dtype. scores: [count] score_dtype. labels: [count].
-void multiclass_gather(const MulticlassInput& in, void* boxes, void* scores, int64_t* labels);
+// boxes: [cut.count, 4] dtype. scores: [cut.count] score_dtype. labels: [cut.count].
+void multiclass_gather(const MulticlassInput& in, const MulticlassCut& cut, void* boxes, void* scores, int64_t* labels);
 
 // Classes [begin, end) of `grouped`, each in the order of the boxes' indices; as cpu::group_by_class makes
 // it of 0, 1, 2, …. keep: [count] by index, 1 or 0. final_scores: [count] of A by index, written where kept.

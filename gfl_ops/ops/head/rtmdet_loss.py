@@ -42,6 +42,7 @@ def rtmdet_loss(
     center_offset: float | Sequence[float] = 0.0,
     beta: float = 2.0,
     loss_weights: Sequence[float] = (1.0, 2.0),
+    variant: str = "mmdet",
 ) -> RtmdetLoss:
     r"""The whole loss of an RTMDet head, weighted and normalised: classes and boxes.
 
@@ -51,8 +52,8 @@ def rtmdet_loss(
         n = \max \Big( \sum o, 1 \Big)
 
     The boxes are decoded and `dynamic_soft_label_assign` assigns the locations; o is the overlap of a positive's box
-    with the object, which its class learns by the quality focal loss, while all other classes learn 0. What mmdet 3.3's
-    RTMDetHead gives, summed over its levels. Lyu et al., RTMDet (arXiv 2212.07784).
+    with the object, which its class learns by the quality focal loss, while all other classes learn 0. What the
+    RTMDetHead of mmdet 3.3 or mmyolo 0.6 gives, summed over its levels. Lyu et al., RTMDet (arXiv 2212.07784).
 
     Args:
         cls_scores: one tensor per level, fp32, fp16, bf16 or fp64 ``[B, C, H, W]``: class logits.
@@ -67,6 +68,7 @@ def rtmdet_loss(
         center_offset: position of a location within its cell, in cells; one number, or one per level.
         beta: exponent of the quality focal loss, >= 0.
         loss_weights: w, of the class and box loss.
+        variant: "mmdet" or "mmyolo", of `dynamic_soft_label_assign`.
 
     Returns:
         ``RtmdetLoss(cls, box, num_pos, score_sum)``: the two losses, the number of positives and Σ o, as scalars on the
@@ -85,6 +87,7 @@ def rtmdet_loss(
         ``score_sum.clamp(min=1) / mean.clamp(min=1)``. NanoDet-Plus' loss is `gfl_loss` of what
         `dynamic_soft_label_assign` gives with its variant.
     """
+    checks.choice(OP, "variant", variant, ("mmdet", "mmyolo"))
     images, _classes = check_maps(OP, cls_scores, reg_preds, "4", 4)
     stride_list = check_strides(OP, strides, len(cls_scores))
     offsets = per_level(OP, "center_offset", center_offset, len(cls_scores))
@@ -108,7 +111,7 @@ def rtmdet_loss(
         gt_labels,
         offsets,
         None,
-        "mmdet",
+        variant,
         {"topk": topk, "iou_weight": iou_weight, "cls_weight": 1.0, "soft_center_radius": soft_center_radius},
     )
     cls, box, _none, num_pos, score_sum = head_loss(
