@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pyproject.toml cannot say: the compiled extension, and the torch that the wheel has to be used with."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ try:
     plan = make_plan()
 except BuildError as error:
     raise SystemExit(f"gfl-ops: {error}") from None
+# What a wheel was built for, behind its version: "torch2.13.cpu" makes 0.2.0+torch2.13.cpu (scripts/build_wheels.py).
+local = os.environ.get("GFL_OPS_LOCAL_VERSION", "")
 setup(
+    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
     license="Apache-2.0",
     ext_modules=extensions(plan, ROOT),
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},

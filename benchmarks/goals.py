@@ -48,7 +48,7 @@ class Goal:
 
 @dataclass
 class Reached:
-    """One line of the goals' table: `want` times as fast as `provider`, or without one at most `want` microseconds."""
+    """One line of the goals' table: `want` times as fast as `provider`, or without one at most `want` of `unit`."""
 
     goal: str
     provider: str
@@ -57,6 +57,7 @@ class Reached:
     ours_ms: float | None = None
     theirs_ms: float | None = None
     why: str = ""
+    unit: str = "µs"
 
     @property
     def verdict(self) -> str:
@@ -122,7 +123,7 @@ def table(lines: list[Reached]) -> str:
     for r in lines:
         got = "-" if r.got is None else f"{r.got:.1f}"
         row = f"{r.goal:<34}{report.ms(r.ours_ms):>9}{report.ms(r.theirs_ms):>9}  {r.provider or 'the limit':<12}"
-        rows.append(row + f"{got:>7}{r.want:>5.{0 if r.want == int(r.want) else 1}f}{'×' if r.provider else 'µs'}")
+        rows.append(row + f"{got:>7}{r.want:>5.{0 if r.want == int(r.want) else 1}f}{'×' if r.provider else r.unit}")
         if r.verdict != "reached" or r.why:
             rows.append(f"    {r.verdict}{': ' if r.why else ''}{r.why}"[: report.WIDTH])
     reached = sum(r.verdict == "reached" for r in lines)

@@ -216,6 +216,7 @@ class Bench:
         slow: a turn that takes more seconds runs once.
         host_ahead: on a GPU, hide the host's launches behind the device's work; False times from call to result.
         graphs: on a GPU, also time each provider in a CUDA graph, where it can be captured.
+        counts: also count memory and launches, which takes two more turns under the profiler.
     """
 
     def __init__(
@@ -227,9 +228,10 @@ class Bench:
         slow: float = SLOW,
         host_ahead: bool = True,
         graphs: bool = False,
+        counts: bool = True,
     ) -> None:
         self.machine, self.budget, self.rounds, self.seconds, self.slow = machine, budget, rounds, seconds, slow
-        self.host_ahead, self.graphs = host_ahead, graphs and machine.cuda
+        self.host_ahead, self.graphs, self.counts = host_ahead, graphs and machine.cuda, counts
 
     def providers(self, case: Case, compiled: bool) -> Iterator[tuple[str, Callable[..., Any] | None, str, str]]:
         """(name, call or None, backend, why it does not run)."""
@@ -377,7 +379,7 @@ class Bench:
                 result.gb_per_s = moved / total.median / 1e6
                 result.floor_share = moved / self.machine.bandwidth / (total.median / 1e3)
             run.results, run.gradients = None, ()
-            if self.budget.used > 0.95 or (total is not None and total.median > 1e3 * self.slow):
+            if not self.counts or self.budget.used > 0.95 or (total is not None and total.median > 1e3 * self.slow):
                 continue
             result.memory = self.machine.memory(run.once)
             result.launches = self.machine.launches(run.once)

@@ -106,8 +106,8 @@ def peak(layer: nn.Conv2d, bins: int) -> None:
     layer.bias.copy_(-((torch.arange(bins) - SIDE).abs() * 1.2).clamp(max=7.0).repeat(4))
 
 
-def mmdet_gfl(batch: Batch) -> Detector:
-    """GFL by mmdet's own config, with ResNet-18, 64 channels in neck and head, and two convolutions a tower."""
+def import_mmdet() -> list[str]:
+    """Make mmdet importable without mmcv's extension; notes for the reader."""
     sys.path.insert(0, str(ROOT / "tests" / "support" / "peers"))
     try:
         stand_in = importlib.import_module("mmdet_stub")
@@ -126,6 +126,12 @@ def mmdet_gfl(batch: Batch) -> Detector:
         extension.nms = nms
         notes.append("mmcv is installed without its operators: torchvision's nms replaces mmcv's.")
     warnings.filterwarnings("ignore", module="mmdet|mmengine|mmcv")
+    return notes
+
+
+def mmdet_gfl(batch: Batch) -> Detector:
+    """GFL by mmdet's own config, with ResNet-18, 64 channels in neck and head, and two convolutions a tower."""
+    notes = import_mmdet()
     import mmdet
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample

@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import textwrap
 import warnings
 from typing import Any
@@ -18,6 +20,8 @@ from .core import backends, extension
 from .core.registry import SPECS
 
 WIDTH = 80
+# Extras of those who work on the package itself.
+OF_DEVELOPERS = {"test", "dev", "docs"}
 
 
 def explain_backend() -> str:
@@ -36,6 +40,10 @@ def _facts() -> list[str]:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {_cuda_of_torch()}, {torch.get_num_threads()} CPU threads"),
         ("GPU", _gpus()),
+        ("memory", _memory()),
+        ("disk", _disk()),
+        ("packages", _packages(optional=False)),
+        ("optional", _packages(optional=True)),
         ("extension", extension.why_not("cpu") or f"compiled by {info['compiler']} for torch {info['torch']}"),
         ("CPU kernels", _cpu_kernels()),
         ("its CUDA part", _cuda_part(info)),
@@ -60,6 +68,44 @@ def _gpus() -> str:
     return ", ".join(
         f"{name} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, name in enumerate(names)
     )
+
+
+def _memory() -> str:
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    text = f"{pages * page / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        sizes = (torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        text += f"; GPU {', '.join(f'{size / 2**30:.1f} GiB' for size in sizes)}"
+    return f"{text}, {len(os.sched_getaffinity(0))} CPU cores for this process"
+
+
+def _disk() -> str:
+    """Free bytes where a run's folder is made by default, and where weights and verdicts are kept."""
+    free = {place: shutil.disk_usage(place).free for place in (os.getcwd(), os.path.expanduser("~"))}
+    return ", ".join(f"{size / 2**30:.1f} GiB free in {place}" for place, size in free.items())
+
+
+def _packages(optional: bool) -> str:
+    """What the package requires, or what its extras do, with the versions that are installed."""
+    try:
+        requirements = importlib.metadata.requires("gfl-ops") or []
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown: this is a source tree that is not installed"
+    there: dict[str, str] = {}
+    missing: set[str] = set()
+    for requirement in requirements:
+        name = re.split(r"[^\w.-]", requirement)[0]
+        extra = re.search(r"extra == [\"']([\w-]+)", requirement)
+        marked = "python_version" in requirement  # for other versions of Python
+        if bool(extra) != optional or marked or (extra and extra[1] in OF_DEVELOPERS):
+            continue
+        try:
+            there[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.add(name)
+    lists = [", ".join(f"{name} {version}" for name, version in sorted(there.items()))]
+    lists += [f"missing: {', '.join(sorted(missing))}"] if missing else []
+    return "; ".join(filter(None, lists))
 
 
 def _cpu_kernels() -> str:

@@ -12,6 +12,7 @@ from .ops.head.dynamic_k import dynamic_soft_label_assign, simota_assign
 from .ops.head.gfl_loss import HeadLoss, gfl_loss
 from .ops.head.group_norm_relu import group_norm_relu
 from .ops.head.head_loss_norms import head_loss_norms
+from .ops.head.rtmdet_loss import RtmdetLoss, rtmdet_loss
 from .ops.head.task_aligned import TaskAlignedAssignment, task_aligned_assign
 from .ops.head.yolo_loss import YoloLoss, yolo_loss
 from .ops.score.focal import sigmoid_focal_loss
@@ -29,6 +30,7 @@ __all__ = [
     "Assignment",
     "Detections",
     "HeadLoss",
+    "RtmdetLoss",
     "TaskAlignedAssignment",
     "YoloLoss",
     "atss_assign",
@@ -51,6 +53,7 @@ __all__ = [
     "nms",
     "postprocess",
     "quality_focal_loss",
+    "rtmdet_loss",
     "side_distributions",
     "side_uncertainty",
     "sigmoid_focal_loss",

@@ -26,7 +26,7 @@ def pytest_report_header() -> str:
 
 
 if torch.__version__.startswith("2.6."):
-    # Asked for by name there, as the README says; later versions capture such operators by themselves.
+    # Asked for by name there, as docs/install.md says; later versions capture such operators by themselves.
     import torch._dynamo
 
     torch._dynamo.config.capture_dynamic_output_shape_ops = True

@@ -272,10 +272,10 @@ def test_figures_of_both_parts_become_one_record(recorded: dict[str, Any]) -> No
     assert all(figures["commit"] == "abc" for key in ("detectors", "goals") for figures in recorded[key].values())
 
 
-def test_the_readme_s_table_is_made_of_the_records(
+def test_the_table_is_made_of_the_records(
     recorded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = module("readme_tables")
+    tables = module("doc_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     assert tables.gpus().startswith("Nothing has been timed on a GPU yet")
     (tmp_path / "results").mkdir()

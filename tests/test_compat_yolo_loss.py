@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers.assignment_scenes import by_lower_index
+from peers.assignment_scenes import FLAT, POINTS, SIDE, real, theirs_of_wide_cuts
 from torch import Tensor, nn
 
 from gfl_ops.compat import ultralytics as compat
@@ -34,8 +34,8 @@ V84 = hasattr(their_loss.v8DetectionLoss, "loss")
 SIZES = [(12, 16), (6, 8), (3, 4)]
 STRIDES = [8.0, 16.0, 32.0]
 CLASSES = 5
-# Boxes drawn at random, of whole pixels on every cell's edge (ties), and none.
-SCENES = ("drawn", "ties", "none", "one image empty")
+# Boxes drawn at random, of whole pixels on every cell's edge (ties), none, and those of photos.
+SCENES = ("drawn", "ties", "none", "one image empty", "real")
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +52,9 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any]:
     return ours, call()
 
 
-def criterion(bins: int = 16, kind: str = "v8DetectionLoss", **options: Any) -> Any:
+def criterion(bins: int = 16, kind: str = "v8DetectionLoss", classes: int = CLASSES, **options: Any) -> Any:
     """Their loss of a model that has nothing but a head."""
-    head = SimpleNamespace(stride=torch.tensor(STRIDES), nc=CLASSES, reg_max=bins)
+    head = SimpleNamespace(stride=torch.tensor(STRIDES), nc=classes, reg_max=bins)
     model = SimpleNamespace(args=get_cfg(), model=[head], parameters=lambda: iter([torch.zeros(1)]), class_weights=None)
     return getattr(their_loss, kind)(model, **options)
 
@@ -86,13 +86,33 @@ def drawn_maps(g: torch.Generator, bins: int, dtype: torch.dtype, scene: str = "
     return [x.to(dtype).requires_grad_() for x in (scores, sides)]
 
 
+def photos(g: torch.Generator, bins: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Leaves as above and the batch, of every fourth photo: predicted boxes are near the objects around them."""
+    scores, boxes, _, labels, gt, mask = (part if part is POINTS else part[::4] for part in real(g))
+    stride = torch.cat([torch.full((h * w, 1), s) for h, w, s in zip(FLAT[::2], FLAT[1::2], STRIDES)])
+    distance = (torch.cat([POINTS - boxes[..., :2], boxes[..., 2:] - POINTS], -1) / stride).double()
+    if bins > 1:
+        peaks = -2 * (distance.clamp(0, bins - 1)[..., None] - torch.arange(bins)) ** 2
+        distance = (peaks + torch.randn(peaks.shape, generator=g, dtype=torch.float64) * 0.5).flatten(2)
+    maps = [scores.double().clamp(1e-4, 1 - 1e-4).logit(), distance]
+    image, slot = (mask[..., 0] > 0).nonzero(as_tuple=True)
+    xyxy = gt[image, slot] / SIDE
+    batch = {
+        "batch_idx": image.float(),
+        "cls": labels[image, slot],
+        "bboxes": torch.cat([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1),
+    }
+    return [x.transpose(1, 2).to(dtype).contiguous().requires_grad_() for x in maps], batch
+
+
 def predictions(scores: Tensor, sides: Tensor) -> Any:
     """What a head in training gives, in the installed version's form."""
-    feats = [scores.new_zeros(2, 1, h, w) for h, w in SIZES]
+    sizes = SIZES if scores.shape[1] == CLASSES else list(zip(FLAT[::2], FLAT[1::2]))
+    feats = [scores.new_zeros(len(scores), 1, h, w) for h, w in sizes]
     if V84:
         return {"boxes": sides, "scores": scores, "feats": feats}
-    parts = torch.cat([sides, scores], 1).split([h * w for h, w in SIZES], 2)
-    return [part.unflatten(2, size) for part, size in zip(parts, SIZES)]
+    parts = torch.cat([sides, scores], 1).split([h * w for h, w in sizes], 2)
+    return [part.unflatten(2, size) for part, size in zip(parts, sizes)]
 
 
 def items_of(items: Any) -> Tensor:
@@ -112,20 +132,25 @@ def outcome(loss: Any, maps: list[Tensor], preds: Any, batch: dict[str, Tensor])
 @pytest.mark.parametrize("options", [{}, {"tal_topk": 7, "tal_topk2": 1}], ids=["many", "one"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_losses_and_gradients(
-    dtype: torch.dtype,
-    options: dict[str, int],
-    bins: int,
-    scene: str,
-    generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype, options: dict[str, int], bins: int, scene: str, generator: torch.Generator
 ) -> None:
-    # On a CPU torch orders ties as it likes.
-    monkeypatch.setattr(torch, "topk", by_lower_index)
     if options and not V84:
         options = {"tal_topk": 1}
-    batch, loss = drawn_batch(generator, scene), criterion(bins, **options)
-    maps = drawn_maps(generator, bins, dtype, scene)
-    ours, theirs = both(lambda: outcome(loss, maps, predictions(*maps), batch))
+    loss = criterion(bins, classes=80 if scene == "real" else CLASSES, **options)
+
+    def draw() -> tuple[list[Tensor], dict[str, Tensor]]:
+        if scene == "real":
+            return photos(generator, bins, dtype)
+        return drawn_maps(generator, bins, dtype, scene), drawn_batch(generator, scene)
+
+    def evaluated(given: tuple[list[Tensor], dict[str, Tensor]]) -> list[Tensor]:
+        return outcome(loss, given[0], predictions(*given[0]), given[1])
+
+    given, theirs = theirs_of_wide_cuts(draw, evaluated)
+    with compat.patch() as names:
+        assert names[-1] == "ultralytics.utils.loss.v8DetectionLoss"
+        ours = evaluated(given)
+    assert scene == "none" or float(theirs[0][0]) > 0
     assert [x.dtype for x in ours[:2]] == [x.dtype for x in theirs[:2]]
     for a, b in zip(ours, theirs, strict=True):
         assert torch.isfinite(b).all()
@@ -136,10 +161,19 @@ def test_losses_and_gradients(
 @pytest.mark.skipif(not V84, reason="the end-to-end loss with `topk2` is of ultralytics 8.4")
 @pytest.mark.parametrize("bins", [16, 1])
 def test_the_end_to_end_loss(bins: int, generator: torch.Generator) -> None:
-    batch, loss = drawn_batch(generator), criterion(bins, "E2ELoss")
-    maps = [drawn_maps(generator, bins, torch.float64) for _ in range(2)]
-    preds = dict(zip(("one2many", "one2one"), (predictions(*m) for m in maps)))
-    ours, theirs = both(lambda: outcome(loss, [*maps[0], *maps[1]], preds, batch))
+    loss = criterion(bins, "E2ELoss")
+
+    def draw() -> tuple[list[list[Tensor]], dict[str, Tensor]]:
+        return [drawn_maps(generator, bins, torch.float64) for _ in range(2)], drawn_batch(generator)
+
+    def evaluated(given: tuple[list[list[Tensor]], dict[str, Tensor]]) -> list[Tensor]:
+        maps, batch = given
+        preds = dict(zip(("one2many", "one2one"), (predictions(*m) for m in maps)))
+        return outcome(loss, [*maps[0], *maps[1]], preds, batch)
+
+    given, theirs = theirs_of_wide_cuts(draw, evaluated)
+    with compat.patch():
+        ours = evaluated(given)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 

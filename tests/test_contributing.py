@@ -53,7 +53,7 @@ def apply(block: Block, tree: Path) -> None:
 def copy_of_the_tree(folder: Path) -> Path:
     """The files that a build or a test reads, without what was built."""
     tree = folder / "tree"
-    for name in ("gfl_ops", "csrc", "python", "benchmarks", "scripts", "tests", "build_backend"):
+    for name in ("gfl_ops", "csrc", "python", "benchmarks", "scripts", "tests", "build_backend", "docs", "examples"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "CMakeLists.txt"):
@@ -136,9 +136,11 @@ def test_a_loss_is_added_by_the_words_of_contributing(tmp_path: Path) -> None:
     words = ["--ops", STEM, "--dtypes", "fp32", "--size", "96x160", "--rounds", "1", "--seconds", "0.01"]
     out = run([sys.executable, "benchmarks/bench_losses.py", *words, "--device", "cpu", "--out", str(tmp_path)], tree)
     assert re.search(rf"{STEM} fp32 +native", out), out
-    run([sys.executable, "scripts/readme_tables.py"], tree)
+    run([sys.executable, "scripts/doc_tables.py"], tree)
     row = next(
-        line for line in (tree / "README.md").read_text(encoding="utf-8").splitlines() if f"`{STEM}_loss`" in line
+        line
+        for line in (tree / "docs" / "operators.md").read_text(encoding="utf-8").splitlines()
+        if f"`{STEM}_loss`" in line
     )
     assert "C++, CUDA, Triton" in row
     if importlib.util.find_spec("ruff"):

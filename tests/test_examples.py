@@ -65,7 +65,7 @@ def test_a_framework(name: str, needs: str, tmp_path: Path) -> None:
         pytest.skip(f"{needs} is not installed (tests/support/peers/requirements.txt)")
     printed = run(name, tmp_path, YOLO_OFFLINE="true", YOLO_CONFIG_DIR=str(tmp_path))
     assert "replaced by gfl_ops:" in printed and "detections:" in printed
-    # The README's table, which is taken from the example, lists what patch() replaces.
+    # The documentation's table, which is taken from the example, lists what patch() replaces.
     listed = re.search(
         r"^Replaces: (.*(?:\n {4}.*)*)", (EXAMPLES / name).read_text(encoding="utf-8"), flags=re.MULTILINE
     )

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,73 +141,6 @@ def test_points_of_a_grid_are_the_grid(generator: torch.Generator) -> None:
         assert torch.equal(m[counts], w[:, order][counts])
 
 
-@pytest.mark.skipif(not NATIVE, reason="the extension is not built")
-def test_many_objects(generator: torch.Generator) -> None:
-    """65 536 in an image; a matrix with the locations would have 8 million entries."""
-    given = scene(generator, 1, 65536)
-    got = assign(given)
-    with gfl_ops.set_backend("reference"):
-        want = assign(given)
-    assert torch.equal(got.matched, want.matched) and torch.equal(got.scores, want.scores)
-
-
-MEMORY = """
-import resource, torch, gfl_ops
-sizes, strides, slots, images = [(80, 80), (40, 40), (20, 20)], [8, 16, 32], 4096, 4
-generator = torch.Generator().manual_seed(0)
-centre = torch.rand(images, slots, 2, generator=generator) * 640
-gt = torch.cat([centre - 12, centre + 12], -1)
-labels = torch.zeros(images, slots, dtype=torch.long)
-scores = torch.rand(images, 8400, 3, generator=generator)
-boxes = torch.rand(images, 8400, 4, generator=generator) * 24
-call = lambda g: gfl_ops.task_aligned_assign(scores, boxes, sizes, strides, gt[:, :g], labels[:, :g])
-call(4)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = call(slots)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(not NATIVE, reason="the extension is not built")
-def test_memory_does_not_grow_with_pairs(tmp_path: Path) -> None:
-    """4096 boxes times 8400 locations would be 131 MB an image, in fp32."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert int(done.stdout) < 20_000, f"{done.stdout} KB more"
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_counts_as_no_box(backend: str, generator: torch.Generator) -> None:
-    """Padding, unknown classes, NaN and infinity; wherever they stand, the others are assigned as without them."""
-    given = scene(generator, 1, 9)
-    given["gt_labels"] = torch.tensor([[-1, 0, 1, CLASSES, 2, 3, 0, 1, -9]])
-    given["gt_boxes"][0, 5, 1], given["gt_boxes"][0, 7, 2] = float("nan"), float("inf")
-    kept = torch.tensor([1, 2, 4, 6])
-    less = {**given, "gt_boxes": given["gt_boxes"][:, kept], "gt_labels": given["gt_labels"][:, kept]}
-    with gfl_ops.set_backend(backend):
-        got, want = assign(given), assign(less)
-        nothing = assign({**given, "gt_labels": torch.full((1, 9), -1)})
-    assert torch.equal(got.labels, want.labels) and torch.equal(got.scores, want.scores)
-    assert torch.equal(got.matched, torch.where(want.matched >= 0, kept[want.matched.clamp(min=0)], -1))
-    assert (want.labels >= 0).any() and (nothing.labels == -1).all() and (nothing.scores == 0).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_dtype_and_layout(backend: str, generator: torch.Generator) -> None:
-    given = scene(generator, 2, 9)
-    given["scores"] = given["scores"].half().float()  # exact in every dtype but bf16
-    with gfl_ops.set_backend(backend):
-        want = assign(given)
-        for dtype in (torch.float16, torch.float64):
-            planes = given["scores"].to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-            wide = given["boxes"].double() if dtype == torch.float64 else given["boxes"]
-            got = assign({**given, "scores": planes, "boxes": wide, "gt_labels": given["gt_labels"].int()})
-            for g, w in zip(got, want):
-                assert torch.equal(g, w)
-        strided = torch.empty(2, len(POINTS), 2 * CLASSES)[..., ::2].copy_(given["scores"])
-        assert all(torch.equal(g, w) for g, w in zip(assign({**given, "scores": strided}), want))
-        assert not assign({**given, "scores": given["scores"].requires_grad_()}).scores.requires_grad
-
-
 def test_arc_tangent_and_power() -> None:
     x = torch.cat([torch.logspace(-12, 12, 20001), torch.tensor([0.0, float("inf")])])
     want = x.double().atan()
@@ -220,45 +150,3 @@ def test_arc_tangent_and_power() -> None:
     x = torch.linspace(0, 1, 101)
     for exponent in (0.0, 0.5, 1.0, 1.5, 6.0, 2.3):
         torch.testing.assert_close(power(x, exponent).double(), x.double() ** exponent, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"scores": torch.zeros(2, 3)}, ValueError, r"`scores` must have shape \[B, A, C\]"),
-        ({"scores": torch.zeros(1, 126, 4).long()}, TypeError, "`scores` must have one of the dtypes"),
-        ({"boxes": torch.zeros(1, 125, 4)}, ValueError, r"`boxes` must have shape \[B, A, 4\] = \[1, 126, 4\]"),
-        ({"level_sizes": [(8, 12)]}, ValueError, "`strides` must hold one number per level, 1"),
-        ({"level_sizes": [(8, 12), (4, 6), (2, 4)]}, ValueError, "`level_sizes` must have the A = 126 cells"),
-        ({"level_sizes": None}, TypeError, "`level_sizes` must be a list"),
-        ({"gt_boxes": torch.zeros(2, 2, 4)}, ValueError, r"`gt_boxes` must have shape \[B, G, 4\]"),
-        ({"gt_labels": torch.zeros(1, 3).long()}, ValueError, r"`gt_labels` must have shape \[B, G\] = \[1, 2\]"),
-        ({"gt_labels": torch.zeros(1, 2)}, TypeError, "`gt_labels` must have one of the dtypes int64"),
-        ({"topk": 0}, ValueError, "`topk` must be >= 1"),
-        ({"topk2": 0}, ValueError, "`topk2` must be >= 1"),
-        ({"alpha": -1}, ValueError, "`alpha` must be >= 0"),
-        ({"beta": 0}, ValueError, "`beta` must be > 0"),
-        ({"min_side": -1.0}, ValueError, "`min_side` must be >= 0"),
-        ({"points": torch.zeros(125, 2)}, ValueError, r"`points` must have shape \[A, 2\] = \[126, 2\]"),
-        ({"variant": "tood"}, ValueError, "`variant` must be one of 'ultralytics', 'yolov6', 'mmdet'"),
-        ({"overlap": "giou"}, ValueError, "`overlap` must be one of 'ciou', 'iou'"),
-    ],
-)
-def test_bad_input(change: dict[str, Any], error: type[Exception], text: str) -> None:
-    arguments = {
-        "scores": torch.zeros(1, 126, 4),
-        "boxes": torch.zeros(1, 126, 4),
-        "level_sizes": SIZES,
-        "strides": STRIDES,
-        "gt_boxes": torch.zeros(1, 2, 4),
-        "gt_labels": torch.zeros(1, 2).long(),
-    }
-    with pytest.raises(error, match="gfl_ops.task_aligned_assign: " + text):
-        gfl_ops.task_aligned_assign(**(arguments | change))
-
-
-def test_a_label_that_is_no_class_is_refused_where_checks_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gfl_ops.core.checks.SYNCHRONISING", True)
-    given = {"scores": torch.zeros(1, 126, 4), "boxes": torch.zeros(1, 126, 4), "gt_boxes": torch.zeros(1, 2, 4)}
-    with pytest.raises(ValueError, match="`gt_labels` must be below C = 4, got 5"):
-        assign({**given, "gt_labels": torch.tensor([[-1, 5]])})

@@ -217,3 +217,50 @@ def test_errors(change: dict[str, Any], error: type, text: str, generator: torch
     arguments = {"reg_preds": sides, "cls_scores": scores, "strides": strides, "gt_boxes": gt, "gt_labels": labels}
     with pytest.raises(error, match="gfl_ops.yolo_loss: " + text):
         gfl_ops.yolo_loss(**(arguments | change))
+
+
+@pytest.mark.parametrize("function", ["yolo_loss", "rtmdet_loss"])
+def test_what_counts_as_no_box(function: str, backend: str, generator: torch.Generator) -> None:
+    """Padding, unknown classes, NaN and infinity; wherever they stand, the losses are those without them."""
+    sides, scores, strides, gt, labels = drawn(generator, 1, torch.float32)
+    gt, labels = gt.repeat(1, 2, 1), torch.cat([labels, labels], 1)
+    labels[:, 0], labels[:, 1] = -9, CLASSES
+    gt[:, 2, 1], gt[:, 3, 2] = float("nan"), float("inf")
+
+    def losses(gt: Tensor, labels: Tensor) -> list[Tensor]:
+        leaves = leaves_of(sides + scores)
+        if function == "yolo_loss":
+            found = gfl_ops.yolo_loss(leaves[:3], leaves[3:], strides, gt, labels, bins=1)[:3]
+        else:
+            pixels = [m * stride for m, stride in zip(leaves[:3], strides)]
+            found = gfl_ops.rtmdet_loss(leaves[3:], pixels, strides, gt, labels)[:2]
+        return [*found, *torch.autograd.grad(sum(found), leaves)]  # type: ignore[arg-type]
+
+    got, want = losses(gt, labels), losses(gt[:, 4:], labels[:, 4:])
+    assert want[0] > 0 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_degenerate_boxes(backend: str, generator: torch.Generator) -> None:
+    """Without an extent, turned around or vast: whatever they get, losses and gradients are numbers."""
+    sides, scores, strides, gt, labels = drawn(generator, 16, torch.float32)
+    gt[0, 0, 2:], gt[0, 1] = gt[0, 0, :2], gt[0, 1].roll(2)
+    gt[0, 2] = torch.tensor([-1e30, -1e30, 1e30, 1e30])
+    leaves = leaves_of(sides + scores)
+    got = gfl_ops.yolo_loss(leaves[:3], leaves[3:], strides, gt, labels.clamp(min=0))
+    (got.box + got.cls + got.dfl).backward()
+    assert all(torch.isfinite(x) for x in got) and all(bool(torch.isfinite(m.grad).all()) for m in leaves)
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="the extension is not built")
+def test_many_objects(generator: torch.Generator) -> None:
+    """65 536 in an image, on every backend."""
+    sides, scores, strides, *_ = drawn(generator, 4, torch.float32)
+    gt = draw_boxes(2 * 65536, torch.device("cpu"), torch.float32, generator, extent=100.0).view(2, 65536, 4)
+    labels = torch.randint(-1, CLASSES, (2, 65536), generator=generator)
+    found = []
+    for name in BACKENDS:
+        with gfl_ops.set_backend(name):
+            found.append(gfl_ops.yolo_loss(sides, scores, strides, gt, labels, bins=4))
+    for reference, native in zip(*found, strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-5, atol=0)
+    assert int(found[0].num_pos) > 100

@@ -192,6 +192,34 @@ def yolo_loss(scene: Scene, dtype: torch.dtype) -> Iterator[Case]:
     gradients = ("cls_scores", "reg_preds")
     what = f"{scene.batch} images, {int((scene.gt_labels >= 0).sum())} boxes"
     yield Case("yolo_loss", "yolo_loss", what, inputs, ours, {"eager": eager}, None, gradients, reads=reads)
+    yield rtmdet_loss(scene, dtype)
+
+
+def rtmdet_loss(scene: Scene, dtype: torch.dtype) -> Case:
+    """With the assignment; the boxes are those that the assigners' cases have."""
+    strides, (given, points) = scene.head.strides, predictions(scene, dtype)
+    boxes = given["boxes"]
+    distance = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1).transpose(1, 2)
+    sizes = level_sizes(scene.size)
+    parts = distance.split([h * w for h, w in sizes], 2)
+    inputs = {
+        "cls_scores": [m.to(dtype) for m in scene.head.cls_scores],
+        "reg_preds": [part.unflatten(2, size).to(dtype) for part, size in zip(parts, sizes)],
+        "gt_boxes": scene.gt_boxes,
+        "gt_labels": scene.gt_labels,
+    }
+
+    def ours(cls_scores: list[Tensor], reg_preds: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        found = gfl_ops.rtmdet_loss(cls_scores, reg_preds, strides, gt_boxes, gt_labels, center_offset=0.5)
+        return tuple(found)[:2]
+
+    def eager(cls_scores: list[Tensor], reg_preds: list[Tensor], gt_boxes: Tensor, gt_labels: Tensor) -> Any:
+        return formulas.head.rtmdet_loss(cls_scores, reg_preds, strides, gt_boxes, gt_labels)
+
+    reads = sum(m.numel() * m.element_size() for name in ("reg_preds", "cls_scores") for m in inputs[name])
+    what = f"{scene.batch} images, {int((scene.gt_labels >= 0).sum())} boxes"
+    gradients = ("cls_scores", "reg_preds")
+    return Case("yolo_loss", "rtmdet_loss", what, inputs, ours, {"eager": eager}, None, gradients, reads=reads)
 
 
 MAKERS = {

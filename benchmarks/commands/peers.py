@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,11 @@ class Turn(Run):
         self.results, self.gradients = None, ()
 
 
-def parts(detector: Detector) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], bool]]:
+# Name, call, inputs, and whether it has gradients.
+Part = tuple[str, Callable[..., Any], dict[str, Any], bool]
+
+
+def parts(detector: Detector) -> Iterator[Part]:
     """Each computation with its inputs, and whether it needs gradients: of its maps, or of the model's weights."""
     yield "training step", detector.train, {}, True
     yield "  of it losses", detector.loss, {"given": detector.maps}, True
@@ -75,10 +79,12 @@ def unlike(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return alone / max(total, 1)
 
 
-def measure(bench: Bench, peer: Peer, detector: Detector, count: int) -> list[Result]:
-    """Check and time the computations of a detector, unpatched and patched."""
+def measure(
+    bench: Bench, peer: Peer, detector: Detector, count: int, computations: Iterable[Part] | None = None
+) -> list[Result]:
+    """Check and time the computations of a detector, all by default, unpatched and patched."""
     results = []
-    for name, call, inputs, trains in parts(detector):
+    for name, call, inputs, trains in computations or parts(detector):
         case = Case("", name, "", inputs, call, gradients=tuple(inputs or ["weights"]) if trains else ())
         runs, found = {}, {}
         for provider in (AS_IS, OURS):

@@ -259,6 +259,31 @@ def yolo_loss(
     return 7.5 * box, 0.5 * cls, 1.5 * dfl
 
 
+def rtmdet_loss(
+    cls_scores: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    strides: Sequence[float],
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As mmdet has it: all boxes decoded, the positives picked by nonzero. Centres lie in the middle of their cells."""
+    sizes, device = [m.shape[2:] for m in cls_scores], gt_boxes.device
+    x, sides = (torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2) for maps in (cls_scores, reg_preds))
+    points = torch.cat([(grid(h, w, device) + 0.5) * s for (h, w), s in zip(sizes, strides)])
+    step = torch.cat([torch.full((h * w,), s, device=device) for (h, w), s in zip(sizes, strides)])
+    boxes = distance_to_box(points, widen(sides))
+    labels, matched, overlap = dynamic_soft_labels(
+        x.detach(), boxes.detach().float(), points, step, gt_boxes.float(), gt_labels
+    )
+    score, norm = overlap.to(boxes.dtype), overlap.sum().clamp(min=1) - MEAN_EPS
+    flat, target = widen(x).flatten(0, 1), (labels.flatten(), score.flatten())
+    cls = qfl(flat, target, torch.ones_like(target[1]), norm)
+    image, place = (labels >= 0).nonzero(as_tuple=True)
+    true = gt_boxes[image, matched[image, place]].to(boxes.dtype)
+    box = box_iou_loss(boxes[image, place], true, score[image, place], norm, "giou", 1e-6)
+    return CLS_WEIGHT * cls, BOX_WEIGHT * box
+
+
 def element_iou(pred: Tensor, target: Tensor) -> Tensor:
     """1 − IoU of each pair."""
     extent = (torch.min(pred[:, 2:], target[:, 2:]) - torch.max(pred[:, :2], target[:, :2])).clamp(min=0)

@@ -93,6 +93,7 @@ class BuildExt(build_ext):
         if plan.torch is None:
             return
         say(f"compiling against torch {plan.torch.version} in {plan.torch.site}")
+        say("this takes some minutes; GFL_OPS_WITH_CUDA=0 or TORCH_CUDA_ARCH_LIST=9.0 shorten it, docs/install.md how")
         cuda = f"with CUDA part by {plan.cuda.nvcc} for {', '.join(plan.archs)}" if plan.cuda else ""
         say(cuda or f"without CUDA part: {plan.cuda_reason}")
         try:
@@ -108,7 +109,9 @@ class BuildExt(build_ext):
         # The folder of an editable install is temporary; the tree's own keeps the objects for the next build.
         objects = ROOT / "build" / "temp" / f"{self.plat_name}-{sys.implementation.cache_tag}"
         try:
-            library = ninja_build.build(self.plan, self.abi, ROOT, objects)
+            # Whoever works on a checkout compiles single files again; a wheel is built once.
+            merge = 0 if self.inplace or self.editable_mode else ninja_build.job_count()
+            library = ninja_build.build(self.plan, self.abi, ROOT, objects, merge)
         except (RuntimeError, subprocess.CalledProcessError) as error:
             raise BuildError(f"the extension was not built: {error}") from error
         target = Path(self.get_ext_fullpath(ext.name))

@@ -4,23 +4,16 @@
 #include "gfl/rows.h"
 #include "head_loss.h"
 
-// What every operator of the loss takes.
-#define GFL_LOSS_PARAMETERS                                                                                    \
-  at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides, const at::Tensor &labels, \
-      const at::Tensor &matched, const at::Tensor &gt_boxes, const OptionalTensor &cls_norm,                   \
-      const OptionalTensor &box_norm, int64_t reg_max, at::ArrayRef<double> loss_weights, double beta,         \
-      at::ArrayRef<double> center_offset, bool legacy
-#define GFL_LOSS_ARGUMENTS                                                                                    \
-  cls_scores, reg_preds, strides, labels, matched, gt_boxes, cls_norm, box_norm, reg_max, loss_weights, beta, \
-      center_offset, legacy
-
 namespace gfl::binding {
 namespace {
 
 struct LevelSizes { std::vector<int64_t> sizes; };
 
 struct GflArguments : LevelSizes, LossArguments {
-  explicit GflArguments(GFL_LOSS_PARAMETERS)
+  GflArguments(at::TensorList cls_scores, at::TensorList reg_preds, at::ArrayRef<double> strides,
+               const at::Tensor& labels, const at::Tensor& matched, const at::Tensor& gt_boxes,
+               const OptionalTensor& cls_norm, const OptionalTensor& box_norm, int64_t reg_max,
+               at::ArrayRef<double> loss_weights, double beta, at::ArrayRef<double> center_offset, bool legacy)
       : LevelSizes{sizes_of(cls_scores)},
         LossArguments(cls_scores, reg_preds, sizes, strides, center_offset, labels, matched, gt_boxes, reg_max) {
     TORCH_CHECK_VALUE(reg_max >= 1 && reg_max < kMaxBins, "gfl: `reg_max` must be in [1, ", kMaxBins - 1, "], got ",
@@ -35,25 +28,6 @@ struct GflArguments : LevelSizes, LossArguments {
 #endif
   }
 };
-
-Losses gfl_loss_forward(GFL_LOSS_PARAMETERS) { return losses_of(GflArguments(GFL_LOSS_ARGUMENTS)); }
-
-Gradients gfl_loss_backward(const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl,
-                            GFL_LOSS_PARAMETERS, Needs2 needs) {
-  const GflArguments a(GFL_LOSS_ARGUMENTS);
-  return gradients_of(a, a.grads(grad_cls, grad_box, grad_dfl), needs);
-}
-
-LossesAndGradients gfl_loss_forward_and_gradient(GFL_LOSS_PARAMETERS, Needs2 needs) {
-  return losses_and_gradients_of(GflArguments(GFL_LOSS_ARGUMENTS), needs);
-}
-
-void gfl_loss_finish(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
-                     const at::Tensor& grad_box, const at::Tensor& grad_dfl, const at::Tensor& scales,
-                     GFL_LOSS_PARAMETERS, Needs2 needs) {
-  const GflArguments a(GFL_LOSS_ARGUMENTS);
-  finish_gradients(a, grad_scores, grad_preds, a.grads(grad_cls, grad_box, grad_dfl), scales, needs);
-}
 
 // Both norms, for one all-reduce.
 at::Tensor head_loss_norms_forward(at::TensorList cls_scores, const at::Tensor& labels, const at::Tensor& matched) {
@@ -71,10 +45,9 @@ at::Tensor head_loss_norms_forward(at::TensorList cls_scores, const at::Tensor& 
 }
 
 GFL_OPERATOR(head_loss_norms, head_loss_norms_forward)
-GFL_OPERATOR(gfl_loss_fwd_and_grad, gfl_loss_forward_and_gradient)
-GFL_OPERATOR(gfl_loss_finish, gfl_loss_finish)
-GFL_OPERATOR(gfl_loss_fwd, gfl_loss_forward)
-GFL_OPERATOR(gfl_loss_bwd, gfl_loss_backward)
+GFL_HEAD_LOSS(gfl_loss, GflArguments, at::TensorList, at::TensorList, at::ArrayRef<double>, const at::Tensor&,
+              const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+              at::ArrayRef<double>, double, at::ArrayRef<double>, bool)
 
 }  // namespace
 }  // namespace gfl::binding

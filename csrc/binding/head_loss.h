@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the losses of GFL and YOLO heads share: checks of maps and assignments, where gradients go, and the launches.
+// What the losses of GFL heads and of those with scores given share: checks of maps and assignments, where gradients go, and the launches.
 #pragma once
 #include <ATen/ops/empty_like.h>
 
@@ -98,7 +98,7 @@ struct ClassMaps {
   const at::Tensor& first;
   std::vector<HeadLevel> levels;
   at::Tensor labels_, matched_;
-  GflLossInput in{};
+  HeadLossInput in{};
 
   ClassMaps(at::TensorList cls_scores, at::IntArrayRef level_sizes, const at::Tensor& labels, const at::Tensor& matched)
       : cls{cls_scores, level_sizes}, first(check_first(cls_scores)) {
@@ -135,9 +135,9 @@ struct ClassMaps {
 
 #if defined(GFL_WITH_CUDA)
   void check_fits(bool fits, const char* op) const {
-    TORCH_CHECK_NOT_IMPLEMENTED(!first.is_cuda() || fits, "gfl::", op, " on CUDA takes up to ", cuda::kGflLossMaxLevels,
-                                " levels and 2^31 locations, got ", in.level_count, " levels and ", in.locations,
-                                " locations");
+    TORCH_CHECK_NOT_IMPLEMENTED(!first.is_cuda() || fits, "gfl::", op, " on CUDA takes up to ",
+                                cuda::kHeadLossMaxLevels, " levels and 2^31 locations, got ", in.level_count,
+                                " levels and ", in.locations, " locations");
   }
 #endif
 };
@@ -146,7 +146,7 @@ struct ClassMaps {
 struct LossArguments : ClassMaps {
   const LevelMaps reg;
   at::Tensor gt_boxes_;
-  GflLossScalars scalars{};
+  HeadLossScalars scalars{};
 
   // `reg_max` is the last bin.
   LossArguments(at::TensorList cls_scores, at::TensorList reg_preds, at::IntArrayRef level_sizes,
@@ -184,7 +184,7 @@ struct LossArguments : ClassMaps {
     std::copy_n(weights.begin(), 3, scalars.loss_weights);
   }
 
-  GflLossGrads grads(const at::Tensor& cls, const at::Tensor& box, const at::Tensor& dfl) const {
+  HeadLossGrads grads(const at::Tensor& cls, const at::Tensor& box, const at::Tensor& dfl) const {
     return {number_on(first, cls, "grad_cls"), number_on(first, box, "grad_box"), number_on(first, dfl, "grad_dfl")};
   }
 
@@ -216,7 +216,7 @@ struct Results {
       *t = at::empty({}, like.options().dtype(accumulator_of(like)));
     }
   }
-  GflLossOutput out() const {
+  HeadLossOutput out() const {
     return {cls.mutable_data_ptr(), box.mutable_data_ptr(), dfl.mutable_data_ptr(), num_pos.mutable_data_ptr(),
             box_weight.mutable_data_ptr()};
   }
@@ -242,53 +242,75 @@ using Gradients = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
 using LossesAndGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                       std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
-inline Losses losses_of(const LossArguments& a) {
-  const Results results(a.first);
-  const GflLossOutput out = results.out();
-  run(a.first, GFL_CUDA_LAUNCH(gfl_loss_forward, a.in, a.scalars, workspace_for(a).mutable_data_ptr(), out),
-      [&](const ParallelFor& parallel) { cpu::gfl_loss_forward(a.in, a.scalars, out, parallel); });
-  return results.all();
-}
+// Each takes what `Arguments`, which are LossArguments, are made of.
+template <class Arguments, class... Taken> struct LossOperators {
+  static Losses forward(Taken... taken) {
+    const Arguments a(taken...);
+    const Results results(a.first);
+    const HeadLossOutput out = results.out();
+    run(a.first, GFL_CUDA_LAUNCH(gfl_loss_forward, a.in, a.scalars, workspace_for(a).mutable_data_ptr(), out),
+        [&](const ParallelFor& parallel) { cpu::gfl_loss_forward(a.in, a.scalars, out, parallel); });
+    return results.all();
+  }
 
-inline Gradients gradients_of(const LossArguments& a, const GflLossGrads& grads, Needs2 needs) {
-  std::vector<at::Tensor> of_cls = empty_gradients(a.cls.maps, needs[0]),
-                          of_reg = empty_gradients(a.reg.maps, needs[1]);
-  const std::vector<HeadGradients> out = a.places(of_cls, of_reg, needs);
-  run(a.first,
-      GFL_CUDA_LAUNCH(gfl_loss_backward, a.in, a.scalars, grads, workspace_for(a).mutable_data_ptr(),
-                      pointer_to(empty_scales(a.first)), out.data()),
-      [&](const ParallelFor& parallel) { cpu::gfl_loss_backward(a.in, a.scalars, grads, out.data(), parallel); });
-  return {std::move(of_cls), std::move(of_reg)};
-}
+  static Gradients backward(const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl,
+                            Taken... taken, Needs2 needs) {
+    const Arguments a(taken...);
+    const HeadLossGrads grads = a.grads(grad_cls, grad_box, grad_dfl);
+    std::vector<at::Tensor> of_cls = empty_gradients(a.cls.maps, needs[0]),
+                            of_reg = empty_gradients(a.reg.maps, needs[1]);
+    const std::vector<HeadGradients> out = a.places(of_cls, of_reg, needs);
+    run(a.first,
+        GFL_CUDA_LAUNCH(gfl_loss_backward, a.in, a.scalars, grads, workspace_for(a).mutable_data_ptr(),
+                        pointer_to(empty_scales(a.first)), out.data()),
+        [&](const ParallelFor& parallel) { cpu::gfl_loss_backward(a.in, a.scalars, grads, out.data(), parallel); });
+    return {std::move(of_cls), std::move(of_reg)};
+  }
 
-// The losses and the gradients of their sum from one pass over the logits; and the factors of the gradients.
-inline LossesAndGradients losses_and_gradients_of(const LossArguments& a, Needs2 needs) {
-  const Results results(a.first);
-  const GflLossOutput out = results.out();
-  at::Tensor scales = empty_scales(a.first);
-  HeadScales* const factors = pointer_to(scales);
-  std::vector<at::Tensor> of_cls = empty_gradients(a.cls.maps, needs[0]),
-                          of_reg = empty_gradients(a.reg.maps, needs[1]);
-  const std::vector<HeadGradients> gradients = a.places(of_cls, of_reg, needs);
-  run(a.first,
-      GFL_CUDA_LAUNCH(gfl_loss_forward_and_gradient, a.in, a.scalars, workspace_for(a).mutable_data_ptr(), out, factors,
-                      gradients.data()),
-      [&](const ParallelFor& parallel) {
-        cpu::gfl_loss_forward_and_gradient(a.in, a.scalars, out, factors, gradients.data(), parallel);
-      });
-  return std::tuple_cat(results.all(), std::tuple(scales, std::move(of_cls), std::move(of_reg)));
-}
+  // The losses and the gradients of their sum from one pass over the logits; and the factors of the gradients.
+  static LossesAndGradients forward_and_gradient(Taken... taken, Needs2 needs) {
+    const Arguments a(taken...);
+    const Results results(a.first);
+    const HeadLossOutput out = results.out();
+    at::Tensor scales = empty_scales(a.first);
+    HeadScales* const factors = pointer_to(scales);
+    std::vector<at::Tensor> of_cls = empty_gradients(a.cls.maps, needs[0]),
+                            of_reg = empty_gradients(a.reg.maps, needs[1]);
+    const std::vector<HeadGradients> gradients = a.places(of_cls, of_reg, needs);
+    run(a.first,
+        GFL_CUDA_LAUNCH(gfl_loss_forward_and_gradient, a.in, a.scalars, workspace_for(a).mutable_data_ptr(), out,
+                        factors, gradients.data()),
+        [&](const ParallelFor& parallel) {
+          cpu::gfl_loss_forward_and_gradient(a.in, a.scalars, out, factors, gradients.data(), parallel);
+        });
+    return std::tuple_cat(results.all(), std::tuple(scales, std::move(of_cls), std::move(of_reg)));
+  }
 
-// Rescales in place the gradients that the above has written, unless the gradients that arrive are 1.
-inline void finish_gradients(const LossArguments& a, at::TensorList grad_scores, at::TensorList grad_preds,
-                             const GflLossGrads& grads, const at::Tensor& scales, Needs2 needs) {
-  check_shape(scales, {3}, "scales");
-  check_dtype(scales, at::kDouble, "scales");
-  check_device(scales, a.first, "scales");
-  const std::vector<HeadGradients> gradients = a.places(grad_scores, grad_preds, needs);
-  const HeadScales* const factors = pointer_to(scales);
-  run(a.first, GFL_CUDA_LAUNCH(gfl_loss_finish, a.in, factors, grads, gradients.data()),
-      [&](const ParallelFor& parallel) { cpu::gfl_loss_finish(a.in, factors, grads, gradients.data(), parallel); });
-}
+  // Rescales in place the gradients that the above has written, unless the gradients that arrive are 1.
+  static void finish(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
+                     const at::Tensor& grad_box, const at::Tensor& grad_dfl, const at::Tensor& scales, Taken... taken,
+                     Needs2 needs) {
+    const Arguments a(taken...);
+    const HeadLossGrads grads = a.grads(grad_cls, grad_box, grad_dfl);
+    check_shape(scales, {3}, "scales");
+    check_dtype(scales, at::kDouble, "scales");
+    check_device(scales, a.first, "scales");
+    const std::vector<HeadGradients> gradients = a.places(grad_scores, grad_preds, needs);
+    const HeadScales* const factors = pointer_to(scales);
+    run(a.first, GFL_CUDA_LAUNCH(gfl_loss_finish, a.in, factors, grads, gradients.data()),
+        [&](const ParallelFor& parallel) { cpu::gfl_loss_finish(a.in, factors, grads, gradients.data(), parallel); });
+  }
+};
 
 }  // namespace gfl::binding
+
+#define GFL_HEAD_LOSS(stem, ...)                                                        \
+  using stem##_operators = ::gfl::binding::LossOperators<__VA_ARGS__>;                  \
+  constexpr auto& stem##_forward = stem##_operators::forward;                           \
+  constexpr auto& stem##_backward = stem##_operators::backward;                         \
+  constexpr auto& stem##_forward_and_gradient = stem##_operators::forward_and_gradient; \
+  constexpr auto& stem##_finish = stem##_operators::finish;                             \
+  GFL_OPERATOR(stem##_fwd, stem##_forward)                                              \
+  GFL_OPERATOR(stem##_bwd, stem##_backward)                                             \
+  GFL_OPERATOR(stem##_fwd_and_grad, stem##_forward_and_gradient)                        \
+  GFL_OPERATOR(stem##_finish, stem##_finish)

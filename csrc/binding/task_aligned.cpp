@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> task_aligned_forward(
     const at::Tensor& scores, const at::Tensor& boxes, at::IntArrayRef level_sizes, at::ArrayRef<double> strides,
     at::ArrayRef<double> center_offset, const OptionalTensor& points, const at::Tensor& gt_boxes,
     const at::Tensor& gt_labels, int64_t topk, int64_t topk2, double alpha, double beta, double min_side, double eps,
-    std::string variant, bool ciou) {
+    std::string variant, bool ciou, bool logits) {
   TORCH_CHECK_VALUE(topk2 >= 1, "gfl: `topk2` must be >= 1, got ", topk2);
   const TaskAlignedVariant kind = variant_of(variant);
   TaskAlignedInput in{};
@@ -44,6 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> task_aligned_forward(
   in.min_side = static_cast<float>(min_side);
   in.eps = static_cast<float>(eps);
   in.variant = kind;
+  in.logits = logits;
   in.overlap = ciou                                ? TaskAlignedOverlap::ciou
                : kind == TaskAlignedVariant::mmdet ? TaskAlignedOverlap::iou
                                                    : TaskAlignedOverlap::clipped_iou;

@@ -2,31 +2,28 @@
 #include "gfl/rows.h"
 #include "head_loss.h"
 
-// What every operator of the loss takes.
-#define YOLO_LOSS_PARAMETERS                                                                                      \
-  at::TensorList cls_scores, at::TensorList reg_preds, at::IntArrayRef level_sizes, at::ArrayRef<double> strides, \
-      const at::Tensor &labels, const at::Tensor &matched, const at::Tensor &scores, const at::Tensor &gt_boxes,  \
-      int64_t bins, at::ArrayRef<double> gains
-#define YOLO_LOSS_ARGUMENTS cls_scores, reg_preds, level_sizes, strides, labels, matched, scores, gt_boxes, bins, gains
-
 namespace gfl::binding {
 namespace {
 
-struct CellCentres { std::vector<double> offsets; };
-
-struct YoloArguments : CellCentres, LossArguments {
+struct YoloArguments : LossArguments {
   at::Tensor scores_;
 
-  explicit YoloArguments(YOLO_LOSS_PARAMETERS)
-      : CellCentres{std::vector<double>(strides.size(), 0.5)},
-        LossArguments(cls_scores, reg_preds, level_sizes, strides, offsets, labels, matched, gt_boxes, bins - 1) {
-    TORCH_CHECK_VALUE(bins >= 1 && bins <= kMaxBins, "gfl: `bins` must be in [1, ", kMaxBins, "], got ", bins);
+  YoloArguments(at::TensorList cls_scores, at::TensorList reg_preds, at::IntArrayRef level_sizes,
+                at::ArrayRef<double> strides, at::ArrayRef<double> center_offset, const at::Tensor& labels,
+                const at::Tensor& matched, const at::Tensor& scores, const at::Tensor& gt_boxes, int64_t bins,
+                at::ArrayRef<double> gains, double beta, const std::string& head)
+      : LossArguments(cls_scores, reg_preds, level_sizes, strides, center_offset, labels, matched, gt_boxes, bins - 1) {
+    TORCH_CHECK_VALUE(head == "yolo" || head == "rtmdet", "gfl: `head` must be yolo or rtmdet, got ", head);
+    const bool yolo = head == "yolo";
+    TORCH_CHECK_VALUE(bins >= 1 && bins <= (yolo ? kMaxBins : 1), "gfl: `bins` must be in [1, ", yolo ? kMaxBins : 1,
+                      "], got ", bins);
     weigh(gains, "gains");
     check_shape(scores, labels.sizes(), "scores");
     check_dtype(scores, accumulator_of(first), "scores");
     check_device(scores, first, "scores");
     scores_ = scores.contiguous();
-    in.kind = HeadLossKind::yolo;
+    in.kind = yolo ? HeadLossKind::yolo : HeadLossKind::rtmdet;
+    in.beta = beta;
     in.scores = scores_.const_data_ptr();
     in.image_height = static_cast<double>(levels[0].height) * levels[0].stride;
     in.image_width = static_cast<double>(levels[0].width) * levels[0].stride;
@@ -36,29 +33,9 @@ struct YoloArguments : CellCentres, LossArguments {
   }
 };
 
-Losses yolo_loss_forward(YOLO_LOSS_PARAMETERS) { return losses_of(YoloArguments(YOLO_LOSS_ARGUMENTS)); }
-
-Gradients yolo_loss_backward(const at::Tensor& grad_cls, const at::Tensor& grad_box, const at::Tensor& grad_dfl,
-                             YOLO_LOSS_PARAMETERS, Needs2 needs) {
-  const YoloArguments a(YOLO_LOSS_ARGUMENTS);
-  return gradients_of(a, a.grads(grad_cls, grad_box, grad_dfl), needs);
-}
-
-LossesAndGradients yolo_loss_forward_and_gradient(YOLO_LOSS_PARAMETERS, Needs2 needs) {
-  return losses_and_gradients_of(YoloArguments(YOLO_LOSS_ARGUMENTS), needs);
-}
-
-void yolo_loss_finish(at::TensorList grad_scores, at::TensorList grad_preds, const at::Tensor& grad_cls,
-                      const at::Tensor& grad_box, const at::Tensor& grad_dfl, const at::Tensor& scales,
-                      YOLO_LOSS_PARAMETERS, Needs2 needs) {
-  const YoloArguments a(YOLO_LOSS_ARGUMENTS);
-  finish_gradients(a, grad_scores, grad_preds, a.grads(grad_cls, grad_box, grad_dfl), scales, needs);
-}
-
-GFL_OPERATOR(yolo_loss_fwd_and_grad, yolo_loss_forward_and_gradient)
-GFL_OPERATOR(yolo_loss_finish, yolo_loss_finish)
-GFL_OPERATOR(yolo_loss_fwd, yolo_loss_forward)
-GFL_OPERATOR(yolo_loss_bwd, yolo_loss_backward)
+GFL_HEAD_LOSS(yolo_loss, YoloArguments, at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
+              at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
+              at::ArrayRef<double>, double, std::string)
 
 }  // namespace
 }  // namespace gfl::binding

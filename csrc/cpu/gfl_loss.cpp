@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of GFL and YOLO heads on the CPU: one pass over the positives and one over the logits, in either layout.
+// The losses of heads on the CPU: one pass over the positives and one over the logits, in either layout.
 //
 //   cls, reg  maps of the levels  dtype  read      labels, matched [images, locations] int64 read
 //   gradients of both kinds       dtype  write     gt_boxes        [images, gts, 4]    A     read
@@ -72,21 +72,21 @@ A general_background_without(const T* cls, int64_t channel, int64_t classes, int
   return sum;
 }
 
-void vector_background(const GflLossInput& of, HeadTile<const void> in, int64_t count, float scale, float* sums,
+void vector_background(const HeadLossInput& of, HeadTile<const void> in, int64_t count, float scale, float* sums,
                        HeadTile<void> out) {
   GFL_BY_ISA(head_background, of.kind, of.cls_dtype, in, count, of.classes, scale, sums, out);
 }
-float vector_background_without(const GflLossInput& of, const void* cls, int64_t channel, int64_t label) {
+float vector_background_without(const HeadLossInput& of, const void* cls, int64_t channel, int64_t label) {
   GFL_BY_ISA(head_background_without, of.kind, of.cls_dtype, cls, channel, of.classes, label);
 }
 
 // Whether the exponent, if there is one, is that of the vector code.
-template <class Loss> bool is_vectorised(const GflLossInput& in) {
+template <class Loss> bool is_vectorised(const HeadLossInput& in) {
   return Loss::params == 0 || in.beta == static_cast<double>(Loss::fast_exponent);
 }
 
 template <class Loss, class T>
-void background(const GflLossInput& in, HeadTile<const T> from, int64_t count, acc_t<T> scale, acc_t<T>* sums,
+void background(const HeadLossInput& in, HeadTile<const T> from, int64_t count, acc_t<T> scale, acc_t<T>* sums,
                 HeadTile<T> to) {
   if constexpr (sizeof(T) < sizeof(double)) {
     if (is_vectorised<Loss>(in)) {
@@ -98,7 +98,7 @@ void background(const GflLossInput& in, HeadTile<const T> from, int64_t count, a
 }
 
 template <class Loss, class T>
-acc_t<T> background_without(const GflLossInput& in, const T* cls, int64_t channel, int64_t label) {
+acc_t<T> background_without(const HeadLossInput& in, const T* cls, int64_t channel, int64_t label) {
   if constexpr (sizeof(T) < sizeof(double)) {
     if (is_vectorised<Loss>(in)) return vector_background_without(in, cls, channel, label);
   }
@@ -111,7 +111,7 @@ bool rows_join(const HeadLevel& level, const int64_t (&stride)[4]) { return stri
 // The sum of a block's class losses, if `loss`, and its gradient, if `out.cls` is not null: everything as background
 // first, then what belongs to positives or is not counted.
 template <class Loss, class T>
-double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
+double block_scores(const HeadLossInput& in, const std::vector<HeadPositive>& positives, const HeadTerms* terms,
                     const HeadBlock& block, bool loss, double scale, const HeadGradients& out) {
   using A = acc_t<T>;
   const HeadLevel& level = in.levels[block.level];
@@ -154,7 +154,7 @@ double block_scores(const GflLossInput& in, const std::vector<HeadPositive>& pos
 }
 
 // Zeros a block of a distribution map. Zero is all zero bits in every dtype.
-void clear_block(const GflLossInput& in, const HeadBlock& block, const HeadGradients& out) {
+void clear_block(const HeadLossInput& in, const HeadBlock& block, const HeadGradients& out) {
   const HeadLevel& level = in.levels[block.level];
   const int64_t channels = 4 * (in.reg_max + 1),
                 size = dispatch(in.reg_dtype, [](auto t) { return int64_t{sizeof t}; });
@@ -177,11 +177,11 @@ void clear_block(const GflLossInput& in, const HeadBlock& block, const HeadGradi
 
 // ---- the whole loss ----
 
-double number(const GflLossInput& in, const void* value) {
+double number(const HeadLossInput& in, const void* value) {
   return in.cls_dtype == DType::f64 ? *static_cast<const double*>(value)
                                     : static_cast<double>(*static_cast<const float*>(value));
 }
-void put_number(const GflLossInput& in, void* to, double value) {
+void put_number(const HeadLossInput& in, void* to, double value) {
   if (in.cls_dtype == DType::f64) *static_cast<double*>(to) = value;
   else *static_cast<float*>(to) = static_cast<float>(value);
 }
@@ -189,7 +189,7 @@ void put_number(const GflLossInput& in, void* to, double value) {
 // One call: the positives with their terms, and the blocks of the pass over the logits.
 template <class Head> class HeadPass {
  public:
-  HeadPass(const GflLossInput& in, const ParallelFor& parallel)
+  HeadPass(const HeadLossInput& in, const ParallelFor& parallel)
       : in_(in), parallel_(parallel), positives_(positives_of(in)) {
     cut_blocks();
     terms_.resize(positives_.size());
@@ -206,7 +206,7 @@ template <class Head> class HeadPass {
   }
 
   // The factors of the gradients if 1 arrives.
-  HeadScales scales(const GflLossScalars& scalars) const {
+  HeadScales scales(const HeadLossScalars& scalars) const {
     const double* w = scalars.loss_weights;
     // Not std::max, which would hide a NaN.
     const double weight = weight_ < 1 ? 1 : weight_;
@@ -218,7 +218,7 @@ template <class Head> class HeadPass {
   }
 
   // Losses, if `losses` is not null, and gradients, if `gradients` is not null.
-  void run(const HeadScales& scales, const GflLossOutput* losses, const HeadGradients* gradients) const {
+  void run(const HeadScales& scales, const HeadLossOutput* losses, const HeadGradients* gradients) const {
     std::vector<double> sums(blocks_.size());
     const auto count = static_cast<int64_t>(blocks_.size());
     parallel_(count, 1, [&](int64_t begin, int64_t end) {
@@ -264,7 +264,7 @@ template <class Head> class HeadPass {
     parallel_(static_cast<int64_t>(positives_.size()), kPositivesPerChunk, body);
   }
 
-  void put_losses(const HeadScales& scales, const std::vector<double>& sums, const GflLossOutput& out) const {
+  void put_losses(const HeadScales& scales, const std::vector<double>& sums, const HeadLossOutput& out) const {
     double cls = 0, box = 0, dfl = 0;
     for (const double sum : sums) cls += sum;
     for (const HeadTerms& t : terms_) {
@@ -278,7 +278,7 @@ template <class Head> class HeadPass {
     put_number(in_, out.box_weight, weight_);
   }
 
-  const GflLossInput& in_;
+  const HeadLossInput& in_;
   const ParallelFor& parallel_;
   std::vector<HeadPositive> positives_;
   std::vector<HeadTerms> terms_;
@@ -286,14 +286,14 @@ template <class Head> class HeadPass {
   double weight_ = 0;
 };
 
-HeadScales times(const HeadScales& scales, const GflLossInput& in, const GflLossGrads& grads) {
+HeadScales times(const HeadScales& scales, const HeadLossInput& in, const HeadLossGrads& grads) {
   const auto arriving = [&](const void* grad) { return grad != nullptr ? number(in, grad) : 1.0; };
   return {arriving(grads.cls) * scales.cls, arriving(grads.box) * scales.box, arriving(grads.dfl) * scales.dfl};
 }
 
 }  // namespace
 
-void gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+void gfl_loss_forward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossOutput& out,
                       const ParallelFor& parallel) {
   dispatch_head(in, [&](auto head) {
     const HeadPass<decltype(head)> pass(in, parallel);
@@ -301,7 +301,7 @@ void gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, con
   });
 }
 
-void gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+void gfl_loss_forward_and_gradient(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossOutput& out,
                                    HeadScales* scales, const HeadGradients* gradients, const ParallelFor& parallel) {
   dispatch_head(in, [&](auto head) {
     const HeadPass<decltype(head)> pass(in, parallel);
@@ -310,7 +310,7 @@ void gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars&
   });
 }
 
-void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+void gfl_loss_finish(const HeadLossInput& in, const HeadScales* scales, const HeadLossGrads& grads,
                      const HeadGradients* gradients, const ParallelFor& parallel) {
   const HeadScales ones = times({1, 1, 1}, in, grads);
   if (ones.cls == 1 && ones.box == 1 && ones.dfl == 1) return;
@@ -319,7 +319,7 @@ void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const Gfl
   });
 }
 
-void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+void gfl_loss_backward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossGrads& grads,
                        const HeadGradients* gradients, const ParallelFor& parallel) {
   dispatch_head(in, [&](auto head) {
     const HeadPass<decltype(head)> pass(in, parallel);
@@ -327,7 +327,7 @@ void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, co
   });
 }
 
-void head_loss_norms(const GflLossInput& in, const HeadNorms& norms, const ParallelFor& parallel) {
+void head_loss_norms(const HeadLossInput& in, const HeadNorms& norms, const ParallelFor& parallel) {
   const std::vector<HeadPositive> positives = positives_of(in);
   std::vector<double> weights(positives.size());
   parallel(static_cast<int64_t>(positives.size()), kPositivesPerChunk, [&](int64_t begin, int64_t end) {

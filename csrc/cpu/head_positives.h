@@ -22,7 +22,7 @@ inline int64_t element(const int64_t (&stride)[4], int64_t image, int64_t channe
 }
 
 // Largest class probability.
-template <class T> double largest_probability(const GflLossInput& in, const HeadPositive& p) {
+template <class T> double largest_probability(const HeadLossInput& in, const HeadPositive& p) {
   const HeadLevel& level = in.levels[p.level];
   const T* x = static_cast<const T*>(level.cls) + element(level.cls_stride, p.image, 0, p.row, p.column);
   acc_t<T> largest = load(x);
@@ -34,7 +34,7 @@ template <class T> double largest_probability(const GflLossInput& in, const Head
 }
 
 // In order of image, then location.
-inline std::vector<HeadPositive> positives_of(const GflLossInput& in) {
+inline std::vector<HeadPositive> positives_of(const HeadLossInput& in) {
   std::vector<HeadPositive> found;
   int64_t location = 0;
   for (int64_t image = 0; image < in.images; ++image) {
@@ -51,7 +51,7 @@ inline std::vector<HeadPositive> positives_of(const GflLossInput& in) {
 }
 
 // Σ max(positives of an image, 1).
-inline int64_t positives_norm(const GflLossInput& in, const std::vector<HeadPositive>& positives) {
+inline int64_t positives_norm(const HeadLossInput& in, const std::vector<HeadPositive>& positives) {
   std::vector<int64_t> per_image(static_cast<size_t>(in.images), 0);
   for (const HeadPositive& p : positives) ++per_image[p.image];
   int64_t count = 0;
@@ -65,7 +65,7 @@ template <class T> struct Distributions {
   int64_t stride;  // between bins; a side's bins follow those of the side before
   int bins;
 
-  Distributions(const GflLossInput& in, const HeadPositive& p) {
+  Distributions(const HeadLossInput& in, const HeadPositive& p) {
     const HeadLevel& level = in.levels[p.level];
     data = static_cast<const T*>(level.reg) + element(level.reg_stride, p.image, 0, p.row, p.column);
     stride = level.reg_stride[1];
@@ -75,16 +75,16 @@ template <class T> struct Distributions {
   A operator()(int side, int j) const { return bounded_logit(raw(side, j)); }
 };
 
-template <class Head, class T> void distribution_terms(const GflLossInput& in, const HeadPositive& p, HeadTerms& out) {
+template <class Head, class T> void distribution_terms(const HeadLossInput& in, const HeadPositive& p, HeadTerms& out) {
   using A = acc_t<T>;
-  const HeadGeometry<A> g = head_geometry<A>(in, in.levels[p.level], p);
+  const HeadGeometry<A> g = head_geometry<Head, A>(in, in.levels[p.level], p);
   const Distributions<T> logits(in, p);
   A distance[4], dfl = 0;
   for (int side = 0; side < 4; ++side) {
     const A centre = head_centre(g, side);
     if (has_distances<Head>(in)) {
       distance[side] = logits.raw(side, 0);
-      dfl += side_error(in, in.levels[p.level], centre, g.target[side], side, distance[side]).value;
+      dfl += side_error<Head>(in, in.levels[p.level], centre, g.target[side], side, distance[side]).value;
       continue;
     }
     const auto logit = [&](int j) { return logits(side, j); };
@@ -103,10 +103,10 @@ template <class Head, class T> void distribution_terms(const GflLossInput& in, c
 }
 
 template <class Head, class T>
-void distribution_backward(const GflLossInput& in, const HeadPositive& p, const HeadTerms& terms,
+void distribution_backward(const HeadLossInput& in, const HeadPositive& p, const HeadTerms& terms,
                            const HeadScales& scales, const HeadGradients& out) {
   using A = acc_t<T>;
-  const HeadGeometry<A> g = head_geometry<A>(in, in.levels[p.level], p);
+  const HeadGeometry<A> g = head_geometry<Head, A>(in, in.levels[p.level], p);
   const Distributions<T> logits(in, p);
   T* grad = static_cast<T*>(out.reg) + element(out.reg_stride, p.image, 0, p.row, p.column);
   A exponential[4][kMaxBins], distance[4];
@@ -125,7 +125,7 @@ void distribution_backward(const GflLossInput& in, const HeadPositive& p, const 
   for (int side = 0; side < 4; ++side) {
     const A by_distance = by_box * side_sign<A>(side) * box.grad_pred[side], centre = head_centre(g, side);
     if (has_distances<Head>(in)) {
-      const A slope = side_error(in, in.levels[p.level], centre, g.target[side], side, distance[side]).slope;
+      const A slope = side_error<Head>(in, in.levels[p.level], centre, g.target[side], side, distance[side]).slope;
       store(grad + side * out.reg_stride[1], by_distance + by_dfl * slope);
       continue;
     }

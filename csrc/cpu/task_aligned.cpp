@@ -237,9 +237,10 @@ class Assigner {
 
   float score_of(int32_t slot, int64_t location) const {
     const int64_t at = location * in_.score_stride[1] + labels_[slot] * in_.score_stride[2];
-    return dispatch(in_.score_dtype, [&](auto t) {
+    const float score = dispatch(in_.score_dtype, [&](auto t) {
       return static_cast<float>(load(static_cast<const decltype(t)*>(image_.scores) + at));
     });
+    return probability(in_, score);
   }
 
   struct Point { float x, y; };

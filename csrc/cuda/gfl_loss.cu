@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of GFL and YOLO heads on the GPU, for any batch, levels and objects: two launches for the losses alone,
+// The losses of heads on the GPU, for any batch, levels and objects: two launches for the losses alone,
 // three for the gradients alone, four for both in one pass, with one more in the backward pass, which returns at once
 // if the gradients that arrive are 1. Nothing is copied to the host.
 // (arXiv 2006.04388, eq. 8)
@@ -12,7 +12,7 @@
 // then its warps take the tile's positives, one each (gfl_loss_positive.h). One block sums the tiles' partial sums. A
 // tile's gradients are written as those of background, zeros for the distributions, and overwritten at the positives in
 // the same launch. The factors of the gradients depend on the number and weights of the positives, which a launch of
-// its own computes first: it reads the labels, and logits (of a YOLO head scores) at positives only.
+// its own computes first: it reads the labels, and logits (or `scores`, where they are given) at positives only.
 // Bytes per element of a class map: the losses sizeof(dtype), the gradients 2·sizeof(dtype), both in one pass
 // 2·sizeof(dtype); of a distribution map: sizeof(dtype) written with the gradients, and at positives read three times.
 // Accumulator: A within a thread, double beyond. Repeatable bit for bit: every sum has a fixed order.
@@ -34,10 +34,10 @@ constexpr int kBackground = -1, kNotCounted = kHeadNotCounted;  // codes of loca
 
 // The levels by value, and where each begins.
 struct Head {
-  HeadLevel level[kGflLossMaxLevels];
-  HeadGradients grad[kGflLossMaxLevels];
-  int64_t start[kGflLossMaxLevels];   // first location
-  int first_tile[kGflLossMaxLevels];  // counted from the last level
+  HeadLevel level[kHeadLossMaxLevels];
+  HeadGradients grad[kHeadLossMaxLevels];
+  int64_t start[kHeadLossMaxLevels];   // first location
+  int first_tile[kHeadLossMaxLevels];  // counted from the last level
   int levels, tiles;
 };
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ Place place_of(const Head& head, int64_t images) {
 }
 
 // Reads the tile's labels and lists its positives in order. Returns how many there are.
-__device__ __forceinline__ int read_labels(const GflLossInput& in, const Head& head, const Place& at, Tile& tile,
+__device__ __forceinline__ int read_labels(const HeadLossInput& in, const Head& head, const Place& at, Tile& tile,
                                            bool& special) {
   const HeadLevel& level = head.level[at.level];
   const int i = static_cast<int>(threadIdx.x), lane = i % kWarp, warp = i / kWarp;
@@ -93,7 +93,7 @@ __device__ __forceinline__ int read_labels(const GflLossInput& in, const Head& h
   return all;
 }
 
-__device__ __forceinline__ HeadPositive positive_in(const GflLossInput& in, const Head& head, const Place& at,
+__device__ __forceinline__ HeadPositive positive_in(const HeadLossInput& in, const Head& head, const Place& at,
                                                     const Tile& tile, int item) {
   const int i = tile.positive[item];
   const unsigned index = static_cast<unsigned>(at.begin) + static_cast<unsigned>(i);
@@ -140,8 +140,8 @@ template <class A> __device__ __forceinline__ double incoming(const void* grad) 
 // A tile's partial sums (without losses only those of the norms) and its gradients.
 template <class T, class Part, class Params>
 __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
-    gfl_loss_tile_kernel(GflLossInput in, const __grid_constant__ Head head, Part part, Params terms,
-                         const HeadScales* scales, GflLossGrads grads, bool grad_stored, Partial* partials) {
+    gfl_loss_tile_kernel(HeadLossInput in, const __grid_constant__ Head head, Part part, Params terms,
+                         const HeadScales* scales, HeadLossGrads grads, bool grad_stored, Partial* partials) {
   using A = acc_t<T>;
   using Kind = typename Params::Head;
   if (part.gradients && grad_stored && incoming<A>(grads.cls) == 1 && incoming<A>(grads.box) == 1 &&
@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kMapThreads, kMapBlocks<T>)
 
 template <class A>
 __global__ void __launch_bounds__(kSumThreads)
-    gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind, GflLossScalars scalars,
-                        GflLossOutput out) {
+    gfl_loss_sum_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind, HeadLossScalars scalars,
+                        HeadLossOutput out) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
   const Norms norms = norms_of<A>(kind, scalars, s);
@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(kSumThreads)
 // The factors of the gradients if 1 arrives.
 template <class A>
 __global__ void __launch_bounds__(kSumThreads)
-    gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind, GflLossScalars scalars,
-                          HeadScales* scales) {
+    gfl_loss_scale_kernel(const Partial* partials, int64_t images, int tiles, HeadLossKind kind,
+                          HeadLossScalars scalars, HeadScales* scales) {
   const Sums s = sum_partials(partials, images, tiles);
   if (threadIdx.x != 0) return;
   const Norms norms = norms_of<A>(kind, scalars, s);
@@ -281,13 +281,13 @@ __global__ void __launch_bounds__(kSumThreads)
 
 int64_t tiles_of(const HeadLevel& level) { return (level.height * level.width + kMapTile - 1) / kMapTile; }
 
-int64_t tiles_in(const GflLossInput& in) {
+int64_t tiles_in(const HeadLossInput& in) {
   int64_t tiles = 0;
   for (int64_t l = 0; l < in.level_count; ++l) tiles += tiles_of(in.levels[l]);
   return tiles;
 }
 
-Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
+Head head_of(const HeadLossInput& in, const HeadGradients* gradients) {
   Head head{};
   head.levels = static_cast<int>(in.level_count);
   int64_t start = 0;
@@ -304,12 +304,12 @@ Head head_of(const GflLossInput& in, const HeadGradients* gradients) {
   return head;
 }
 
-dim3 grid_of(const GflLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
+dim3 grid_of(const HeadLossInput& in, const Head& head) { return dim3(static_cast<unsigned>(head.tiles * in.images)); }
 
 // One pass over the tiles: a launch.
 template <class T, class Part>
-void launch_tiles(const GflLossInput& in, const Head& head, Part part, const HeadScales* scales,
-                  const GflLossGrads& grads, bool grad_stored, Partial* partials, cudaStream_t stream) {
+void launch_tiles(const HeadLossInput& in, const Head& head, Part part, const HeadScales* scales,
+                  const HeadLossGrads& grads, bool grad_stored, Partial* partials, cudaStream_t stream) {
   if (head.tiles * in.images == 0) return;
   const auto launch = [&](auto wanted, auto terms) {
     GFL_LAUNCH((gfl_loss_tile_kernel<T, decltype(wanted), decltype(terms)>), grid_of(in, head), dim3(kMapThreads),
@@ -330,7 +330,7 @@ void launch_tiles(const GflLossInput& in, const Head& head, Part part, const Hea
 
 // Up to two launches: number and weights of the positives, unless both norms are given, and the factors from them.
 template <class T>
-void launch_scales(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, Partial* partials,
+void launch_scales(const HeadLossInput& in, const Head& head, const HeadLossScalars& scalars, Partial* partials,
                    HeadScales* scales, cudaStream_t stream) {
   const bool counted = scalars.cls_norm == nullptr || scalars.box_norm == nullptr;
   if (counted) launch_tiles<T>(in, head, NormsOnly{}, nullptr, {}, false, partials, stream);
@@ -339,27 +339,27 @@ void launch_scales(const GflLossInput& in, const Head& head, const GflLossScalar
 }
 
 template <class T>
-void launch_sum(const GflLossInput& in, const Head& head, const GflLossScalars& scalars, const Partial* partials,
-                const GflLossOutput& out, cudaStream_t stream) {
+void launch_sum(const HeadLossInput& in, const Head& head, const HeadLossScalars& scalars, const Partial* partials,
+                const HeadLossOutput& out, cudaStream_t stream) {
   GFL_LAUNCH(gfl_loss_sum_kernel<acc_t<T>>, dim3(1), dim3(kSumThreads), kSumShared, stream, partials, in.images,
              head.tiles, in.kind, scalars, out);
 }
 
 }  // namespace
 
-bool head_loss_norms_fits(const GflLossInput& in) {
-  return in.level_count <= kGflLossMaxLevels && in.locations < int64_t{1} << 31 && in.classes < int64_t{1} << 24 &&
+bool head_loss_norms_fits(const HeadLossInput& in) {
+  return in.level_count <= kHeadLossMaxLevels && in.locations < int64_t{1} << 31 && in.classes < int64_t{1} << 24 &&
          tiles_in(in) * in.images < int64_t{1} << 31;
 }
 
-bool gfl_loss_fits(const GflLossInput& in) { return head_loss_norms_fits(in) && in.gts < int64_t{1} << 31; }
+bool gfl_loss_fits(const HeadLossInput& in) { return head_loss_norms_fits(in) && in.gts < int64_t{1} << 31; }
 
-size_t gfl_loss_workspace_bytes(const GflLossInput& in) {
+size_t gfl_loss_workspace_bytes(const HeadLossInput& in) {
   return sizeof(Partial) * static_cast<size_t>(tiles_in(in) * in.images);
 }
 
-cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
-                             const GflLossOutput& out, cudaStream_t stream) {
+cudaError_t gfl_loss_forward(const HeadLossInput& in, const HeadLossScalars& scalars, void* workspace,
+                             const HeadLossOutput& out, cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, nullptr);
   Partial* partials = static_cast<Partial*>(workspace);
@@ -371,8 +371,8 @@ cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scala
   return cudaGetLastError();
 }
 
-cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
-                                          const GflLossOutput& out, HeadScales* scales, const HeadGradients* gradients,
+cudaError_t gfl_loss_forward_and_gradient(const HeadLossInput& in, const HeadLossScalars& scalars, void* workspace,
+                                          const HeadLossOutput& out, HeadScales* scales, const HeadGradients* gradients,
                                           cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
@@ -386,7 +386,7 @@ cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossS
   return cudaGetLastError();
 }
 
-cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+cudaError_t gfl_loss_finish(const HeadLossInput& in, const HeadScales* scales, const HeadLossGrads& grads,
                             const HeadGradients* gradients, cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, gradients);
@@ -396,7 +396,7 @@ cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, co
   return cudaGetLastError();
 }
 
-cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+cudaError_t gfl_loss_backward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossGrads& grads,
                               void* workspace, HeadScales* scales, const HeadGradients* gradients,
                               cudaStream_t stream) {
   if (!gfl_loss_fits(in)) return cudaErrorInvalidValue;
@@ -411,7 +411,7 @@ cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scal
   return cudaGetLastError();
 }
 
-cudaError_t head_loss_norms(const GflLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream) {
+cudaError_t head_loss_norms(const HeadLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream) {
   if (!head_loss_norms_fits(in)) return cudaErrorInvalidValue;
   const Head head = head_of(in, nullptr);
   Partial* partials = static_cast<Partial*>(workspace);

@@ -74,10 +74,10 @@ template <class A> struct Positive {
 };
 
 template <class Head, class A>
-__device__ __forceinline__ Positive<A> positive_at(const GflLossInput& in, const HeadLevel& level,
+__device__ __forceinline__ Positive<A> positive_at(const HeadLossInput& in, const HeadLevel& level,
                                                    const HeadPositive& p) {
   Positive<A> w;
-  w.geometry = head_geometry<A>(in, level, p);
+  w.geometry = head_geometry<Head, A>(in, level, p);
   w.side = static_cast<int>(threadIdx.x) % kWarp / kSideLanes;
   const int bins = static_cast<int>(in.reg_max + 1);
   const int64_t* stride = level.reg_stride;
@@ -101,24 +101,24 @@ template <class A> __device__ __forceinline__ A centre_of_side(const Positive<A>
 }
 
 template <class Head, class A>
-__device__ __forceinline__ TwoBins<A> bins_of_side(const GflLossInput& in, const Positive<A>& w) {
+__device__ __forceinline__ TwoBins<A> bins_of_side(const HeadLossInput& in, const Positive<A>& w) {
   const A target = of_side(w.geometry.target, w.side);
   return head_bins<Head>(centre_of_side(w), target, w.side, static_cast<int>(in.reg_max));
 }
 
-template <class A>
-__device__ __forceinline__ SideError<A> error_of_side(const GflLossInput& in, const HeadLevel& level,
+template <class Head, class A>
+__device__ __forceinline__ SideError<A> error_of_side(const HeadLossInput& in, const HeadLevel& level,
                                                       const Positive<A>& w) {
   const A target = of_side(w.geometry.target, w.side), distance = of_side(w.distance, w.side);
-  return side_error(in, level, centre_of_side(w), target, w.side, distance);
+  return side_error<Head>(in, level, centre_of_side(w), target, w.side, distance);
 }
 
 // A quarter of the losses of the four sides, in every lane.
 template <class Head, class A>
-__device__ __forceinline__ A positive_dfl(const GflLossInput& in, const HeadLevel& level, const Positive<A>& w) {
+__device__ __forceinline__ A positive_dfl(const HeadLossInput& in, const HeadLevel& level, const Positive<A>& w) {
   A mine, sum = 0;
   if (has_distances<Head>(in)) {
-    mine = error_of_side(in, level, w).value;
+    mine = error_of_side<Head>(in, level, w).value;
   } else {
     const TwoBins<A> b = bins_of_side<Head>(in, w);
     mine = b.counted ? two_bin_loss(b, two_bin_entropy(w.softmax, b, w.logit)) : A(0);
@@ -144,7 +144,7 @@ __device__ __forceinline__ acc_t<T> largest_probability(const T* logits, int64_t
 
 // Writes the gradient of the positive's sides.
 template <class Head, class A>
-__device__ __forceinline__ void positive_backward(const GflLossInput& in, const HeadLevel& level,
+__device__ __forceinline__ void positive_backward(const HeadLossInput& in, const HeadLevel& level,
                                                   const HeadGradients& out, const HeadPositive& p, const Positive<A>& w,
                                                   A by_box, A by_dfl) {
   const IouTerm<A> box = head_iou<Head>(w.geometry, w.distance, typename Head::Box{}, in.legacy);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void positive_backward(const GflLossInput& in, const 
   const int64_t first =
       p.image * stride[0] + int64_t(w.side) * w.logit.bins * stride[1] + p.row * stride[2] + p.column * stride[3];
   if (has_distances<Head>(in)) {
-    const A value = by_distance + by_dfl * error_of_side(in, level, w).slope;
+    const A value = by_distance + by_dfl * error_of_side<Head>(in, level, w).slope;
     if (threadIdx.x % kSideLanes == 0) store_as<A>(out.reg, in.reg_dtype, first, value);
     return;
   }

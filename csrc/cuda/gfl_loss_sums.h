@@ -65,11 +65,11 @@ constexpr size_t kSumShared = sizeof(Sums) * (kSumThreads / kWarp);
 struct Norms { double cls, box; };
 
 template <class A>
-__device__ __forceinline__ Norms norms_of(HeadLossKind kind, const GflLossScalars& scalars, const Sums& s) {
+__device__ __forceinline__ Norms norms_of(HeadLossKind kind, const HeadLossScalars& scalars, const Sums& s) {
   const A* cls = static_cast<const A*>(scalars.cls_norm);
   const A* box = static_cast<const A*>(scalars.box_norm);
   const double weight = s.weight < 1 ? 1 : s.weight;
-  const double count = kind == HeadLossKind::yolo ? weight : static_cast<double>(s.norm > 1 ? s.norm : 1);
+  const double count = kind != HeadLossKind::gfl ? weight : static_cast<double>(s.norm > 1 ? s.norm : 1);
   return {cls != nullptr ? static_cast<double>(*cls) : count, box != nullptr ? static_cast<double>(*box) : weight};
 }
 

@@ -53,7 +53,7 @@ struct Call {
     const int64_t at = image * in.score_stride[0] + location * in.score_stride[1] + label * in.score_stride[2];
     const float score = in.score_dtype == DType::f64 ? static_cast<float>(load_as<double>(in.scores, DType::f64, at))
                                                      : load_as<float>(in.scores, in.score_dtype, at);
-    return task_aligned_metric(alpha, beta, score, overlap);
+    return task_aligned_metric(alpha, beta, probability(in, score), overlap);
   }
   __device__ Point point(const GridLevels& levels, unsigned location) const {
     if (in.points != nullptr) return {in.points[2 * int64_t(location)], in.points[2 * int64_t(location) + 1]};

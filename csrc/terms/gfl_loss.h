@@ -13,25 +13,35 @@
 
 namespace gfl {
 
-// Each has its losses of class scores and of boxes, the eps of overlaps in cells squared, and what keeps a target below
-// the last bin.
+// Each has its losses of class scores and of boxes; whether an assigner gave the scores that classes learn, which weigh
+// the boxes too; whether distances are in pixels or in cells; the eps of overlaps, in the same unit squared; and what
+// keeps a target below the last bin.
 struct GflHead {  // as mmdet's; the class learns the IoU, and a positive weighs its largest probability
   using Score = Qfl;
   using Box = iou_kind::giou;
-  static constexpr bool scores_given = false;
+  static constexpr bool scores_given = false, in_pixels = false;
   static constexpr double iou_eps = 1e-6, target_margin = 0.1;
 };
-struct YoloHead {  // as ultralytics'; the class learns the assigner's score, which is the positive's weight too
+struct YoloHead {  // as ultralytics'; the class learns the alignment
   using Score = SoftBce;
   using Box = iou_kind::full_ciou;
-  static constexpr bool scores_given = true;
+  static constexpr bool scores_given = true, in_pixels = false;
   static constexpr double iou_eps = 1e-7, target_margin = 0.01;
+};
+struct RtmdetHead {  // as mmdet's; the class learns the overlap, and the maps hold distances
+  using Score = Qfl;
+  using Box = iou_kind::giou;
+  static constexpr bool scores_given = true, in_pixels = true;
+  static constexpr double iou_eps = 1e-6, target_margin = 0;
 };
 
 // Calls f with the head that the input is of.
-template <class F> void dispatch_head(const GflLossInput& in, const F& f) {
-  if (in.kind == HeadLossKind::yolo) f(YoloHead{});
-  else f(GflHead{});
+template <class F> void dispatch_head(const HeadLossInput& in, const F& f) {
+  switch (in.kind) {
+    case HeadLossKind::yolo: return f(YoloHead{});
+    case HeadLossKind::rtmdet: return f(RtmdetHead{});
+    default: return f(GflHead{});
+  }
 }
 
 constexpr int64_t kHeadNotCounted = -2;  // the label of locations that no loss looks at
@@ -43,25 +53,25 @@ struct HeadPositive {
   int64_t label, slot;
 };
 
-GFL_HOST_DEVICE bool is_positive(const GflLossInput& in, int64_t label, int64_t slot) {
+GFL_HOST_DEVICE bool is_positive(const HeadLossInput& in, int64_t label, int64_t slot) {
   return label >= 0 && label < in.classes && slot >= 0 && slot < in.gts;
 }
 
 template <class A> struct HeadGeometry {
-  A centre_x, centre_y;  // in cells
-  A target[4];           // the box, in cells
+  A centre_x, centre_y;  // in cells, or in pixels if the head's distances are
+  A target[4];           // the box, in the same unit
 };
 
-template <class A>
-GFL_HOST_DEVICE HeadGeometry<A> head_geometry(const GflLossInput& in, const HeadLevel& level, const HeadPositive& p) {
-  const A stride = static_cast<A>(level.stride);
+template <class Head, class A>
+GFL_HOST_DEVICE HeadGeometry<A> head_geometry(const HeadLossInput& in, const HeadLevel& level, const HeadPositive& p) {
+  const A stride = static_cast<A>(level.stride), unit = Head::in_pixels ? A(1) : stride;
   const A shift = in.legacy ? static_cast<A>((level.stride - 1) / 2) : A(0);
   const A offset = static_cast<A>(level.offset);
   HeadGeometry<A> g;
-  g.centre_x = cell_centre(static_cast<A>(p.column), offset, stride, shift) / stride;
-  g.centre_y = cell_centre(static_cast<A>(p.row), offset, stride, shift) / stride;
+  g.centre_x = cell_centre(static_cast<A>(p.column), offset, stride, shift) / unit;
+  g.centre_y = cell_centre(static_cast<A>(p.row), offset, stride, shift) / unit;
   const A* box = static_cast<const A*>(in.gt_boxes) + (p.image * in.gts + p.slot) * 4;
-  for (int i = 0; i < 4; ++i) g.target[i] = box[i] / stride;
+  for (int i = 0; i < 4; ++i) g.target[i] = box[i] / unit;
   return g;
 }
 
@@ -76,16 +86,18 @@ template <class Head, class A> GFL_HOST_DEVICE TwoBins<A> head_bins(A centre, A 
   return bins_at_position(clamp_passing_grad(distance, A(0), most).value, reg_max + 1, false);
 }
 
-// Whether the maps hold the distances themselves, which then have an L1 loss in place of the distributions'.
-template <class Head> GFL_HOST_DEVICE bool has_distances(const GflLossInput& in) {
-  return Head::scores_given && in.reg_max == 0;
+// Whether the maps hold the distances themselves, which then have an L1 loss in place of the distributions'; distances
+// in pixels always do.
+template <class Head> GFL_HOST_DEVICE bool has_distances(const HeadLossInput& in) {
+  return Head::in_pixels || (Head::scores_given && in.reg_max == 0);
 }
 
-// That loss of a side, in widths or heights of the image, and its derivative.
+// That loss of a side, in widths or heights of the image, and its derivative; an RTMDet head has none.
 template <class A> struct SideError { A value, slope; };
-template <class A>
-GFL_HOST_DEVICE SideError<A> side_error(const GflLossInput& in, const HeadLevel& level, A centre, A target, int side,
+template <class Head, class A>
+GFL_HOST_DEVICE SideError<A> side_error(const HeadLossInput& in, const HeadLevel& level, A centre, A target, int side,
                                         A distance) {
+  if constexpr (Head::in_pixels) return {A(0), A(0)};
   const A error = distance - distance_to_side(centre, target, side);
   const A unit = static_cast<A>(level.stride / (side % 2 == 0 ? in.image_width : in.image_height));
   return {(error < A(0) ? -error : error) * unit, A((A(0) < error) - (error < A(0))) * unit};

@@ -260,6 +260,12 @@ struct SoftBce : ScoreLoss<SoftBce> {
     const Bernoulli<V> b = bernoulli(p, pred, t);
     return {b.bce, b.bce_pred, b.bce_target};
   }
+  // log(1 + e^x) and σ(x).
+  template <class P, class V> static GFL_TERM Term<V> background(const P& params, V x) {
+    if constexpr (!P::fast) return term(params, x, V{});
+    const V e = exp_of_negative(-absolute(x)), r = reciprocal_of_unit(e);
+    return {finite_positive_part(x) + log1p_of_unit(e), zero_where(is_infinite(x), x >= 0.0f ? r : e * r), V{}};
+  }
 };
 
 // The quality focal term by itself, for the head's loss.

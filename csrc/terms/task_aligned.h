@@ -5,8 +5,7 @@
 #pragma once
 #include <math.h>
 
-#include "assign.h"
-#include "box.h"
+#include "elementary.h"
 
 namespace gfl {
 GFL_ISA_OPEN
@@ -101,12 +100,15 @@ GFL_HOST_DEVICE V task_aligned_overlap(TaskAlignedOverlap kind, const RatedBox<V
   return overlap > zero ? overlap : zero;
 }
 
-// NaN stays.
-GFL_HOST_DEVICE float at_most_one(float x) { return x > 1.0f ? 1.0f : x; }
+// At most 1; NaN stays.
+GFL_HOST_DEVICE float probability(const TaskAlignedInput& in, float score) {
+  if (!in.logits) return score > 1.0f ? 1.0f : score;
+  return score == score ? Sigmoid<float>(score).p : score;
+}
 
 // What ranks a candidate: 0 where it is not positive or NaN.
-GFL_HOST_DEVICE float task_aligned_metric(const Power& alpha, const Power& beta, float score, float overlap) {
-  const float metric = mul_rn(power(alpha, at_most_one(score)), power(beta, overlap));
+GFL_HOST_DEVICE float task_aligned_metric(const Power& alpha, const Power& beta, float p, float overlap) {
+  const float metric = mul_rn(power(alpha, p), power(beta, overlap));
   return metric > 0.0f ? metric : 0.0f;
 }
 

@@ -21,6 +21,9 @@ struct Assigned {
     matched.push_back(slot);
     values.push_back(value);
   }
+  int64_t positives() const {
+    return std::count_if(matched.begin(), matched.end(), [](int64_t slot) { return slot >= 0; });
+  }
 };
 
 // Where a launcher writes it.
@@ -30,22 +33,42 @@ struct AssignedBuffers {
 
   explicit AssignedBuffers(size_t size) : labels(size), matched(size), values(size) {}
 
-  // Checks equality, and returns how many locations have a box.
-  int64_t check(const Assigned& want, const char* name) const {
+  void check(const Assigned& want, const char* name) const {
     const std::vector<int64_t> got_labels = labels.read(), got_matched = matched.read();
     const std::vector<float> got = values.read();
-    int64_t positives = 0;
     for (size_t i = 0; i < want.labels.size(); ++i) {
-      positives += want.matched[i] >= 0;
       CHECK(got_labels[i] == want.labels[i], "%s: label of %zu is %lld, not %lld", name, i,
             static_cast<long long>(got_labels[i]), static_cast<long long>(want.labels[i]));
       CHECK(got_matched[i] == want.matched[i], "%s: slot of %zu is %lld, not %lld", name, i,
             static_cast<long long>(got_matched[i]), static_cast<long long>(want.matched[i]));
       CHECK(got[i] == want.values[i], "%s: value of %zu is %g, not %g", name, i, got[i], want.values[i]);
     }
-    return positives;
   }
 };
+
+// The indices of values in the order that `before` puts them in, ties by the lower one.
+template <class Before> std::vector<size_t> order_of(const std::vector<float>& values, const Before& before) {
+  std::vector<size_t> order(values.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return before(values[a], values[b]); });
+  return order;
+}
+
+// Compares a launcher, `run`, with the definition, `by_sorting`, on scores held in T. Returns what the definition gives.
+template <class T, class Input, class BySorting, class Run>
+Assigned compared(Input in, const std::vector<double>& values, DType dtype, const char* name,
+                  const BySorting& by_sorting, const Run& run) {
+  const std::vector<T> stored = rounded<T>(values);
+  std::vector<float> scores;
+  for (const double v : widened(stored)) scores.push_back(static_cast<float>(v));
+  in.score_dtype = dtype;
+  Assigned want;
+  for (int64_t image = 0; image < in.images; ++image) by_sorting(in, scores, image, want);
+  AssignedBuffers got(static_cast<size_t>(in.images * in.locations));
+  run(in, stored, AssignOutput{got.labels.data(), got.matched.data(), got.values.data()});
+  got.check(want, name);
+  return want;
+}
 
 // Ground truth in the memory of the launcher, in place of the host's.
 template <class Input> class OnDevice {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of GFL and YOLO heads by plain loops in double, and drawn heads.
+// The losses of heads by plain loops in double, and drawn heads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "gfl/head.h"
 #include "testing.h"
 
 namespace gfl::testing::head {
@@ -22,14 +23,16 @@ struct Case {
   std::vector<std::vector<double>> cls, reg;  // per level: [images, channels, height, width]
   std::vector<int64_t> labels, matched;
   std::vector<double> boxes;
-  bool yolo = false;           // then reg_max may be 0, beta and legacy are of no account
-  std::vector<double> scores;  // [images, locations], of a YOLO head
+  HeadLossKind kind = HeadLossKind::gfl;  // else reg_max may be 0, legacy is of no account, and
+  std::vector<double> scores;             // [images, locations] are given
   int64_t locations() const {
     int64_t n = 0;
     for (const auto& [h, w] : sizes) n += h * w;
     return n;
   }
   double stride(size_t level) const { return 8.0 * static_cast<double>(int64_t{1} << level); }
+  double unit(size_t level) const { return kind == HeadLossKind::rtmdet ? 1 : stride(level); }
+  double offset() const { return kind == HeadLossKind::yolo ? 0.5 : 0; }
 };
 
 inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }
@@ -55,12 +58,12 @@ inline double complete_iou(const double (&p)[4], const double (&t)[4], const dou
 inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y, int64_t x, const double* box,
                           const double* alpha) {
   const auto [height, width] = c.sizes[level];
-  const double s = c.stride(level), offset = c.yolo ? 0.5 : c.legacy ? (s - 1) / 2 / s : 0;
-  const double centre[2] = {static_cast<double>(x) + offset, static_cast<double>(y) + offset};
+  const double s = c.stride(level), offset = c.legacy ? (s - 1) / 2 / s : c.offset(), cell = s / c.unit(level);
+  const double centre[2] = {(static_cast<double>(x) + offset) * cell, (static_cast<double>(y) + offset) * cell};
   double pred[4], target[4], dfl = 0, largest = -INFINITY;
   const int64_t bins = c.reg_max + 1;
   for (int side = 0; side < 4; ++side) {
-    target[side] = box[side] / s;
+    target[side] = box[side] / c.unit(level);
     std::vector<double> logits;
     double total = 0, mean = 0;
     for (int64_t j = 0; j < bins; ++j) {
@@ -72,17 +75,19 @@ inline HeadTerms terms_at(const Case& c, size_t level, int64_t image, int64_t y,
     mean = bins == 1 ? logits[0] : mean / total;
     pred[side] = centre[side % 2] + (side < 2 ? -mean : mean);
     double distance = side < 2 ? centre[side % 2] - target[side] : target[side] - centre[side % 2];
+    if (c.kind == HeadLossKind::rtmdet) continue;
     if (bins == 1) {
       const auto [rows, columns] = c.sizes[0];
       dfl += std::fabs(mean - distance) * s / (static_cast<double>(side % 2 == 0 ? columns : rows) * c.stride(0));
       continue;
     }
-    distance = std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - (c.yolo ? 0.01 : 0.1));
+    distance =
+        std::min(std::max(distance, 0.0), static_cast<double>(c.reg_max) - (c.kind == HeadLossKind::yolo ? 0.01 : 0.1));
     const size_t left = static_cast<size_t>(distance);
     const double right_weight = distance - static_cast<double>(left);
     dfl += (std::log(total) - logits[left]) * (1 - right_weight) + (std::log(total) - logits[left + 1]) * right_weight;
   }
-  if (c.yolo) {
+  if (c.kind == HeadLossKind::yolo) {
     HeadTerms terms{0, 0, dfl / 4, 0};
     terms.box = complete_iou(pred, target, alpha, terms.alpha);
     return terms;
@@ -118,7 +123,7 @@ inline Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
           HeadTerms t =
               terms_at(c, l, b, i / width, i % width, c.boxes.data() + static_cast<size_t>((b * c.gts + slot) * 4),
                        fill ? nullptr : &frozen[next].alpha);
-          if (c.yolo) t.score = t.weight = c.scores[static_cast<size_t>(location)];
+          if (c.kind != HeadLossKind::gfl) t.score = t.weight = c.scores[static_cast<size_t>(location)];
           if (fill) frozen.push_back(t);
           score = frozen[next].score;
           sum.box += frozen[next].weight * t.box;
@@ -128,7 +133,8 @@ inline Losses by_loops(const Case& c, std::vector<HeadTerms>& frozen) {
         for (int64_t k = 0; label != -2 && k < c.classes; ++k) {
           const double x = c.cls[l][static_cast<size_t>((b * c.classes + k) * height * width + i)];
           const double t = positive && k == label ? score : 0;
-          sum.cls += (c.yolo ? 1 : std::pow(std::fabs(t - sigmoid(x)), c.beta)) * (softplus(x) - x * t);
+          sum.cls +=
+              (c.kind == HeadLossKind::yolo ? 1 : std::pow(std::fabs(t - sigmoid(x)), c.beta)) * (softplus(x) - x * t);
         }
       }
     }
@@ -160,15 +166,16 @@ inline Case draw_case(Generator& draw, std::vector<std::pair<int64_t, int64_t>> 
   return c;
 }
 
-inline Case draw_yolo(Generator& draw, std::vector<std::pair<int64_t, int64_t>> sizes, int64_t classes, int64_t bins,
-                      bool channels_last) {
-  Case c = draw_case(draw, std::move(sizes), classes, bins - 1, 2.0, false, channels_last);
-  c.yolo = true;
+// Of a head whose scores are given.
+inline Case draw_scored(Generator& draw, HeadLossKind kind, std::vector<std::pair<int64_t, int64_t>> sizes,
+                        int64_t classes, int64_t bins, bool channels_last, double beta = 2.0) {
+  Case c = draw_case(draw, std::move(sizes), classes, bins - 1, beta, false, channels_last);
+  c.kind = kind;
   for (int64_t i = 0; i < c.images * c.locations(); ++i) c.scores.push_back(draw.uniform());
   // Without bins, distances on both sides of their targets, none so close that a difference crosses it.
   if (bins == 1) {
-    for (std::vector<double>& map : c.reg)
-      for (double& v : map) v = std::fabs(v) * 3 + 0.3;
+    for (size_t l = 0; l < c.reg.size(); ++l)
+      for (double& v : c.reg[l]) v = (std::fabs(v) * 3 + 0.3) * c.stride(l) / c.unit(l);
   }
   return c;
 }

@@ -13,9 +13,7 @@ using gfl::testing::Scene;
 
 // The first `count` indices by rising value, ties by the lower index.
 std::vector<size_t> cheapest(const std::vector<float>& values, size_t count) {
-  std::vector<size_t> order(values.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return values[a] < values[b]; });
+  std::vector<size_t> order = gfl::testing::order_of(values, std::less<>());
   order.resize(std::min(order.size(), count));
   return order;
 }
@@ -119,15 +117,9 @@ template <class T> void compare(DynamicKInput in, const Scene& s, DType dtype, c
   if (!takes_probabilities(in.cost)) {
     for (double& v : values) v = v * 9 - 6;
   }
-  const std::vector<T> stored = gfl::testing::rounded<T>(values);
-  std::vector<float> scores;
-  for (const double v : gfl::testing::widened(stored)) scores.push_back(static_cast<float>(v));
-  in.score_dtype = dtype;
-  Assigned want;
-  for (int64_t image = 0; image < in.images; ++image) by_sorting(in, s, scores, image, want);
-  gfl::testing::AssignedBuffers got(static_cast<size_t>(in.images * in.locations));
-  run(in, stored, {got.labels.data(), got.matched.data(), got.values.data()});
-  positives += got.check(want, name);
+  const auto definition = [&](const DynamicKInput& given, const std::vector<float>& scores, int64_t image,
+                              Assigned& want) { by_sorting(given, s, scores, image, want); };
+  positives += gfl::testing::compared<T>(in, values, dtype, name, definition, run<T>).positives();
 }
 
 void arithmetic() {
@@ -199,6 +191,16 @@ int main() {
       }
     }
   }
+  // 65 536 boxes and more.
+  const int64_t many = 66000;
+  const Scene crowd = gfl::testing::drawn_scene(draw, 1, many, classes, false);
+  DynamicKInput in{};
+  crowd.enter(in, 1, many, classes);
+  in.topk = 13;
+  in.iou_weight = in.center_radius = 3.0f;
+  in.cls_weight = 1.0f;
+  in.cost = DynamicKCost::mmdet;
+  compare<float>(in, crowd, DType::f32, "66000 boxes");
   CHECK(positives > 2000, "only %lld positives", static_cast<long long>(positives));
   return gfl::testing::result("dynamic_k");
 }

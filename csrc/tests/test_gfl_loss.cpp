@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of GFL and YOLO heads against plain loops in double, and their gradients against differences of those.
+// The losses of heads against plain loops in double, and their gradients against differences of those.
 #include "gfl/head.h"
 
 #include <limits>
@@ -59,41 +59,41 @@ struct Got {
 // The launchers on the device under test.
 #if defined(GFL_TEST_CUDA)
 struct Launch {
-  const GflLossInput& in;
+  const HeadLossInput& in;
   Buffer<unsigned char> workspace;
   Buffer<HeadScales> scratch;
-  explicit Launch(const GflLossInput& input) : in(input), workspace(cuda::gfl_loss_workspace_bytes(in)), scratch(1) {}
-  void forward(const GflLossScalars& scalars, const GflLossOutput& out) {
+  explicit Launch(const HeadLossInput& input) : in(input), workspace(cuda::gfl_loss_workspace_bytes(in)), scratch(1) {}
+  void forward(const HeadLossScalars& scalars, const HeadLossOutput& out) {
     CHECK_CUDA(cuda::gfl_loss_forward(in, scalars, workspace.data(), out, nullptr));
   }
-  void both(const GflLossScalars& scalars, const GflLossOutput& out, HeadScales* scales,
+  void both(const HeadLossScalars& scalars, const HeadLossOutput& out, HeadScales* scales,
             const HeadGradients* gradients) {
     CHECK_CUDA(cuda::gfl_loss_forward_and_gradient(in, scalars, workspace.data(), out, scales, gradients, nullptr));
   }
-  void finish(const HeadScales* scales, const GflLossGrads& grads, const HeadGradients* gradients) {
+  void finish(const HeadScales* scales, const HeadLossGrads& grads, const HeadGradients* gradients) {
     CHECK_CUDA(cuda::gfl_loss_finish(in, scales, grads, gradients, nullptr));
   }
-  void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
+  void backward(const HeadLossScalars& scalars, const HeadLossGrads& grads, const HeadGradients* gradients) {
     CHECK_CUDA(cuda::gfl_loss_backward(in, scalars, grads, workspace.data(), scratch.data(), gradients, nullptr));
   }
   void norms(const HeadNorms& out) { CHECK_CUDA(cuda::head_loss_norms(in, workspace.data(), out, nullptr)); }
 };
 #else
 struct Launch {
-  const GflLossInput& in;
+  const HeadLossInput& in;
   const ParallelFor parallel = [](int64_t count, int64_t chunk, const auto& body) { for_chunks(count, chunk, body); };
-  explicit Launch(const GflLossInput& input) : in(input) {}
-  void forward(const GflLossScalars& scalars, const GflLossOutput& out) {
+  explicit Launch(const HeadLossInput& input) : in(input) {}
+  void forward(const HeadLossScalars& scalars, const HeadLossOutput& out) {
     cpu::gfl_loss_forward(in, scalars, out, parallel);
   }
-  void both(const GflLossScalars& scalars, const GflLossOutput& out, HeadScales* scales,
+  void both(const HeadLossScalars& scalars, const HeadLossOutput& out, HeadScales* scales,
             const HeadGradients* gradients) {
     cpu::gfl_loss_forward_and_gradient(in, scalars, out, scales, gradients, parallel);
   }
-  void finish(const HeadScales* scales, const GflLossGrads& grads, const HeadGradients* gradients) {
+  void finish(const HeadScales* scales, const HeadLossGrads& grads, const HeadGradients* gradients) {
     cpu::gfl_loss_finish(in, scales, grads, gradients, parallel);
   }
-  void backward(const GflLossScalars& scalars, const GflLossGrads& grads, const HeadGradients* gradients) {
+  void backward(const HeadLossScalars& scalars, const HeadLossGrads& grads, const HeadGradients* gradients) {
     cpu::gfl_loss_backward(in, scalars, grads, gradients, parallel);
   }
   void norms(const HeadNorms& out) { cpu::head_loss_norms(in, out, parallel); }
@@ -111,16 +111,16 @@ template <class T> struct DeviceMaps {
 // Losses and gradients from one pass are those of two, and stay untouched if 1 arrives; otherwise they are computed
 // anew in place. `of_cls`, `of_reg`: memory that `gradients` points into. `sums`: the losses before weights and norms.
 template <class T, class R>
-void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
+void check_one_pass(const HeadLossInput& in, const HeadScales& weights, const std::vector<HeadLevel>& levels,
                     const std::vector<HeadGradients>& gradients, const DeviceMaps<T>& of_cls,
                     const DeviceMaps<R>& of_reg, const std::vector<acc_t<T>>& sums, const char* name) {
   using A = acc_t<T>;
   const Buffer<A> one(std::vector<A>{1});
-  const GflLossScalars scalars{{weights.cls, weights.box, weights.dfl}, one.data(), nullptr};
+  const HeadLossScalars scalars{{weights.cls, weights.box, weights.dfl}, one.data(), nullptr};
   Launch launch(in);
   Buffer<HeadScales> scales(1);
   Buffer<A> losses(5);
-  const GflLossOutput out{losses.data(), losses.data() + 1, losses.data() + 2, losses.data() + 3, losses.data() + 4};
+  const HeadLossOutput out{losses.data(), losses.data() + 1, losses.data() + 2, losses.data() + 3, losses.data() + 4};
   using Bytes = std::vector<std::vector<unsigned char>>;
   const auto read = [&] {
     Bytes maps;
@@ -140,13 +140,13 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
   };
   const auto computed = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
-    const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+    const HeadLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
     launch.backward(scalars, of_losses, gradients.data());
     return read();
   };
   const auto finished = [&](const std::vector<double>& arriving) {
     const Buffer<A> grads(rounded<A>(arriving));
-    const GflLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+    const HeadLossGrads of_losses{grads.data(), grads.data() + 1, grads.data() + 2};
     launch.finish(scales.data(), of_losses, gradients.data());
     return read();
   };
@@ -166,7 +166,7 @@ void check_one_pass(const GflLossInput& in, const HeadScales& weights, const std
 }
 
 template <class T, class R>
-Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<acc_t<T>>& scores,
+Got run(HeadLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<acc_t<T>>& scores,
         const HeadScales& scales, std::vector<HeadLevel> levels, std::vector<HeadGradients> gradients,
         const std::vector<Map<T>>& cls, const std::vector<Map<R>>& reg, std::vector<Map<T>>& grad_cls,
         std::vector<Map<R>>& grad_reg, const char* name) {
@@ -191,16 +191,16 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<a
   in.matched = matched.data();
   in.gt_boxes = device_boxes.data();
   in.scores = device_scores.data();
-  const bool yolo = in.kind == HeadLossKind::yolo;
+  const bool scored = in.kind != HeadLossKind::gfl;
   Launch launch(in);
   Buffer<A> out(5), again(5);
   const auto output = [](Buffer<A>& to) {
-    return GflLossOutput{to.data(), to.data() + 1, to.data() + 2, to.data() + 3, to.data() + 4};
+    return HeadLossOutput{to.data(), to.data() + 1, to.data() + 2, to.data() + 3, to.data() + 4};
   };
-  const GflLossScalars plain{{1, 1, 1}, one.data(), one.data()}, normed{{0.5, 2, 0.25}, nullptr, nullptr};
+  const HeadLossScalars plain{{1, 1, 1}, one.data(), one.data()}, normed{{0.5, 2, 0.25}, nullptr, nullptr};
   launch.forward(plain, output(out));
   launch.forward(normed, output(again));
-  const GflLossGrads grad_losses{grads.data(), grads.data() + 1, grads.data() + 2};
+  const HeadLossGrads grad_losses{grads.data(), grads.data() + 1, grads.data() + 2};
   launch.backward(plain, grad_losses, gradients.data());
   for (size_t l = 0; l < levels.size(); ++l) {
     grad_cls[l].data = cls_out.maps[l]->read();
@@ -218,7 +218,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<a
     norm += static_cast<double>(std::max<int64_t>(positives, 1));
   }
   const double weight = std::max(static_cast<double>(sums[4]), 1.0);
-  if (yolo) norm = weight;
+  if (scored) norm = weight;
   CHECK(close(losses[0], 0.5 * sums[0] / norm, 1e-6, 0), "%s: cls %g of %g", name, double(losses[0]), double(sums[0]));
   CHECK(close(losses[1], 2 * sums[1] / weight, 1e-6, 0), "%s: box %g of %g", name, double(losses[1]), double(sums[1]));
   CHECK(close(losses[2], 0.25 * sums[2] / weight, 1e-6, 0), "%s: dfl %g of %g", name, double(losses[2]),
@@ -226,10 +226,10 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<a
   CHECK(losses[3] == sums[3] && losses[4] == sums[4], "%s: the norms depend on the norms", name);
   // The norms alone, without distributions and boxes.
   for (HeadLevel& level : levels) level.reg = nullptr;
-  GflLossInput classes_only = in;
+  HeadLossInput classes_only = in;
   classes_only.gt_boxes = nullptr;
   classes_only.gts = std::numeric_limits<int64_t>::max();
-  if (!yolo) {
+  if (!scored) {
     Buffer<A> norms(2);
     Launch(classes_only).norms({norms.data(), norms.data() + 1});
     CHECK(norms.read()[0] == static_cast<A>(norm), "%s: a norm of %g, not %g", name, double(norms.read()[0]), norm);
@@ -239,7 +239,7 @@ Got run(GflLossInput in, const std::vector<acc_t<T>>& boxes, const std::vector<a
   for (size_t l = 0; l < levels.size(); ++l) levels[l].reg = distributions.maps[l]->data();
   std::vector<HeadGradients> alone = gradients;
   for (HeadGradients& g : alone) g.cls = nullptr;
-  const GflLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
+  const HeadLossScalars scaled{{1, weight, weight}, one.data(), nullptr};
   launch.backward(scaled, grad_losses, alone.data());
   for (size_t l = 0; l < levels.size(); ++l) {
     const std::vector<R> repeated = reg_out.maps[l]->read();
@@ -277,7 +277,7 @@ void check(Case c, DType dtype, double tolerance, const char* name, bool turned 
   }
   for (size_t l = 0; l < c.sizes.size(); ++l) {
     const auto [h, w] = c.sizes[l];
-    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), c.yolo ? 0.5 : 0.0});
+    levels.push_back({cls[l].data.data(), reg[l].data.data(), h, w, {}, {}, c.stride(l), c.offset()});
     gradients.push_back({grad_cls[l].data.data(), grad_reg[l].data.data(), {}, {}});
     std::copy_n(cls[l].stride, 4, levels[l].cls_stride);
     std::copy_n(reg[l].stride, 4, levels[l].reg_stride);
@@ -288,24 +288,24 @@ void check(Case c, DType dtype, double tolerance, const char* name, bool turned 
   for (double& v : c.boxes) boxes.push_back(static_cast<A>(v)), v = static_cast<double>(boxes.back());
   const std::vector<A> scores = rounded<A>(c.scores);
   for (size_t i = 0; i < scores.size(); ++i) c.scores[i] = static_cast<double>(scores[i]);
-  const GflLossInput in{levels.data(),
-                        static_cast<int64_t>(levels.size()),
-                        dtype,
-                        reg_dtype,
-                        c.images,
-                        c.classes,
-                        c.reg_max,
-                        c.locations(),
-                        c.labels.data(),
-                        c.matched.data(),
-                        boxes.data(),
-                        c.gts,
-                        c.beta,
-                        c.legacy,
-                        c.yolo ? HeadLossKind::yolo : HeadLossKind::gfl,
-                        nullptr,
-                        static_cast<double>(c.sizes[0].first) * c.stride(0),
-                        static_cast<double>(c.sizes[0].second) * c.stride(0)};
+  const HeadLossInput in{levels.data(),
+                         static_cast<int64_t>(levels.size()),
+                         dtype,
+                         reg_dtype,
+                         c.images,
+                         c.classes,
+                         c.reg_max,
+                         c.locations(),
+                         c.labels.data(),
+                         c.matched.data(),
+                         boxes.data(),
+                         c.gts,
+                         c.beta,
+                         c.legacy,
+                         c.kind,
+                         nullptr,
+                         static_cast<double>(c.sizes[0].first) * c.stride(0),
+                         static_cast<double>(c.sizes[0].second) * c.stride(0)};
 
   const HeadScales scales{0.7, -1.3, 2.1};
   const Got got = run<T, R>(in, boxes, scores, scales, levels, gradients, cls, reg, grad_cls, grad_reg, name);
@@ -404,23 +404,24 @@ int main() {
     check<bfloat16_t>(c, DType::bf16, 1e-3, "aligned bf16", false);
     // As many classes as a thread has accesses in flight.
     for (const Case& wide : {draw_case(draw, {{16, 16}}, 72, 3, 2.0, false, channels_last),
-                             draw_yolo(draw, {{16, 16}}, 72, 4, channels_last)}) {
+                             draw_scored(draw, HeadLossKind::yolo, {{16, 16}}, 72, 4, channels_last),
+                             draw_scored(draw, HeadLossKind::rtmdet, {{16, 16}}, 72, 1, channels_last)}) {
       check<float>(wide, DType::f32, 1e-5, "many classes f32", false);
       check<half_t>(wide, DType::f16, 1e-4, "many classes f16", false);
       check<bfloat16_t>(wide, DType::bf16, 1e-3, "many classes bf16", false);
     }
-  }
-  for (const bool channels_last : {false, true}) {
-    for (const int64_t bins : {16, 1}) {
-      const Case c = draw_yolo(draw, {{9, 8}, {3, 5}, {1, 1}}, channels_last ? 7 : 131, bins, channels_last);
-      check<double>(c, DType::f64, 1e-7, "YOLO f64");
-      check<float>(c, DType::f32, 1e-5, "YOLO f32");
-      check<half_t>(c, DType::f16, 1e-4, "YOLO f16");
-      check<bfloat16_t>(c, DType::bf16, 1e-3, "YOLO bf16");
+    constexpr HeadLossKind yolo = HeadLossKind::yolo, rtmdet = HeadLossKind::rtmdet;
+    for (const auto& [kind, bins, beta] : {std::tuple{yolo, 16, 2.0}, std::tuple{yolo, 1, 2.0},
+                                           std::tuple{rtmdet, 1, 2.0}, std::tuple{rtmdet, 1, 1.5}}) {
+      const int64_t classes = channels_last ? 7 : 131;
+      const Case c = draw_scored(draw, kind, {{9, 8}, {3, 5}, {1, 1}}, classes, bins, channels_last, beta);
+      check<double>(c, DType::f64, 1e-7, "scored f64");
+      check<float>(c, DType::f32, 1e-5, "scored f32");
+      check<half_t>(c, DType::f16, 1e-4, "scored f16");
+      check<bfloat16_t>(c, DType::bf16, 1e-3, "scored bf16");
     }
-    const Case aligned = draw_yolo(draw, {{12, 16}, {4, 6}, {2, 3}}, 16, 8, channels_last);
+    const Case aligned = draw_scored(draw, yolo, {{12, 16}, {4, 6}, {2, 3}}, 16, 8, channels_last);
     check<float>(aligned, DType::f32, 1e-5, "aligned YOLO f32", false);
-    check<half_t>(aligned, DType::f16, 1e-4, "aligned YOLO f16", false);
     check<bfloat16_t>(aligned, DType::bf16, 1e-3, "aligned YOLO bf16", false);
   }
   const auto check_apart = [gap = 4](const Case& c) {  // maps with a gap, distributions of another dtype
@@ -435,13 +436,17 @@ int main() {
   for (const bool channels_last : {false, true}) {
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 2.0, false, channels_last));
     check_apart(draw_case(draw, {{5, 12}, {3, 8}}, 8, 7, 1.5, false, channels_last));
-    check_apart(draw_yolo(draw, {{5, 12}, {3, 8}}, 8, 8, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::yolo, {{5, 12}, {3, 8}}, 8, 8, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last));
+    check_apart(draw_scored(draw, HeadLossKind::rtmdet, {{5, 12}, {3, 8}}, 8, 1, channels_last, 1.5));
   }
   // Logits where exponentials and powers are subnormal in double.
-  Case far = draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false);
-  for (size_t i = 0; i < far.cls[0].size(); i += 3) far.cls[0][i] = i == 9 ? 720 : i % 2 == 0 ? -720 : -460;
-  check<double>(far, DType::f64, 1e-7, "far from 0, f64");
-  check<float>(far, DType::f32, 1e-5, "far from 0, f32");
+  for (Case far : {draw_case(draw, {{5, 7}}, 5, 3, 1.5, false, false),
+                   draw_scored(draw, HeadLossKind::rtmdet, {{5, 7}}, 5, 1, false, 1.5)}) {
+    for (size_t i = 0; i < far.cls[0].size(); i += 3) far.cls[0][i] = i == 9 ? 720 : i % 2 == 0 ? -720 : -460;
+    check<double>(far, DType::f64, 1e-7, "far from 0, f64");
+    check<float>(far, DType::f32, 1e-5, "far from 0, f32");
+  }
   // More tiles than four turns of a warp over their sums.
   const Case tiles = draw_case(draw, {{97, 127}}, 1, 1, 2.0, false, false, 1, 0.002);
   check<float>(tiles, DType::f32, 1e-5, "many tiles f32");

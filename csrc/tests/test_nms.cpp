@@ -179,6 +179,7 @@ int main() {
       {"threshold 2", 200, 0, 2.0, false},
       {"a panel", 1024, 0, 0.3, false},
       {"over a panel", 1025, 4, 0.6, false},
+      {"over a panel, threshold -1", 1100, 4, -1.0, false},
       {"over two panels", 2100, 0, 0.5, false},
       {"over two panels, classes", 2100, 4, 0.5, false},
       {"small classes", 390, 200, 0.3, false},

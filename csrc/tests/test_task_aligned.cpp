@@ -13,10 +13,7 @@ using gfl::testing::Scene;
 
 // Locations by falling value, ties by the lower index.
 std::vector<size_t> ranking(const std::vector<float>& values) {
-  std::vector<size_t> order(values.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return values[a] > values[b]; });
-  return order;
+  return gfl::testing::order_of(values, std::greater<>());
 }
 
 // The definition for one image, over matrices [slots, locations].
@@ -46,7 +43,7 @@ void by_sorting(const TaskAlignedInput& in, const Scene& s, const std::vector<fl
       if (in.variant == TaskAlignedVariant::ultralytics && !row.inside[i]) overlap = 0;
       const float score = scores[at * static_cast<size_t>(in.classes) + static_cast<size_t>(label)];
       row.overlap.push_back(overlap);
-      row.metric.push_back(task_aligned_metric(alpha, beta, score, overlap));
+      row.metric.push_back(task_aligned_metric(alpha, beta, probability(in, score), overlap));
       row.own.push_back(mmdet || row.inside[i] ? row.metric[i] : 0);
     }
     const std::vector<size_t> order = ranking(row.own);
@@ -108,15 +105,14 @@ template <class T> void run(TaskAlignedInput in, const std::vector<T>& scores, c
 int64_t positives = 0, conflicts_of_nothing = 0;
 
 template <class T> void compare(TaskAlignedInput in, const Scene& s, DType dtype, const char* name) {
-  const std::vector<T> stored = gfl::testing::rounded<T>(s.scores);
-  std::vector<float> scores;
-  for (const double v : gfl::testing::widened(stored)) scores.push_back(static_cast<float>(v));
-  in.score_dtype = dtype;
-  Assigned want;
-  for (int64_t image = 0; image < in.images; ++image) by_sorting(in, s, scores, image, want);
-  gfl::testing::AssignedBuffers got(static_cast<size_t>(in.images * in.locations));
-  run(in, stored, {got.labels.data(), got.matched.data(), got.values.data()});
-  positives += got.check(want, name);
+  std::vector<double> values = s.scores;
+  if (in.logits) {
+    for (double& v : values) v = v * 9 - 6;
+  }
+  const auto definition = [&](const TaskAlignedInput& given, const std::vector<float>& scores, int64_t image,
+                              Assigned& found) { by_sorting(given, s, scores, image, found); };
+  const Assigned want = gfl::testing::compared<T>(in, values, dtype, name, definition, run<T>);
+  positives += want.positives();
   for (size_t i = 0; i < want.matched.size(); ++i) conflicts_of_nothing += want.matched[i] >= 0 && want.values[i] == 0;
 }
 
@@ -206,6 +202,8 @@ int main() {
               compare<half_t>(in, s, DType::f16, name);
               compare<bfloat16_t>(in, s, DType::bf16, name);
             }
+            in.logits = true;
+            compare<float>(in, s, DType::f32, name);
             if (gts == 3) {  // without boxes
               in.gts = 0;
               compare<float>(in, s, DType::f32, name);
@@ -232,6 +230,19 @@ int main() {
                                                             : TaskAlignedOverlap::iou;
     compare<float>(in, wide, DType::f32, "wide");
   }
+  // 65 536 boxes and more.
+  const int64_t many = 66000;
+  const Scene crowd = gfl::testing::drawn_scene(draw, 1, many, classes, false);
+  TaskAlignedInput in{};
+  crowd.enter(in, 1, many, classes);
+  in.topk = in.topk2 = 10;
+  in.alpha = 0.5;
+  in.beta = 6;
+  in.min_side = 16.0f;
+  in.eps = 1e-9f;
+  in.variant = TaskAlignedVariant::ultralytics;
+  in.overlap = TaskAlignedOverlap::ciou;
+  compare<float>(in, crowd, DType::f32, "66000 boxes");
   CHECK(positives > 2000, "only %lld positives", static_cast<long long>(positives));
   CHECK(conflicts_of_nothing > 100, "only %lld of score 0", static_cast<long long>(conflicts_of_nothing));
   return gfl::testing::result("task_aligned");

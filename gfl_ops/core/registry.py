@@ -9,7 +9,7 @@
   ``gfl_reference::<name>``, opaque to the compiler because its control flow depends on data.
 
 `<name>` is ``<stem>_fwd``, with a ``<stem>_bwd`` beside it, for a differentiable operator, else ``<stem>``. Contract
-tests, benchmarks, the doctor and the table in the README all read `SPECS`.
+tests, benchmarks, the doctor and the table in docs/operators.md all read `SPECS`.
 """
 
 from __future__ import annotations
@@ -148,13 +148,31 @@ class OpSpec:
     def __call__(self, device_type: str, *args: Any) -> Any:
         """Run the operator on the current backend."""
         backend = backends.serving(self.stem, device_type)
-        if backend == "native":
-            return getattr(torch.ops.gfl, self.forward_name)(*args)
-        if backend == "triton":
-            return getattr(torch.ops.gfl_triton, self.forward_name)(*args)
-        if self.differentiable:
-            return self.reference(*args)
-        return getattr(torch.ops.gfl_reference, self.forward_name)(*args)
+        if backend == "reference":
+            if self.differentiable:
+                return self.reference(*args)
+            return getattr(torch.ops.gfl_reference, self.forward_name)(*args)
+        operator = getattr(torch.ops.gfl if backend == "native" else torch.ops.gfl_triton, self.forward_name)
+        if not self.differentiable or _is_watched(args):
+            return operator(*args)
+        # Its autograd kernel is Python, which takes 4 microseconds to find that there is nothing to record.
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether autograd records a call, or a transform, a tracer or a compiler sees it."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or transforms.active():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) and v.requires_grad for v in value):
+            return True
+    return False
 
 
 SPECS: dict[str, OpSpec] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, files
 from .models.backbone import Backbone
 from .models.resnet import ARCHITECTURES, ResNet
 from .models.shufflenet import ShuffleNetV2
@@ -99,8 +99,8 @@ def _timm(backbone: Backbone) -> list[str]:
     except Exception as error:  # whatever the libraries below it raise without a network
         place = f"https://huggingface.co/{published.hf_hub_id}" if published.hf_hub_id else published.url
         raise OSError(
-            f"timm's weights of {name} not downloaded ({type(error).__name__}: {str(error).splitlines()[0]}): fetch the"
-            f" model.safetensors or pytorch_model.bin of {place} and give that file as `backbone_weights`"
+            f"timm's weights of {name} not downloaded ({type(error).__name__}: {files.reason(error).splitlines()[0]}):"
+            f" fetch the model.safetensors or pytorch_model.bin of {place} and give that file as `backbone_weights`"
         ) from None
     target: nn.Module = backbone.body if isinstance(backbone, TimmBackbone) else backbone
     _fill(target, body.state_dict(), f"timm's {name}")

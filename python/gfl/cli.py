@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers an unknown option with its own usage, and with the option that is nearest."""
+    """A parser that answers an unknown option with its own usage, and an unknown word with the nearest one it knows."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, rest = super().parse_known_args(args, namespace)
@@ -56,6 +56,13 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"too many arguments: {' '.join(rest)}")
         return options, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), [str(choice) for choice in action.choices or ()])
+            raise
 
     def error(self, message: str) -> NoReturn:
         """Usage and message in the form of all errors, and the status of a wrong command line."""

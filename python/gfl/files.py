@@ -227,12 +227,21 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, after a text that names it: no file, no number of the system's, no address of an object."""
+    inner = getattr(error, "reason", None)  # of what urllib raises
+    if isinstance(error, OSError) and isinstance(inner, (str, BaseException)):
+        return inner if isinstance(inner, str) else reason(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return re.sub(r" <[\w.]+ object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+
+
 def error_text(error: Exception) -> str:
     """What went wrong, in one form whoever raised it: no name of the program before it, no number of the system's."""
     if isinstance(error, OSError) and error.strerror:
-        reason = error.strerror[:1].lower() + error.strerror[1:]
-        return f"{error.filename}: {reason}" if error.filename else reason
-    return re.sub(r"^gfl( [a-z]+)?: ", "", str(error))
+        return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    return re.sub(r"^gfl([ .][\w.]+)?: ", "", str(error))
 
 
 def say(text: object, file: Any = None) -> None:

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .data import transforms
-from .files import printable
+from .files import printable, reason
 from .zoo.download import is_live, is_url, read_parts, read_url
 
 # Of images in a folder; a file given by its name or by a glob may have any.
@@ -52,7 +52,7 @@ class Unread:
         try:
             return transforms.read_image(self.path)
         except OSError as error:
-            raise ValueError(f"gfl: {name} can't be read: {error.strerror or error}") from error
+            raise ValueError(f"gfl: {name} can't be read: {reason(error)}") from error
 
 
 def _from_web(url: str, given: bool = True) -> bytes:
@@ -82,7 +82,7 @@ def decoded(content: bytes, name: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many types.
-        raise transforms.UnreadableImage(f"{name} can't be decoded: {error}") from error
+        raise transforms.UnreadableImage(f"{name} can't be decoded: {reason(error)}") from error
 
 
 def find_images(source: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -229,7 +229,7 @@ def _by_pyav(place: str | Path | int) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"gfl: {_name(place)} can't be opened as a video: {error}") from None
+        raise ValueError(f"gfl: {_name(place)} can't be opened as a video: {reason(error)}") from None
 
 
 def frames(reader: Callable[[str | Path | int], Iterator[np.ndarray]], place: str | Path | int) -> Iterator[Named]:

@@ -24,12 +24,13 @@ _DIVISION = "64-bit division of sizes beyond 2^32"
 _REST = "remainders of unrolled loops, in copies for a layout, a dtype or an option"
 LESS = {
     r"score_\w+_kernel<.*General<": (0.8, _POW),
+    r"gfl_loss_tile_kernel<.*General<RtmdetHead": (0.67, _POW),
     r"gfl_loss_tile_kernel<.*General<": (0.72, _POW),
     r"gfl_loss_tile_kernel<.*FastPath<": (0.93, _DIVISION),
     r"task_aligned_(candidates|resolve)_kernel": (0.87, _POW),
     r"iou_\w+_kernel<double, iou_kind::siou>": (0.8, _SINE),
     r"(bins_\w+_kernel<double, Dfl|multiclass_count_kernel)": (0.92, _DIVISION),
-    r"(group_norm_relu_\w+|overlap)_kernel": (0.89, _REST),
+    r"group_norm_relu_\w+_kernel": (0.89, _REST),
     r"postprocess_(select|finish)_kernel": (0.93, _DIVISION + "; " + _REST),
 }
 TIMEOUT = 400

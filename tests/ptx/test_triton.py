@@ -53,6 +53,42 @@ def share(things: Sequence[Any], turn: int = 0, parts: int = 2) -> Sequence[Any]
     return things[(on_ptx.STATE.arch // 10 + turn) % parts :: parts] or things[:1]
 
 
+def launched(spec: OpSpec, sample: Sample) -> list[launch.Launch]:
+    """What forward and backward of a sample would launch."""
+    function = conformance.operator(spec, "triton")
+    with launch.record() as launches:
+        result = function(*sample.args)
+        if spec.differentiable:
+            # What a recorded launch leaves is garbage, but backward asks for its shapes alone.
+            grads = tuple(torch.ones_like(t) for t in conformance.differentiated(spec, result))
+            conformance.gradients(spec, function, sample.args, grads)
+    return launches
+
+
+@every_operator
+def test_every_kernel_agrees_with_the_oracle(spec: OpSpec, seed: int) -> None:
+    """On as few samples as reach all kernels of an operator, small ones first."""
+    on_ptx.STATE.lib.poh_set_seed(seed)
+    (dtype,) = share([torch.float32, torch.bfloat16])
+    reached: set[str] = set()
+    for sample in sorted(drawn(spec, dtype, seed), key=elements):
+        kernels = {made.kernel.__name__ for made in launched(spec, sample)}
+        if kernels - reached:
+            agrees(spec, sample, seed)
+            reached |= kernels
+    assert reached
+
+
+def test_nms_in_panels(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beyond 4096 boxes of a class, with panels of two tiles."""
+    monkeypatch.setattr(nms, "CHAIN", 100)
+    monkeypatch.setattr(nms, "PANEL", 128)
+    for sample in drawn(SPECS["nms"], torch.float32, seed):
+        if sample.id in ("one-class-n500", "classes-n500"):
+            agrees(SPECS["nms"], sample, seed)
+
+
+@pytest.mark.slow
 @every_dtype
 @every_operator
 def test_the_samples_agree_with_the_oracle(spec: OpSpec, dtype: torch.dtype, seed: int) -> None:
@@ -144,15 +180,9 @@ def test_scores_of_several_images(labelled: bool, seed: int) -> None:
 
 def launches_of(spec: OpSpec, dtype: torch.dtype, seed: int) -> list[launch.Launch]:
     """One launch for each kernel and set of flags that the samples need."""
-    function, found = conformance.operator(spec, "triton"), {}
+    found: dict[Any, launch.Launch] = {}
     for sample in drawn(spec, dtype, seed):
-        with launch.record() as launches:
-            result = function(*sample.args)
-            if spec.differentiable:
-                # What a recorded launch leaves is garbage, but backward asks for its shapes alone.
-                grads = tuple(torch.ones_like(t) for t in conformance.differentiated(spec, result))
-                conformance.gradients(spec, function, sample.args, grads)
-        for made in launches:
+        for made in launched(spec, sample):
             flags = tuple((name, value) for name, value in made.constants.items() if isinstance(value, bool))
             found.setdefault((made.kernel.__name__, flags), made)
     return list(found.values())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The class maps of a GFL head with β = 2 and of a YOLO head as background.
+// The class maps of a YOLO head, and of the others with β = 2, as background.
 #include "../head_tile.h"
 #include "background.h"
 #include "gfl/head.h"

@@ -72,7 +72,7 @@ void rank(const TaskAlignedInput& in, const cpu::TaskAlignedImage& image, const 
       const float now = top.count == top.capacity ? top.metric[top.count - 1] : 0.0f;
       if (!(bounds[j] > now)) continue;
       const float score = static_cast<float>(load(scores + (i + j) * in.score_stride[1]));
-      const float metric = mul_rn(power(alpha, at_most_one(score)), bounds[j]);
+      const float metric = mul_rn(power(alpha, probability(in, score)), bounds[j]);
       if (metric > now) insert(top, metric, overlaps[j], i + j);
     }
   }

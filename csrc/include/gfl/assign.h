@@ -64,6 +64,7 @@ struct TaskAlignedInput : AssignInput {
   float eps;
   TaskAlignedVariant variant;
   TaskAlignedOverlap overlap;
+  bool logits;  // `scores` are; else probabilities
 };
 
 namespace cpu {

@@ -58,7 +58,9 @@ cudaError_t atss(const AtssInput& in, int64_t* labels, int64_t* matched, float* 
 // That of a YOLO head (v8 to 26) is walked alike. With BCE for QFL, CIoU for GIoU, and for w and the class's target the
 // score that an assigner gave, both norms are max(Σ w, 1) unless they are given. Without bins (reg_max 0) the maps hold
 // the distances, and the third loss is their L1 error in widths and heights of the image.
-enum class HeadLossKind : int32_t { gfl = 0, yolo = 1 };
+// That of an RTMDet head has QFL and GIoU with an assigner's score in the same places, of distances in pixels, and
+// no third loss.
+enum class HeadLossKind : int32_t { gfl = 0, yolo = 1, rtmdet = 2 };
 
 // One level's maps, read in place in any layout. Strides are in elements, of image, channel, row and column.
 struct HeadLevel {
@@ -71,7 +73,7 @@ struct HeadLevel {
 };
 
 // `A` below is double if the maps are f64 (then both kinds are), else float.
-struct GflLossInput {
+struct HeadLossInput {
   const HeadLevel* levels;
   int64_t level_count;
   DType cls_dtype, reg_dtype;
@@ -84,19 +86,19 @@ struct GflLossInput {
   double beta;
   bool legacy;  // centres (stride − 1)/2 pixels further, +1 on widths and heights
   HeadLossKind kind;
-  // of a YOLO head alone
+  // of YOLO and RTMDet heads
   const void* scores;                // [images, locations] of A: what the class of a positive learns
   double image_height, image_width;  // in pixels, where there are no bins
 };
 
 // Norms, losses and the gradients that arrive are single numbers of A where the maps are.
-struct GflLossScalars {
+struct HeadLossScalars {
   double loss_weights[3];
-  const void* cls_norm;  // null: Σ max(positives of an image, 1), of a YOLO head max(Σ w, 1)
+  const void* cls_norm;  // null: Σ max(positives of an image, 1), with `scores` max(Σ w, 1)
   const void* box_norm;  // null: max(Σ w, 1)
 };
-struct GflLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };
-struct GflLossGrads { const void *cls, *box, *dfl; };  // null: 1
+struct HeadLossOutput { void *cls, *box, *dfl, *num_pos, *box_weight; };
+struct HeadLossGrads { const void *cls, *box, *dfl; };  // null: 1
 // The sums that the losses are divided by: Σ max(positives of an image, 1) and Σ w.
 struct HeadNorms { void *cls, *box; };
 
@@ -112,44 +114,44 @@ struct HeadGradients {
 
 // The launchers of both devices write every element of the gradients that are wanted.
 namespace cpu {
-void gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+void gfl_loss_forward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossOutput& out,
                       const ParallelFor& parallel);
 // Losses and the gradients of their sum from one pass over the logits. `scales` gets the factors of the gradients.
-void gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, const GflLossOutput& out,
+void gfl_loss_forward_and_gradient(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossOutput& out,
                                    HeadScales* scales, const HeadGradients* gradients, const ParallelFor& parallel);
 // Rescales the gradients that the above has written by `grads`. Returns at once if these are all 1, else computes anew.
-void gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+void gfl_loss_finish(const HeadLossInput& in, const HeadScales* scales, const HeadLossGrads& grads,
                      const HeadGradients* gradients, const ParallelFor& parallel);
-void gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+void gfl_loss_backward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossGrads& grads,
                        const HeadGradients* gradients, const ParallelFor& parallel);
 // The norms alone, from the labels and the class logits of the positives; `reg`, `reg_max` and `gt_boxes` are not read.
-void head_loss_norms(const GflLossInput& in, const HeadNorms& norms, const ParallelFor& parallel);
+void head_loss_norms(const HeadLossInput& in, const HeadNorms& norms, const ParallelFor& parallel);
 }  // namespace cpu
 
 #if defined(GFL_WITH_CUDA)
 namespace cuda {
-constexpr int kGflLossMaxLevels = 16;
-// Whether the kernels support the input: kGflLossMaxLevels levels, and fewer than 2^31 tiles and locations.
-bool gfl_loss_fits(const GflLossInput& in);
+constexpr int kHeadLossMaxLevels = 16;
+// Whether the kernels support the input: kHeadLossMaxLevels levels, and fewer than 2^31 tiles and locations.
+bool gfl_loss_fits(const HeadLossInput& in);
 // Scratch memory for the duration of a call, in any state.
-size_t gfl_loss_workspace_bytes(const GflLossInput& in);
+size_t gfl_loss_workspace_bytes(const HeadLossInput& in);
 // Two launches. This and the others return cudaErrorInvalidValue if `gfl_loss_fits` is false.
-cudaError_t gfl_loss_forward(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
-                             const GflLossOutput& out, cudaStream_t stream);
+cudaError_t gfl_loss_forward(const HeadLossInput& in, const HeadLossScalars& scalars, void* workspace,
+                             const HeadLossOutput& out, cudaStream_t stream);
 // Four launches, three with both norms given. `scales` is on the device.
-cudaError_t gfl_loss_forward_and_gradient(const GflLossInput& in, const GflLossScalars& scalars, void* workspace,
-                                          const GflLossOutput& out, HeadScales* scales, const HeadGradients* gradients,
+cudaError_t gfl_loss_forward_and_gradient(const HeadLossInput& in, const HeadLossScalars& scalars, void* workspace,
+                                          const HeadLossOutput& out, HeadScales* scales, const HeadGradients* gradients,
                                           cudaStream_t stream);
 // One launch. The device decides whether `grads` are all 1.
-cudaError_t gfl_loss_finish(const GflLossInput& in, const HeadScales* scales, const GflLossGrads& grads,
+cudaError_t gfl_loss_finish(const HeadLossInput& in, const HeadScales* scales, const HeadLossGrads& grads,
                             const HeadGradients* gradients, cudaStream_t stream);
 // Three launches, two with both norms given. `scales`: scratch memory on the device.
-cudaError_t gfl_loss_backward(const GflLossInput& in, const GflLossScalars& scalars, const GflLossGrads& grads,
+cudaError_t gfl_loss_backward(const HeadLossInput& in, const HeadLossScalars& scalars, const HeadLossGrads& grads,
                               void* workspace, HeadScales* scales, const HeadGradients* gradients, cudaStream_t stream);
 // As `gfl_loss_fits`, for any number of boxes.
-bool head_loss_norms_fits(const GflLossInput& in);
+bool head_loss_norms_fits(const HeadLossInput& in);
 // Two launches. cudaErrorInvalidValue if `head_loss_norms_fits` is false.
-cudaError_t head_loss_norms(const GflLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream);
+cudaError_t head_loss_norms(const HeadLossInput& in, void* workspace, const HeadNorms& norms, cudaStream_t stream);
 }  // namespace cuda
 #endif
 

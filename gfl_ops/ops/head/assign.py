@@ -12,6 +12,7 @@ from ...core import checks
 from ...core.random_inputs import boxes as draw_boxes
 from ...core.random_inputs import normal, uniform
 from .atss import check_level_sizes, check_strides, per_level
+from .head_inputs import check_gt_labels
 
 
 def check_predictions(op: str, name: str, scores: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> None:
@@ -23,12 +24,9 @@ def check_predictions(op: str, name: str, scores: Tensor, boxes: Tensor, gt_boxe
     checks.shape(op, "boxes", boxes, "[B, A, 4]", (images, count, 4))
     checks.tensor(op, "gt_boxes", gt_boxes)
     checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
-    checks.tensor(op, "gt_labels", gt_labels, checks.INTEGER)
-    checks.shape(op, "gt_labels", gt_labels, "[B, G]", tuple(gt_boxes.shape[:2]))
-    for argument, tensor in (("boxes", boxes), ("gt_boxes", gt_boxes), ("gt_labels", gt_labels)):
+    for argument, tensor in (("boxes", boxes), ("gt_boxes", gt_boxes)):
         checks.same_device(op, argument, tensor, name, scores)
-    if checks.SYNCHRONISING and gt_labels.numel() and int(gt_labels.max()) >= classes:
-        raise ValueError(checks.message(op, "gt_labels", f"must be below C = {classes}", int(gt_labels.max())))
+    check_gt_labels(op, gt_labels, gt_boxes, name, scores, classes)
 
 
 def check_grids(

@@ -125,7 +125,7 @@ DYNAMIC_K = register(
 )
 
 
-def _assign(
+def assign(
     op: str,
     name: str,
     scores: Tensor,
@@ -136,11 +136,14 @@ def _assign(
     gt_labels: Tensor,
     center_offset: float | Sequence[float],
     points: Tensor | None,
-    topk: int,
-    weights: tuple[float, float],
-    radius: float,
     cost: str,
+    numbers: dict[str, float],
 ) -> Assignment:
+    """Either of the functions below, `op`, which calls the scores `name`.
+
+    `numbers` are how many overlaps k is the sum of, the weights of IoU and class, and the radius, by the names that the
+    function has for them.
+    """
     check_predictions(op, name, scores, boxes, gt_boxes, gt_labels)
     flat: list[int] = []
     stride_list: list[float] = []
@@ -149,6 +152,7 @@ def _assign(
         flat, stride_list, offsets = check_grids(op, level_sizes, strides, center_offset, name, scores.shape[1])
     else:
         points = check_points(op, points, "[A, 4]", 4, scores, name)
+    (count, topk), *others = numbers.items()
     found = DYNAMIC_K(
         device_type(scores),
         scores.detach(),
@@ -159,9 +163,8 @@ def _assign(
         points,
         gt_boxes.detach().float(),
         gt_labels.long(),
-        topk,
-        *weights,
-        radius,
+        min(checks.number(op, count, topk, 1, integer=True), MAX_CELLS),
+        *(checks.number(op, argument, value, 0, checks.LARGEST) for argument, value in others),
         cost,
     )
     return Assignment(*found)
@@ -234,11 +237,9 @@ def dynamic_soft_label_assign(
     """
     op = "dynamic_soft_label_assign"
     checks.choice(op, "variant", variant, VARIANTS)
-    topk = min(checks.number(op, "topk", topk, 1, integer=True), MAX_CELLS)
-    weights = checks.number(op, "iou_weight", iou_weight, 0, checks.LARGEST), 1.0
-    radius = checks.number(op, "soft_center_radius", soft_center_radius, 0, checks.LARGEST)
-    objects = gt_boxes, gt_labels, center_offset, points
-    return _assign(op, "logits", logits, boxes, level_sizes, strides, *objects, topk, weights, radius, variant)
+    given = logits, boxes, level_sizes, strides, gt_boxes, gt_labels, center_offset, points, variant
+    numbers = {"topk": topk, "iou_weight": iou_weight, "cls_weight": 1.0, "soft_center_radius": soft_center_radius}
+    return assign(op, "logits", *given, numbers)
 
 
 def simota_assign(
@@ -292,12 +293,11 @@ def simota_assign(
         penalty of 10^5 rounds the costs that it is added to to 1/128, as in mmdet, so that ties are common where a box
         has fewer than k candidates of its own; a logarithm is −100 at least.
     """
-    op = "simota_assign"
-    topk = min(checks.number(op, "candidate_topk", candidate_topk, 1, integer=True), MAX_CELLS)
-    weights = (
-        checks.number(op, "iou_weight", iou_weight, 0, checks.LARGEST),
-        checks.number(op, "cls_weight", cls_weight, 0, checks.LARGEST),
-    )
-    radius = checks.number(op, "center_radius", center_radius, 0, checks.LARGEST)
-    objects = gt_boxes, gt_labels, center_offset, points
-    return _assign(op, "scores", scores, boxes, level_sizes, strides, *objects, topk, weights, radius, "simota")
+    given = scores, boxes, level_sizes, strides, gt_boxes, gt_labels, center_offset, points, "simota"
+    numbers = {
+        "candidate_topk": candidate_topk,
+        "iou_weight": iou_weight,
+        "cls_weight": cls_weight,
+        "center_radius": center_radius,
+    }
+    return assign("simota_assign", "scores", *given, numbers)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core import checks
 from ...core.dtypes import accumulator
-from ...core.random_inputs import boxes as draw_boxes
-from ...core.random_inputs import normal
 from ...core.registry import OnePass, OpSpec, Sample, register
 from ..bins.dfl import two_bin_cross_entropy
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
@@ -21,6 +19,7 @@ from ..boxes.distance import box_of, reference_box_to_distance
 from ..boxes.iou import reference as box_loss
 from ..score.terms import absolute_power, binary_cross_entropy
 from .atss import Assignment, centres, check_strides, per_level
+from .head_inputs import check_gt_boxes, check_maps, check_weights, draw_head, with_one_accumulator
 from .one_pass import define_head_loss
 
 # Of the union and of the enclosing box, in cells squared: the value of mmdet's head.
@@ -190,21 +189,8 @@ def samples(
 ) -> Iterator[Sample]:
     acc = accumulator(dtype)
 
-    def drawn(
-        images: int, classes: int, reg_max: int, sizes: list[tuple[int, int]], slots: int, share: float = 0.2
-    ) -> list:
-        """Maps, and an assignment that ignores geometry: centres lie inside and outside their boxes."""
-        strides = [8.0 * 2**i for i in range(len(sizes))]
-        maps = [normal((images, classes, h, w), device, dtype, generator, 2.0) for h, w in sizes]
-        distributions = [normal((images, 4 * (reg_max + 1), h, w), device, dtype, generator, 2.0) for h, w in sizes]
-        cells = sum(h * w for h, w in sizes)
-        drawn_class = torch.randint(0, classes, (images, cells), generator=generator)
-        kind = torch.rand((images, cells), generator=generator)
-        labels = torch.where(kind < share, drawn_class, torch.where(kind > 0.9, -2, -1))
-        matched = torch.randint(0, max(slots, 1), (images, cells), generator=generator)
-        matched = torch.where(labels < 0, -1, matched)
-        gt = draw_boxes(images * slots, device, acc, generator, extent=8.0 * max(*sizes[0])).view(images, slots, 4)
-        return [maps, distributions, strides, labels.to(device), matched.to(device), gt]
+    def drawn(images: int, classes: int, reg_max: int, *others: Any) -> list:
+        return draw_head(device, dtype, generator, images, classes, 4 * (reg_max + 1), *others)
 
     def rest(reg_max: int, levels: int, beta: float = 2.0, legacy: bool = False, offset: float = 0.0) -> list:
         return [reg_max, [1.0, 2.0, 0.25], beta, [offset] * levels, legacy]
@@ -351,35 +337,15 @@ def gfl_loss(
     """
     op = "gfl_loss"
     reg_max = checks.number(op, "reg_max", reg_max, 1, MAX_REG_MAX, integer=True)
-    images, _classes = checks.maps(op, "cls_scores", cls_scores)
-    checks.maps(op, "reg_preds", reg_preds)
-    if len(reg_preds) != len(cls_scores):
-        raise ValueError(
-            checks.message(
-                op, "reg_preds", f"must have a level for each of `cls_scores`, {len(cls_scores)}", len(reg_preds)
-            )
-        )
-    for cls_score, reg_pred in zip(cls_scores, reg_preds):
-        height, width = cls_score.shape[2:]
-        checks.shape(op, "reg_preds", reg_pred, "[B, 4(R+1), H, W]", (images, 4 * (reg_max + 1), height, width))
+    images, _classes = check_maps(op, cls_scores, reg_preds, "4(R+1)", 4 * (reg_max + 1))
     first = cls_scores[0]
-    checks.same_device(op, "reg_preds", reg_preds[0], "cls_scores", first)
     stride_list = check_strides(op, strides, len(cls_scores))
     offsets = per_level(op, "center_offset", center_offset, len(cls_scores))
     cells = sum(m.shape[2] * m.shape[3] for m in cls_scores)
     labels, matched = check_assignment(op, assignment, images, cells, first)
-    checks.tensor(op, "gt_boxes", gt_boxes)
-    checks.shape(op, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
-    checks.same_device(op, "gt_boxes", gt_boxes, "cls_scores", first)
-    if not isinstance(loss_weights, (tuple, list)) or len(loss_weights) != 3:
-        raise ValueError(checks.message(op, "loss_weights", "must hold three numbers", repr(loss_weights)))
+    check_gt_boxes(op, gt_boxes, images, first)
     legacy = checks.flag(op, "legacy", legacy)
-
-    # One accumulator for both kinds of maps: fp64 on either side makes the other fp64 too.
-    cls_maps, reg_maps = list(cls_scores), list(reg_preds)
-    if accumulator(first.dtype) != accumulator(reg_maps[0].dtype):
-        cls_maps, reg_maps = [m.double() for m in cls_maps], [m.double() for m in reg_maps]
-    acc = accumulator(cls_maps[0].dtype)
+    cls_maps, reg_maps, acc = with_one_accumulator(cls_scores, reg_preds)
     cls, box, dfl, num_pos, box_weight = head_loss(
         cls_maps,
         reg_maps,
@@ -390,7 +356,7 @@ def gfl_loss(
         _norm(op, "cls_norm", cls_norm, first, acc),
         _norm(op, "box_norm", box_norm, first, acc),
         reg_max,
-        [checks.number(op, "loss_weights", weight, dtype=acc) for weight in loss_weights],
+        check_weights(op, "loss_weights", loss_weights, "three", acc),
         checks.number(op, "beta", beta, 0, dtype=acc),
         offsets,
         legacy,

@@ -36,18 +36,31 @@ def fake(scores: Tensor, boxes: Tensor, *others: Any) -> tuple[Tensor, Tensor, T
 
 
 _ULTRALYTICS = (10, 10, 0.5, 6.0, 16.0, 1e-9, "ultralytics", True)
+_SIZES, _STRIDES, _HALF = [12, 16, 6, 8, 3, 4], [8.0, 16.0, 32.0], [0.5] * 3
 
 
 def large(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
     sizes, strides, half = [80, 80, 40, 40, 20, 20], [8.0, 16.0, 32.0], [0.5] * 3
     gt_boxes, labels = draw_objects(2, 100, 80, 640.0, device, generator)
     scores, boxes = draw_predictions(gt_boxes, locations(sizes, strides, half, device), 80, dtype, generator)
-    yield Sample("b2-g100-a8400", (scores, boxes, sizes, strides, half, None, gt_boxes, labels, *_ULTRALYTICS))
+    yield Sample("b2-g100-a8400", (scores, boxes, sizes, strides, half, None, gt_boxes, labels, *_ULTRALYTICS, False))
 
 
 def samples(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    sizes, strides, half = [12, 16, 6, 8, 3, 4], [8.0, 16.0, 32.0], [0.5] * 3
-    classes = 5
+    for sample in _of_probabilities(device, dtype, generator):
+        yield Sample(sample.id, (*sample.args, False))
+    gt_boxes, labels = draw_objects(2, 24, 5, 120.0, device, generator)
+    points = locations(_SIZES, _STRIDES, _HALF, device)
+    scores, boxes = draw_predictions(gt_boxes, points, 5, dtype, generator)
+    logits = scores * 200 - 100
+    logits[0, 3:40:7], logits[0, 4:60:9, 1], logits[0, 5:60:9, 1] = float("nan"), float("inf"), -float("inf")
+    for name, given in (("logits", scores * 8 - 6), ("extreme-logits", logits)):
+        yield Sample(name, (given, boxes, _SIZES, _STRIDES, _HALF, None, gt_boxes, labels, *_ULTRALYTICS, True))
+
+
+def _of_probabilities(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    """But for the operator's last argument."""
+    sizes, strides, half, classes = _SIZES, _STRIDES, _HALF, 5
 
     def objects(images: int, slots: int) -> tuple[Tensor, Tensor]:
         return draw_objects(images, slots, classes, 120.0, device, generator)
@@ -109,7 +122,8 @@ TASK_ALIGNED = register(
         stem="task_aligned",
         schema="(Tensor scores, Tensor boxes, int[] level_sizes, float[] strides, float[] center_offset,"
         " Tensor? points, Tensor gt_boxes, Tensor gt_labels, int topk, int topk2, float alpha, float beta,"
-        " float min_side, float eps, str variant, bool ciou) -> (Tensor labels, Tensor matched, Tensor alignment)",
+        " float min_side, float eps, str variant, bool ciou, bool logits)"
+        " -> (Tensor labels, Tensor matched, Tensor alignment)",
         reference=reference,
         fake=fake,
         samples=samples,
@@ -236,5 +250,6 @@ def task_aligned_assign(
             eps,
             variant,
             variant == "ultralytics" if overlap is None else overlap == "ciou",
+            False,
         )
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .atss import centres
+from .elementary import sigmoid
 
 # Pairs that are in memory at a time.
 PAIRS = 1 << 22
@@ -139,9 +140,11 @@ class _Rule(NamedTuple):
     eps: float
     variant: str
     kind: str
+    logits: bool
 
     def metric(self, score: Tensor, found: Tensor) -> Tensor:
-        value = power(score.clamp(max=1), self.alpha) * power(found, self.beta)
+        p = sigmoid(score.float()) if self.logits else score.float().clamp(max=1)
+        value = power(p, self.alpha) * power(found, self.beta)
         return torch.where(value > 0, value, 0.0)
 
 
@@ -160,7 +163,7 @@ def _assign_image(
         slot = torch.arange(first, first + len(gt), device=boxes.device)
         within = inside(points, gt, rule.min_side, 0.01 if mmdet else 1e-9)
         pairs = overlap(rule.kind, gt[:, None], boxes[None])
-        metric = rule.metric(scores[:, labels].float().t(), pairs)
+        metric = rule.metric(scores[:, labels].t(), pairs)
         ranked = keys(metric if mmdet else torch.where(within, metric, 0.0), index).topk(min(rule.topk, count), 1)
         place = _LOW - (ranked.values & _LOW)
         taken = within.gather(1, place)
@@ -183,7 +186,7 @@ def _assign_image(
     if rule.variant == "ultralytics":
         # Where a conflict is without any overlap inside, the first box has the location, which lies outside of it.
         pairs = torch.where((times > 1) & (best >> 32 == 0), 0.0, pairs)
-    metric = rule.metric(scores.gather(1, gt_labels[winner][:, None])[:, 0].float(), pairs)
+    metric = rule.metric(scores.gather(1, gt_labels[winner][:, None])[:, 0], pairs)
     positive = times > 0
     if rule.topk2 != rule.topk:
         kept = []
@@ -250,10 +253,11 @@ def reference(
     eps: float,
     variant: str,
     ciou: bool,
+    logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image by image."""
     kind = "ciou" if ciou else "iou" if variant == "mmdet" else "clipped_iou"
-    rule = _Rule(topk, topk2, alpha, beta, min_side, eps, variant, kind)
+    rule = _Rule(topk, topk2, alpha, beta, min_side, eps, variant, kind, logits)
     if points is None:
         points = locations(level_sizes, strides, center_offset, boxes.device)
     return by_image(scores, boxes, gt_boxes, gt_labels, points, lambda *image: _assign_image(rule, *image))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole loss of a YOLO head: task-aligned assignment, class cross entropy, CIoU and distribution focal loss."""
+"""The whole loss of a YOLO head: task-aligned assignment, class cross entropy, CIoU and distribution focal loss.
+
+The operator, whose assignment is made, serves RTMDet's loss too (rtmdet_loss.py).
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,32 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.dtypes import accumulator, detached
-from ...core.random_inputs import boxes as draw_boxes
-from ...core.random_inputs import normal, uniform
+from ...core.random_inputs import uniform
 from ...core.registry import OnePass, OpSpec, Sample, register
 from ..bins.decode import DECODE
 from ..bins.integral import MAX_REG_MAX, bounded_logits, expectation
 from ..boxes.distance import box_of, reference_box_to_distance
 from ..boxes.iou import full_ciou
-from ..score.terms import binary_cross_entropy
+from ..boxes.iou import reference as box_loss
+from ..score.terms import absolute_power, binary_cross_entropy
 from .atss import check_strides
 from .gfl_loss import distribution_losses, positives, rows
+from .head_inputs import (
+    check_gt_boxes,
+    check_gt_labels,
+    check_maps,
+    check_weights,
+    draw_head,
+    with_one_accumulator,
+)
 from .one_pass import define_head_loss
 from .task_aligned import TASK_ALIGNED
 from .task_aligned_reference import locations, scores_in_double
 
 OP = "yolo_loss"
-# As ultralytics': of the overlaps, of the assigner's normalisation, and how far a target stays below the last bin.
-IOU_EPS = 1e-7
+# As ultralytics' and mmdet's: of the overlaps, of the assigner's normalisation, and how far a target stays below the
+# last bin.
+IOU_EPS = {"yolo": 1e-7, "rtmdet": 1e-6}
 ALIGNMENT_EPS = 1e-9
 TARGET_MARGIN = 0.01
 MAX_BINS = MAX_REG_MAX + 1
@@ -60,12 +72,15 @@ def reference(
     reg_preds: Sequence[Tensor],
     level_sizes: Sequence[int],
     strides: Sequence[float],
+    center_offset: Sequence[float],
     labels: Tensor,
     matched: Tensor,
     scores: Tensor,
     gt_boxes: Tensor,
     bins: int,
     gains: Sequence[float],
+    beta: float,
+    head: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All locations at once, with those masked that are not positive; in fp32, or in fp64 for fp64 maps."""
     logits = rows(joined(cls_scores))
@@ -75,6 +90,7 @@ def reference(
     positive = positives(labels, matched, classes, slots)
     counted = labels != -2
     weight = torch.where(positive, scores, 0.0)
+    rtmdet = head == "rtmdet"
 
     # Masked before any arithmetic, so that no NaN outside the positives reaches a gradient.
     sides = rows(joined(reg_preds)).unflatten(2, (4, bins))
@@ -83,16 +99,20 @@ def reference(
     else:
         sides = torch.where(positive[..., None, None], bounded_logits(sides), 0.0)
         distance = expectation(sides)
-    half = [0.5] * len(strides)
-    centre = locations(level_sizes, [1.0] * len(strides), half, logits.device).to(acc)
+    centre = locations(level_sizes, [1.0] * len(strides), center_offset, logits.device).to(acc)
     stride = cell_strides(level_sizes, strides, centre)[:, None]
     # One more slot, for locations without a box.
     boxes = torch.cat([gt_boxes.to(acc), gt_boxes.new_zeros((images, 1, 4), dtype=acc)], 1)
     slot = torch.where(positive, matched, slots)[..., None].expand(-1, -1, 4)
-    target = boxes.gather(1, slot) / stride
-    ciou = full_ciou(box_of(centre, distance, None).flatten(0, 1), target.flatten(0, 1), IOU_EPS)
+    target = boxes.gather(1, slot)
+    # YOLO's distances are in cells, RTMDet's in pixels.
+    centre, target = (centre * stride, target) if rtmdet else (centre, target / stride)
+    pair = box_of(centre, distance, None).flatten(0, 1), target.flatten(0, 1)
+    box = box_loss(*pair, "giou", IOU_EPS[head]) if rtmdet else full_ciou(*pair, IOU_EPS[head])
     from_centre = reference_box_to_distance(centre, target, None, 0.0)
-    if bins == 1:
+    if rtmdet:
+        dfl = (distance.nan_to_num(0.0) * 0.0).sum(-1)  # none, but attached to the graph
+    elif bins == 1:
         image_size = torch.tensor(level_sizes[1::-1], dtype=acc, device=logits.device) * strides[0]
         dfl = ((distance - from_centre).abs() * stride / image_size.repeat(2)).mean(-1)
     else:
@@ -100,9 +120,12 @@ def reference(
 
     is_label = positive[..., None] & (labels[..., None] == torch.arange(classes, device=labels.device))
     x = torch.where(counted[..., None], logits.to(acc), 0.0)
-    _, entropy = binary_cross_entropy(x, torch.where(is_label, scores[..., None], 0.0), activated=False)
+    learnt = torch.where(is_label, scores[..., None], 0.0)
+    p, entropy = binary_cross_entropy(x, learnt, activated=False)
+    if rtmdet:
+        entropy = absolute_power(learnt - p, beta) * entropy
     cls = torch.where(counted, entropy.sum(-1), 0.0).sum()
-    box = torch.where(positive, ciou.view(images, count) * weight, 0.0).sum()
+    box = torch.where(positive, box.view(images, count) * weight, 0.0).sum()
     dfl = torch.where(positive, dfl * weight, 0.0).sum()
     norm = weight.sum().clamp(min=1)
     # Not numbers of Python, which turn the tangent of a single number into fp64 under torch.func.
@@ -120,23 +143,14 @@ def samples(
 ) -> Iterator[Sample]:
     acc = accumulator(dtype)
 
-    def drawn(
-        images: int, classes: int, bins: int, sizes: list[tuple[int, int]], slots: int, share: float = 0.2
-    ) -> list:
-        """Maps, and an assignment that ignores geometry: centres lie inside and outside their boxes."""
-        strides = [8.0 * 2**i for i in range(len(sizes))]
-        maps = [normal((images, classes, h, w), device, dtype, generator, 2.0) for h, w in sizes]
-        sides = [normal((images, 4 * bins, h, w), device, dtype, generator, 2.0) for h, w in sizes]
-        cells = sum(h * w for h, w in sizes)
-        drawn_class = torch.randint(0, classes, (images, cells), generator=generator)
-        kind = torch.rand((images, cells), generator=generator)
-        labels = torch.where(kind < share, drawn_class, torch.where(kind > 0.95, -2, -1))
-        matched = torch.randint(0, max(slots, 1), (images, cells), generator=generator)
-        matched = torch.where(labels < 0, -1, matched)
-        scores = uniform((images, cells), device, acc, generator)
-        gt = draw_boxes(images * slots, device, acc, generator, extent=8.0 * max(*sizes[0])).view(images, slots, 4)
-        flat = [n for size in sizes for n in size]
-        return [maps, sides, flat, strides, labels.to(device), matched.to(device), scores, gt, bins, [0.5, 7.5, 1.5]]
+    def drawn(images: int, classes: int, bins: int, sizes: list[tuple[int, int]], *others: Any) -> list:
+        """Maps, and an assignment that ignores geometry."""
+        head = draw_head(device, dtype, generator, images, classes, 4 * bins, sizes, *others)
+        maps, sides, strides, labels, matched, gt = head
+        scores = uniform(tuple(labels.shape), device, acc, generator)
+        flat, half = [n for size in sizes for n in size], [0.5] * len(sizes)
+        gains = [0.5, 7.5, 1.5], 2.0, "yolo"
+        return [maps, sides, flat, strides, half, labels, matched, scores, gt, bins, *gains]
 
     if large:
         # More tiles than the threads that add up their sums.
@@ -162,21 +176,27 @@ def samples(
     yield Sample("detached-all-positive", tuple(drawn(3, 20, 9, [(4, 4), (2, 2)], 5, 0.95)))
     yield Sample("detached-images0", tuple(drawn(0, 3, 3, [(3, 4), (2, 2)], 2)))
     unaligned = drawn(1, 3, 4, [(5, 5)], 2)
-    unaligned[6] = unaligned[6] * 0
+    unaligned[7] = unaligned[7] * 0
     yield Sample("detached-no-score", tuple(unaligned))
     extreme = drawn(2, 7, 5, [(6, 6)], 3)
     extreme[:2] = [[(m * 2000).clamp(-1e4, 1e4) for m in maps] for maps in extreme[:2]]
     yield Sample("detached-extreme", tuple(extreme))
+    for beta in (2.0, 1.5):
+        rtmdet = drawn(2, 20, 1, pyramid, 5)
+        sides = [(m.double().abs() * stride).to(dtype) for m, stride in zip(rtmdet[1], rtmdet[3])]
+        rest = [1.0, 2.0, 0.0], beta, "rtmdet"
+        yield Sample(f"rtmdet-beta{beta}", (rtmdet[0], sides, *rtmdet[2:4], [0.0] * 3, *rtmdet[5:10], *rest))
 
 
 _SCHEMA = (
-    "(Tensor[] cls_scores, Tensor[] reg_preds, int[] level_sizes, float[] strides, Tensor labels, Tensor matched,"
-    " Tensor scores, Tensor gt_boxes, int bins, float[] gains)"
+    "(Tensor[] cls_scores, Tensor[] reg_preds, int[] level_sizes, float[] strides, float[] center_offset,"
+    " Tensor labels, Tensor matched, Tensor scores, Tensor gt_boxes, int bins, float[] gains, float beta, str head)"
     " -> (Tensor cls, Tensor box, Tensor dfl, Tensor num_pos, Tensor score_sum)"
 )
 head_loss = define_head_loss(OP, _SCHEMA)
 
 # With the assignment made: one map for each level, or one [B, channels, A] of all; gains as the results, class first.
+# `beta` is of RTMDet's class loss, which has one bin and no third loss.
 YOLO_LOSS = register(
     OpSpec(
         stem=OP,
@@ -186,8 +206,8 @@ YOLO_LOSS = register(
         samples=samples,
         large=functools.partial(samples, large=True),
         one_pass=OnePass(head_loss, ("cls_scores", "reg_preds")),
-        summary="the whole loss of a YOLO head, its assignment made",
-        public=(OP,),
+        summary="the whole loss of a YOLO or an RTMDet head, its assignment made",
+        public=(OP, "rtmdet_loss"),
         differentiable=("cls_scores", "reg_preds"),
         grad_outputs=(0, 1, 2),
     )
@@ -235,18 +255,19 @@ def assigned_loss(
     acc = accumulator(cls_scores[0].dtype)
     device = cls_scores[0].device.type
     boxes = decoded_boxes(reg_preds, level_sizes, strides, bins)
-    scores = rows(joined([detached(m) for m in cls_scores]).sigmoid())
+    # As logits, of which the assigner reads few: probabilities of all would be as large as the maps.
+    logits = rows(joined([detached(m) for m in cls_scores]))
     half = [0.5] * len(strides)
     gt_boxes = gt_boxes.detach()
-    options = topk, topk2, alpha, beta, min_side, ALIGNMENT_EPS, "ultralytics", True
+    options = topk, topk2, alpha, beta, min_side, ALIGNMENT_EPS, "ultralytics", True, True
     pixels = gt_boxes.float()
     labels, matched, learnt = TASK_ALIGNED(
-        device, scores, boxes.float(), level_sizes, strides, half, None, pixels, gt_labels, *options
+        device, logits, boxes.float(), level_sizes, strides, half, None, pixels, gt_labels, *options
     )
     if acc == torch.float64 and gt_boxes.shape[1]:
         slot = matched.clamp(min=0)
         gt = pixels.gather(1, slot[..., None].expand(-1, -1, 4))
-        score = scores.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        score = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0].sigmoid()
         learnt = scores_in_double(
             "ciou", score, boxes.float(), gt, labels >= 0, slot, gt_boxes.shape[1], alpha, beta, ALIGNMENT_EPS
         )
@@ -255,12 +276,15 @@ def assigned_loss(
         reg_preds,
         level_sizes,
         strides,
+        half,
         labels,
         matched,
         learnt.to(acc),
         gt_boxes.to(acc),
         bins,
         [gains[1], gains[0], gains[2]],
+        0.0,
+        "yolo",
     )
     return YoloLoss(box, cls, dfl, num_pos.detach(), score_sum.detach())
 
@@ -327,37 +351,16 @@ def yolo_loss(
         counts as `bins` − 1.01.
     """
     bins = checks.number(OP, "bins", bins, 1, MAX_BINS, integer=True)
-    images, classes = checks.maps(OP, "cls_scores", cls_scores)
-    checks.maps(OP, "reg_preds", reg_preds)
-    if len(reg_preds) != len(cls_scores):
-        rule = f"must have a level for each of `cls_scores`, {len(cls_scores)}"
-        raise ValueError(checks.message(OP, "reg_preds", rule, len(reg_preds)))
-    for cls_score, reg_pred in zip(cls_scores, reg_preds):
-        height, width = cls_score.shape[2:]
-        checks.shape(OP, "reg_preds", reg_pred, "[B, 4·bins, H, W]", (images, 4 * bins, height, width))
+    images, classes = check_maps(OP, cls_scores, reg_preds, "4·bins", 4 * bins)
     first = cls_scores[0]
-    checks.same_device(OP, "reg_preds", reg_preds[0], "cls_scores", first)
     stride_list = check_strides(OP, strides, len(cls_scores))
-    checks.tensor(OP, "gt_boxes", gt_boxes)
-    checks.shape(OP, "gt_boxes", gt_boxes, "[B, G, 4]", (images, None, 4))
-    checks.same_device(OP, "gt_boxes", gt_boxes, "cls_scores", first)
-    checks.tensor(OP, "gt_labels", gt_labels, checks.INTEGER)
-    checks.shape(OP, "gt_labels", gt_labels, "[B, G]", tuple(gt_boxes.shape[:2]))
-    checks.same_device(OP, "gt_labels", gt_labels, "cls_scores", first)
+    check_gt_boxes(OP, gt_boxes, images, first)
+    check_gt_labels(OP, gt_labels, gt_boxes, "cls_scores", first, classes)
     topk = checks.number(OP, "topk", topk, 1, integer=True)
     topk2 = topk if topk2 is None else checks.number(OP, "topk2", topk2, 1, integer=True)
-    if not isinstance(gains, (tuple, list)) or len(gains) != 3:
-        raise ValueError(checks.message(OP, "gains", "must hold three numbers", repr(gains)))
     if min_side is None:
         min_side = stride_list[min(1, len(stride_list) - 1)]
-    if checks.SYNCHRONISING and gt_labels.numel() and int(gt_labels.max()) >= classes:
-        raise ValueError(checks.message(OP, "gt_labels", f"must be below C = {classes}", int(gt_labels.max())))
-
-    # One accumulator for both kinds of maps: fp64 on either side makes the other fp64 too.
-    cls_maps, reg_maps = list(cls_scores), list(reg_preds)
-    if accumulator(first.dtype) != accumulator(reg_maps[0].dtype):
-        cls_maps, reg_maps = [m.double() for m in cls_maps], [m.double() for m in reg_maps]
-    acc = accumulator(cls_maps[0].dtype)
+    cls_maps, reg_maps, acc = with_one_accumulator(cls_scores, reg_preds)
     return assigned_loss(
         cls_maps,
         reg_maps,
@@ -370,6 +373,6 @@ def yolo_loss(
         topk2=topk2,
         alpha=checks.number(OP, "alpha", alpha, 0, checks.LARGEST),
         beta=checks.number(OP, "beta", beta, 0, checks.LARGEST, exclusive=True),
-        gains=[checks.number(OP, "gains", gain, dtype=acc) for gain in gains],
+        gains=check_weights(OP, "gains", gains, "three", acc),
         min_side=checks.number(OP, "min_side", min_side, 0, checks.LARGEST),
     )

@@ -24,8 +24,9 @@ metadata. Outputs, in input pixels:
   decoded     boxes [B, A, 4] xyxy and scores [B, A, C], probabilities, of all
               locations
   detections  ONNX: boxes [n, 4], scores [n], labels [n] of one image after
-              NonMaxSuppression; else the candidates before NMS, boxes
-              [B, K, 4], scores and labels [B, K]
+              NonMaxSuppression; of larger batches [B, K, 4], [B, K], [B, K],
+              label -1 in unused slots; else the candidates before NMS, of
+              the same shapes
 
 With --input uint8 the inputs are `pixels`, RGB as image libraries give them,
 and `sizes`, each image's (height, width) without its padding; nothing is left

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import did_you_mean
+from ..files import error_text
 from .coco import Sample
 from .transforms import resize, resize_boxes
 
@@ -265,7 +266,7 @@ class Own:
                 module = importlib.import_module(source)
             self.name, self.function = name, getattr(module, attribute)
         except (ImportError, OSError, AttributeError) as error:
-            raise ValueError(f"`augment`: {name} is not there: {error}") from None
+            raise ValueError(f"`augment`: {name} is not there: {error_text(error)}") from None
 
     def __call__(self, sample: Sample, draw: Draw, other: Callable[[], Sample]) -> Sample:
         call = _by_v2 if isinstance(self.function, nn.Module) else _plainly

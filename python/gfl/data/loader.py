@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ..config import Config, InferenceConfig
 from ..signals import leave_stopping_to_main
 from ..threads import cores
-from . import augment, sources
+from . import augment, sets
 from .coco import CocoDataset, Sample
 from .transforms import UnreadableImage, flip_boxes, input_size, pad, resize, resize_boxes
 from .values import ImageId
@@ -91,14 +91,14 @@ class Batch:
 
 def training_dataset(config: Config) -> CocoDataset:
     """The images to train on, as `config.data` says; without those that have no object, unless ``keep_empty``."""
-    found = sources.dataset(config.data, "train")
+    found = sets.dataset(config.data, "train")
     assert found is not None
     return found
 
 
 def validation_dataset(config: Config, classes: Sequence[str] | None = None) -> CocoDataset:
     """The images to evaluate on, with a model's classes; ValueError if there are none."""
-    found = sources.dataset(config.data, "val", classes)
+    found = sets.dataset(config.data, "val", classes)
     if found is None:
         empty = (
             "`val_annotations` is empty" if not config.data.val_annotations else f"{config.data.data} has no val part"

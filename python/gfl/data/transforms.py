@@ -61,7 +61,7 @@ def read_image(
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EFBIG):
             raise
-        raise UnreadableImage(f"{path} can't be decoded: {error.strerror}") from None
+        raise UnreadableImage(f"{path} can't be decoded: {files.reason(error)}") from None
     image = _jpeg(content)
     if image is None:
         image = _by_pillow(path, content, size, upright)
@@ -97,7 +97,7 @@ def _by_pillow(path: str | Path, content: bytes, size: tuple[int, int] | None, u
             raise
         # Pillow's decoders raise many types on broken files (SyntaxError, struct.error, DecompressionBombError, …).
         except Exception as error:
-            raise UnreadableImage(f"{path} can't be decoded: {error}") from error
+            raise UnreadableImage(f"{path} can't be decoded: {files.reason(error)}") from error
 
 
 def stored_size(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -106,14 +106,14 @@ def stored_size(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
         with files.open_regular(path) as file, _open(path, file) as stored:
             return _sizes(stored)
     except OSError as error:
-        raise UnreadableImage(f"{path} can't be read: {error}") from None
+        raise UnreadableImage(f"{path} can't be read: {files.reason(error)}") from None
 
 
 def _open(path: str | Path, file: BinaryIO) -> Image.Image:
     try:
         return Image.open(file)
     except Exception as error:
-        raise UnreadableImage(f"{path} can't be decoded: {error}") from error
+        raise UnreadableImage(f"{path} can't be decoded: {files.reason(error)}") from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -120,7 +120,7 @@ def write_extras(
             with files.replacing(file) as part:
                 write(part)
         except (OSError, ValueError) as error:
-            failed.append(f"{file} is not written: {error}")
+            failed.append(f"{file} is not written: {files.reason(error)}")
     return failed
 
 

@@ -60,6 +60,38 @@ nms (float[1, k, 4] candidate_boxes, float[1, k] candidate_scores, int64[1, k] c
     labels = Gather<axis = 0>(all_labels, chosen)
 }}
 """
+# The same of several images: what NonMaxSuppression keeps is put back to the candidates' places, to rank each image's.
+BATCH_NMS = """
+nms (float[b, k, 4] candidate_boxes, float[b, k] candidate_scores, int64[b, k] candidate_labels)
+    => (float[b, m, 4] boxes, float[b, m] scores, int64[b, m] labels)
+    <int64[1, {classes}, 1] every_class = {{{every_class}}}, float zero = {{0}}, int64 no_label = {{-1}},
+     int64[1] most = {{{most}}}, float[1] iou_threshold = {{{iou:.9g}}}, float[1] score_threshold = {{{score:.9g}}},
+     int64[1] axis_one = {{1}}, int64[1] axis_two = {{2}}, int64[2] image_and_box = {{0, 2}},
+     int64[3] four_sides = {{1, 1, 4}}>
+{{
+    labels_row = Unsqueeze(candidate_labels, axis_one)
+    scores_row = Unsqueeze(candidate_scores, axis_one)
+    of_class = Equal(labels_row, every_class)
+    class_scores = Where(of_class, scores_row, zero)
+    selected = NonMaxSuppression<center_point_box = 0>(
+        candidate_boxes, class_scores, most, iou_threshold, score_threshold)
+    places = Gather<axis = 1>(selected, image_and_box)
+    kept_scores = GatherND(candidate_scores, places)
+    no_scores = Mul(candidate_scores, zero)
+    all_scores = ScatterND(no_scores, places, kept_scores)
+    candidates = Shape<start = 1>(candidate_scores)
+    count = Min(candidates, most)
+    scores, best = TopK<axis = 1>(all_scores, count)
+    best_labels = GatherElements<axis = 1>(candidate_labels, best)
+    best_column = Unsqueeze(best, axis_two)
+    best_sides = Expand(best_column, four_sides)
+    best_boxes = GatherElements<axis = 1>(candidate_boxes, best_sides)
+    found = Greater(scores, zero)
+    labels = Where(found, best_labels, no_label)
+    found_column = Unsqueeze(found, axis_two)
+    boxes = Where(found_column, best_boxes, zero)
+}}
+"""
 
 
 class Exportable(nn.Module):
@@ -170,7 +202,9 @@ def to_onnx(
 
     The input is `images`, fp32 ``[B, 3, H, W]``: normalised, zero in the padding. `outputs` as for `Exportable`;
     with "detections" ONNX's NonMaxSuppression follows, class by class, and the outputs are `boxes` ``[n, 4]``,
-    `scores` ``[n]`` and `labels` ``[n]`` of the one image, the best first, n at most the model's `max_detections`.
+    `scores` ``[n]`` and `labels` ``[n]``, the best first, n at most the model's `max_detections`. Of another batch than
+    1 they are ``[B, K, 4]``, ``[B, K]`` and ``[B, K]``, as `gfl_ops.postprocess` has them: unused slots have score 0
+    and label −1.
 
     With `pixels` the inputs are `pixels` and `sizes`, as for `OfPixels`, and there is nothing to normalise.
 
@@ -179,14 +213,14 @@ def to_onnx(
 
     Raises:
         RuntimeError: the packages onnx and onnxscript are not installed.
-        ValueError: detections of more than one image; anchor-wise candidates, which ONNX has no operator for.
+        ValueError: anchor-wise candidates, which ONNX has no operator for.
     """
     try:
         import onnx
         import onnxscript  # noqa: F401  # torch's exporter is written with it
     except ImportError as error:
         raise RuntimeError(f"ONNX needs onnx and onnxscript: pip install 'gfl-ops[export]' ({error})") from None
-    _check(model, outputs, batch, size)
+    _check(model, outputs, size)
     detector = Exportable(model, size, outputs, dtype)
     images, shapes = _example(batch, size)
     whole: nn.Module = detector
@@ -205,7 +239,7 @@ def to_onnx(
     assert program is not None
     proto = program.model_proto
     if outputs == DETECTIONS:
-        _append_nms(proto, model)
+        _append_nms(proto, model, NMS if batch == 1 else BATCH_NMS)
     _rename_weights(proto)
     _describe(proto, model, size, outputs, _sensitive_nodes(proto), classes)
     onnx.checker.check_model(proto, full_check=True)
@@ -219,14 +253,13 @@ def _example(batch: int | None, size: tuple[int, int]) -> tuple[Tensor, dict[str
     return torch.zeros(2 if batch is None else batch, 3, *size), shapes
 
 
-def _check(model: GFL, outputs: str, batch: int | None, size: tuple[int, int]) -> None:
+def _check(model: GFL, outputs: str, size: tuple[int, int]) -> None:
     if outputs != DETECTIONS:
         return
     stride = model.config.strides[0]
     pairs = -(-size[0] // stride) * -(-size[1] // stride) * model.config.num_classes
     for refused, why in (
         (pairs > MAX_PAIRS, f"of at most 2^24 pairs of location and class per level, got {pairs}"),
-        (batch != 1, f"are of one image, got a batch of {batch or 'any size'}"),
         (model.config.topk_mode != "pair", "rank pairs of location and class; export `decoded` for `anchor`"),
         (model.test.score_threshold < 0, "need a `score_threshold` of 0 or more"),
     ):
@@ -262,14 +295,14 @@ def _rename_weights(proto: Any) -> None:
         node.input[:] = [names.get(name, name) for name in node.input]
 
 
-def _append_nms(proto: Any, model: GFL) -> None:
+def _append_nms(proto: Any, model: GFL, graph: str) -> None:
     """Replaces the candidates by what `NMS` keeps of them."""
     from onnx import parser
 
     classes, test = model.config.num_classes, model.test
     every = ", ".join(map(str, range(classes)))
     limits = {"most": test.max_detections, "iou": test.iou_threshold, "score": test.score_threshold}
-    nms = parser.parse_graph(NMS.format(classes=classes, every_class=every, **limits))
+    nms = parser.parse_graph(graph.format(classes=classes, every_class=every, **limits))
     for node in nms.node:
         node.name = f"nms_{node.output[0]}"
     proto.graph.node.extend(nms.node)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, files, models
 from ..config import SECTION_OF, Config
-from ..data import sources
+from ..data import sets
 from ..data.cache import ImageCache
 from ..data.coco import CocoDataset
 from ..data.loader import training_dataset, training_loader
@@ -137,7 +137,7 @@ class Training:
             file = out / f"{files.PART}images-{process.rank}" if config.train.cache == "disk" else None
             out.mkdir(parents=True, exist_ok=True)
             self.data.cache = ImageCache(self.data.sizes, file)
-        self.validation = sources.dataset(config.data, "val", self.data.classes)
+        self.validation = sets.dataset(config.data, "val", self.data.classes)
         notes, classes = [], self.data.classes
         if self.validation is not None and self.validation.classes != classes:
             raise ValueError(

@@ -87,7 +87,9 @@ def _by_soft_labels(config: ModelConfig, maps: Maps, objects: Objects) -> gfl_op
     """Which location learns which object, by what these maps predict."""
     offset, levels = config.center_offset, zip(maps.reg_preds, config.strides, strict=True)
     boxes = [
-        gfl_ops.decode(_rows(x), centres(*x.shape[2:], stride, offset, False, x.device), stride, config.reg_max)
+        gfl_ops.decode(
+            _rows(x), centres(x.shape[2], x.shape[3], stride, offset, False, x.device), stride, config.reg_max
+        )
         for x, stride in levels
     ]
     return gfl_ops.dynamic_soft_label_assign(

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from ..files import printable
+from ..files import printable, reason
 
 # Seconds without a byte, and for a whole image; tries of one call, each from where the last one ended.
 SILENCE, DEADLINE, TRIES = 30.0, 120.0, 3
@@ -168,10 +168,7 @@ def _up_to(response: Any, mark: bytes, limit: int) -> tuple[bytes, bool]:
 
 
 def _reason(error: BaseException) -> str:
-    inner = getattr(error, "reason", error)
-    if isinstance(error, urllib.error.HTTPError):
-        inner = f"HTTP status {error.code}"
-    return printable(str(inner) or type(inner).__name__)
+    return f"HTTP status {error.code}" if isinstance(error, urllib.error.HTTPError) else printable(reason(error))
 
 
 def _file_name(url: str) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -43,3 +44,16 @@ def test_without_the_check_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_file_for_verdicts_needs_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json", str(tmp_path / "verdicts.json")]) == 1
     assert "`--json` needs --check" in capsys.readouterr().err
+
+
+def test_what_an_issue_report_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    requirements = ["numpy", "tomli; python_version < '3.11'", 'no-such-package>=2; extra == "eval"']
+    requirements += ["pytest>=8; extra == 'test'", "pillow[all]; extra == 'other'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    facts = {line[:15].strip(): line[15:] for line in printed.split("\n\n")[0].splitlines()}
+    assert facts["packages"] == f"numpy {importlib.metadata.version('numpy')}"
+    assert facts["optional"] == f"pillow {importlib.metadata.version('pillow')}; missing: no-such-package"
+    assert "GiB" in facts["memory"] and "cores" in facts["memory"] and "GiB free in" in facts["disk"]
+    assert max(map(len, printed.splitlines())) <= 80

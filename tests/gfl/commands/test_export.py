@@ -41,7 +41,6 @@ def test_a_program_of_the_models_own_size(file: Path, capsys: pytest.CaptureFixt
         (["--batch", "0"], "`--batch` must be"),
         (["--batch", "many"], "`--batch` must be"),
         (["--size", "100x64"], "`--size` must be"),
-        (["--batch", "2", "--outputs", "detections"], "of one image"),
     ],
 )
 def test_what_it_refuses(arguments: list[str], text: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

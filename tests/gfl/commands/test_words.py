@@ -6,22 +6,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import UnidentifiedImageError
 
 from gfl import cli
 from gfl.commands import export
 from gfl.demo import course
 from gfl.engine import distributed
 from gfl.engine.distributed import choose_device
-from gfl.files import error_text
+from gfl.files import error_text, reason
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
         (["train", "--epoch-number", "3"], "gfl train: unknown option --epoch-number"),
+        (["trian"], "; did you mean `train`?"),
+        (["detect", "model.pt", "a.jpg", "--dtype", "bf61"], "; did you mean `bf16`?"),
         (["train", "--out", "x", "--epohcs=3"], "gfl train: unknown option --epohcs=3; did you mean `--epochs`?"),
         (
             ["export", "a.pt", "--out", "b", "--formt", "x"],
@@ -39,7 +43,8 @@ def test_a_wrong_command_line_is_answered_by_its_command(
         cli.main(words + required)
     said = capsys.readouterr().err
     assert status.value.code == 2
-    assert said.startswith(f"usage: gfl {words[0]} ") and answer in said and "error:" not in said
+    own = f"gfl {words[0]} " if words[0] in cli.COMMANDS else "gfl [-h]"
+    assert said.startswith(f"usage: {own}") and answer in said and "error:" not in said
 
 
 @pytest.mark.parametrize(
@@ -50,11 +55,29 @@ def test_a_wrong_command_line_is_answered_by_its_command(
         (OSError("of its own words"), "of its own words"),
         (ValueError("gfl: `epochs` must be positive"), "`epochs` must be positive"),
         (ValueError("gfl demo: `iterations` must be"), "`iterations` must be"),
+        (ValueError("gfl.TrainConfig: `epochs` must be"), "`epochs` must be"),
         (RuntimeError("gflops"), "gflops"),
     ],
 )
 def test_errors_have_one_form(error: Exception, text: str) -> None:
     assert error_text(error) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.pt"), "no such file or directory"),
+        (
+            UnidentifiedImageError("cannot identify image file <_io.BytesIO object at 0x7f325959c5e0>"),
+            "cannot identify image file",
+        ),
+        (URLError(ConnectionRefusedError(111, "Connection refused")), "connection refused"),
+        (URLError("no host given"), "no host given"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_reason_is_in_words(error: Exception, text: str) -> None:
+    assert reason(error) == text
 
 
 def test_a_missing_file_is_named_without_the_systems_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gfl.config import Config
-from gfl.data import layouts, sources
+from gfl.data import layouts, sets
 from gfl.data.coco import Annotations, CocoDataset
 
 # Formats that do not say which images are for validation.
@@ -61,7 +61,7 @@ def test_a_configuration_takes_every_format(format: str, tmp_path: Path) -> None
         pytest.importorskip("yaml")
     (tmp_path / "set").mkdir()
     data = Config().replace(data=written.WRITERS[format](tmp_path / "set")).data
-    train, val = (sources.dataset(data, part) for part in ("train", "val"))
+    train, val = (sets.dataset(data, part) for part in ("train", "val"))
     assert train is not None and val is not None
     assert train.classes == val.classes == list(written.CLASSES)
     names = [{Path(name).stem for name in one.annotations.file_names} for one in (train, val)]
@@ -72,7 +72,7 @@ def test_a_configuration_takes_every_format(format: str, tmp_path: Path) -> None
             sample = one[index]
             assert sample.size == tuple(sample.image.shape[1:]) and len(sample.labels)
     # Read again, as for a resumed training, it is the same to the bit.
-    again = sources.dataset(data, "train")
+    again = sets.dataset(data, "train")
     assert again is not None and again.digest() == train.digest()
 
 
@@ -80,14 +80,14 @@ def test_typed_names_and_cocos_own_go_first(tmp_path: Path) -> None:
     written.coco_cvat(tmp_path)
     names = {"train_annotations": "annotations/instances_val.json", "train_images": "images/val"}
     data = Config().replace(data=tmp_path, **names).data
-    train = sources.dataset(data, "train")
+    train = sets.dataset(data, "train")
     assert train is not None and boxes(train.annotations) == truth("val") and train.images == tmp_path / "images/val"
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
-        sources.dataset(Config().replace(data=tmp_path, train_annotations="absent.json").data, "train")
-    assert sources.dataset(Config().replace(data=tmp_path, val_annotations="").data, "val") is None
+        sets.dataset(Config().replace(data=tmp_path, train_annotations="absent.json").data, "train")
+    assert sets.dataset(Config().replace(data=tmp_path, val_annotations="").data, "val") is None
     (tmp_path / "annotations" / "instances_train.json").rename(tmp_path / "annotations" / "instances_train2017.json")
     (tmp_path / "images" / "train").rename(tmp_path / "train2017")
-    train = sources.dataset(Config().replace(data=tmp_path).data, "train")
+    train = sets.dataset(Config().replace(data=tmp_path).data, "train")
     assert train is not None and train.images == tmp_path / "train2017" and boxes(train.annotations) == truth("train")
 
 
@@ -95,11 +95,11 @@ def test_images_are_held_out_by_their_names(tmp_path: Path) -> None:
     written.label_studio_coco(tmp_path)
     for share, expected in ((0.2, 1), (0.5, 2), (0.0, 0)):
         data = Config().replace(data=tmp_path, val_share=share).data
-        train, val = sources.dataset(data, "train"), sources.dataset(data, "val")
+        train, val = sets.dataset(data, "train"), sets.dataset(data, "val")
         assert train is not None and len(train) == 5 - expected
         assert len(val) == expected if val is not None else expected == 0
     with pytest.raises(ValueError, match=r"`val_share` must be at least 0 and below 1, got 1\.0"):
-        sources.dataset(Config().replace(data=tmp_path, val_share=1).data, "train")
+        sets.dataset(Config().replace(data=tmp_path, val_share=1).data, "train")
 
 
 def test_a_typed_file_is_not_held_out_of(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_a_typed_file_is_not_held_out_of(tmp_path: Path) -> None:
     (tmp_path / "annotations/instances_val.json").unlink()
     file, images = "annotations/instances_train.json", "images/train"
     data = Config().replace(data=tmp_path, train_annotations=file, train_images=images).data
-    train = sources.dataset(data, "train")
-    assert train is not None and sources.dataset(data, "val") is None
+    train = sets.dataset(data, "train")
+    assert train is not None and sets.dataset(data, "val") is None
     typed = Config().replace(data=tmp_path, val_annotations=file, val_images=images).data
-    again, val = sources.dataset(typed, "train"), sources.dataset(typed, "val")
+    again, val = sets.dataset(typed, "train"), sets.dataset(typed, "val")
     assert again is not None and val is not None and len(again) == len(val) == len(train)
 
 
@@ -122,12 +122,12 @@ def test_ghost_classes_go_and_empty_classes_are_named(tmp_path: Path) -> None:
         content = json.loads(file.read_text())
         content["categories"].append({"id": 3, "name": "kite", "supercategory": "things"})
         file.write_text(json.dumps(content))
-    train = sources.dataset(Config().replace(data=tmp_path).data, "train")
+    train = sets.dataset(Config().replace(data=tmp_path).data, "train")
     assert train is not None and train.classes == ["ball", "cup", "kite"]
     assert train.problems["classes that are supercategories without a box, left out: things"] == 1
     assert train.problems["classes without a box: kite"] == 1
     # A model that has the class keeps it.
-    kept = sources.dataset(Config().replace(data=tmp_path).data, "val", ["things", "ball", "cup", "kite"])
+    kept = sets.dataset(Config().replace(data=tmp_path).data, "val", ["things", "ball", "cup", "kite"])
     assert kept is not None and kept.classes == ["things", "ball", "cup", "kite"]
 
 
@@ -136,7 +136,7 @@ def test_categories_of_one_name_stay_apart(tmp_path: Path) -> None:
     for part in ("train", "val"):
         file = tmp_path / "annotations" / f"instances_{part}.json"
         file.write_text(file.read_text().replace("cup", "ball"))
-    train = sources.dataset(Config().replace(data=tmp_path).data, "train")
+    train = sets.dataset(Config().replace(data=tmp_path).data, "train")
     assert train is not None and train.classes == ["ball", "ball"] and set(train.annotations.labels.tolist()) == {0, 1}
 
 
@@ -146,7 +146,7 @@ def coco_of(tmp_path: Path, change: Any) -> CocoDataset:
     content = json.loads((tmp_path / "result.json").read_text())
     change(content)
     (tmp_path / "result.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
-    found = sources.dataset(Config().replace(data=tmp_path, val_share=0, keep_empty=True).data, "train")
+    found = sets.dataset(Config().replace(data=tmp_path, val_share=0, keep_empty=True).data, "train")
     assert found is not None
     return found
 
@@ -273,7 +273,7 @@ def test_photos_with_an_orientation_are_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
-    train = sources.dataset(Config().replace(data=tmp_path).data, "train")
+    train = sets.dataset(Config().replace(data=tmp_path).data, "train")
     assert train is not None and boxes(train.annotations) == truth("train")
     assert {tuple(train[i].image.shape[1:]) for i in range(3)} == {(48, 64), (80, 40), (64, 64)}
 
@@ -281,7 +281,7 @@ def test_photos_with_an_orientation_are_upright(tmp_path: Path) -> None:
 def test_classes_of_a_model_give_the_labels(tmp_path: Path) -> None:
     written.voc(tmp_path)
     data = Config().replace(data=tmp_path).data
-    val = sources.dataset(data, "val", ["person", "cup", "ball"])
+    val = sets.dataset(data, "val", ["person", "cup", "ball"])
     assert val is not None and val.classes == ["person", "cup", "ball"] and boxes(val.annotations) == truth("val")
 
 

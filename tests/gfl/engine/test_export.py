@@ -27,9 +27,9 @@ SIZE = (96, 128)
 CONFIG = {"num_classes": 5, "width": 8, "neck_channels": 16, "head_channels": 16, "head_groups": 4, "head_convs": 1}
 # What every runtime knows: none of it is a contributed or a custom operator.
 OPERATORS = """
-Add And Cast Concat Constant Conv Div Equal Expand Flatten Gather GatherElements Greater Identity InstanceNormalization
-MatMul Max MaxPool Min Mod Mul NonMaxSuppression ReduceMin Relu Reshape Resize Shape Sigmoid Slice Softmax Squeeze Sub
-TopK Transpose Unsqueeze Where
+Add And Cast Concat Constant Conv Div Equal Expand Flatten Gather GatherElements GatherND Greater Identity
+InstanceNormalization MatMul Max MaxPool Min Mod Mul NonMaxSuppression ReduceMin Relu Reshape Resize ScatterND Shape
+Sigmoid Slice Softmax Squeeze Sub TopK Transpose Unsqueeze Where
 """
 
 
@@ -121,6 +121,39 @@ def test_onnx_detections_of_real_photos_are_the_models(model: GFL, data: Path, t
     } == {""}
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     assert properties["classes"].split("\n") == ["a", "b", "c", "d", "e"] and properties["reg_max"] == "16"
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_onnx_detections_of_a_batch_are_those_of_its_images(
+    batch: int | None, model: GFL, tmp_path: Path, generator: torch.Generator
+) -> None:
+    onnx = needs_onnx()
+    one, several = tmp_path / "one.onnx", tmp_path / "several.onnx"
+    export.to_onnx(model, one, SIZE, outputs="detections")
+    export.to_onnx(model, several, SIZE, outputs="detections", batch=batch)
+    images = photo_like(2 if batch else 3, generator)
+    # The network's scores of an image that is nothing but padding are its biases': no candidate at this threshold.
+    images[0] *= 0
+    boxes, scores, labels = (torch.from_numpy(part) for part in session(several).run(None, {"images": images.numpy()}))
+    most = model.test.max_detections
+    assert boxes.shape == (len(images), most, 4) and scores.shape == labels.shape == (len(images), most)
+    for number, image in enumerate(images):
+        want = [torch.from_numpy(part) for part in session(one).run(None, {"images": image[None].numpy()})]
+        count = len(want[1])
+        assert (labels[number] >= 0).sum() == count and (labels[number, count:] == -1).all()
+        assert not scores[number, count:].any() and not boxes[number, count:].any()
+        torch.testing.assert_close(scores[number, :count], want[1], rtol=0, atol=1e-5)
+        if count < 2 or want[1].diff().abs().min() > 1e-5:
+            assert torch.equal(labels[number, :count], want[2])
+            torch.testing.assert_close(boxes[number, :count], want[0], rtol=0, atol=1e-3)
+    proto = onnx.load(several)
+    assert {node.op_type for node in proto.graph.node} <= set(OPERATORS.split())
+    # Where nothing is found all slots are unused.
+    (limit,) = (one for one in proto.graph.initializer if one.name == "score_threshold")
+    limit.CopyFrom(onnx.numpy_helper.from_array(torch.tensor([2.0]).numpy(), "score_threshold"))
+    onnx.save(proto, several)
+    boxes, scores, labels = session(several).run(None, {"images": images.numpy()})
+    assert not boxes.any() and not scores.any() and (labels == -1).all()
 
 
 def test_onnx_of_pixels_normalises_and_the_example_runs_it(
@@ -257,8 +290,6 @@ torch.save(list(found), {str(tmp_path / "found.pt")!r})
 
 def test_what_it_refuses(model: GFL, tmp_path: Path) -> None:
     needs_onnx()
-    with pytest.raises(ValueError, match="`detections` are of one image"):
-        export.to_onnx(model, tmp_path / "x.onnx", SIZE, batch=2)
     model._config.topk_mode = "anchor"
     with pytest.raises(ValueError, match="export `decoded`"):
         export.to_onnx(model, tmp_path / "x.onnx", SIZE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...files import error_text
 from ..coco import Annotations, read_json
 from . import csv_files, json_files, xml_files, yolo
 from .build import build
@@ -58,7 +59,7 @@ def _in_folder(folder: Folder) -> Found:
         try:
             read_json(path) if path.suffix.lower() == ".json" else xml_files.root_of(path)
         except (OSError, ValueError) as error:
-            broken = f"; {error}"
+            broken = f"; {error_text(error)}"
     raise ValueError(f"{folder.root} has {images or 'no'} images and no annotations that are known: {FORMATS}{broken}")
 
 

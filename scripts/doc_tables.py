@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables: operators from the registry, frameworks from the examples, GPUs from benchmarks/results.
+"""Write the documentation's tables from what they are about: the registry, the examples, the zoo, pyproject.toml, and
+benchmarks/results.
 
-With --check, fail if the README's tables are out of date.
+With --check, fail if one is out of date.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gfl.zoo import TABLE
+from gfl.zoo.cost import cost
+from gfl.zoo.cost import memory as cost_memory
 from gfl_ops.core.registry import SPECS, OpSpec
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 COMPAT = "gfl_ops.compat"
 
@@ -68,7 +73,7 @@ def framework(path: Path) -> tuple[int, str, str]:
         rank, line = (0, f"`{node.module}.patch()`") if patches else (1, f"`{ast.unparse(node)}`")
     if "Or" in described:
         line += f"; or {described['Or']}"
-    example = f"[{path.name}]({path.relative_to(ROOT)})"
+    example = f"[{path.name}](../{path.relative_to(ROOT)})"
     return rank, path.name, f"| {described['Framework']} | {line} | {described['Replaces']} | {example} |"
 
 
@@ -108,26 +113,58 @@ def gpus() -> str:
     return "\n".join([*head, *rows, ""])
 
 
-TABLES: dict[str, Callable[[], str]] = {"operators": operators, "frameworks": frameworks, "gpus": gpus}
+def models() -> str:
+    rows = [
+        "| name | parameters | GFLOPs | size | AP | memory, inference | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in TABLE.items():
+        found, memory = cost(entry.config), (size / 2**20 for size in cost_memory(entry.config))
+        parts = [f"`{name}`", f"{found.parameters / 1e6:.2f} M", f"{found.multiply_adds / 1e9:.2f}"]
+        parts += ["×".join(map(str, found.size)), f"{entry.box_ap}", *(f"{size:.0f} MiB" for size in memory)]
+        rows.append(f"| {' | '.join(parts)} |")
+    return "\n".join([*rows, ""])
+
+
+def extras() -> str:
+    """Each extra's line of pyproject.toml, the comment behind it as its purpose."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    rows = ["| extra | for | packages |", "|---|---|---|"]
+    for name, packages, purpose in re.findall(r"^(\w+) = (\[.*\])  # (.+)$", section, flags=re.MULTILINE):
+        rows.append(f"| `{name}` | {purpose} | {', '.join(ast.literal_eval(packages))} |")
+    return "\n".join([*rows, ""])
+
+
+# Each by the document that it is in.
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "operators": ("operators.md", operators),
+    "frameworks": ("drop-in.md", frameworks),
+    "gpus": ("speed.md", gpus),
+    "models": ("models.md", models),
+    "extras": ("install.md", extras),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is out of date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    text = wanted = path.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name}: written by scripts/readme_tables.py -->\n", f"<!-- end of {name} -->"
-        before, rest = wanted.split(begin)
+    stale = False
+    for name, (document, make) in TABLES.items():
+        path = DOCS / document
+        text = path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: written by scripts/doc_tables.py -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
         wanted = f"{before}{begin}{make()}{end}{rest.split(end)[1]}"
-    if wanted == text:
-        return 0
-    if options.check:
-        print("README.md: a table is out of date; python scripts/readme_tables.py writes it")
-        return 1
-    path.write_text(wanted, encoding="utf-8")
-    return 0
+        if wanted == text:
+            continue
+        stale = True
+        if options.check:
+            print(f"docs/{document}: the table of {name} is out of date; python scripts/doc_tables.py writes it")
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    return int(stale and options.check)
 
 
 if __name__ == "__main__":
