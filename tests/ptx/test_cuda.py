@@ -33,7 +33,7 @@ LESS = {
     r"group_norm_relu_\w+_kernel": (0.89, _REST),
     r"postprocess_(select|finish)_kernel": (0.93, _DIVISION + "; " + _REST),
 }
-TIMEOUT = 400
+TIMEOUT = 900
 
 
 @dataclass

@@ -178,8 +178,10 @@ def resize(image: Tensor, height: int, width: int, fp32: bool = False, stretch: 
     given = image[None].float() if fp32 else image[None]
     if stretch:
         # Corners aligned, one pixel more on both sides: the step between samples is then (W + 1 - 1) / (width + 1 - 1).
-        given = functional.pad(given, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
-        larger = functional.interpolate(given, (height + 1, width + 1), mode="bilinear", align_corners=True)
+        rows, columns = given.shape[2:]
+        wider = given.new_zeros(1, rows + 1, columns + 1, 3).permute(0, 3, 1, 2)
+        wider[:, :, :rows, :columns] = given
+        larger = functional.interpolate(wider, (height + 1, width + 1), mode="bilinear", align_corners=True)
         resized = larger[0, :, :height, :width]
     else:
         if not fp32 and not image.is_cuda:
@@ -220,21 +222,24 @@ def pad(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
     return batch, torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
 
 
-def normalise(images: Tensor, image_sizes: Tensor, config: ModelConfig | None = None) -> Tensor:
+def normalise(images: Tensor, image_sizes: Tensor | None, config: ModelConfig | None = None) -> Tensor:
     """The network's input, fp32, contiguous: mean subtracted, divided by the deviation, padded with zero.
 
     Args:
         images: RGB, uint8 (or of any type, in levels of 0 to 255) ``[B, 3, H, W]``.
         image_sizes: ``[B, 2]``, (height, width) without padding, on the same device; the host does not wait for it.
+            None: there is no padding.
         config: the network's, with `mean`, `std` and `channel_order`; by default those of ImageNet, RGB.
     """
     config = config or ModelConfig()
-    bgr = config.channel_order == "bgr"
-    ordered = images.flip(1) if bgr else images
-    result = ordered.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    statistics = list(zip(config.mean, config.std, strict=True))[:: -1 if bgr else 1]
-    for channel, (mean, std) in zip(result.unbind(1), statistics, strict=True):
-        channel.sub_(mean).div_(std)
+    channels = list(enumerate(zip(config.mean, config.std, strict=True)))
+    if config.channel_order == "bgr":
+        channels.reverse()
+    result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    for place, (source, (mean, std)) in enumerate(channels):
+        result[:, place].copy_(images[:, source]).sub_(mean).div_(std)
+    if image_sizes is None:
+        return result
     rows = torch.arange(images.shape[2], device=images.device)[None] < image_sizes[:, :1]
     columns = torch.arange(images.shape[3], device=images.device)[None] < image_sizes[:, 1:]
     inside = rows[:, None, :, None] & columns[:, None, None, :]

@@ -144,7 +144,10 @@ class Pipeline:
         without: tuple[int, ...] = (),
     ) -> Predictions:
         begun = time.perf_counter()
-        normalised = transforms.normalise(images, sizes, self.network.config)
+        whole = False  # on a GPU to know would be to wait
+        if self.graphs is None and sizes.device.type == "cpu":
+            whole = bool((sizes == sizes.new_tensor(images.shape[2:])).all())
+        normalised = transforms.normalise(images, None if whole else sizes, self.network.config)
         with self._tuning(normalised):
             cls_scores, reg_preds = self.maps(normalised)
         middle = time.perf_counter()

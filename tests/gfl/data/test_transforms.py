@@ -167,6 +167,8 @@ def test_pad_and_normalise(generator: torch.Generator) -> None:
     blue_first = transforms.normalise(batch, sizes, other)
     torch.testing.assert_close(blue_first[0, 0, :20, :33], (images[0][2].float() - 3) / 6)
     torch.testing.assert_close(blue_first[1, 2, :31, :7], (images[1][0].float() - 1) / 4)
+    whole = torch.tensor([[32.0, 48.0]] * 2)
+    assert torch.equal(transforms.normalise(batch, None, other), transforms.normalise(batch, whole, other))
     floats = batch.float()
     transforms.normalise(floats, sizes)
     assert torch.equal(floats, before.float()), "the input was changed"

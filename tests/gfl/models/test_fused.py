@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfl.models import GFL, create_model
-from gfl.models.fused import FusedConv, FusedGFL, folded
+from gfl.models.fused import FusedConv, FusedGFL, FusedMaxPool, folded
 from gfl.models.winograd import Winograd
 
 TORCHVISION = pytest.mark.skipif(
@@ -264,3 +264,13 @@ def test_it_is_one_graph_for_a_compiler(seed: int) -> None:
     got = torch.compile(fused.predict_maps, backend="eager", fullgraph=True, dynamic=False)(images)
     for wanted, found in zip(want[0] + want[1], got[0] + got[1], strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4 * max(float(wanted.abs().max()), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (8, 6), (7, 6), (6, 9), (1, 1)], ids=str)
+def test_the_pool_is_torchs(size: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = torch.randn(2, 5, *size, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 1] = x[0, 1].abs().neg()
+    x[1, 2, 0, 0], x[1, 3] = float("nan"), float("-inf")
+    want = nn.functional.max_pool2d(x, 3, 2, 1)
+    torch.testing.assert_close(FusedMaxPool()(x), want, rtol=0, atol=0, equal_nan=True)
