@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <functional>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -76,9 +75,10 @@ template <class S> acc_t<S> guess_least(const MulticlassInput& in, acc_t<S> thre
   return sample[place];
 }
 
-// The best of the scores that are at least `least`; nothing where there are not as many as `most`.
+// The best of the scores that are above `least`, or equal to it for up to `ties`; none of them where there are not as
+// many as `most`.
 template <class S>
-std::optional<MulticlassCut> cut_from(const MulticlassInput& in, acc_t<S> least, int64_t ties, int64_t most) {
+MulticlassCut cut_from(const MulticlassInput& in, acc_t<S> least, int64_t ties, int64_t most) {
   std::vector<acc_t<S>> above;
   int64_t equal = 0;
   each_candidate<S>(in, {static_cast<double>(least), ties, 0, false}, [&](int64_t, int64_t, acc_t<S> score) {
@@ -86,12 +86,12 @@ std::optional<MulticlassCut> cut_from(const MulticlassInput& in, acc_t<S> least,
     else ++equal;
   });
   const int64_t found = static_cast<int64_t>(above.size());
-  if (found + equal < most) return {};
-  if (found <= most) return MulticlassCut{static_cast<double>(least), most - found, most, false};
+  if (found + equal < most) return {static_cast<double>(least), ties, 0, false};
+  if (found <= most) return {static_cast<double>(least), most - found, most, false};
   const auto last = above.begin() + (most - 1);
   std::nth_element(above.begin(), last, above.end(), std::greater<>());
   const int64_t better = std::count_if(above.begin(), last, [&](acc_t<S> score) { return score > *last; });
-  return MulticlassCut{static_cast<double>(*last), most - better, most, false};
+  return {static_cast<double>(*last), most - better, most, false};
 }
 
 template <class S> MulticlassCut cut_of(const MulticlassInput& in, int64_t most) {
@@ -99,8 +99,8 @@ template <class S> MulticlassCut cut_of(const MulticlassInput& in, int64_t most)
   const int64_t count = count_above<S>(in, threshold);
   if (count / 4 <= most) return {static_cast<double>(threshold), 0, count, true};
   const acc_t<S> least = guess_least<S>(in, threshold, most);
-  const std::optional<MulticlassCut> cut = cut_from<S>(in, least, least > threshold ? count : 0, most);
-  return cut ? *cut : *cut_from<S>(in, threshold, 0, most);
+  const MulticlassCut cut = cut_from<S>(in, least, least > threshold ? count : 0, most);
+  return cut.count > 0 ? cut : cut_from<S>(in, threshold, 0, most);
 }
 
 }  // namespace

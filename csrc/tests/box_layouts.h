@@ -10,6 +10,9 @@ namespace gfl::testing {
 
 constexpr int kLayouts = 12;
 
+// How many times over the layouts are drawn: a program's argument.
+inline int64_t rounds_of(int argc, char** argv) { return argc > 1 ? std::strtol(argv[1], nullptr, 10) : 1; }
+
 // `count` boxes xyxy of a layout, for a threshold. Few of them overlap, but in crowds.
 inline std::vector<double> draw_layout(int layout, int64_t count, double threshold, Generator& g) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();

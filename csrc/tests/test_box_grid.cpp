@@ -47,11 +47,10 @@ template <class T> void check(int layout, int64_t count, double threshold, bool 
 
 }  // namespace
 
-// The argument: how many times over, with other draws.
 int main(int argc, char** argv) {
   Generator g(31);
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
-  for (int round = 0; round < rounds; ++round) {
+  const int64_t rounds = rounds_of(argc, argv);
+  for (int64_t round = 0; round < rounds; ++round) {
     for (int layout = 0; layout < kLayouts; ++layout) {
       for (const double threshold : {0.0, 1e-9, 0.05, 0.0625, 0.3, 0.5, 0.6, 0.75, 0.95, 0.999, 1.0, 2.0}) {
         for (const int64_t count : {1, 2, 40, 200}) {

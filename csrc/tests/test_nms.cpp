@@ -164,8 +164,8 @@ template <class T> void check(const Case& c, DType dtype, const Drawn& d) {
 
 #if !defined(GFL_TEST_CUDA)
 // Enough boxes, most of them kept, that the CPU looks for neighbours in a grid.
-void check_layouts(int rounds, Generator& g) {
-  for (int round = 0; round < rounds; ++round) {
+void check_layouts(int64_t rounds, Generator& g) {
+  for (int64_t round = 0; round < rounds; ++round) {
     for (int layout = 0; layout < kLayouts; ++layout) {
       for (const double threshold : {0.0, 0.05, 0.3, 0.6, 0.95, 1.0, 1.5}) {
         const bool legacy = g.integer(0, 3) == 0;
@@ -186,7 +186,6 @@ void check_layouts(int rounds, Generator& g) {
 
 }  // namespace
 
-// The argument: how many times over the layouts are drawn.
 int main(int argc, char** argv) {
   const Case cases[] = {
       {"empty", 0, 0, 0.5, false},
@@ -219,7 +218,7 @@ int main(int argc, char** argv) {
     check<bfloat16_t>(c, DType::bf16, draw(c, g));
   }
 #if !defined(GFL_TEST_CUDA)
-  check_layouts(argc > 1 ? std::atoi(argv[1]) : 1, g);
+  check_layouts(rounds_of(argc, argv), g);
 #else
   static_cast<void>(argc), static_cast<void>(argv);
 #endif

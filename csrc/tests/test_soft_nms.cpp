@@ -147,8 +147,8 @@ template <class T, class S> void check(const Case& c, DType dtype, DType score_d
 
 #if !defined(GFL_TEST_CUDA)
 // Enough boxes that the CPU looks for neighbours in a grid.
-void check_layouts(int rounds, Generator& g) {
-  for (int round = 0; round < rounds; ++round) {
+void check_layouts(int64_t rounds, Generator& g) {
+  for (int64_t round = 0; round < rounds; ++round) {
     for (int layout = 0; layout < kLayouts; ++layout) {
       for (const double threshold : {-0.5, 0.0, 0.05, 0.3, 0.7}) {
         for (const bool gaussian : {false, true}) {
@@ -170,7 +170,6 @@ void check_layouts(int rounds, Generator& g) {
 
 }  // namespace
 
-// The argument: how many times over the layouts are drawn.
 int main(int argc, char** argv) {
   const Case cases[] = {
       {"empty", 0, 1, 0.3, 0.5, 0.001, false},           {"one", 1, 1, 0.3, 0.5, 0.001, true},
@@ -199,7 +198,7 @@ int main(int argc, char** argv) {
 #if defined(GFL_TEST_CUDA)
   static_cast<void>(argc), static_cast<void>(argv);
 #else
-  check_layouts(argc > 1 ? std::atoi(argv[1]) : 1, g);
+  check_layouts(rounds_of(argc, argv), g);
   // The best of all is kept although every score is below the minimum.
   const float boxes[] = {0, 0, 1, 1, 5, 5, 6, 6, 0, 0, 1, 1}, scores[] = {0.1f, 0.3f, 0.3f};
   const SoftNmsInput in{boxes, DType::f32, 4, 1, scores, DType::f32, 1, 3, 0.3, 0.5, 0.9, false};

@@ -173,7 +173,7 @@ template <class A> class BoxGrid {
     }
     // Cells for its boxes, of at least two boxes on average. Returns where the next level's begin.
     int32_t shape(const Reach<A>& reach, int32_t begin) {
-      const double most = count / 2 + 1;
+      const double most = count * 0.5 + 1;
       double c = cells_of(x, (reach.before(w.most, w.most) + reach.behind(w.most, w.least)) / 4, most);
       double r = cells_of(y, (reach.before(h.most, h.most) + reach.behind(h.most, h.least)) / 2, most);
       if (c * r > most) {
@@ -234,7 +234,7 @@ template <class A> class BoxGrid {
   // or for each two, four, … powers where those are too many for the boxes.
   template <class BoxAt> void make_levels(int64_t count, const BoxAt& box_at) {
     const int64_t limit = smaller(count / 128 + 1, int64_t(kMostLevels));
-    int8_t level_of[kExponents * kExponents], coarse[kExponents * kExponents];
+    int16_t level_of[kExponents * kExponents], coarse[kExponents * kExponents];
     std::memset(level_of, -1, sizeof level_of);
     for (int64_t i = 0; i < count; ++i) {
       if (cell_[i] >= 0) level_of[cell_[i]] = 0;
@@ -244,8 +244,8 @@ template <class A> class BoxGrid {
       std::memset(coarse, -1, sizeof coarse);
       for (int s = 0; s < kExponents * kExponents && levels_ <= limit; ++s) {
         if (level_of[s] < 0) continue;
-        int8_t& level = coarse[(s / kExponents >> shift) * kExponents + (s % kExponents >> shift)];
-        if (level < 0) level = static_cast<int8_t>(levels_++);
+        int16_t& level = coarse[(s / kExponents >> shift) * kExponents + (s % kExponents >> shift)];
+        if (level < 0) level = static_cast<int16_t>(levels_++);
         level_of[s] = level;
       }
       if (levels_ <= limit) break;
