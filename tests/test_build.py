@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import stat
 import subprocess
@@ -403,31 +402,6 @@ def test_commands_by_kind_of_source(tmp_path: Path) -> None:
     without = plan.Plan(torch, made.compiler, None, (), "", "off")
     words = ninja_build.link_command(without, [], tmp_path / "_C.so")
     assert not any("cuda" in word.replace(str(tmp_path), "") for word in words)
-
-
-def test_a_wheel_merges_the_bindings(tmp_path: Path) -> None:
-    """Each is in one of the sources, and these are of about the same size; the rest is compiled as ever."""
-    torch = make_torch(tmp_path / "site", "2.13.0", cuda=None)
-    made = plan.Plan(torch, host.Compiler(("c++",), "c++ 12"), None, (), "", "")
-    sizes = {"a": 90, "b": 50, "c": 40, "d": 10, "e": 10}
-    for name, size in sizes.items():
-        file = tmp_path / "csrc" / "binding" / f"{name}.cpp"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("/" * size)
-    (tmp_path / "csrc" / "cpu").mkdir()
-    (tmp_path / "csrc" / "cpu" / "qfl.cpp").touch()
-    abi, out = torch_info.Abi(False, ()), tmp_path / "out"
-    separate = {s.source.name: s.command for s in ninja_build.steps(made, tmp_path, out, abi)}
-    todo = ninja_build.steps(made, tmp_path, out, abi, 2)
-    assert [s.source.name for s in todo] == ["merged0.cpp", "merged1.cpp", "qfl.cpp"]
-    assert all(s.command == separate["a.cpp"] for s in todo[:2])
-    names = [re.findall(r'#include ".*/csrc/binding/(\w)\.cpp"', s.source.read_text()) for s in todo[:2]]
-    assert sorted("".join(map("".join, names))) == sorted(sizes)
-    assert {sum(sizes[name] for name in group) for group in names} == {100}
-    # They are written again only where they change, or ninja would compile them again.
-    before = [s.source.stat().st_mtime_ns for s in todo]
-    assert [s.source.stat().st_mtime_ns for s in ninja_build.steps(made, tmp_path, out, abi, 2)] == before
-    assert len(ninja_build.steps(made, tmp_path, out, abi, 99)) == 6
 
 
 def test_flags_keep_ieee_arithmetic() -> None:

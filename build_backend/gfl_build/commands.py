@@ -109,9 +109,7 @@ class BuildExt(build_ext):
         # The folder of an editable install is temporary; the tree's own keeps the objects for the next build.
         objects = ROOT / "build" / "temp" / f"{self.plat_name}-{sys.implementation.cache_tag}"
         try:
-            # Whoever works on a checkout compiles single files again; a wheel is built once.
-            merge = 0 if self.inplace or self.editable_mode else ninja_build.job_count()
-            library = ninja_build.build(self.plan, self.abi, ROOT, objects, merge)
+            library = ninja_build.build(self.plan, self.abi, ROOT, objects)
         except (RuntimeError, subprocess.CalledProcessError) as error:
             raise BuildError(f"the extension was not built: {error}") from error
         target = Path(self.get_ext_fullpath(ext.name))

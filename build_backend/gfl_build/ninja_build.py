@@ -55,29 +55,8 @@ def job_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def merged(files: list[Path], count: int, folder: Path) -> list[Path]:
-    """`count` sources of about the same size that include all files, in `folder`.
-
-    torch's headers take longer than what a binding adds to them.
-    """
-    groups: list[list[Path]] = [[] for _ in range(min(count, len(files)))]
-    for file in sorted(files, key=lambda one: (-one.stat().st_size, one.name)):
-        min(groups, key=lambda group: sum(one.stat().st_size for one in group)).append(file)
-    folder.mkdir(parents=True, exist_ok=True)
-    result = []
-    for number, group in enumerate(groups):
-        path, text = folder / f"merged{number}.cpp", "".join(f'#include "{file}"\n' for file in sorted(group))
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-        result.append(path)
-    return result
-
-
-def steps(plan: Plan, root: Path, objects: Path, abi: Abi, merge: int = 0) -> list[Step]:
-    """One step for each source; for those in csrc/cpu/simd, one for each instruction set.
-
-    With `merge` the bindings are compiled in that many steps: sooner in all, later after a change of one of them.
-    """
+def steps(plan: Plan, root: Path, objects: Path, abi: Abi) -> list[Step]:
+    """One step for each source; for those in csrc/cpu/simd, one for each instruction set."""
     assert plan.torch is not None and plan.compiler is not None
     kernels = ["-I" + str(root / "csrc" / "include"), "-I" + str(root / "csrc")]
     define = ["-DGFL_WITH_CUDA"] if plan.cuda else []
@@ -101,14 +80,8 @@ def steps(plan: Plan, root: Path, objects: Path, abi: Abi, merge: int = 0) -> li
         f'-DGFL_TORCH_VERSION="{plan.torch.version}"',
         *extra,
     ]
-    found = sources(root, plan.cuda is not None)
     result = []
-    if merge:
-        bindings = [source for source in found if source.parent == root / "csrc" / "binding"]
-        found = [source for source in found if source not in bindings]
-        for source in merged(bindings, merge, objects / "binding"):
-            result.append(Step(source.with_suffix(".o"), source, tuple(binding)))
-    for source in found:
+    for source in sources(root, plan.cuda is not None):
         kind = source.relative_to(root / "csrc").parts[0]
         if kind == "cuda":
             assert plan.cuda is not None
@@ -140,12 +113,12 @@ def link_command(plan: Plan, objects: list[Path], output: Path) -> list[str]:
     return [*command, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
-def build(plan: Plan, abi: Abi, root: Path, folder: Path, merge: int = 0) -> Path:
-    """Compile and link the extension below `folder`; returns the library. `merge` is that of `steps`."""
+def build(plan: Plan, abi: Abi, root: Path, folder: Path) -> Path:
+    """Compile and link the extension below `folder`; returns the library."""
     assert plan.torch is not None
     folder = folder.resolve() / f"torch-{plan.torch.version}{'-cuda' if plan.cuda else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    todo = steps(plan, root, folder, abi, merge)
+    todo = steps(plan, root, folder, abi)
     library = folder / "_C.so"
     link = link_command(plan, [s.output for s in todo], library)
     import fcntl  # not on Windows, which reads this file too, for the pure wheel

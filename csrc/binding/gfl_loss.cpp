@@ -44,10 +44,15 @@ at::Tensor head_loss_norms_forward(at::TensorList cls_scores, const at::Tensor& 
   return norms;
 }
 
-GFL_OPERATOR(head_loss_norms, head_loss_norms_forward)
 GFL_HEAD_LOSS(gfl_loss, GflArguments, at::TensorList, at::TensorList, at::ArrayRef<double>, const at::Tensor&,
               const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
               at::ArrayRef<double>, double, at::ArrayRef<double>, bool)
+
+GFL_OPERATOR(head_loss_norms, head_loss_norms_forward)
+GFL_OPERATOR(gfl_loss_fwd, gfl_loss_forward)
+GFL_OPERATOR(gfl_loss_bwd, gfl_loss_backward)
+GFL_OPERATOR(gfl_loss_fwd_and_grad, gfl_loss_forward_and_gradient)
+GFL_OPERATOR(gfl_loss_finish, gfl_loss_finish)
 
 }  // namespace
 }  // namespace gfl::binding

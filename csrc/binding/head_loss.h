@@ -304,13 +304,10 @@ template <class Arguments, class... Taken> struct LossOperators {
 
 }  // namespace gfl::binding
 
+// The functions of a loss, <stem>_forward and so on.
 #define GFL_HEAD_LOSS(stem, ...)                                                        \
   using stem##_operators = ::gfl::binding::LossOperators<__VA_ARGS__>;                  \
   constexpr auto& stem##_forward = stem##_operators::forward;                           \
   constexpr auto& stem##_backward = stem##_operators::backward;                         \
   constexpr auto& stem##_forward_and_gradient = stem##_operators::forward_and_gradient; \
-  constexpr auto& stem##_finish = stem##_operators::finish;                             \
-  GFL_OPERATOR(stem##_fwd, stem##_forward)                                              \
-  GFL_OPERATOR(stem##_bwd, stem##_backward)                                             \
-  GFL_OPERATOR(stem##_fwd_and_grad, stem##_forward_and_gradient)                        \
-  GFL_OPERATOR(stem##_finish, stem##_finish)
+  constexpr auto& stem##_finish = stem##_operators::finish;

@@ -37,5 +37,10 @@ GFL_HEAD_LOSS(yolo_loss, YoloArguments, at::TensorList, at::TensorList, at::IntA
               at::ArrayRef<double>, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
               at::ArrayRef<double>, double, std::string)
 
+GFL_OPERATOR(yolo_loss_fwd, yolo_loss_forward)
+GFL_OPERATOR(yolo_loss_bwd, yolo_loss_backward)
+GFL_OPERATOR(yolo_loss_fwd_and_grad, yolo_loss_forward_and_gradient)
+GFL_OPERATOR(yolo_loss_finish, yolo_loss_finish)
+
 }  // namespace
 }  // namespace gfl::binding
