@@ -244,7 +244,7 @@ class Bench:
         if dense is not None:
             if not compiled:
                 yield "compiled", None, eager, "left out by default for this size (--full)"
-            elif self.budget.used > 0.6:
+            elif self.budget.used > 0.8:
                 yield "compiled", None, eager, "no time left to compile (--limit)"
             else:
                 torch._dynamo.reset()
