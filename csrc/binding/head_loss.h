@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the losses of GFL heads and of those with scores given share: checks of maps and assignments, where gradients go, and the launches.
+// What the losses of GFL heads and of those with scores given share: checks of maps and assignments, where gradients
+// go, and the launches.
 #pragma once
 #include <ATen/ops/empty_like.h>
 

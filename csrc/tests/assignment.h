@@ -54,7 +54,7 @@ template <class Before> std::vector<size_t> order_of(const std::vector<float>& v
   return order;
 }
 
-// Compares a launcher, `run`, with the definition, `by_sorting`, on scores held in T. Returns what the definition gives.
+// Compares a launcher, `run`, with the definition, `by_sorting`, on scores held in T. Returns what the latter gives.
 template <class T, class Input, class BySorting, class Run>
 Assigned compared(Input in, const std::vector<double>& values, DType dtype, const char* name,
                   const BySorting& by_sorting, const Run& run) {

@@ -3,8 +3,8 @@
 // level is a grid of cells over their upper left corners; the boxes of a row of cells lie in one piece of memory.
 //
 // What is left out is certain, whatever the rounding. From IoU ≥ t follows, along either axis, that the intersection is
-// at least t · (w + w') / (1 + t) long, w and w' the widths. So a width is at least t times the other, and the corner of
-// the second box is at most (w' − t·w) / (1 + t) before that of the first, and at most (w − t·w') / (1 + t) behind it.
+// at least t · (w + w') / (1 + t) long, w and w' the widths. So a width is at least t times the other, and the corner
+// of the second box is at most (w' − t·w) / (1 + t) before that of the first, and (w − t·w') / (1 + t) behind it.
 // `Reach` adds a thousandth to both, thousands of roundings; corners themselves are compared as they are given.
 #pragma once
 #include <cmath>
