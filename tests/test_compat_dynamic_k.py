@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peers import mmdet_stub
-from peers.assignment_scenes import FLAT, POINTS, SCENES, STRIDES, Cuts, Given, drawn, mmyolo_assigner, needs
+from peers.assignment_scenes import (
+    FLAT,
+    POINTS,
+    SCENES,
+    STRIDES,
+    Cuts,
+    Given,
+    drawn,
+    mmyolo_assigner,
+    needs,
+    stable_sort,
+)
 from torch import Tensor
 
 from gfl_ops.compat import mmdet as compat
@@ -45,11 +56,6 @@ def few(g: torch.Generator) -> Given:
 
 ALL = {**SCENES, "tied": tied, "few": few}
 scenes = pytest.mark.parametrize("scene", ALL)
-
-
-def stable_sort(x: Tensor, dim: int) -> Any:
-    """torch.sort with ties by the lower index."""
-    return x.sort(dim=dim, stable=True)
 
 
 def logit(p: Tensor) -> Tensor:

@@ -81,6 +81,11 @@ def by_lower_index(x: Tensor, k: int, dim: int = -1, largest: bool = True, **oth
     return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
 
+def stable_sort(x: Tensor, dim: int = -1, descending: bool = False) -> Any:
+    """torch.sort with ties by the lower index."""
+    return x.sort(dim=dim, descending=descending, stable=True)
+
+
 class Cuts:
     """torch.topk with ties by the lower index, and the narrowest of its cuts: between what is selected and what is not,
     relative. A cut that is a few roundings wide may be made elsewhere by other arithmetic; equal values may not."""
@@ -110,6 +115,7 @@ def theirs_of_wide_cuts(draw: Callable[[], Any], call: Callable[[Any], Any]) -> 
         given, cuts = draw(), Cuts()
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch, "topk", cuts)
+            patched.setattr(torch, "sort", stable_sort)
             want = call(given)
         if not cuts.hang_on_rounding:
             return given, want
