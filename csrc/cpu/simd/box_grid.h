@@ -8,6 +8,8 @@
 // `Reach` adds a thousandth to both, thousands of roundings; corners themselves are compared as they are given.
 #pragma once
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "terms/box.h"
 #include "vector_math.h"
@@ -191,11 +193,12 @@ template <class A> class BoxGrid {
     }
   };
 
-  static int32_t exponent(float length) { return static_cast<int32_t>(float_to_bits(length) >> 23) - 127 + 40; }
-  static int32_t exponent(double length) {
-    uint64_t bits;
+  // The logarithm of a length to base 2, rounded down, and 40 more.
+  static int32_t exponent(A length) {
+    constexpr bool in_double = sizeof(A) == sizeof(double);
+    std::conditional_t<in_double, uint64_t, uint32_t> bits;
     std::memcpy(&bits, &length, sizeof bits);
-    return static_cast<int32_t>(bits >> 52) - 1023 + 40;
+    return static_cast<int32_t>(bits >> (in_double ? 52 : 23)) - (in_double ? 1023 : 127) + 40;
   }
   int32_t sizes(const Box<A>& b) const { return exponent(reach_.width(b)) * kExponents + exponent(reach_.height(b)); }
   void put(int64_t position, const Box<A>& b, A area_of_b, int32_t i) {
