@@ -47,21 +47,23 @@ def level_by_level(head: GFLHead, maps: list[Tensor]) -> tuple[list[Tensor], lis
 @pytest.mark.parametrize("quality", [False, True])
 def test_maps_and_gradients_are_those_of_torch_s_group_norm(quality: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    head = create_model("gfl_tiny", num_classes=3, width=16, quality_branch=quality).bbox_head
+    head = create_model("gfl_tiny", num_classes=3, width=16, quality_branch=quality).bbox_head.double()
     for name, parameter in head.named_parameters():
         torch.nn.init.normal_(parameter, std=0.05 if name.endswith("conv.weight") else 0.3)
     channels = head.gfl_cls.in_channels
-    maps = [torch.randn(2, channels, *size, requires_grad=True) for size in ((12, 20), (6, 10), (3, 5), (2, 3), (1, 2))]
+    # In fp64, where no rounding moves a value to the other side of ReLU's bend.
+    options: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
+    maps = [torch.randn(2, channels, *size, **options) for size in ((12, 20), (6, 10), (3, 5), (2, 3), (1, 2))]
     leaves = [*maps, *head.parameters()]
     found = []
     for forward in (head, lambda maps: level_by_level(head, maps)):
         cls_scores, reg_preds = forward(maps)
         loss = sum((m * torch.linspace(-1, 1, m.shape[3])).sum() for m in (*cls_scores, *reg_preds))
         found.append(([*cls_scores, *reg_preds], torch.autograd.grad(loss, leaves)))
-    # fp32 sums of a few thousand terms in another order, through two norms.
+    # Sums of a few thousand terms in another order, through two norms.
     for got, want in zip(*found, strict=True):
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * float(w.detach().abs().max()))
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10 * float(w.detach().abs().max()))
 
 
 def test_a_layer_is_one_norm_for_all_levels_and_copies_no_map_under_autocast(seed: int) -> None:
