@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "NVIDIA Fake")
+        properties = SimpleNamespace(total_memory=16 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index=0: properties)
         info = {"compiler": "c++", "torch": torch.__version__, "nvcc": "nvcc 13.0", "archs": archs}
         module = extension.EXTENSION.module or object()
         built = dataclasses.replace(extension.EXTENSION, module=module, reason="", cuda_reason="", info=info)
@@ -100,7 +103,7 @@ def test_the_doctor_says_that_the_gpu_has_no_code(gpus: Gpus, monkeypatch: pytes
     words = " ".join(text.split())
     assert "native on cuda: every operator: the extension was compiled for sm_80, sm_90, not for NVIDIA Fake" in words
     assert "install gfl-ops again with TORCH_CUDA_ARCH_LIST=7.5" in words
-    assert "self-check of cuda:0: not done; `gfl doctor --check`" in words
+    assert "self-check of cuda:0: not done; `gfl doctor --check`" in words and "GPU 16.0 GiB" in words
 
 
 def test_one_unknown_gpu_among_several_is_enough(gpus: Gpus) -> None:
