@@ -180,4 +180,35 @@ inline Case draw_scored(Generator& draw, HeadLossKind kind, std::vector<std::pai
   return c;
 }
 
+// A map in T, in either layout, with `gap` unused columns, and its strides.
+template <class T> struct Map {
+  std::vector<T> data;
+  int64_t stride[4];
+  Map(const std::vector<double>& values, int64_t images, int64_t channels, int64_t height, int64_t width, bool last,
+      int64_t gap = 0)
+      : data(static_cast<size_t>(images * channels * height * (width + gap))) {
+    const int64_t pitch = width + gap;
+    const int64_t first[4] = {channels * height * pitch, height * pitch, pitch, 1};
+    const int64_t after[4] = {channels * height * pitch, 1, pitch * channels, channels};
+    std::copy_n(last ? after : first, 4, stride);
+    size_t i = 0;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t k = 0; k < channels; ++k)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x, ++i) store(&data[at(b, k, y, x)], static_cast<acc_t<T>>(values[i]));
+  }
+  // What the map holds, which is what the oracle uses.
+  std::vector<double> held(int64_t images, int64_t channels, int64_t height, int64_t width) const {
+    std::vector<double> values;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t k = 0; k < channels; ++k)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x) values.push_back(static_cast<double>(load(&data[at(b, k, y, x)])));
+    return values;
+  }
+  size_t at(int64_t b, int64_t k, int64_t y, int64_t x) const {
+    return static_cast<size_t>(b * stride[0] + k * stride[1] + y * stride[2] + x * stride[3]);
+  }
+};
+
 }  // namespace gfl::testing::head

@@ -18,37 +18,6 @@ using gfl::testing::Generator;
 using gfl::testing::rounded;
 using namespace gfl::testing::head;
 
-// A map in T, in either layout, with `gap` unused columns, and its strides.
-template <class T> struct Map {
-  std::vector<T> data;
-  int64_t stride[4];
-  Map(const std::vector<double>& values, int64_t images, int64_t channels, int64_t height, int64_t width, bool last,
-      int64_t gap = 0)
-      : data(static_cast<size_t>(images * channels * height * (width + gap))) {
-    const int64_t pitch = width + gap;
-    const int64_t first[4] = {channels * height * pitch, height * pitch, pitch, 1};
-    const int64_t after[4] = {channels * height * pitch, 1, pitch * channels, channels};
-    std::copy_n(last ? after : first, 4, stride);
-    size_t i = 0;
-    for (int64_t b = 0; b < images; ++b)
-      for (int64_t k = 0; k < channels; ++k)
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t x = 0; x < width; ++x, ++i) store(&data[at(b, k, y, x)], static_cast<acc_t<T>>(values[i]));
-  }
-  // What the map holds, which is what the oracle uses.
-  std::vector<double> held(int64_t images, int64_t channels, int64_t height, int64_t width) const {
-    std::vector<double> values;
-    for (int64_t b = 0; b < images; ++b)
-      for (int64_t k = 0; k < channels; ++k)
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t x = 0; x < width; ++x) values.push_back(static_cast<double>(load(&data[at(b, k, y, x)])));
-    return values;
-  }
-  size_t at(int64_t b, int64_t k, int64_t y, int64_t x) const {
-    return static_cast<size_t>(b * stride[0] + k * stride[1] + y * stride[2] + x * stride[3]);
-  }
-};
-
 // The launchers' losses before any norm; their gradients are in the maps that `gradients` names.
 struct Got {
   Losses losses;
@@ -380,6 +349,13 @@ void check(Case c, DType dtype, double tolerance, const char* name, bool turned 
   }
 }
 
+void check_every_dtype(const Case& c) {  // half types round a gradient to 2^-11 and 2^-8
+  check<double>(c, DType::f64, 1e-7, "f64");
+  check<float>(c, DType::f32, 1e-5, "f32");
+  check<half_t>(c, DType::f16, 1e-4, "f16");
+  check<bfloat16_t>(c, DType::bf16, 1e-3, "bf16");
+}
+
 }  // namespace
 
 int main() {
@@ -389,11 +365,7 @@ int main() {
       const double beta = channels_last == legacy ? 2.0 : 1.5;
       const int64_t classes = channels_last ? 7 : 131;
       const Case c = draw_case(draw, {{9, 8}, {3, 5}, {1, 1}}, classes, 16, beta, legacy, channels_last);
-      // Half types round a gradient to 2^-11 and 2^-8.
-      check<double>(c, DType::f64, 1e-7, "f64");
-      check<float>(c, DType::f32, 1e-5, "f32");
-      check<half_t>(c, DType::f16, 1e-4, "f16");
-      check<bfloat16_t>(c, DType::bf16, 1e-3, "bf16");
+      check_every_dtype(c);
     }
   }
   check<float>(draw_case(draw, {{1, 70}}, 1, 1, 2.0, false, true), DType::f32, 1e-5, "one class");
@@ -415,10 +387,7 @@ int main() {
                                            std::tuple{rtmdet, 1, 2.0}, std::tuple{rtmdet, 1, 1.5}}) {
       const int64_t classes = channels_last ? 7 : 131;
       const Case c = draw_scored(draw, kind, {{9, 8}, {3, 5}, {1, 1}}, classes, bins, channels_last, beta);
-      check<double>(c, DType::f64, 1e-7, "scored f64");
-      check<float>(c, DType::f32, 1e-5, "scored f32");
-      check<half_t>(c, DType::f16, 1e-4, "scored f16");
-      check<bfloat16_t>(c, DType::bf16, 1e-3, "scored bf16");
+      check_every_dtype(c);
     }
     const Case aligned = draw_scored(draw, yolo, {{12, 16}, {4, 6}, {2, 3}}, 16, 8, channels_last);
     check<float>(aligned, DType::f32, 1e-5, "aligned YOLO f32", false);
